@@ -1,0 +1,1 @@
+"""Attention behind one function, `attention.attention`, that picks the backend; `reference` is the definition."""

@@ -1,0 +1,56 @@
+"""`attention(q, k, v)`: one function for the vision tower, prefill and decoding, that picks the backend.
+
+| backend   | where                | what it takes                                                     |
+|-----------|----------------------|-------------------------------------------------------------------|
+| reference | everywhere           | any mask, any length; scores in blocks of queries                 |
+| cudnn     | NVIDIA GPU, 16 bit   | causal or unmasked; fused, no scores in memory                    |
+| splash    | TPU                  | causal self-attention; Pallas kernel, no scores in memory         |
+
+Every backend is compared with `reference_attention` in `tests/test_attention.py`.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from llamavid_jax.attention.reference import reference_attention
+from llamavid_jax.attention.splash import splash_attention, splash_supports
+
+Backend = Literal["reference", "cudnn", "splash"]
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Bool[Array, "..."] | None = None,
+    causal: bool = False,
+    backend: Backend | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(q kᵀ / √H) v with grouped-query heads.
+
+    `mask` is True where a query may look at a key and broadcasts to `[B, N, T, S]`; it excludes `causal`.  `backend`
+    None takes the fastest one that fits the device, the type and the mask.
+    """
+    match backend or _fastest(q, k, mask, causal):
+        case "cudnn":
+            return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        case "splash":
+            return splash_attention(q, k, v)
+        case _:
+            return reference_attention(q, k, v, mask=mask, causal=causal)
+
+
+def _fastest(q: jax.Array, k: jax.Array, mask: jax.Array | None, causal: bool) -> Backend:
+    if mask is not None:
+        return "reference"
+    match jax.default_backend():
+        case "gpu" if q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+            return "cudnn"
+        case "tpu" if causal and splash_supports(q, k):
+            return "splash"
+        case _:
+            return "reference"

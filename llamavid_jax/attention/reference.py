@@ -1,0 +1,60 @@
+"""Softmax attention written out: the definition that every other backend is compared with.
+
+Scores and softmax are float32 whatever the inputs.  Long queries run in blocks, so that scores take
+`[N, block, S]` at a time: three hours of video (21,600 tokens) would otherwise need 60 GB for one 7B layer.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+QUERY_BLOCK = 1024
+
+
+def reference_attention(
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B S K H"],
+    v: Float[Array, "*B S K H"],
+    *,
+    mask: Bool[Array, "..."] | None = None,
+    causal: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "*B T N H"]:
+    """softmax(q kᵀ / √H) v, with grouped-query heads where K < N.
+
+    `mask` is True where a query may look at a key and broadcasts to `[*B, N, T, S]`; `causal` lets position t see
+    keys 0..t.  `dropout_key` drops attention weights, in training.
+    """
+    length = q.shape[-3]
+    if length <= QUERY_BLOCK or dropout_key is not None or mask is not None:
+        return _attend(q, k, v, _causal(0, length, k.shape[-3]) if causal else mask, dropout_rate, dropout_key)
+
+    def block(start: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(padded, start, QUERY_BLOCK, axis=-3)
+        return _attend(part, k, v, _causal(start, QUERY_BLOCK, k.shape[-3]) if causal else None, 0.0, None)
+
+    blocks = -(-length // QUERY_BLOCK)
+    padded = jnp.pad(q, [(0, 0)] * (q.ndim - 3) + [(0, blocks * QUERY_BLOCK - length), (0, 0), (0, 0)])
+    out = jnp.moveaxis(jax.lax.map(block, jnp.arange(blocks) * QUERY_BLOCK), 0, -4)
+    return out.reshape(*padded.shape[:-1], v.shape[-1])[..., :length, :, :]
+
+
+def _causal(start: jax.Array | int, queries: int, keys: int) -> jax.Array:
+    return (start + jnp.arange(queries))[:, None] >= jnp.arange(keys)[None, :]
+
+
+def _attend(q, k, v, mask, dropout_rate, dropout_key):
+    *batch, length, heads, size = q.shape
+    kv_heads = k.shape[-2]
+    grouped = q.reshape(*batch, length, kv_heads, heads // kv_heads, size)
+    scores = jnp.einsum("...tkgh,...skh->...kgts", grouped, k, preferred_element_type=jnp.float32) * size**-0.5
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*batch, heads, length, k.shape[-3]))
+        scores = jnp.where(mask.reshape(scores.shape), scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if dropout_key is not None:
+        kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
+    out = jnp.einsum("...kgts,...skh->...tkgh", weights.astype(v.dtype), v)
+    return out.reshape(q.shape)

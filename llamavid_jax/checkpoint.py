@@ -1,0 +1,88 @@
+"""Weights on disk: an Orbax checkpoint of the nested dict of parameters, read straight onto a mesh."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
+from llamavid_jax.models.llama_vid import abstract_params
+from llamavid_jax.sharding import flat_paths, param_shardings
+
+WEIGHTS = "weights"  # the folder in a checkpoint's directory
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be loaded: names the folder, what is wrong and the remedy."""
+
+
+def parse_dtype(name: Any) -> jnp.dtype:
+    """`"float32"` or `"bfloat16"` (or the type itself) → dtype."""
+    text = name if isinstance(name, str) else jnp.dtype(name).name
+    if text not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype is {text!r}; use 'float32' or 'bfloat16'")
+    return jnp.dtype(text)
+
+
+def save_weights(directory: str | Path, params: dict[str, Any]) -> None:
+    """Writes `directory/weights`; Orbax writes aside and renames, so that it is whole or absent."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(directory).absolute() / WEIGHTS, string_keys(params), force=True)
+
+
+def load_weights(
+    directory: str | Path, config: LLaMAVIDLlavaConfig, dtype: Any = "float32", mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Reads the parameters as `dtype` onto `mesh`, every host only its shards, or onto the default device.
+
+    Raises WeightsError when the weights are missing, damaged, or not those of `config`.
+    """
+    path = Path(directory).absolute() / WEIGHTS
+    if not path.is_dir():
+        raise WeightsError(
+            f"{path} does not exist: {directory} is not a converted checkpoint; "
+            "make one with `python -m conversion.torch_to_jax SRC OUT`"
+        )
+    abstract = abstract_params(config, parse_dtype(dtype))
+    if mesh is None:
+        mesh = jax.make_mesh((1,) * 4, ("data", "fsdp", "tensor", "sequence"), devices=jax.devices()[:1])
+    shardings = param_shardings(abstract, config, mesh)
+    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = checkpointer.metadata(path).item_metadata
+            _compare(path, flat_paths(dict(stored)), flat_paths(string_keys(abstract)))
+            restored = checkpointer.restore(path, string_keys(target))
+        except WeightsError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+            raise WeightsError(
+                f"{path} is damaged ({type(error).__name__}: {_first_line(error)}); convert again"
+            ) from error
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(restored))
+
+
+def string_keys(tree: Any) -> Any:
+    """Orbax keeps string keys only; lists of layers have integers."""
+    return {str(key): string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _compare(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing or extra:
+        raise WeightsError(
+            f"{path} does not hold the weights of its config.json: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(extra)} unknown ({', '.join(extra[:3])}); convert it again"
+        )
+    for name, leaf in expected.items():
+        if tuple(stored[name].shape) != leaf.shape:
+            raise WeightsError(
+                f"{path}: {name} is {tuple(stored[name].shape)}, but config.json asks for {leaf.shape}; convert again"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]

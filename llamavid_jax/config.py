@@ -1,0 +1,265 @@
+"""Model configuration: frozen dataclasses and their strict readers.
+
+Field names are those of the documented transformers configuration where it has one.  Every field is read by the
+program.  `foreign_config.py` reads the `config.json` of the original and of the documented layout.
+
+Numerics policy (the one statement of it).  Parameters are stored in `param_dtype` and matrix products computed in
+`dtype`, both float32 or bfloat16.  Softmax, layer and RMS norms and rotary angles are always computed in float32 and
+cast back.  The original casts its vision tower to float16 and everything else to bfloat16.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+IMAGE_TOKEN = -200  # the placeholder id in `input_ids`; the original's IMAGE_TOKEN_INDEX
+IGNORE_LABEL = -100  # the label of positions without a loss; the original's IGNORE_INDEX
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: names the field, its value and the remedy."""
+
+
+def grid_stride(compress_type: str, side: int) -> int:
+    """Kernel and stride of the pooling over `side` × `side` patches, 0 for "none"; floor for non-divisors (Q8, P9)."""
+    if compress_type == "none":
+        return 0
+    if compress_type == "mean":
+        return side
+    name, _, number = compress_type.partition(":")
+    if name == "grid" and number.isdigit() and 1 < int(number) <= side:
+        return side // int(number)
+    raise ConfigError(f"compress_type is {compress_type!r}; use 'none', 'mean' or 'grid:n' with n from 2 to {side}")
+
+
+def projector_depth(mm_projector_type: str) -> int:
+    """Linear layers of the content projector: 0 for "identity", 1 for "linear", N for "mlpNx_gelu" (Q14)."""
+    if mm_projector_type in ("identity", "linear"):
+        return int(mm_projector_type == "linear")
+    number = mm_projector_type.removeprefix("mlp").removesuffix("x_gelu")
+    if f"mlp{number}x_gelu" == mm_projector_type and number.isdigit() and int(number) > 0:
+        return int(number)
+    raise ConfigError(
+        f"mm_projector_type is {mm_projector_type!r}; use 'linear', 'mlpNx_gelu' (such as mlp2x_gelu) or 'identity'"
+    )
+
+
+def require_divisible(section: str, name: str, value: int, by_name: str, by: int) -> None:
+    if by < 1 or value < 1 or value % by:
+        raise ConfigError(f"{section}.{name} is {value}, which is not a positive multiple of {by_name} = {by}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LLaMAVIDLlavaVisionConfig:
+    """EVA ViT-g/14 as LLaMA-VID runs it: 39 of EVA's 40 blocks, no final norm (`eva_vit.py` in the original)."""
+
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 39
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        require_divisible(
+            "vision_tower_config", "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
+        )
+        require_divisible("vision_tower_config", "image_size", self.image_size, "patch_size", self.patch_size)
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one frame, without the CLS token."""
+        return self.side**2
+
+
+@dataclasses.dataclass(frozen=True)
+class LLaMAVIDLlavaQFormerConfig:
+    """InstructBLIP's Q-Former: BERT-base with learned queries and cross-attention in every nth layer (Q1-Q6)."""
+
+    vocab_size: int = 30523  # bert-base-uncased and [DEC]
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    layer_norm_eps: float = 1e-12
+    cross_attention_frequency: int = 2
+    dropout: float = 0.1  # in training only (P19)
+
+    def __post_init__(self):
+        require_divisible(
+            "qformer_config", "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
+        )
+
+    @property
+    def num_cross_attention_layers(self) -> int:
+        """Layers 0, n, 2n, ... attend to the frame."""
+        return math.ceil(self.num_hidden_layers / self.cross_attention_frequency)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """A LLaMA decoder: Vicuna-1.5 by default, grouped-query heads and tied embeddings for newer bases."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_factor: float = 1.0  # linear scaling: positions are divided by it (T5, P17)
+    tie_word_embeddings: bool = False
+    eos_token_id: int = 2
+
+    def __post_init__(self):
+        require_divisible(
+            "text_config",
+            "num_attention_heads",
+            self.num_attention_heads,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+        )
+        if self.rope_factor < 1:
+            raise ConfigError(
+                f"text_config.rope_factor is {self.rope_factor}; linear scaling needs a factor of 1 or more"
+            )
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, in tokens, that the rotary positions were made for."""
+        return int(self.max_position_embeddings * self.rope_factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class LLaMAVIDLlavaConfig:
+    """The whole model.
+
+    `compress_type` is "none" (all patches), "mean" (one content token a frame) or "grid:n" (average pooling with
+    stride side // n).  `mm_projector_type` is "linear", "mlpNx_gelu" or "identity".  `image_aspect_ratio` is "pad"
+    (to a square, with the mean colour) or "crop"; videos are always cropped (D4).  `image_token_index` is the
+    placeholder id that `input_ids` may hold besides -200: the documented layout gives it a row of the vocabulary.
+    """
+
+    vision_tower_config: LLaMAVIDLlavaVisionConfig = LLaMAVIDLlavaVisionConfig()
+    qformer_config: LLaMAVIDLlavaQFormerConfig = LLaMAVIDLlavaQFormerConfig()
+    text_config: LlamaConfig = LlamaConfig()
+    num_query: int = 32
+    compress_type: str = "mean"
+    mm_projector_type: str = "mlp2x_gelu"
+    image_aspect_ratio: str = "pad"
+    image_token_index: int = IMAGE_TOKEN
+
+    def __post_init__(self):
+        grid_stride(self.compress_type, self.vision_tower_config.side)  # raises on a wrong value
+        projector_depth(self.mm_projector_type)
+        if (
+            self.mm_projector_type == "identity"
+            and self.vision_tower_config.hidden_size != self.text_config.hidden_size
+        ):
+            raise ConfigError(
+                f"mm_projector_type 'identity' needs vision and text of one width, but they are "
+                f"{self.vision_tower_config.hidden_size} and {self.text_config.hidden_size}; use 'mlp2x_gelu'"
+            )
+        if self.image_aspect_ratio not in ("pad", "crop"):
+            raise ConfigError(f"image_aspect_ratio is {self.image_aspect_ratio!r}; use 'pad' or 'crop'")
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Context token and content tokens of one frame: the n+1 of the paper."""
+        side = self.vision_tower_config.side
+        if self.compress_type == "none":
+            return 1 + side**2
+        stride = grid_stride(self.compress_type, side)
+        return 1 + (side // stride) ** 2
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaConfig":
+        """Reads `config.json` of a converted checkpoint, an original one or a documented one.
+
+        Raises ConfigError when the file is missing, is not JSON, or describes something this model does not do.
+        """
+        path = Path(directory) / "config.json" if Path(directory).suffix != ".json" else Path(directory)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path} is not readable JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a JSON {type(values).__name__}; a configuration is an object")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LLaMAVIDLlavaConfig":
+        """Reads any of the three forms; which one is told by `model_type`."""
+        from llamavid_jax import foreign_config
+
+        match values.get("model_type"):
+            case "llamavid_jax":
+                return strict(cls, {k: v for k, v in values.items() if k != "model_type"}, "")
+            case "llamavid":
+                return foreign_config.from_documented(values)
+            case "llava" | "llava_llama" | None if "mm_hidden_size" in values or "mm_vision_tower" in values:
+                return foreign_config.from_original(values)
+            case "llama":
+                raise ConfigError(
+                    "model_type is 'llama': a language model alone, without vision tower, Q-Former and projectors"
+                )
+            case other:
+                raise ConfigError(
+                    f"model_type is {other!r}; known are 'llamavid_jax', 'llamavid' (documented) and 'llava' (original)"
+                )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "LLaMAVIDLlavaConfig":
+        """Reads one of `configs/models/*.yaml`: this class's own field names, every unknown key an error."""
+        return strict(cls, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": "llamavid_jax", **dataclasses.asdict(self)}
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `config.json` in the project's own form."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def strict(cls, values: Any, path: str):
+    """Builds the dataclass `cls` from a mapping: unknown keys and wrong types are errors that name the field."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or 'the configuration'} is {values!r}; a mapping of fields is needed")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(f"unknown field {path}{unknown[0]}; the fields here are {', '.join(fields)}")
+    arguments = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = strict(kind, value, f"{path}{name}.")
+            continue
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not kind:
+            raise ConfigError(f"{path}{name} is {value!r}; a value of type {kind.__name__} is needed")
+        arguments[name] = value
+    return cls(**arguments)

@@ -1,0 +1,95 @@
+"""Static shapes: the one place where lengths are rounded up, and rows and their visual tokens laid out.  NumPy only.
+
+Every array that reaches a compiled function has a bucketed length, so that a new request seldom compiles anything.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
+
+TEXT = -1  # in a visual index: this position holds a text token
+FRAME_CHUNK = 32  # frames that go through the vision tower at a time
+
+
+class MergeError(ValueError):
+    """Placeholders, prompts and frames that do not fit together: names the counts and the remedy."""
+
+
+def bucket(length: int, smallest: int = 1) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... (powers of two and half-way steps) that holds `length`.
+
+    From 256 on all are multiples of 128, which the TPU attention kernel needs.
+    """
+    size = max(smallest, 1)
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else -(-size * 4 // 3)
+    return size
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One conversation after merging: `T` positions of text or visual tokens."""
+
+    token_ids: Int[np.ndarray, " T"]  # 0 where the position holds a visual token
+    visual_index: Int[np.ndarray, " T"]  # place in the table of visual tokens, TEXT elsewhere
+    labels: Int[np.ndarray, " T"] | None
+
+
+def merge_row(
+    input_ids: Int[np.ndarray, " t"],
+    visuals: Sequence[Int[np.ndarray, " N"]],
+    labels: Int[np.ndarray, " t"] | None = None,
+) -> Row:
+    """Lays one row out.  `visuals[i]` holds the table places of one prompt's visual tokens, frame after frame.
+
+    One placeholder a prompt: each is replaced by its prompt's whole block, with ignored labels (M2).  Or one
+    placeholder a visual token, with text between the frames, as in long videos: each is one slot and labels stay (M4).
+    Raises MergeError when the placeholders fit neither.
+    """
+    places = np.flatnonzero(input_ids == IMAGE_TOKEN)
+    if len(visuals) == 1 and len(places) == len(visuals[0]) != 1:
+        visual_index = np.full(len(input_ids), TEXT, np.int32)
+        visual_index[places] = visuals[0]
+        return Row(_text_ids(input_ids), visual_index, labels)
+    if len(places) != len(visuals):
+        slots = f", or one for each of its {len(visuals[0])} visual tokens" if len(visuals) == 1 else ""
+        raise MergeError(
+            f"a row holds {len(places)} image placeholders and {len(visuals)} prompts; "
+            f"give one placeholder for each prompt{slots}"
+        )
+    ids, index, kept_labels, start = [], [], [], 0
+    for place, block in zip([*places, len(input_ids)], [*visuals, np.zeros(0, np.int32)], strict=True):
+        text = input_ids[start:place]
+        ids += [text, np.zeros(len(block), np.int64)]
+        index += [np.full(len(text), TEXT, np.int32), block]
+        if labels is not None:
+            kept_labels += [labels[start:place], np.full(len(block), IGNORE_LABEL)]
+        start = place + 1
+    merged_labels = None if labels is None else np.concatenate(kept_labels)
+    return Row(_text_ids(np.concatenate(ids)), np.concatenate(index).astype(np.int32), merged_labels)
+
+
+def _text_ids(ids: np.ndarray) -> np.ndarray:
+    return np.where(ids == IMAGE_TOKEN, 0, ids).astype(np.int32)
+
+
+def pad_rows(rows: Sequence[np.ndarray], length: int, value: int) -> Int[np.ndarray, "B T"]:
+    """Stacks ragged rows, padded on the right."""
+    out = np.full((len(rows), length), value, np.int32)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = values
+    return out
+
+
+def pad_to(array: np.ndarray, length: int) -> np.ndarray:
+    """Pads the first axis with zeros."""
+    return np.pad(array, [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+
+def strip_padding(input_ids: Int[np.ndarray, " t"], attention_mask: Bool[np.ndarray, " t"] | None) -> np.ndarray:
+    """Positions of a row that hold tokens: where the mask says so, all without a mask."""
+    return np.arange(len(input_ids)) if attention_mask is None else np.flatnonzero(attention_mask)

@@ -1,0 +1,120 @@
+"""Frames → a table of visual tokens `[R, n+1, D]`, chunk by chunk: only the tokens of a video are kept.
+
+Frames come from arrays or from iterators (a video that is still being decoded), of several visuals one after another,
+and fill chunks of `FRAME_CHUNK` together.  The vision tower sees each frame once, the Q-Former each pair of a frame
+and a question once (Q10, Q11).
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamavid_jax.config import LLaMAVIDLlavaConfig
+from llamavid_jax.data.batching import FRAME_CHUNK, MergeError, bucket, pad_to
+from llamavid_jax.models.llama_vid import compress_frames, encode_frames
+
+FIRST_TABLE = 64  # pairs that a table holds at first where the number of frames is not known
+
+
+class Visual(NamedTuple):
+    """One image or video: its frames and the questions asked of it.
+
+    `frames` yields pixels `[3, H, W]`, or features `[P, E]` where `are_features`; `has_cls` says whether features
+    start with the CLS token (P1).  `questions` are rows of the text ids.
+    """
+
+    frames: Iterable[np.ndarray]
+    questions: Sequence[int]
+    are_features: bool = False
+    has_cls: bool = True
+
+
+def frame_features(graphdef, params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig) -> Iterator[np.ndarray]:
+    """Features `[f, 1+P, E]` of every chunk of frames, brought to the host."""
+    for chunk in _chunks(frames):
+        pixels = np.stack([_checked(frame, config, None) for frame in chunk])
+        yield np.asarray(encode_frames(graphdef, params, pad_to(pixels, bucket(len(chunk)))))[: len(chunk)]
+
+
+def encode_visuals(
+    graphdef: Any,
+    params: Any,
+    config: LLaMAVIDLlavaConfig,
+    visuals: Sequence[Visual],
+    text_ids: np.ndarray,
+    text_mask: np.ndarray,
+    dtype: Any,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[jax.Array, list[list[np.ndarray]]]:
+    """Encodes all visuals; returns the table `[R, n+1, D]` and `slots[visual][question]`, `[F]` rows of it.
+
+    `text_ids` and `text_mask` `[U, T]` hold the questions.  `progress` is told how many frames each step took.
+    Raises MergeError for a frame of a wrong shape.
+    """
+    slots: list[list[list[int]]] = [[[] for _ in visual.questions] for visual in visuals]
+    table = jnp.zeros((_first_size(visuals), config.tokens_per_frame, config.text_config.hidden_size), dtype)
+    used = 0
+    rows = bucket(len(text_ids))
+    text_ids, text_mask = pad_to(text_ids, rows), pad_to(text_mask, rows)
+    for (are_features, has_cls), group in itertools.groupby(enumerate(visuals), lambda item: item[1][2:]):
+        owned = ((index, frame) for index, visual in group for frame in visual.frames)
+        for chunk in _chunks(owned):
+            array = np.stack([_checked(frame, config, has_cls if are_features else None) for _, frame in chunk])
+            array = pad_to(array, bucket(len(chunk)))
+            features = jnp.asarray(array, dtype) if are_features else encode_frames(graphdef, params, array)
+            pairs = []
+            for place, (index, _) in enumerate(chunk):
+                for number, question in enumerate(visuals[index].questions):
+                    slots[index][number].append(used)
+                    pairs.append((place, question, used))
+                    used += 1
+            if used > len(table):
+                table = _grow(table, size=bucket(used, 2 * len(table)))
+            for some in _chunks(pairs):
+                frame, question, slot = np.full((3, bucket(len(some))), 0, np.int32)
+                slot += len(table)  # padding goes beyond the table, where it is dropped
+                frame[: len(some)], question[: len(some)], slot[: len(some)] = zip(*some, strict=True)
+                table = compress_frames(
+                    graphdef, params, table, features, frame, question, slot, text_ids, text_mask, has_cls=has_cls
+                )
+            if progress:
+                progress(len(chunk))
+    return table, [[np.asarray(slot, np.int32) for slot in visual] for visual in slots]
+
+
+def token_places(slots: np.ndarray, tokens_per_frame: int) -> np.ndarray:
+    """Places `[F·(n+1)]` in the flattened table of the frames at `slots`."""
+    return (slots[:, None] * tokens_per_frame + np.arange(tokens_per_frame)).reshape(-1).astype(np.int32)
+
+
+def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, FRAME_CHUNK)):
+        yield chunk
+
+
+def _first_size(visuals: Sequence[Visual]) -> int:
+    known = [len(v.frames) * len(v.questions) if hasattr(v.frames, "__len__") else FIRST_TABLE for v in visuals]
+    return bucket(sum(known))
+
+
+def _checked(frame: np.ndarray, config: LLaMAVIDLlavaConfig, features_have_cls: bool | None) -> np.ndarray:
+    """The frame, if it has the shape of pixels (`features_have_cls` None) or of features."""
+    vision = config.vision_tower_config
+    if features_have_cls is None:
+        expected, what = (3, vision.image_size, vision.image_size), "a frame of pixels [3, H, W]"
+    else:
+        expected = (vision.num_patches + features_have_cls, vision.hidden_size)
+        what = f"features of a frame [P, E] {'with' if features_have_cls else 'without'} the CLS token"
+    if np.shape(frame) != expected:
+        raise MergeError(f"{what} must be {expected} for this model, not {np.shape(frame)}; use its image processor")
+    return frame
+
+
+@jax.jit(static_argnames="size", donate_argnums=0)
+def _grow(table: jax.Array, *, size: int) -> jax.Array:
+    return jnp.pad(table, [(0, size - len(table)), (0, 0), (0, 0)])

@@ -1,0 +1,140 @@
+"""Merged rows → new ids: one bucketed prefill, then a compiled decode loop over a preallocated cache.
+
+The host looks at the ids after every block of decode steps, to stop rows at stop strings and to stream their text;
+within a block nothing leaves the device.  A row's greedy ids depend neither on its batch nor on its bucket.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from llamavid_jax.data.batching import TEXT, Row, bucket, pad_rows
+from llamavid_jax.generation.sampling import Sampling, next_tokens
+from llamavid_jax.models.kv_cache import KVCache
+from llamavid_jax.models.llama_vid import LlamaVid
+
+BLOCK_STEPS = 16  # decode steps between two looks of the host
+SMALLEST_LENGTH = 64  # of prompts and caches
+
+
+class DecodeState(NamedTuple):
+    """What the decode loop carries."""
+
+    token: Int[Array, " B"]  # the newest token of every row, not yet in the cache
+    position: Int[Array, " B"]  # where that token stands
+    done: Bool[Array, " B"]  # rows that have ended; they go on computing, unread
+    cache: KVCache
+    keys: Key[Array, " B"]  # one a row
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("cache_length", "greedy"))
+def prefill(
+    graphdef,
+    params,
+    token_ids: Int[Array, "B T"],
+    visual: Float[Array, "1 N D"],
+    visual_index: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    seed: Int[Array, ""],
+    sampling: Sampling,
+    *,
+    cache_length: int,
+    greedy: bool,
+) -> DecodeState:
+    """Runs the prompts and picks the first token of every row."""
+    model: LlamaVid = nnx.merge(graphdef, params)
+    hidden, cache = model.llama.prefill(model.merge(token_ids, visual, visual_index), cache_length)
+    rows = jnp.arange(len(lengths))
+    logits = model.llama.logits(hidden[rows, lengths - 1])
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+    token = next_tokens(logits, keys, lengths, sampling, greedy=greedy)
+    return DecodeState(token, lengths, jnp.zeros(len(lengths), bool), cache, keys)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("greedy",), donate_argnames="state")
+def decode_block(
+    graphdef, params, state: DecodeState, eos: Int[Array, ""], sampling: Sampling, *, greedy: bool
+) -> tuple[DecodeState, Int[Array, "B s"]]:
+    """BLOCK_STEPS tokens of every row, `[B, BLOCK_STEPS]`: the newest one of `state` and those after it."""
+    model: LlamaVid = nnx.merge(graphdef, params)
+    tokens = jnp.full((len(state.token), BLOCK_STEPS), eos, jnp.int32)
+
+    def more(carry):
+        step, state, _ = carry
+        return (step < BLOCK_STEPS) & ~jnp.all(state.done)
+
+    def body(carry):
+        step, state, tokens = carry
+        tokens = tokens.at[:, step].set(state.token)
+        done = state.done | (state.token == eos)
+        embedded = model.llama.embed(state.token[:, None])
+        hidden, cache = model.llama.decode(embedded, state.position, state.cache)
+        logits = model.llama.logits(hidden[:, 0])
+        token = next_tokens(logits, state.keys, state.position + 1, sampling, greedy=greedy)
+        return step + 1, DecodeState(token, state.position + 1, done, cache, state.keys), tokens
+
+    _, state, tokens = jax.lax.while_loop(more, body, (0, state, tokens))
+    return state, tokens
+
+
+def generate(
+    graphdef: Any,
+    params: Any,
+    rows: Sequence[Row],
+    visual: Float[Array, "N D"],
+    *,
+    max_new_tokens: int,
+    eos: int,
+    sampling: Sampling,
+    seed: int,
+    on_tokens: Callable[[int, list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """New ids of every row, without the end token `eos` (-1: never end).
+
+    `on_tokens(row, ids)` is given a row's new ids as they come and returns True to stop that row.
+    """
+    lengths = np.array([len(row.token_ids) for row in rows], np.int32)
+    batch, length = bucket(len(rows)), bucket(int(lengths.max()), SMALLEST_LENGTH)
+    cache_length = max(bucket(int(lengths.max()) + max_new_tokens, SMALLEST_LENGTH), length)
+    greedy = sampling.temperature == 0
+    padding = batch - len(rows)
+    state = prefill(
+        graphdef,
+        params,
+        np.pad(pad_rows([row.token_ids for row in rows], length, 0), [(0, padding), (0, 0)]),
+        visual[None],
+        np.pad(
+            pad_rows([row.visual_index for row in rows], length, TEXT), [(0, padding), (0, 0)], constant_values=TEXT
+        ),
+        np.pad(lengths, (0, padding), constant_values=1),
+        np.uint32(seed),
+        _as_arrays(sampling),
+        cache_length=cache_length,
+        greedy=greedy,
+    )
+    state = state._replace(done=jnp.arange(batch) >= len(rows))
+    new: list[list[int]] = [[] for _ in rows]
+    ended = np.zeros(len(rows), bool)
+    while not ended.all():
+        state, tokens = decode_block(graphdef, params, state, np.int32(eos), _as_arrays(sampling), greedy=greedy)
+        for index, block in enumerate(np.asarray(tokens)[: len(rows)].tolist()):
+            if ended[index]:
+                continue
+            ids = block[: max_new_tokens - len(new[index])]
+            ids = ids[: ids.index(eos)] if eos in ids else ids
+            new[index] += ids
+            ended[index] = len(ids) < BLOCK_STEPS or len(new[index]) == max_new_tokens
+            if on_tokens and ids:
+                ended[index] |= on_tokens(index, ids)
+        state = state._replace(done=jnp.asarray(np.pad(ended, (0, padding), constant_values=True)))
+    return new
+
+
+def _as_arrays(sampling: Sampling) -> Sampling:
+    return Sampling(np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p))

@@ -1,0 +1,98 @@
+"""EVA ViT-g/14, the vision tower: frames `[F, 3, H, W]` → features `[F, 1+P, E]`, the CLS token first.
+
+The original's `eva_vit.py` (V2-V5): 39 of EVA's 40 blocks, learned absolute positions, pre-norm blocks with epsilon
+1e-6, exact GELU, query and value biases but no key bias, and no norm after the last block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from llamavid_jax.attention.attention import attention
+from llamavid_jax.config import LLaMAVIDLlavaVisionConfig
+from llamavid_jax.models import stack
+
+
+class PatchEmbed(nnx.Module):
+    """A convolution whose stride is its kernel, as one matrix product over flattened patches."""
+
+    def __init__(self, config: LLaMAVIDLlavaVisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        side, width = config.patch_size, config.hidden_size
+        init = jax.nn.initializers.truncated_normal(0.02)
+        self.kernel = nnx.Param(init(rngs.params(), (side, side, 3, width), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(width, param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, pixels: Float[Array, "F 3 y x"]) -> Float[Array, "F P E"]:
+        side = self.kernel.shape[0]
+        patches = rearrange(pixels, "f c (y p) (x q) -> f (y x) p q c", p=side, q=side).astype(self.dtype)
+        return jnp.einsum("fnpqc,pqce->fne", patches, self.kernel.astype(self.dtype)) + self.bias.astype(self.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LLaMAVIDLlavaVisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        width, heads = config.hidden_size, config.num_attention_heads
+        linear = functools.partial(nnx.LinearGeneral, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.qkv = linear(width, (3, heads, width // heads), use_bias=False)
+        self.q_bias = nnx.Param(jnp.zeros((heads, width // heads), param_dtype))
+        self.v_bias = nnx.Param(jnp.zeros((heads, width // heads), param_dtype))
+        self.out = linear((heads, width // heads), width, axis=(-2, -1))
+
+    def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P E"]:
+        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)
+        q, v = q + self.q_bias.astype(q.dtype), v + self.v_bias.astype(v.dtype)  # the key has no bias (V3)
+        return self.out(attention(q, k, v))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, width: int, hidden: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: LLaMAVIDLlavaVisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        norm = functools.partial(
+            nnx.LayerNorm,
+            config.hidden_size,
+            epsilon=config.layer_norm_eps,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            use_fast_variance=False,
+            rngs=rngs,
+        )
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.attn_norm, self.mlp_norm = norm(), norm()
+        self.attn = Attention(config, **dtypes, rngs=rngs)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, **dtypes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P E"]:
+        x = x + self.attn(self.attn_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class EvaViT(nnx.Module):
+    def __init__(self, config: LLaMAVIDLlavaVisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        init = jax.nn.initializers.truncated_normal(0.02)
+        self.patch_embed = PatchEmbed(config, **dtypes, rngs=rngs)
+        self.cls_token = nnx.Param(init(rngs.params(), (config.hidden_size,), param_dtype))
+        self.position = nnx.Param(init(rngs.params(), (1 + config.num_patches, config.hidden_size), param_dtype))
+        self.blocks = stack.stack(lambda rngs: Block(config, **dtypes, rngs=rngs), config.num_hidden_layers, rngs)
+        self.dtype = dtype
+
+    @jax.named_scope("eva_vit")
+    def __call__(self, pixels: Float[Array, "F 3 y x"]) -> Float[Array, "F P E"]:
+        """Normalised frames `[F, 3, H, W]` → `[F, 1+P, E]`: the states after the last block, CLS first, not normed."""
+        patches = self.patch_embed(pixels)
+        cls = jnp.broadcast_to(self.cls_token.astype(self.dtype), (patches.shape[0], 1, patches.shape[2]))
+        x = jnp.concatenate([cls, patches], axis=1) + self.position.astype(self.dtype)
+        x, _ = stack.scan(lambda block, x: (block(x), None), self.blocks, x)
+        return x

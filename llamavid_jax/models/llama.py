@@ -1,0 +1,137 @@
+"""LLaMA, the language model: embeddings `[B, T, D]` → logits `[B, T, V]`, with or without a cache.
+
+RMS norm, rotary attention with grouped-query heads, gated MLP.  The layers are stacked: training and prefill scan
+over them; decoding loops over them in Python, because a scan that carries the cache copies all of it in every layer
+on a GPU.  There is one definition of a layer: what differs is the `attend` that it is given.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llamavid_jax.attention.attention import attention
+from llamavid_jax.config import LlamaConfig
+from llamavid_jax.models import stack
+from llamavid_jax.models.kv_cache import KVCache
+from llamavid_jax.models.rotary import rotary_angles, rotate
+from llamavid_jax.sharding import constrain
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of the new positions → attended
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.LinearGeneral, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width, size = config.hidden_size, config.head_dim
+        self.q = linear(width, (config.num_attention_heads, size))
+        self.k = linear(width, (config.num_key_value_heads, size))
+        self.v = linear(width, (config.num_key_value_heads, size))
+        self.out = linear((config.num_attention_heads, size), width, axis=(-2, -1))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], angles: Float[Array, "B T h"], attend: Attend
+    ) -> Float[Array, "B T D"]:
+        q, k, v = rotate(self.q(x), angles), rotate(self.k(x), angles), self.v(x)
+        return self.out(attend(q, k, v))
+
+
+class GatedMlp(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.gate = linear(config.hidden_size, config.intermediate_size)
+        self.up = linear(config.hidden_size, config.intermediate_size)
+        self.down = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.attn_norm = rms_norm(config, param_dtype, rngs)
+        self.attn = Attention(config, **dtypes, rngs=rngs)
+        self.mlp_norm = rms_norm(config, param_dtype, rngs)
+        self.mlp = GatedMlp(config, **dtypes, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], angles: Float[Array, "B T h"], attend: Attend
+    ) -> Float[Array, "B T D"]:
+        x = constrain(x, "batch", "sequence", None)
+        x = x + self.attn(self.attn_norm(x), angles, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        init = jax.nn.initializers.normal(0.02)
+        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, **dtypes, embedding_init=init, rngs=rngs)
+        self.layers = stack.stack(lambda rngs: Layer(config, **dtypes, rngs=rngs), config.num_hidden_layers, rngs)
+        self.norm = rms_norm(config, param_dtype, rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **dtypes, rngs=rngs)
+        self.config = config
+
+    def angles(self, positions: Int[Array, "B T"]) -> Float[Array, "B T h"]:
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_factor)
+
+    @jax.named_scope("llama")
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Final hidden states of whole rows.  Rows are padded on the right, where causality hides the padding (P15)."""
+        return self._causal(x, keep_cache=False)[0]
+
+    @jax.named_scope("prefill")
+    def prefill(self, x: Float[Array, "B T D"], cache_length: int) -> tuple[Float[Array, "B T D"], KVCache]:
+        """`__call__` that also returns a cache of `cache_length` slots holding the T positions."""
+        hidden, (k, v) = self._causal(x, keep_cache=True)
+        return hidden, KVCache.from_prefill(k, v, cache_length)
+
+    def _causal(self, x, *, keep_cache: bool):
+        angles = self.angles(jnp.arange(x.shape[1])[None])
+
+        def apply(layer: Layer, x: jax.Array):
+            seen = None
+
+            def attend(q, k, v):
+                nonlocal seen
+                seen = (k, v) if keep_cache else None
+                return attention(q, k, v, causal=True)
+
+            return layer(x, angles, attend), seen
+
+        x, seen = stack.scan(apply, self.layers, x)
+        return self.norm(x), seen
+
+    @jax.named_scope("decode")
+    def decode(
+        self, x: Float[Array, "B 1 D"], positions: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        """One new position of every row: row b's stands at `positions[b]` and sees the slots up to it."""
+        angles = self.angles(positions[:, None])
+        visible = jnp.arange(cache.k.shape[2])[None, :] <= positions[:, None]
+        for index in range(self.config.num_hidden_layers):
+
+            def attend(q, k, v, index=index):
+                nonlocal cache
+                cache = cache.write(index, positions, k, v)
+                return attention(q, cache.k[index], cache.v[index], mask=visible[:, None, None, :])
+
+            x = stack.layer(self.layers, index)(x, angles, attend)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 scores of the vocabulary."""
+        if self.config.tie_word_embeddings:
+            return self.embed.attend(hidden).astype(jnp.float32)
+        return self.lm_head(hidden).astype(jnp.float32)
+
+
+def rms_norm(config: LlamaConfig, param_dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.hidden_size, epsilon=config.rms_norm_eps, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
+    )

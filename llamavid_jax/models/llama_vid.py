@@ -1,0 +1,124 @@
+"""LLaMA-VID: frames and a question become visual tokens, which take their slots among the text's embeddings.
+
+    pixels [F, 3, H, W] ─ eva_vit ─▶ features [F, 1+P, E] ─ qformer + visual_tokens, one frame at a time ─▶ [F, n+1, D]
+    token ids [B, T], visual tokens, one index a position ─ merge ─▶ [B, T, D] ─ llama ─▶ logits [B, T, V]
+
+The compiled functions take `(graphdef, params)` apart, so that one program serves every model of one shape.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
+from llamavid_jax.data.batching import TEXT
+from llamavid_jax.models.eva_vit import EvaViT
+from llamavid_jax.models.llama import Llama
+from llamavid_jax.models.qformer import QFormer
+from llamavid_jax.models.visual_tokens import VisualTokens
+from llamavid_jax.sharding import constrain
+
+
+class LlamaVid(nnx.Module):
+    """The whole model; parameters in `param_dtype`, products in `dtype` (the policy stands in `config.py`)."""
+
+    def __init__(self, config: LLaMAVIDLlavaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.vision = EvaViT(config.vision_tower_config, **dtypes, rngs=rngs)
+        self.qformer = QFormer(
+            config.qformer_config, config.num_query, config.vision_tower_config.hidden_size, **dtypes, rngs=rngs
+        )
+        self.visual_tokens = VisualTokens(config, **dtypes, rngs=rngs)
+        self.llama = Llama(config.text_config, **dtypes, rngs=rngs)
+
+    def frame_tokens(
+        self,
+        features: Float[Array, "P E"],
+        text_ids: Int[Array, " T"],
+        text_mask: Bool[Array, " T"],
+        *,
+        has_cls: bool,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "n D"]:
+        """Token compression of one frame for one question: `[n+1, D]`, the context token first.
+
+        `has_cls` says whether `features` start with the CLS token: yes after the vision tower, no for ready features
+        of long videos.  The Q-Former sees it where it is there; the tokens never hold it (P1, Q5).
+        """
+        queries = self.qformer(features, text_ids, text_mask, dropout_key)
+        return self.visual_tokens(features[1:] if has_cls else features, queries)
+
+    def merge(
+        self, token_ids: Int[Array, "B T"], visual: Float[Array, "B N D"], visual_index: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Embeds the text and puts visual tokens into their slots: one gather.
+
+        `visual` holds each row's visual tokens, or has a first axis of 1 where all rows share one table.
+        `visual_index` is the place in it of every position, TEXT where the position holds `token_ids`.
+        """
+        text = self.llama.embed(token_ids)
+        seen = jnp.take_along_axis(visual, jnp.maximum(visual_index, 0)[..., None], axis=1).astype(text.dtype)
+        return constrain(jnp.where((visual_index == TEXT)[..., None], text, seen), "batch", "sequence", None)
+
+    def __call__(
+        self, token_ids: Int[Array, "B T"], visual: Float[Array, "B N D"], visual_index: Int[Array, "B T"]
+    ) -> Float[Array, "B T V"]:
+        """Logits of every position."""
+        return self.llama.logits(self.llama(self.merge(token_ids, visual, visual_index)))
+
+
+def abstract_params(config: LLaMAVIDLlavaConfig, param_dtype=jnp.float32) -> dict[str, Any]:
+    """The nested dict of parameters as shapes and types; nothing is allocated."""
+    model = nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0), param_dtype=param_dtype))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_frames(graphdef, params, pixels: Float[Array, "F 3 y x"]) -> Float[Array, "F P E"]:
+    """The vision tower on one chunk of frames."""
+    return nnx.merge(graphdef, params).vision(constrain(pixels, "frames", None, None, None))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="has_cls", donate_argnames="table")
+def compress_frames(
+    graphdef,
+    params,
+    table: Float[Array, "R n D"],
+    features: Float[Array, "F P E"],
+    frame: Int[Array, " G"],
+    text: Int[Array, " G"],
+    slot: Int[Array, " G"],
+    text_ids: Int[Array, "U T"],
+    text_mask: Bool[Array, "U T"],
+    *,
+    has_cls: bool,
+) -> Float[Array, "R n D"]:
+    """Compresses G pairs of a frame and a question into their slots of `table`; a slot beyond it is dropped.
+
+    `frame` and `text` index `features` and `text_ids`: the tower runs once a frame, the Q-Former once a pair (Q10).
+    """
+    model = nnx.merge(graphdef, params)
+    tokens = jax.vmap(functools.partial(model.frame_tokens, has_cls=has_cls))(
+        constrain(features[frame], "frames", None, None), text_ids[text], text_mask[text]
+    )
+    return table.at[slot].set(tokens.astype(table.dtype), mode="drop")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(graphdef, params, token_ids, visual, visual_index) -> Float[Array, "B T V"]:
+    """Logits of whole rows."""
+    return nnx.merge(graphdef, params)(token_ids, visual, visual_index)
+
+
+@jax.jit
+def next_token_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Mean cross-entropy of position t's logits against label t+1, over the labels that are not ignored (M10)."""
+    targets = labels[:, 1:]
+    kept = targets != IGNORE_LABEL
+    log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
+    picked = jnp.take_along_axis(log_probs, jnp.where(kept, targets, 0)[..., None], axis=-1)[..., 0]
+    return -jnp.sum(picked * kept) / jnp.maximum(kept.sum(), 1)

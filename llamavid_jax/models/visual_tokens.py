@@ -1,0 +1,61 @@
+"""The token generator: one frame's features and queries → one context token and n content tokens, `[n+1, D]`.
+
+Paper section 3.2; the original's `token_generation` (Q7-Q9).  The context token is where the question's queries look:
+their attention over the raw patches, averaged over the queries.  The content tokens are the patches, pooled or not.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import reduce
+from flax import nnx
+from jaxtyping import Array, Float
+
+from llamavid_jax.config import LLaMAVIDLlavaConfig, grid_stride, projector_depth
+
+
+def pool_patches(patches: Float[Array, "P E"], stride: int) -> Float[Array, "n E"]:
+    """Average pooling over the square of patches; what a whole window does not cover is dropped, as avg_pool2d does."""
+    if stride == 0:
+        return patches
+    side = math.isqrt(patches.shape[0])
+    kept = side // stride * stride
+    square = patches.reshape(side, side, -1)[:kept, :kept]
+    return reduce(square.astype(jnp.float32), "(y p) (x q) e -> (y x) e", "mean", p=stride, q=stride).astype(
+        patches.dtype
+    )
+
+
+class VisualTokens(nnx.Module):
+    def __init__(self, config: LLaMAVIDLlavaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        vision, text = config.vision_tower_config.hidden_size, config.text_config.hidden_size
+        linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.query_projector = linear(config.qformer_config.hidden_size, vision)
+        self.key_projector = linear(vision, vision)
+        self.value_projector = linear(vision, text)
+        depth = projector_depth(config.mm_projector_type)
+        self.projector = nnx.List([linear(vision if i == 0 else text, text) for i in range(depth)])
+        self.stride = grid_stride(config.compress_type, config.vision_tower_config.side)
+        self.dtype = dtype
+
+    def context_attention(self, patches: Float[Array, "P E"], queries: Float[Array, "Q C"]) -> Float[Array, " P"]:
+        """Where the question looks: float32 weights over the patches, summing to one."""
+        q, k = self.query_projector(queries), self.key_projector(patches)
+        scores = jnp.einsum("qe,pe->qp", q, k, preferred_element_type=jnp.float32) / math.sqrt(k.shape[-1])
+        return jax.nn.softmax(scores, axis=-1).mean(axis=0)
+
+    @jax.named_scope("visual_tokens")
+    def __call__(self, patches: Float[Array, "P E"], queries: Float[Array, "Q C"]) -> Float[Array, "n D"]:
+        """`[context, content...]` of one frame.  `patches` are without the CLS token and not normed.
+
+        The mean over queries is taken of the attention weights, which equals the original's mean of the Q weighted
+        sums and costs one of them.
+        """
+        weights = self.context_attention(patches, queries)
+        context = jnp.einsum("p,pe->e", weights.astype(self.dtype), patches.astype(self.dtype))
+        content = pool_patches(patches, self.stride).astype(self.dtype)
+        for index, linear in enumerate(self.projector):
+            content = linear(jax.nn.gelu(content, approximate=False) if index else content)
+        return jnp.concatenate([self.value_projector(context)[None], content])
