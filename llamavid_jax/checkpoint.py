@@ -9,13 +9,14 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
+from llamavid_jax.errors import InputError
 from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.sharding import flat_paths, param_shardings
 
 WEIGHTS = "weights"  # the folder in a checkpoint's directory
 
 
-class WeightsError(ValueError):
+class WeightsError(InputError):
     """Weights that cannot be loaded: names the folder, what is wrong and the remedy."""
 
 

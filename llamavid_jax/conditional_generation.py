@@ -6,6 +6,7 @@ the compiled functions of `models/llama_vid.py` and `generation/`.
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from llamavid_jax.checkpoint import load_weights, parse_dtype, save_weights
 from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN, LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import TEXT, MergeError, Row, bucket, merge_row, pad_rows, strip_padding
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.data.tokenize import Tokenizer
 from llamavid_jax.generation.encode import Visual, encode_visuals, frame_features, token_places
 from llamavid_jax.generation.generate import generate
 from llamavid_jax.generation.sampling import Sampling
 from llamavid_jax.generation.stopping import RowText
 from llamavid_jax.models.llama_vid import LlamaVid, forward, next_token_loss
+from llamavid_jax.processor import load_tokenizers
 from llamavid_jax.sharding import param_shardings
 
 Frames = Any  # [F, 3, H, W] pixels or [F, P, E] features: an array, or an iterable of frames
@@ -45,12 +48,16 @@ class ForwardOutput:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
-    """New ids of every row, without end token; their text where the model has a tokenizer; what the prompts held."""
+    """New ids of every row, without end token; their text where the model has a tokenizer; what the prompts held.
+
+    `seconds` tells how long decoding and encoding the frames took ("encode") and how long the answer ("generate").
+    """
 
     token_ids: list[list[int]]
     texts: list[str] | None
     prompt_tokens: list[int]
     visual_tokens: list[int]
+    seconds: dict[str, float]
 
 
 class LLaMAVIDLlavaForConditionalGeneration:
@@ -70,7 +77,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
         dtype: Any = "float32",
         mesh: Mesh | None = None,
         seed: int = 0,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         qformer_tokenizer: QFormerTokenizer | None = None,
     ):
         """Random weights from `seed` where no `params` are given."""
@@ -95,8 +102,6 @@ class LLaMAVIDLlavaForConditionalGeneration:
 
         Raises ConfigError or WeightsError, naming the file and what to do.
         """
-        from llamavid_jax.processor import load_tokenizers
-
         config = LLaMAVIDLlavaConfig.from_pretrained(directory)
         params = load_weights(directory, config, dtype, mesh)
         tokenizer, qformer_tokenizer = load_tokenizers(directory)
@@ -182,8 +187,8 @@ class LLaMAVIDLlavaForConditionalGeneration:
         attention_mask: Any = None,
         features_have_cls: bool = False,
         max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | int = 0.0,
+        top_p: float | int = 1.0,
         top_k: int = 0,
         stop: Sequence[str] = (),
         seed: int = 0,
@@ -200,10 +205,13 @@ class LLaMAVIDLlavaForConditionalGeneration:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if self.tokenizer is None and (stop or streamer):
             raise MergeError("stop strings and streaming need the tokenizer; convert with --tokenizer FOLDER")
+        start = time.perf_counter()
         with self._on_mesh():
             table, rows = self._merge(
                 input_ids, pixel_values, features, prompts, attention_mask, None, features_have_cls, progress
             )
+            table.block_until_ready()
+            encoded = time.perf_counter()
             for number, row in enumerate(rows):
                 if len(row.token_ids) + max_new_tokens > self.config.text_config.max_length:
                     raise MergeError(
@@ -238,6 +246,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
             texts=[text.text for text in texts] if texts else None,
             prompt_tokens=[len(row.token_ids) for row in rows],
             visual_tokens=[int((row.visual_index != TEXT).sum()) for row in rows],
+            seconds={"encode": encoded - start, "generate": time.perf_counter() - encoded},
         )
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
@@ -295,7 +304,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
             kind = {"are_features": ready is not None, "has_cls": ready is None or features_have_cls}
             questions = list(range(question, question + len(sample_prompts)))
             question += len(sample_prompts)
-            if isinstance(frames, (list, tuple)) and np.ndim(frames[0]) != 3:
+            if isinstance(frames, (list, tuple)) and np.ndim(frames[0]) != (3 if ready is None else 2):
                 if len(frames) != len(sample_prompts):
                     raise MergeError(
                         f"sample {number} has {len(frames)} videos but {len(sample_prompts)} prompts; "
@@ -321,7 +330,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
         return table.reshape(-1, table.shape[-1]), places
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
+def _check_sampling(max_new_tokens: int, temperature: float | int, top_p: float | int, top_k: int) -> None:
     for name, value, fits, needed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),

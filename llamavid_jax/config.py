@@ -17,11 +17,13 @@ from typing import Any
 
 import yaml
 
+from llamavid_jax.errors import InputError
+
 IMAGE_TOKEN = -200  # the placeholder id in `input_ids`; the original's IMAGE_TOKEN_INDEX
 IGNORE_LABEL = -100  # the label of positions without a loss; the original's IGNORE_INDEX
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that cannot be used: names the field, its value and the remedy."""
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llamavid_jax.config import LLaMAVIDLlavaConfig
+from llamavid_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -142,7 +143,7 @@ OPTIONAL_ROWS = {  # tied embeddings have no head, an identity projector no laye
 }
 
 
-class ShardingError(ValueError):
+class ShardingError(InputError):
     """A mesh or a table row that does not fit: names it, the sizes and the remedy."""
 
 

@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
+from llamavid_jax.errors import InputError
 
 TEXT = -1  # in a visual index: this position holds a text token
 FRAME_CHUNK = 32  # frames that go through the vision tower at a time
 
 
-class MergeError(ValueError):
+class MergeError(InputError):
     """Placeholders, prompts and frames that do not fit together: names the counts and the remedy."""
 
 
@@ -28,6 +29,11 @@ def bucket(length: int, smallest: int = 1) -> int:
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else -(-size * 4 // 3)
     return size
+
+
+def chunk_size(frames: int) -> int:
+    """Frames or pairs of one compiled step: 1 for an image, 8 for a few frames, FRAME_CHUNK for a video."""
+    return next(size for size in (1, 8, FRAME_CHUNK) if frames <= size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +83,7 @@ def _text_ids(ids: np.ndarray) -> np.ndarray:
     return np.where(ids == IMAGE_TOKEN, 0, ids).astype(np.int32)
 
 
-def pad_rows(rows: Sequence[np.ndarray], length: int, value: int) -> Int[np.ndarray, "B T"]:
+def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int, value: int) -> Int[np.ndarray, "B T"]:
     """Stacks ragged rows, padded on the right."""
     out = np.full((len(rows), length), value, np.int32)
     for row, values in zip(out, rows, strict=True):
@@ -85,9 +91,13 @@ def pad_rows(rows: Sequence[np.ndarray], length: int, value: int) -> Int[np.ndar
     return out
 
 
-def pad_to(array: np.ndarray, length: int) -> np.ndarray:
-    """Pads the first axis with zeros."""
-    return np.pad(array, [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1))
+def pad_to(array: np.ndarray, *sizes: int) -> np.ndarray:
+    """Pads the first axes with zeros to `sizes`."""
+    return np.pad(
+        array,
+        [(0, size - length) for size, length in zip(sizes, array.shape, strict=False)]
+        + [(0, 0)] * (array.ndim - len(sizes)),
+    )
 
 
 def strip_padding(input_ids: Int[np.ndarray, " t"], attention_mask: Bool[np.ndarray, " t"] | None) -> np.ndarray:

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import FRAME_CHUNK, MergeError, bucket, pad_to
+from llamavid_jax.data.batching import FRAME_CHUNK, MergeError, bucket, chunk_size, pad_to
 from llamavid_jax.models.llama_vid import compress_frames, encode_frames
 
-FIRST_TABLE = 64  # pairs that a table holds at first where the number of frames is not known
+SMALLEST_TABLE = 128  # visual tokens
+UNKNOWN_FRAMES = 64  # room for a video whose number of frames is not known yet
+SMALLEST_TEXT = (8, 32)  # questions and their tokens
 
 
 class Visual(NamedTuple):
@@ -37,7 +39,7 @@ def frame_features(graphdef, params, frames: Iterable[np.ndarray], config: LLaMA
     """Features `[f, 1+P, E]` of every chunk of frames, brought to the host."""
     for chunk in _chunks(frames):
         pixels = np.stack([_checked(frame, config, None) for frame in chunk])
-        yield np.asarray(encode_frames(graphdef, params, pad_to(pixels, bucket(len(chunk)))))[: len(chunk)]
+        yield np.asarray(encode_frames(graphdef, params, pad_to(pixels, chunk_size(len(chunk)))))[: len(chunk)]
 
 
 def encode_visuals(
@@ -56,15 +58,16 @@ def encode_visuals(
     Raises MergeError for a frame of a wrong shape.
     """
     slots: list[list[list[int]]] = [[[] for _ in visual.questions] for visual in visuals]
-    table = jnp.zeros((_first_size(visuals), config.tokens_per_frame, config.text_config.hidden_size), dtype)
+    table = jnp.zeros(
+        (_first_size(visuals, config.tokens_per_frame), config.tokens_per_frame, config.text_config.hidden_size), dtype
+    )
     used = 0
-    rows = bucket(len(text_ids))
-    text_ids, text_mask = pad_to(text_ids, rows), pad_to(text_mask, rows)
+    text_ids, text_mask = (pad_to(array, *map(bucket, array.shape, SMALLEST_TEXT)) for array in (text_ids, text_mask))
     for (are_features, has_cls), group in itertools.groupby(enumerate(visuals), lambda item: item[1][2:]):
         owned = ((index, frame) for index, visual in group for frame in visual.frames)
         for chunk in _chunks(owned):
             array = np.stack([_checked(frame, config, has_cls if are_features else None) for _, frame in chunk])
-            array = pad_to(array, bucket(len(chunk)))
+            array = pad_to(array, chunk_size(len(chunk)))
             features = jnp.asarray(array, dtype) if are_features else encode_frames(graphdef, params, array)
             pairs = []
             for place, (index, _) in enumerate(chunk):
@@ -75,7 +78,7 @@ def encode_visuals(
             if used > len(table):
                 table = _grow(table, size=bucket(used, 2 * len(table)))
             for some in _chunks(pairs):
-                frame, question, slot = np.full((3, bucket(len(some))), 0, np.int32)
+                frame, question, slot = np.zeros((3, chunk_size(len(some))), np.int32)
                 slot += len(table)  # padding goes beyond the table, where it is dropped
                 frame[: len(some)], question[: len(some)], slot[: len(some)] = zip(*some, strict=True)
                 table = compress_frames(
@@ -97,9 +100,9 @@ def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _first_size(visuals: Sequence[Visual]) -> int:
-    known = [len(v.frames) * len(v.questions) if hasattr(v.frames, "__len__") else FIRST_TABLE for v in visuals]
-    return bucket(sum(known))
+def _first_size(visuals: Sequence[Visual], tokens_per_frame: int) -> int:
+    known = [len(v.frames) * len(v.questions) if hasattr(v.frames, "__len__") else UNKNOWN_FRAMES for v in visuals]
+    return bucket(sum(known), SMALLEST_TABLE // tokens_per_frame)
 
 
 def _checked(frame: np.ndarray, config: LLaMAVIDLlavaConfig, features_have_cls: bool | None) -> np.ndarray:

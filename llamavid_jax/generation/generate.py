@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from llamavid_jax.data.batching import TEXT, Row, bucket, pad_rows
 from llamavid_jax.generation.sampling import Sampling, next_tokens
@@ -41,7 +41,7 @@ def prefill(
     visual: Float[Array, "1 N D"],
     visual_index: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    seed: Int[Array, ""],
+    seed: UInt32[Array, ""],
     sampling: Sampling,
     *,
     cache_length: int,

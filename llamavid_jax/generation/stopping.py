@@ -1,46 +1,48 @@
-"""Turning ids into text while they come: stop strings, and whole characters only for a streamer."""
+"""Turning ids into text while they come: stop strings, and only what is certain for a streamer."""
 
 from collections.abc import Sequence
-from typing import Any
+
+from llamavid_jax.data.tokenize import TextStream, Tokenizer
 
 
 class RowText:
     """The text of one row as its ids come in.
 
-    Each `push` takes new ids and returns the text that is safe to show: whole characters, and nothing that could still
-    turn out to be the beginning of a stop string.  `stopped` is set when one is complete; `text` then ends before it.
+    `push` takes new ids and returns the text that is safe to show: whole characters, and nothing that could still turn
+    out to be the beginning of a stop string.  `stopped` is set once one is complete; `text` then ends before it.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]):
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self.ids: list[int] = []
         self.text = ""
-        self.shown = 0
         self.stopped = False
+        self._stream, self._stop, self._shown = TextStream(tokenizer), tuple(stop), 0
 
     def push(self, ids: Sequence[int]) -> str:
-        """Adds ids one by one up to a stop string; returns the new safe text."""
+        """Adds ids one by one, up to a stop string; returns the new safe text."""
         for token in ids:
+            self.ids.append(token)
+            self._add(self._stream.push(token))
             if self.stopped:
                 break
-            self.ids.append(token)
-            self.text = self.tokenizer.decode(self.ids)
-            found = [at for stop in self.stop if (at := self.text.find(stop)) >= 0]
-            if found:
-                self.text, self.stopped = self.text[: min(found)], True
-        return self._show(len(self.text) if self.stopped else self._safe())
+        return self._show(len(self.text) if self.stopped else len(self.text) - self._held())
 
     def finish(self) -> str:
         """The rest, once no more ids come."""
+        if not self.stopped:
+            self._add(self._stream.finish())
         return self._show(len(self.text))
 
-    def _show(self, end: int) -> str:
-        new = self.text[self.shown : max(end, self.shown)]
-        self.shown += len(new)
-        return new
+    def _add(self, new: str) -> None:
+        self.text += new
+        found = [at for stop in self._stop if (at := self.text.find(stop, self._shown)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
 
-    def _safe(self) -> int:
-        """Where the text ends that no further id can change."""
-        end = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}"))  # bytes of a character that is not whole yet
-        held = [size for stop in self.stop for size in range(1, len(stop)) if self.text[:end].endswith(stop[:size])]
-        return end - max(held, default=0)
+    def _held(self) -> int:
+        """How much of the end may be the beginning of a stop string."""
+        return max((n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+
+    def _show(self, end: int) -> str:
+        new, self._shown = self.text[self._shown : end], max(self._shown, end)
+        return new

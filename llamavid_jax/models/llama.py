@@ -33,7 +33,7 @@ class Attention(nnx.Module):
         self.out = linear((config.num_attention_heads, size), width, axis=(-2, -1))
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Float[Array, "B T h"], attend: Attend
+        self, x: Float[Array, "B T D"], angles: Float[Array, "#B T h"], attend: Attend
     ) -> Float[Array, "B T D"]:
         q, k, v = rotate(self.q(x), angles), rotate(self.k(x), angles), self.v(x)
         return self.out(attend(q, k, v))
@@ -59,7 +59,7 @@ class Layer(nnx.Module):
         self.mlp = GatedMlp(config, **dtypes, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Float[Array, "B T h"], attend: Attend
+        self, x: Float[Array, "B T D"], angles: Float[Array, "#B T h"], attend: Attend
     ) -> Float[Array, "B T D"]:
         x = constrain(x, "batch", "sequence", None)
         x = x + self.attn(self.attn_norm(x), angles, attend)

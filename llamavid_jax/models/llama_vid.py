@@ -53,7 +53,7 @@ class LlamaVid(nnx.Module):
         return self.visual_tokens(features[1:] if has_cls else features, queries)
 
     def merge(
-        self, token_ids: Int[Array, "B T"], visual: Float[Array, "B N D"], visual_index: Int[Array, "B T"]
+        self, token_ids: Int[Array, "B T"], visual: Float[Array, "#B N D"], visual_index: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """Embeds the text and puts visual tokens into their slots: one gather.
 
@@ -65,7 +65,7 @@ class LlamaVid(nnx.Module):
         return constrain(jnp.where((visual_index == TEXT)[..., None], text, seen), "batch", "sequence", None)
 
     def __call__(
-        self, token_ids: Int[Array, "B T"], visual: Float[Array, "B N D"], visual_index: Int[Array, "B T"]
+        self, token_ids: Int[Array, "B T"], visual: Float[Array, "#B N D"], visual_index: Int[Array, "B T"]
     ) -> Float[Array, "B T V"]:
         """Logits of every position."""
         return self.llama.logits(self.llama(self.merge(token_ids, visual, visual_index)))

@@ -10,7 +10,7 @@ def rotary_angles(positions: Int[Array, "B T"], head_dim: int, theta: float, fac
     return (positions.astype(jnp.float32) / factor)[..., None] * frequencies
 
 
-def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T h"]) -> Float[Array, "B T N H"]:
+def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "#B T h"]) -> Float[Array, "B T N H"]:
     """Turns the pairs (i, i + H/2) of every head by their angle, in float32."""
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

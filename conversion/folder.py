@@ -1,0 +1,98 @@
+"""The folder around the weights: made beside its place and renamed when whole; tokenizers and image settings."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from conversion.read_torch import CheckpointError
+from llamavid_jax.config import LLaMAVIDLlavaConfig
+
+TEXT_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BICUBIC = 3  # Pillow's number
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that becomes `out` if the block ends well, and goes away if it raises.
+
+    A killed process leaves `OUT.partial-PID`, never a half-written `out`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; remove it or give another OUT")
+    if not out.absolute().parent.is_dir():
+        raise CheckpointError(f"{out.absolute().parent} does not exist; make it first")
+    partial = out.absolute().with_name(f"{out.absolute().name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        os.rename(partial, out.absolute())
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def copy_tokenizers(
+    source: Path, tokenizer: Path | None, bert_tokenizer: Path | None, out: Path, config: LLaMAVIDLlavaConfig
+) -> list[str]:
+    """Copies both tokenizers and `generation_config.json`; returns one note for each that is not there."""
+    notes = []
+    for option, given in (("--tokenizer", tokenizer), ("--bert-tokenizer", bert_tokenizer)):
+        if given is not None and not given.is_dir():
+            raise CheckpointError(f"{option} {given} is not a folder; give the folder that holds the tokenizer")
+    text = tokenizer or source
+    for name in TEXT_FILES:
+        if (text / name).is_file():
+            shutil.copy(text / name, out / name)
+    if (source / "generation_config.json").is_file():
+        shutil.copy(source / "generation_config.json", out)
+    if not any((out / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        if tokenizer is not None:
+            raise CheckpointError(f"--tokenizer {tokenizer} holds neither tokenizer.model nor tokenizer.json")
+        notes.append("no LLaMA tokenizer in OUT: convert with --tokenizer DIR, or copy tokenizer.model into OUT")
+    vocabulary = (bert_tokenizer or source / "qformer_tokenizer") / "vocab.txt"
+    if not vocabulary.is_file():
+        if bert_tokenizer is not None:
+            raise CheckpointError(
+                f"--bert-tokenizer {bert_tokenizer} holds no vocab.txt; give a bert-base-uncased folder"
+            )
+        notes.append("no Q-Former tokenizer in OUT: convert with --bert-tokenizer DIR, or copy bert's vocab.txt there")
+        return notes
+    words = len(vocabulary.read_text(encoding="utf-8").splitlines())
+    if words > config.qformer_config.vocab_size:
+        raise CheckpointError(
+            f"{vocabulary} has {words} words but the Q-Former embeds {config.qformer_config.vocab_size}; "
+            "give the vocabulary it was trained with"
+        )
+    (out / "qformer_tokenizer").mkdir()
+    shutil.copy(vocabulary, out / "qformer_tokenizer" / "vocab.txt")
+    return notes
+
+
+def write_image_settings(out: Path, image_size: int) -> None:
+    """`preprocessor_config.json` in transformers' form: CLIP's preprocessing at the tower's image size (V10)."""
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
+    (out / "preprocessor_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

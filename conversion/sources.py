@@ -1,0 +1,104 @@
+"""Where weights come from: one checkpoint, or a language model and the files of the other parts.
+
+Parts have names of their own; here they get the names of a whole original checkpoint, which the tables know.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import yaml
+
+from conversion.read_gguf import GgufTensor, gguf_config, read_gguf
+from conversion.read_torch import CheckpointError, StoredTensor, read_checkpoint, read_json
+from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
+from llamavid_jax.foreign_config import llama_config
+
+VISION = "model.vision_tower.vision_tower."
+Tensor = StoredTensor | GgufTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Tensors of one file or folder under the names of a whole checkpoint."""
+
+    origin: Path
+    tensors: Mapping[str, Tensor]
+    resizable: bool = False  # its position table may be of another image size (V5)
+
+
+def open_sources(
+    checkpoint: Path, vision: Path | None, qformer: Path | None, projectors: Path | None, resizable: bool
+) -> list[Source]:
+    """All sources, the whole checkpoint first: where two hold a weight, the later one counts."""
+    whole = read_gguf(checkpoint) if checkpoint.suffix == ".gguf" else read_checkpoint(checkpoint)
+    found = [Source(checkpoint, whole, resizable)]
+    parts = ((vision, vision_name), (qformer, qformer_name), (projectors, projector_name))
+    for origin, rename in parts:
+        if origin is not None:
+            found.append(Source(origin, _renamed(origin, rename), rename is vision_name))
+    return found
+
+
+def _renamed(origin: Path, rename: Callable[[str], str]) -> dict[str, StoredTensor]:
+    tensors = read_checkpoint(origin)
+    renamed = {rename(name): tensor for name, tensor in tensors.items()}
+    if len(renamed) != len(tensors):
+        raise CheckpointError(f"{origin} holds a weight under two names; give a file with one set of weights")
+    return renamed
+
+
+def vision_name(name: str) -> str:
+    """Names of `eva_vit_g.pth`, bare or behind the prefixes that InstructBLIP and LLaMA-VID put before them."""
+    for prefix in (VISION, "vision_tower.vision_tower.", "visual_encoder.", "module."):
+        name = name.removeprefix(prefix)
+    return VISION + name
+
+
+def qformer_name(name: str) -> str:
+    """Names of `instruct_blip_*_trimmed.pth`: `Qformer.bert...`, `query_tokens`, `ln_vision`."""
+    if name == "query_tokens":
+        return "model.vlm_att_query"
+    if name.startswith("Qformer.bert."):
+        return "model.vlm_att_encoder.bert." + name.removeprefix("Qformer.bert.")
+    if name.startswith("ln_vision."):
+        return "model.vlm_att_ln." + name.removeprefix("ln_vision.")
+    return name
+
+
+def projector_name(name: str) -> str:
+    """Names of stage 1's `mm_projector.bin`, with or without the prefixes that trainers add."""
+    for prefix in ("base_model.model.", "module."):
+        name = name.removeprefix(prefix)
+    return f"model.{name}" if name.startswith(("mm_projector.", "vlm_att_")) else name
+
+
+def model_config(checkpoint: Path, config_file: Path | None, image_size: int | None) -> LLaMAVIDLlavaConfig:
+    """The configuration: of the checkpoint itself, else of `config_file`, else the released constants.
+
+    A bare language model (GGUF, or a `config.json` of model type llama) says only what `text_config` is.
+    """
+    given = read_config_file(config_file) if config_file else None
+    own = checkpoint / "config.json"
+    values = read_json(own) if own.is_file() else {}
+    if checkpoint.suffix == ".gguf":
+        config = dataclasses.replace(given or LLaMAVIDLlavaConfig(), text_config=gguf_config(checkpoint))
+    elif values.get("model_type") == "llama" and "mm_vision_tower" not in values:
+        text_config = llama_config(values, str(own))
+        config = dataclasses.replace(given or LLaMAVIDLlavaConfig(), text_config=text_config)
+    else:
+        config = given or LLaMAVIDLlavaConfig.from_pretrained(checkpoint if checkpoint.is_dir() else checkpoint.parent)
+    if image_size is not None:
+        vision = dataclasses.replace(config.vision_tower_config, image_size=image_size)
+        config = dataclasses.replace(config, vision_tower_config=vision)
+    return config
+
+
+def read_config_file(file: Path) -> LLaMAVIDLlavaConfig:
+    """A `config.json` of any of the three forms, or one of `configs/models/*.yaml`."""
+    if file.suffix == ".json":
+        return LLaMAVIDLlavaConfig.from_pretrained(file)
+    try:
+        return LLaMAVIDLlavaConfig.from_yaml(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} is not a readable YAML file: {error}") from None

@@ -1,0 +1,260 @@
+"""PyTorch → JAX: `python -m conversion.torch_to_jax SRC OUT`.
+
+SRC is a LLaMA-VID checkpoint in the original or the documented layout, or a LLaMA (a folder or a `.gguf` file) whose
+other parts come from `--vision`, `--qformer` and `--projectors`.  OUT gets config.json, `weights/` (Orbax), both
+tokenizers and the image settings: all that `from_pretrained` needs.  Weights stream one by one, so memory holds one
+tensor at a time.
+"""
+
+import argparse
+import dataclasses
+import logging
+import math
+import sys
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from conversion import folder, orbax_store
+from conversion.read_gguf import write_tokenizer
+from conversion.read_torch import CheckpointError
+from conversion.sources import Source, Tensor, model_config, open_sources
+from conversion.transforms import Weight, resize_positions, to_jax
+from conversion.weight_table import parameter_shapes, weight_table
+from llamavid_jax.errors import InputError
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
+INIT_STD = 0.02  # LLaMA's and BERT's initializer_range
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """One layer of one parameter and the tensor that fills it."""
+
+    weight: Weight
+    tensor: Tensor
+    resize: bool
+
+
+@dataclasses.dataclass
+class Plan:
+    """Where every parameter comes from and what becomes of every tensor."""
+
+    shapes: dict[str, tuple[int, ...]]
+    fills: dict[tuple[str, int | None], Fill]
+    missing: list[Weight]
+    unused: list[str]  # names in the sources that this model has no place for
+    overridden: list[str]  # names that a later source holds too
+    leftovers: int
+
+    def layer_shape(self, weight: Weight) -> tuple[int, ...]:
+        """Our shape of what one weight fills: a layer of a stacked parameter, or a whole one."""
+        return self.shapes[weight.path] if weight.index is None else self.shapes[weight.path][1:]
+
+
+def plan(config, sources: list[Source], init_missing: bool) -> Plan:
+    """Matches names and checks every shape before anything is read.
+
+    Raises CheckpointError for a wrong shape or dtype, and for missing weights unless they are to be initialised.
+    """
+    shapes = parameter_shapes(config)
+    table = weight_table(config, "original")
+    by_name: dict[str, list[Weight]] = defaultdict(list)
+    for weight in {*table, *weight_table(config, "documented")}:
+        by_name[weight.name].append(weight)
+    fills: dict[tuple[str, int | None], Fill] = {}
+    unused, overridden, leftovers = [], [], 0
+    for source in sources:
+        for name, tensor in source.tensors.items():
+            if name.endswith(LEFTOVERS):
+                leftovers += 1
+            elif name not in by_name:
+                unused.append(name)
+            for weight in by_name.get(name, ()):
+                place = (weight.path, weight.index)
+                if place in fills:
+                    overridden.append(name)
+                fills[place] = Fill(weight, tensor, _check(source, weight, tensor))
+    missing = [weight for weight in table if (weight.path, weight.index) not in fills]
+    if missing and not init_missing:
+        _refuse_missing(sources[0], fills, missing)
+    return Plan(shapes, fills, missing, unused, overridden, leftovers)
+
+
+def _check(source: Source, weight: Weight, tensor: Tensor) -> bool:
+    """Whether the tensor is a position table to resize; CheckpointError if it does not fit."""
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise CheckpointError(
+            f"{source.origin}: {weight.name} is {tensor.dtype}; weights are float32, float16 or bfloat16"
+        )
+    if tensor.shape == weight.shape:
+        return False
+    resizable = weight.path == "vision.position" and tensor.shape[::2] == weight.shape[::2]
+    if resizable and source.resizable:
+        return True
+    remedy = "--image-size N resizes it" if resizable else "check config.json, or give the right sizes with --config"
+    raise CheckpointError(
+        f"{source.origin}: {weight.name} has shape {tensor.shape}, but the configuration needs {weight.shape}; {remedy}"
+    )
+
+
+def _refuse_missing(checkpoint: Source, fills: Iterable[tuple[str, int | None]], missing: list[Weight]) -> None:
+    if {path.split(".")[0] for path, _ in fills} == {"llama"}:
+        raise CheckpointError(
+            f"{checkpoint.origin} holds only the language model: no vlm_att weights and no vision tower. Give them "
+            "with --vision, --qformer and --projectors, or start them at random with --init-missing SEED"
+        )
+    names = ", ".join(weight.name for weight in missing[:6]) + (", ..." if len(missing) > 6 else "")
+    raise CheckpointError(
+        f"{checkpoint.origin} lacks {len(missing)} weights: {names}. Give the files that hold them (--vision, "
+        "--qformer, --projectors), or start them at random with --init-missing SEED"
+    )
+
+
+def leaf_dtypes(plan: Plan, dtype: str) -> dict[str, np.dtype]:
+    """The stored type of every parameter: as asked, or ("keep") the one that holds all its layers exactly."""
+    if dtype != "keep":
+        return dict.fromkeys(plan.shapes, DTYPES[dtype])
+    dtypes: dict[str, np.dtype] = {}
+    for (path, _), fill in plan.fills.items():
+        dtypes[path] = np.dtype(jnp.promote_types(dtypes.get(path, fill.tensor.dtype), fill.tensor.dtype))
+    usual = max(set(dtypes.values()), key=list(dtypes.values()).count, default=DTYPES["float32"])
+    return {path: dtypes.get(path, usual) for path in plan.shapes}
+
+
+def random_layer(weight: Weight, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """A starting value that depends on the seed and the weight's name alone: ones, zeros or N(0, 0.02²)."""
+    if weight.path.endswith("scale"):
+        return np.ones(shape, np.float32)
+    if weight.path.endswith("bias"):
+        return np.zeros(shape, np.float32)
+    rng = np.random.default_rng([seed, zlib.crc32(weight.name.encode())])
+    return INIT_STD * rng.standard_normal(shape, np.float32)
+
+
+def write_weights(plan: Plan, dtypes: dict[str, np.dtype], out: Path, seed: int | None, console: Console) -> int:
+    """Streams every tensor into the checkpoint at `out`, in the order in which the files hold them; returns bytes."""
+    stacked = {path for path, index in plan.fills if index is not None} | {
+        weight.path for weight in plan.missing if weight.index is not None
+    }
+    orbax_store.create(out, plan.shapes, dtypes, stacked)
+    arrays = orbax_store.Arrays(out)
+    fills = sorted(plan.fills.values(), key=lambda fill: (str(fill.tensor.file), fill.tensor.offset))
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=sum(fill.tensor.nbytes for fill in fills))
+        for fill in fills:
+            weight, value = fill.weight, fill.tensor.read()
+            if fill.resize:
+                value = resize_positions(value[0], math.isqrt(weight.shape[1] - 1))[None]
+            value = to_jax(value, weight, plan.layer_shape(weight))
+            arrays.write(weight.path, weight.index, value.astype(dtypes[weight.path], copy=False))
+            progress.advance(task, fill.tensor.nbytes)
+    for weight in plan.missing:
+        value = random_layer(weight, plan.layer_shape(weight), seed)
+        arrays.write(weight.path, weight.index, value.astype(dtypes[weight.path]))
+    return sum(math.prod(shape) * dtypes[path].itemsize for path, shape in plan.shapes.items())
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str = "keep",
+    tokenizer: Path | None = None,
+    bert_tokenizer: Path | None = None,
+    vision: Path | None = None,
+    qformer: Path | None = None,
+    projectors: Path | None = None,
+    config_file: Path | None = None,
+    image_size: int | None = None,
+    init_missing: int | None = None,
+    console: Console | None = None,
+) -> Plan:
+    """Writes the folder `out`; see the command line for the arguments.
+
+    Raises CheckpointError or `llamavid_jax.config.ConfigError`, and leaves nothing at `out` then.
+    """
+    console = console or Console(stderr=True)
+    began = time.monotonic()
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist; give the folder or the file of a checkpoint")
+    config = model_config(source, config_file, image_size)
+    sources = open_sources(source, vision, qformer, projectors, resizable=image_size is not None)
+    found = plan(config, sources, init_missing is not None)
+    with folder.whole_folder(out) as partial:
+        home = source if source.is_dir() else source.parent
+        if source.suffix == ".gguf" and tokenizer is None:
+            write_tokenizer(source, partial)
+        notes = folder.copy_tokenizers(home, tokenizer, bert_tokenizer, partial, config)
+        folder.write_image_settings(partial, config.vision_tower_config.image_size)
+        written = write_weights(found, leaf_dtypes(found, dtype), partial / "weights", init_missing, console)
+        config.save_pretrained(partial)
+    _report(console, found, out, written, time.monotonic() - began, notes)
+    return found
+
+
+def _report(console: Console, plan: Plan, out: Path, written: int, seconds: float, notes: list[str]) -> None:
+    table = Table(title=str(out), show_header=False)
+    table.add_row("weights", f"{len(plan.fills)}")
+    table.add_row("parameters", f"{len(plan.shapes)}")
+    table.add_row("size", f"{written / 2**30:.3f} GiB ({written:,} bytes)")
+    table.add_row("time", f"{seconds:.1f} s")
+    console.print(table)
+    resized = [fill.weight.name for fill in plan.fills.values() if fill.resize]
+    lines = [
+        *_named("started at random", dict.fromkeys(weight.path for weight in plan.missing)),
+        *_named("not used", plan.unused),
+        *_named("overridden by a later file", plan.overridden),
+        *_named("resized to the image size", resized),
+        *notes,
+    ]
+    if plan.leftovers:
+        lines.append(f"skipped {plan.leftovers} computed buffers ({', '.join('*' + name for name in LEFTOVERS)})")
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _named(what: str, names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return [f"{what}: {', '.join(names)}"] if names else []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m conversion.torch_to_jax", description=__doc__.split("\n\n")[0])
+    parser.add_argument("source", metavar="SRC", type=Path, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="stored type (keep: bit-exact)")
+    parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="LLaMA tokenizer, where SRC lacks it")
+    parser.add_argument("--bert-tokenizer", metavar="DIR", type=Path, help="folder with bert-base-uncased's vocab.txt")
+    parser.add_argument("--vision", metavar="FILE", type=Path, help="eva_vit_g.pth")
+    parser.add_argument("--qformer", metavar="FILE", type=Path, help="instruct_blip_*_trimmed.pth")
+    parser.add_argument("--projectors", metavar="FILE", type=Path, help="stage 1's mm_projector.bin")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="sizes that SRC does not state (.yaml or .json)")
+    parser.add_argument(
+        "--image-size", metavar="N", type=int, help="resize the position table to N pixels, such as 336"
+    )
+    parser.add_argument("--init-missing", metavar="SEED", type=int, help="random values for weights that no file holds")
+    options = vars(parser.parse_args(arguments))
+    options["config_file"] = options.pop("config")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
+    try:
+        convert(options.pop("source"), options.pop("out"), **options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Ask LLaMA-VID about videos and images:
+
+    python infer.py --model DIR --video FILE_OR_URL --question "What happens?"
+
+The answer goes to stdout, progress to stderr.  Bad input ends with exit code 2 and one line that says what to do.
+`--chat` reads one question a line and never encodes the video again: the features of its frames stay in host memory
+(0.7 MB a frame for the 7B models), only the Q-Former reads them anew with each question.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from llamavid_jax.data.conversation import TEMPLATES, prompt, template_named
+from llamavid_jax.data.tokenize import encode_with_images
+from llamavid_jax.errors import InputError
+
+IMAGE = "<image>\n"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Ask LLaMA-VID about videos and images.", allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a converted checkpoint")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE|URL", help="may be given several times")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE|URL", help="may be given several times")
+    parser.add_argument("--question", help="what to ask; with --chat the first question")
+    parser.add_argument("--chat", action="store_true", help="go on asking: one question a line on stdin")
+    parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (512)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of mass (1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (0: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT")
+    parser.add_argument("--template", default="vicuna_v1", choices=sorted(TEMPLATES), help="conversation format")
+    parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each answer")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
+    )
+    parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
+    options = parser.parse_args(arguments)
+    if not options.question and not options.chat:
+        parser.error("there is no question; give --question TEXT or --chat")
+    if options.stream and options.json:
+        parser.error("--stream and --json exclude each other; give one of them")
+    return options
+
+
+class Session:
+    """One conversation about some videos and images."""
+
+    def __init__(self, options: argparse.Namespace, console: Console):
+        start = time.perf_counter()
+        from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaImageProcessor
+        from llamavid_jax.sharding import make_mesh, parse_mesh
+
+        self.options, self.console = options, console
+        self.images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
+        mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
+        with console.status(f"loading {options.model}"):
+            self.model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
+                options.model, dtype=options.dtype, mesh=mesh
+            )
+        if self.model.tokenizer is None:
+            raise InputError(f"{options.model} holds no tokenizer; convert again with --tokenizer FOLDER")
+        self.turns: list[str] = []
+        self.features: list[np.ndarray] | None = None  # of each visual, once a chat has encoded it
+        self.frames = 0
+        self.load_seconds = time.perf_counter() - start
+
+    def ask(self, question: str) -> dict[str, Any]:
+        """The answer to one question, after all that was asked before."""
+        options = self.options
+        visuals = len(options.image) + len(options.video)
+        template = template_named(options.template)
+        # as in the original's command line, only the newest turn holds the visuals
+        text = prompt(template, [*self.turns, IMAGE * visuals + question])
+        with self._progress() as bar:
+            if options.chat and self.features is None:
+                self.features = [self.model.vision_features(frames) for frames in self._visuals(bar)]
+            visual = {"pixel_values": [list(self._visuals(bar))]} if not options.chat else {"features": [self.features]}
+            if not visuals:
+                visual = {}
+            out = self.model.generate(
+                [encode_with_images(self.model.tokenizer, text)],
+                **visual,
+                features_have_cls=True,
+                prompts=[[question] * visuals],
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                seed=options.seed,
+                stop=options.stop,
+                streamer=self._write if options.stream else None,
+            )
+        answer = out.texts[0].strip()
+        self.turns += [question, answer]
+        return {
+            "answer": answer,
+            "frames": self.frames,
+            "visual_tokens": out.visual_tokens[0],
+            "prompt_tokens": out.prompt_tokens[0],
+            "new_tokens": len(out.token_ids[0]),
+            "seconds": {"load": self.load_seconds, **out.seconds},
+        }
+
+    def _write(self, row: int, text: str) -> None:
+        print(text, end="", flush=True)
+
+    def _visuals(self, bar: Progress) -> Iterator[Iterable[np.ndarray]]:
+        """Frames of every image and video; those of a video are decoded as they are asked for."""
+        for image in self.options.image:
+            yield self._counted(self.images.image_pixels(image))
+        for video in self.options.video:
+            yield self._counted(self._video_frames(video, bar))
+
+    def _counted(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for frame in frames:
+            self.frames += 1
+            yield frame
+
+    def _video_frames(self, video: str, bar: Progress) -> Iterator[np.ndarray]:
+        task = bar.add_task(f"frames of {video}", total=None)
+
+        def show(seconds: float, total: float | None) -> None:
+            if total:
+                self._check_length(video, total)
+                bar.update(task, total=int(total * self.options.fps) + 1)
+
+        for frames, _ in self.images.stream_video(video, self.options.fps, progress=show):
+            for frame in frames:
+                yield frame
+                bar.advance(task)
+
+    def _check_length(self, video: str, seconds: float) -> None:
+        """Says that a video is too long at its first frame, not after its last."""
+        config = self.model.config
+        tokens = int(seconds * self.options.fps) * config.tokens_per_frame
+        room = config.text_config.max_length - self.options.max_new_tokens
+        if tokens > room:
+            fps = room / config.tokens_per_frame / seconds
+            raise InputError(
+                f"{video} lasts {seconds:.0f} s, at {self.options.fps:g} frames a second {tokens} visual tokens; "
+                f"this model has room for {room}: use --fps {fps * 0.9:.2g} or a long-video checkpoint"
+            )
+
+    def _progress(self) -> Progress:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        return Progress(*columns, console=self.console, transient=True)
+
+
+def questions(options: argparse.Namespace) -> Iterator[str]:
+    if options.question:
+        yield options.question
+    while options.chat:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        options = parse_arguments(arguments)
+        session = Session(options, Console(stderr=True))
+        for question in questions(options):
+            result = session.ask(question)
+            if options.json:
+                print(json.dumps(result, ensure_ascii=False), flush=True)
+            else:
+                print("" if options.stream else result["answer"], flush=True)
+    except InputError as error:
+        print(f"infer.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Training examples from text: a record's conversation -> ids [T], labels [T] and the Q-Former's prompts.
+
+Labels are the ids where the answer stands and -100 elsewhere.  The masks are the original's, arithmetic included
+(D10, P13): the instruction of a round counts two ids fewer than its own tokenisation gives, and a sample whose rounds
+do not add up to its length is ignored whole, with a warning.
+
+Deviation: where the template is not guided the original has no prompts; see `conversation.training_turns`.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from llamavid_jax.config import IGNORE_LABEL
+from llamavid_jax.data.conversation import Template, prompt, template_named, training_turns
+from llamavid_jax.data.tokenize import Tokenizer, encode_with_images
+
+
+@dataclasses.dataclass(frozen=True)
+class TextExample:
+    """One training sample's text; prompts[i] belongs to the i-th placeholder where every user turn has one."""
+
+    input_ids: Int32[np.ndarray, " T"]
+    labels: Int32[np.ndarray, " T"]
+    prompts: list[str]
+
+
+def training_example(
+    template_name: str,
+    conversations: Sequence[Any],
+    tokenizer: Tokenizer,
+    has_image: bool,
+    image_sides: Iterable[int] = (),
+    movie: str | None = None,
+    max_length: int | None = None,
+) -> TextExample:
+    """A record's `conversations` -> TextExample (the original's `preprocess`).
+
+    `has_image`: the record has an image or video.  Without one `<image>` is ordinary text, and the ids are cut at
+    `max_length` (by default the tokenizer's); with one the caller cuts (M7).  `image_sides`, `movie`: see
+    `conversation.training_turns`.
+    """
+    template = template_named(template_name)
+    max_length = max_length or tokenizer.max_length
+    turns, prompts = training_turns(template, conversations, has_image, image_sides, movie)
+
+    with_images = has_image or template.masking == "caption"
+
+    def encode(text: str) -> list[int]:
+        return encode_with_images(tokenizer, text) if with_images else tokenizer.encode(text)
+
+    spans: list[tuple[int, int]] = []  # what is no answer
+    if template.masking == "caption":
+        text = turns[0] + turns[1] + template.assistant.closing
+        spans = [(0, len(encode(turns[0])))]
+    elif template.masking == "turns":
+        text, spans = _marked_turns(template, turns, encode)
+    else:
+        text = prompt(template, turns, open_answer=False)
+    input_ids = np.array(encode(text) if with_images else encode(text)[:max_length], np.int32)
+    labels = input_ids.copy()
+    for start, stop in spans:
+        labels[start:stop] = IGNORE_LABEL
+    if template.masking == "rounds":
+        _mask_rounds(labels, text, template, encode, tokenizer.pad_id, max_length)
+    return TextExample(input_ids, labels, prompts)
+
+
+def _mask_rounds(labels, text: str, template: Template, encode, pad_id: int, max_length: int) -> None:
+    """Masks instructions in place, round by round (D10).  A round is a question and its answer, up to `</s>`."""
+    total = int(np.sum(labels != pad_id))
+    labels[:1] = IGNORE_LABEL
+    position = 1
+    for round_text in text.split("</s>"):
+        parts = round_text.split(template.answer_marker)
+        if len(parts) != 2:  # also the empty rest after the last answer
+            break
+        instruction = len(encode(parts[0] + template.answer_marker)) - 2
+        labels[position : position + instruction] = IGNORE_LABEL
+        position += len(encode(round_text))
+    labels[position:] = IGNORE_LABEL
+    if position < max_length and position != total:
+        labels[:] = IGNORE_LABEL
+        warnings.warn(
+            f"the sample is ignored: its rounds have {position} tokens, its text {total} (it begins {text[:60]!r})",
+            stacklevel=3,
+        )
+
+
+def _marked_turns(template: Template, turns: Sequence[str], encode) -> tuple[str, list[tuple[int, int]]]:
+    """LLaVA v0's training text, "### Human: ...", and the spans that are no answers, counted turn by turn."""
+    names = [role.opening.removesuffix(": ") for role in (template.user, template.assistant)]
+    header = template.system + "\n\n"
+    marked = [f"### {names[index % 2]}: {turn}\n" for index, turn in enumerate(turns)]
+    position = len(encode(header))
+    spans = [(0, position)]
+    for index, turn in enumerate(marked):
+        end = position + len(encode(turn))
+        if index % 2 == 0:
+            spans.append((position + 2, end))
+        position = end
+    return header + "".join(marked) + "### ", spans

