@@ -255,7 +255,9 @@ class LLaMAVIDLlavaForConditionalGeneration:
     def _merge(self, input_ids, pixel_values, features, prompts, attention_mask, labels, features_have_cls, progress):
         """Encodes the visuals and lays the rows out: the table of visual tokens `[N, D]` and one Row a sample."""
         count = len(input_ids)
-        ids = [np.asarray(row) for row in input_ids]
+        if count == 0:
+            raise MergeError("input_ids hold no rows; give at least one")
+        ids = [_checked_ids(number, row) for number, row in enumerate(input_ids)]
         given = {
             "pixel_values": pixel_values, "features": features, "prompts": prompts,
             "attention_mask": attention_mask, "labels": labels,
@@ -279,7 +281,9 @@ class LLaMAVIDLlavaForConditionalGeneration:
     def _check_ids(self, number: int, row: np.ndarray) -> None:
         text = row[row != IMAGE_TOKEN]
         if len(row) == 0:
-            raise MergeError(f"row {number} of input_ids is empty")
+            raise MergeError(
+                f"row {number} of input_ids is all padding; attention_mask must keep at least one position"
+            )
         if len(text) and (text.min() < 0 or text.max() >= self.config.text_config.vocab_size):
             raise MergeError(
                 f"row {number} of input_ids holds the id {text.min() if text.min() < 0 else text.max()}; ids are 0 to "
@@ -328,6 +332,15 @@ class LLaMAVIDLlavaForConditionalGeneration:
         if any(len(place) == 0 for sample in places for place in sample):
             raise MergeError("a video holds no frame; give at least one")
         return table.reshape(-1, table.shape[-1]), places
+
+
+def _checked_ids(number: int, row: Any) -> np.ndarray:
+    ids = np.asarray(row)
+    if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise MergeError(
+            f"row {number} of input_ids is {ids.dtype} of shape {ids.shape}; give a row of one or more whole numbers"
+        )
+    return ids
 
 
 def _check_sampling(max_new_tokens: int, temperature: float | int, top_p: float | int, top_k: int) -> None:

@@ -233,7 +233,10 @@ class LLaMAVIDLlavaConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> "LLaMAVIDLlavaConfig":
         """Reads one of `configs/models/*.yaml`: this class's own field names, every unknown key an error."""
-        return strict(cls, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}, "")
+        try:
+            return strict(cls, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}, "")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
+            raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
 
     def to_dict(self) -> dict[str, Any]:
         return {"model_type": "llamavid_jax", **dataclasses.asdict(self)}
@@ -248,7 +251,7 @@ class LLaMAVIDLlavaConfig:
 def strict(cls, values: Any, path: str):
     """Builds the dataclass `cls` from a mapping: unknown keys and wrong types are errors that name the field."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path or 'the configuration'} is {values!r}; a mapping of fields is needed")
+        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} is {values!r}; a mapping of fields is needed")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -259,8 +262,7 @@ def strict(cls, values: Any, path: str):
         if dataclasses.is_dataclass(kind):
             arguments[name] = strict(kind, value, f"{path}{name}.")
             continue
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+        value = float(value) if kind is float and type(value) is int else value
         if type(value) is not kind:
             raise ConfigError(f"{path}{name} is {value!r}; a value of type {kind.__name__} is needed")
         arguments[name] = value

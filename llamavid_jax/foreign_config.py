@@ -18,6 +18,19 @@ from llamavid_jax.config import (
     strict,
 )
 
+NUMBER = (int, float)
+
+
+def _get(values: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any, section: str = "") -> Any:
+    """The value under `name`, `default` where it is absent or null; ConfigError where it is not of `kind`."""
+    value = values.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or isinstance(value, bool):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ConfigError(f"{section}{name} is {value!r}; a value of type {kinds} is needed")
+    return value
+
 
 def _pick(cls, values: Any, section: str, **renamed: Any):
     """Builds `cls` from those keys of a foreign configuration that it knows; the rest keeps the released values."""
@@ -40,36 +53,36 @@ def _vision_config(values: Mapping[str, Any]) -> LLaMAVIDLlavaVisionConfig:
 
 def _qformer_config(values: Mapping[str, Any]) -> LLaMAVIDLlavaQFormerConfig:
     section = values.get("qformer_config", {})
-    dropout = {}
-    if isinstance(section, Mapping) and "hidden_dropout_prob" in section:
-        dropout = {"dropout": float(section["hidden_dropout_prob"])}
-    return _pick(LLaMAVIDLlavaQFormerConfig, section, "qformer_config", **dropout)
+    default = LLaMAVIDLlavaQFormerConfig.dropout
+    dropout = _get(section, "hidden_dropout_prob", NUMBER, default) if isinstance(section, Mapping) else default
+    return _pick(LLaMAVIDLlavaQFormerConfig, section, "qformer_config", dropout=dropout)
 
 
-def llama_config(values: Mapping[str, Any], section: str = "text_config") -> LlamaConfig:
+def llama_config(values: Any, section: str = "text_config") -> LlamaConfig:
     """Reads a LLaMA configuration: old (`rope_theta`, `rope_scaling`) and new (`rope_parameters`) forms."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{section} is {values!r}; a mapping of fields is needed")
     if values.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{section}.hidden_act is {values['hidden_act']!r}; LLaMA has 'silu'")
     for name in ("attention_bias", "mlp_bias"):
         if values.get(name):
             raise ConfigError(f"{section}.{name} is true; LLaMA's projections have no bias")
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    rope = _get(values, "rope_scaling", Mapping, None, f"{section}.") or values.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ConfigError(f"{section}.rope_scaling is {rope!r}; only linear scaling is known")
-    hidden, heads = (
-        values.get("hidden_size", LlamaConfig.hidden_size),
-        values.get("num_attention_heads", LlamaConfig.num_attention_heads),
-    )
+    hidden = _get(values, "hidden_size", int, LlamaConfig.hidden_size, f"{section}.")
+    heads = _get(values, "num_attention_heads", int, LlamaConfig.num_attention_heads, f"{section}.")
+    theta = _get(values, "rope_theta", NUMBER, LlamaConfig.rope_theta, f"{section}.")
     require_divisible(section, "hidden_size", hidden, "num_attention_heads", heads)
     renamed = {
         "num_key_value_heads": values.get("num_key_value_heads") or heads,
         "head_dim": values.get("head_dim") or hidden // heads,
-        "rope_factor": float(rope.get("factor", 1.0)) if kind == "linear" else 1.0,
-        "rope_theta": float(rope.get("rope_theta", values.get("rope_theta", LlamaConfig.rope_theta))),
+        "rope_factor": _get(rope, "factor", NUMBER, 1.0, f"{section}.rope_scaling.") if kind == "linear" else 1.0,
+        "rope_theta": _get(rope, "rope_theta", NUMBER, theta, f"{section}.rope_parameters."),
     }
     eos = values.get("eos_token_id")
-    if isinstance(eos, list):
+    if isinstance(eos, list) and eos:
         renamed["eos_token_id"] = eos[0]
     return _pick(LlamaConfig, values, section, **renamed)
 
@@ -93,13 +106,13 @@ def _check_bert_type(bert_type: str) -> None:
 
 
 def _shared(values: Mapping[str, Any], text_config: LlamaConfig) -> dict[str, Any]:
-    _check_bert_type(values.get("bert_type", "qformer_pretrain"))
+    _check_bert_type(_get(values, "bert_type", str, "qformer_pretrain"))
     return {
         "vision_tower_config": _vision_config(values),
         "qformer_config": _qformer_config(values),
         "text_config": text_config,
-        "num_query": values.get("num_query", values.get("num_qformer", 32)),  # Q13
-        "compress_type": _compress_type(values.get("compress_type")),
+        "num_query": _get(values, "num_query", int, _get(values, "num_qformer", int, 32)),  # Q13
+        "compress_type": _compress_type(_get(values, "compress_type", str, None)),
     }
 
 
@@ -111,7 +124,7 @@ def from_original(values: Mapping[str, Any]) -> LLaMAVIDLlavaConfig:
         raise ConfigError("mm_use_im_start_end is true; no released checkpoint uses it, and it is not supported")
     return LLaMAVIDLlavaConfig(
         **_shared(values, llama_config(values, "config")),
-        mm_projector_type=values.get("mm_projector_type", "linear"),
+        mm_projector_type=_get(values, "mm_projector_type", str, "linear"),
         image_aspect_ratio="pad" if values.get("image_aspect_ratio") == "pad" else "crop",  # D3
     )
 
@@ -122,5 +135,5 @@ def from_documented(values: Mapping[str, Any]) -> LLaMAVIDLlavaConfig:
     return LLaMAVIDLlavaConfig(
         **_shared({"compress_type": "mean", **values}, llama_config(values.get("text_config") or {})),
         mm_projector_type="mlp2x_gelu",
-        image_token_index=values.get("image_token_index", 32000),
+        image_token_index=_get(values, "image_token_index", int, 32000),
     )

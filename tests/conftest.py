@@ -32,3 +32,29 @@ def pytest_runtest_makereport(item, call):
 @pytest.fixture(scope="session")
 def golden(request) -> Path:
     return Path(request.config.getoption("--golden"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """The tiny configuration with random weights wide enough that tokens differ, and the small tokenizers."""
+    import jax.numpy as jnp
+
+    from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration
+    from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+    from llamavid_jax.data.tokenize import load_tokenizer
+    from llamavid_jax.models.llama_vid import abstract_params
+
+    root = Path(__file__).parent
+    config = LLaMAVIDLlavaConfig.from_yaml(root.parent / "configs" / "models" / "tiny.yaml")
+    leaves, structure = jax.tree.flatten(abstract_params(config))
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    values = [0.1 * jax.random.normal(key, leaf.shape, jnp.float32) for key, leaf in zip(keys, leaves, strict=True)]
+    params = jax.tree.map_with_path(
+        lambda path, value: value + 1 if "scale" in str(path[-1]) else value, jax.tree.unflatten(structure, values)
+    )
+    return LLaMAVIDLlavaForConditionalGeneration(
+        config,
+        params,
+        tokenizer=load_tokenizer(root / "golden" / "text"),
+        qformer_tokenizer=QFormerTokenizer(root / "golden" / "short_video_mean" / "qformer_tokenizer"),
+    )
