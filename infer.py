@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llamavid_jax.data.conversation import TEMPLATES, prompt, template_named
+from llamavid_jax.data.media import local_file
 from llamavid_jax.data.tokenize import encode_with_images
 from llamavid_jax.errors import InputError
 
@@ -68,6 +69,9 @@ class Session:
         from llamavid_jax.sharding import make_mesh, parse_mesh
 
         self.options, self.console = options, console
+        for source in [*options.image, *options.video]:  # before minutes of loading
+            if "://" not in source and not source.startswith("data:"):
+                local_file(source)
         self.images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
         mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
         with console.status(f"loading {options.model}"):

@@ -1,7 +1,6 @@
 """The folder around the weights: made beside its place and renamed when whole; tokenizers and image settings."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,9 +16,6 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-BICUBIC = 3  # Pillow's number
 
 
 @contextlib.contextmanager
@@ -45,7 +41,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def copy_tokenizers(
     source: Path, tokenizer: Path | None, bert_tokenizer: Path | None, out: Path, config: LLaMAVIDLlavaConfig
 ) -> list[str]:
-    """Copies both tokenizers and `generation_config.json`; returns one note for each that is not there."""
+    """Copies both tokenizers; returns one note for each that is not there."""
     notes = []
     for option, given in (("--tokenizer", tokenizer), ("--bert-tokenizer", bert_tokenizer)):
         if given is not None and not given.is_dir():
@@ -54,8 +50,6 @@ def copy_tokenizers(
     for name in TEXT_FILES:
         if (text / name).is_file():
             shutil.copy(text / name, out / name)
-    if (source / "generation_config.json").is_file():
-        shutil.copy(source / "generation_config.json", out)
     if not any((out / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         if tokenizer is not None:
             raise CheckpointError(f"--tokenizer {tokenizer} holds neither tokenizer.model nor tokenizer.json")
@@ -77,22 +71,3 @@ def copy_tokenizers(
     (out / "qformer_tokenizer").mkdir()
     shutil.copy(vocabulary, out / "qformer_tokenizer" / "vocab.txt")
     return notes
-
-
-def write_image_settings(out: Path, image_size: int) -> None:
-    """`preprocessor_config.json` in transformers' form: CLIP's preprocessing at the tower's image size (V10)."""
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": image_size},
-        "resample": BICUBIC,
-        "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-    }
-    (out / "preprocessor_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

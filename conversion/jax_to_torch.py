@@ -30,7 +30,7 @@ from conversion.weight_table import weight_table
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
 
-SHARD_BYTES = {"original": 2 << 30, "documented": 5 << 30}
+SHARD_BYTES = {"original": 1 << 30, "documented": 5 << 30}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -160,7 +160,7 @@ def _require_torch() -> None:
 
 
 def _companions(source: Path) -> Iterator[Path]:
-    names = (*folder.TEXT_FILES, "generation_config.json", "preprocessor_config.json", "qformer_tokenizer")
+    names = (*folder.TEXT_FILES, "preprocessor_config.json", "qformer_tokenizer")
     return (source / name for name in names if (source / name).exists())
 
 
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", metavar="DIR", type=Path, help="a converted checkpoint")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     parser.add_argument("--layout", choices=tuple(SHARD_BYTES), required=True)
-    parser.add_argument("--max-shard-bytes", metavar="N", type=int, help="size of one weight file (2 or 5 GiB)")
+    parser.add_argument("--max-shard-bytes", metavar="N", type=int, help="size of one weight file (1 or 5 GiB)")
     options = parser.parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
     try:

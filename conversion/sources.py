@@ -7,11 +7,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import yaml
-
 from conversion.read_gguf import GgufTensor, gguf_config, read_gguf
 from conversion.read_torch import CheckpointError, StoredTensor, read_checkpoint, read_json
-from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
+from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.foreign_config import llama_config
 
 VISION = "model.vision_tower.vision_tower."
@@ -98,7 +96,4 @@ def read_config_file(file: Path) -> LLaMAVIDLlavaConfig:
     """A `config.json` of any of the three forms, or one of `configs/models/*.yaml`."""
     if file.suffix == ".json":
         return LLaMAVIDLlavaConfig.from_pretrained(file)
-    try:
-        return LLaMAVIDLlavaConfig.from_yaml(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} is not a readable YAML file: {error}") from None
+    return LLaMAVIDLlavaConfig.from_yaml(file)

@@ -31,6 +31,7 @@ from conversion.sources import Source, Tensor, model_config, open_sources
 from conversion.transforms import Weight, resize_positions, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.errors import InputError
+from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
@@ -197,7 +198,8 @@ def convert(
         if source.suffix == ".gguf" and tokenizer is None:
             write_tokenizer(source, partial)
         notes = folder.copy_tokenizers(home, tokenizer, bert_tokenizer, partial, config)
-        folder.write_image_settings(partial, config.vision_tower_config.image_size)
+        image_size, aspect = config.vision_tower_config.image_size, config.image_aspect_ratio
+        LLaMAVIDLlavaImageProcessor(image_size, image_aspect_ratio=aspect).save_pretrained(partial)
         written = write_weights(found, leaf_dtypes(found, dtype), partial / "weights", init_missing, console)
         config.save_pretrained(partial)
     _report(console, found, out, written, time.monotonic() - began, notes)

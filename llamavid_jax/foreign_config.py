@@ -135,5 +135,6 @@ def from_documented(values: Mapping[str, Any]) -> LLaMAVIDLlavaConfig:
     return LLaMAVIDLlavaConfig(
         **_shared({"compress_type": "mean", **values}, llama_config(values.get("text_config") or {})),
         mm_projector_type="mlp2x_gelu",
+        image_aspect_ratio=_get(values, "image_aspect_ratio", str, "pad"),
         image_token_index=_get(values, "image_token_index", int, 32000),
     )

@@ -187,8 +187,10 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes = {}
     for part in text.replace(",", " ").split():
         name, _, size = part.partition("=")
-        if name not in MESH_AXES or not size.isdigit() or int(size) < 1:
-            raise ShardingError(f"mesh part {part!r} is not AXIS=SIZE with AXIS one of {', '.join(MESH_AXES)}")
+        if name not in MESH_AXES or name in sizes or not size.isdigit() or int(size) < 1:
+            raise ShardingError(
+                f"mesh part {part!r} is not AXIS=SIZE with AXIS one of {', '.join(MESH_AXES)}, each once"
+            )
         sizes[name] = int(size)
     return sizes
 

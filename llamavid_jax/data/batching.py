@@ -47,7 +47,7 @@ class Row:
 
 def merge_row(
     input_ids: Int[np.ndarray, " t"],
-    visuals: Sequence[Int[np.ndarray, " N"]],
+    visuals: Sequence[Int[np.ndarray, " _"]],
     labels: Int[np.ndarray, " t"] | None = None,
 ) -> Row:
     """Lays one row out.  `visuals[i]` holds the table places of one prompt's visual tokens, frame after frame.

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llamavid_jax.sharding import constrain
+
 
 class KVCache(NamedTuple):
     """Keys and values of every layer; slot s of row b holds position s of that row, unwritten slots hold zeros."""
@@ -16,7 +18,7 @@ class KVCache(NamedTuple):
     def from_prefill(cls, k: Float[Array, "L B T K H"], v: Float[Array, "L B T K H"], length: int) -> "KVCache":
         """A cache of `length` slots whose first T hold what prefill computed."""
         padding = [(0, 0), (0, 0), (0, length - k.shape[2]), (0, 0), (0, 0)]
-        return cls(jnp.pad(k, padding), jnp.pad(v, padding))
+        return cls(*(constrain(jnp.pad(x, padding), None, "batch", None, "kv_heads", None) for x in (k, v)))
 
     def write(
         self, layer: int, positions: Int[Array, " B"], k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"]

@@ -134,19 +134,35 @@ class QFormer(nnx.Module):
         queries = self.query.astype(self.dtype)
         number = len(queries)
         mask = jnp.concatenate([jnp.ones(number, bool), text_mask])
-        key_embed, *layer_keys = split(dropout_key, 1 + self.config.num_hidden_layers)
+        key, key_embed = split(dropout_key, 2)
         x = self.embeddings_norm(jnp.concatenate([queries, text])).astype(self.dtype)
         x = dropout(x, self.config.dropout, key_embed)
-        for index, layer_key in enumerate(layer_keys):
-            layer = stack.layer(self.layers, index)
-            key_self, key_cross, key_query, key_text = split(layer_key, 4)
-            x = layer.self_attention(x, x, mask, key_self)
-            queries, text = x[:number], x[number:]
-            if index % self.config.cross_attention_frequency == 0:
-                cross = stack.layer(self.cross_attention, index // self.config.cross_attention_frequency)
-                queries = cross(queries, memory, key=key_cross)
-            x = jnp.concatenate([layer.query_mlp(queries, key_query), layer.text_mlp(text, key_text)])
-        return x[:number]
+
+        def group(modules: tuple[Layer, Attention], carry, size: int):
+            """The layers from one cross-attention to the next."""
+            (layers, cross), (x, key) = modules, carry
+            for index in range(size):
+                layer = stack.layer(layers, index)
+                key, key_self, key_cross, key_query, key_text = split(key, 5)
+                x = layer.self_attention(x, x, mask, key_self)
+                queries, text = x[:number], x[number:]
+                if index == 0:
+                    queries = cross(queries, memory, key=key_cross)
+                x = jnp.concatenate([layer.query_mlp(queries, key_query), layer.text_mlp(text, key_text)])
+            return (x, key), None
+
+        # scanned, because a dozen unrolled layers take minutes to compile; what is left is an incomplete last group
+        size = self.config.cross_attention_frequency
+        whole, rest = divmod(self.config.num_hidden_layers, size)
+        groups = (
+            stack.part(self.layers, lambda p: p[: whole * size].reshape(whole, size, *p.shape[1:])),
+            stack.part(self.cross_attention, lambda p: p[:whole]),
+        )
+        carry, _ = stack.scan(functools.partial(group, size=size), groups, (x, key))
+        if rest:
+            last = stack.part(self.layers, lambda p: p[whole * size :]), stack.layer(self.cross_attention, whole)
+            carry, _ = group(last, carry, size=rest)
+        return carry[0][:number]
 
 
 def layer_norm(width: int, epsilon: float, param_dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

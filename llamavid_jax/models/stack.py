@@ -18,13 +18,21 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -
     return make_all(rngs)
 
 
+def part(layers: nnx.Module, select: Callable[[jax.Array], jax.Array]) -> nnx.Module:
+    """The module with `select` done to every parameter."""
+    graphdef, state = nnx.split(layers)
+    return nnx.merge(graphdef, jax.tree.map(select, state))
+
+
 def layer(layers: nnx.Module, index: int) -> nnx.Module:
     """One layer of a stack."""
-    graphdef, state = nnx.split(layers)
-    return nnx.merge(graphdef, jax.tree.map(lambda parameter: parameter[index], state))
+    return part(layers, lambda parameter: parameter[index])
 
 
-def scan(apply: Callable[[nnx.Module, Any], tuple[Any, Any]], layers: nnx.Module, carry: Any) -> tuple[Any, Any]:
-    """Runs `carry, output = apply(layer, carry)` through the stack; outputs come back stacked `[L, ...]`."""
+def scan(apply: Callable[[Any, Any], tuple[Any, Any]], layers: Any, carry: Any) -> tuple[Any, Any]:
+    """Runs `carry, output = apply(layer, carry)` through the stack; outputs come back stacked `[L, ...]`.
+
+    `layers` may be a tuple of stacks of one length; `layer` is then a tuple too.
+    """
     graphdef, state = nnx.split(layers)
     return jax.lax.scan(lambda carry, state: apply(nnx.merge(graphdef, state), carry), carry, state)

@@ -1,0 +1,66 @@
+"""A recorded checkpoint, its weights as torch reads them, and what a conversion made of them."""
+
+import functools
+import io
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import torch
+from rich.console import Console
+
+from conversion import torch_to_jax
+from conversion.transforms import to_torch
+from conversion.weight_table import weight_table
+from llamavid_jax.config import LLaMAVIDLlavaConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+ORIGINAL = GOLDEN / "short_video_mean"
+CONFIG = LLaMAVIDLlavaConfig.from_pretrained(ORIGINAL)
+
+
+@functools.cache
+def state_dict() -> dict[str, torch.Tensor]:
+    found = {}
+    for shard in sorted(ORIGINAL.glob("*.bin")):
+        found |= torch.load(shard, weights_only=True)
+    return found
+
+
+def save_folder(folder: Path, values: dict[str, torch.Tensor], config_values: dict) -> Path:
+    """A checkpoint in one file."""
+    folder.mkdir(exist_ok=True)
+    torch.save(values, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config_values))
+    return folder
+
+
+def convert(source: Path, out: Path, **options) -> str:
+    """Converts and returns the report."""
+    console = Console(file=io.StringIO(), width=200)
+    torch_to_jax.convert(source, out, console=console, **options)
+    return console.file.getvalue()
+
+
+def restore(out: Path) -> dict[str, np.ndarray]:
+    """Dotted path → array, read by Orbax."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(out / "weights"))
+    return {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def as_torch(params: dict[str, np.ndarray], config: LLaMAVIDLlavaConfig) -> dict[str, np.ndarray]:
+    """Parameters under the original's names and in its layout."""
+    found = {}
+    for weight in weight_table(config, "original"):
+        value = params[weight.path] if weight.index is None else params[weight.path][weight.index]
+        found[weight.name] = to_torch(value, weight.pattern)
+    return found
+
+
+def assert_equal(params: dict[str, np.ndarray], expected: dict[str, torch.Tensor], config=CONFIG) -> None:
+    """Every parameter holds the weights of its torch name."""
+    for name, value in as_torch(params, config).items():
+        np.testing.assert_array_equal(value, expected[name].float().numpy(), err_msg=name)

@@ -1,0 +1,231 @@
+"""An independent LLaMA-VID in torch, our model with the same weights, and how far the two are apart.
+
+The vision tower, the Q-Former and the decoder are transformers' InstructBLIP and LLaMA; between them stands the
+original's arithmetic, written here in torch.  `state_dict()` has the documented checkpoint's names, so that the
+conversion tables fill our model.  The parity tests hold the errors below BAR; `test_parity_has_teeth.py` puts bugs in
+and wants them above.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from flax import nnx
+from torch.nn import functional
+
+from conversion.transforms import to_jax
+from conversion.weight_table import parameter_shapes, weight_table
+from llamavid_jax.config import (
+    LlamaConfig,
+    LLaMAVIDLlavaConfig,
+    LLaMAVIDLlavaQFormerConfig,
+    LLaMAVIDLlavaVisionConfig,
+    projector_depth,
+)
+from llamavid_jax.models import llama_vid
+
+BAR = 1e-5  # relative error of one module in float32; each test says next to it what was measured
+SCALES = (0.02, 0.2)  # of the weights: small ones show wrong epsilons, large ones wrong positions, masks, activations
+MEMORY_EPS = 1e-5  # torch.nn.LayerNorm's own, which `vlm_att_ln` keeps
+
+CONFIG = LLaMAVIDLlavaConfig(
+    vision_tower_config=LLaMAVIDLlavaVisionConfig(
+        hidden_size=40, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=2
+    ),
+    qformer_config=LLaMAVIDLlavaQFormerConfig(
+        vocab_size=64,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=80,
+        max_position_embeddings=208,
+    ),
+    text_config=LlamaConfig(
+        vocab_size=97,
+        hidden_size=56,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        rope_factor=4.0,
+    ),
+    num_query=8,
+)
+
+
+class TorchLlamaVid(torch.nn.Module):
+    """Random weights of one `scale`; norms around 1, so that none is neutral."""
+
+    def __init__(self, config: LLaMAVIDLlavaConfig, scale: float):
+        super().__init__()
+        torch.manual_seed(0)
+        vision, qformer, text = config.vision_tower_config, config.qformer_config, config.text_config
+        self.vision_tower = transformers.InstructBlipVisionModel(
+            transformers.InstructBlipVisionConfig(**dataclasses.asdict(vision), attn_implementation="eager")
+        )
+        sizes = dataclasses.asdict(qformer)
+        dropout = sizes.pop("dropout")
+        self.qformer = transformers.InstructBlipQFormerModel(
+            transformers.InstructBlipQFormerConfig(
+                **sizes,
+                encoder_hidden_size=vision.hidden_size,
+                hidden_dropout_prob=dropout,
+                attention_probs_dropout_prob=dropout,
+                attn_implementation="eager",
+            )
+        )
+        sizes = dataclasses.asdict(text)
+        rope = {"rope_theta": sizes.pop("rope_theta"), "rope_type": "linear", "factor": sizes.pop("rope_factor")}
+        self.language_model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**sizes, rope_parameters=rope, attn_implementation="eager")
+        )
+        self.query_tokens = torch.nn.Parameter(torch.zeros(1, config.num_query, qformer.hidden_size))
+        self.vlm_att_projector = torch.nn.Linear(qformer.hidden_size, vision.hidden_size)
+        self.vlm_att_key_projector = torch.nn.Linear(vision.hidden_size, vision.hidden_size)
+        self.vlm_att_val_projector = torch.nn.Linear(vision.hidden_size, text.hidden_size)
+        depth = projector_depth(config.mm_projector_type)
+        inputs = [vision.hidden_size] + [text.hidden_size] * depth
+        self.multi_modal_projector = torch.nn.ModuleDict(
+            {f"linear_{i + 1}": torch.nn.Linear(inputs[i], text.hidden_size) for i in range(depth)}
+        )
+        self.config = config
+        self.eval().requires_grad_(False)
+        for name, weight in self.named_parameters():
+            norm = "norm" in name.lower() and name.endswith("weight")
+            weight.copy_(1 + 0.2 * torch.randn_like(weight) if norm else scale * torch.randn_like(weight))
+            if name.endswith("qkv.bias"):  # EVA has no key bias
+                weight[vision.hidden_size : 2 * vision.hidden_size] = 0
+
+    def vision_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """States after the last block: the tower's own norm behind it is InstructBLIP's, not EVA's."""
+        return self.vision_tower.encoder(inputs_embeds=self.vision_tower.embeddings(pixels)).last_hidden_state
+
+    def queries(self, features: torch.Tensor, text_ids: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        norm = self.vision_tower.post_layernorm  # where the documented layout keeps `vlm_att_ln`
+        memory = functional.layer_norm(features, features.shape[-1:], norm.weight, norm.bias, MEMORY_EPS)
+        queries = self.query_tokens.expand(len(features), -1, -1)
+        return self.qformer(
+            input_ids=text_ids,
+            attention_mask=torch.cat([torch.ones(queries.shape[:2], dtype=torch.long), text_mask.long()], 1),
+            query_embeds=queries,
+            encoder_hidden_states=memory,
+        ).last_hidden_state[:, : queries.shape[1]]
+
+    def visual_tokens(self, patches: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        query, key = self.vlm_att_projector(queries), self.vlm_att_key_projector(patches)
+        seen = torch.softmax(query @ key.transpose(1, 2) / key.shape[-1] ** 0.5, dim=-1) @ patches
+        context = self.vlm_att_val_projector(seen.mean(1, keepdim=True))
+        kind, _, number = self.config.compress_type.partition(":")
+        side = self.config.vision_tower_config.side
+        square = patches.transpose(1, 2).unflatten(-1, (side, side))
+        if kind == "grid":
+            square = functional.avg_pool2d(square, side // int(number))
+        content = patches.mean(1, keepdim=True) if kind == "mean" else square.flatten(2).transpose(1, 2)
+        for index, linear in enumerate(self.multi_modal_projector.values()):
+            content = linear(functional.gelu(content) if index else content)
+        return torch.cat([context, content], 1)
+
+    def frame_tokens(
+        self, features: torch.Tensor, text_ids: torch.Tensor, text_mask: torch.Tensor, has_cls: bool
+    ) -> torch.Tensor:
+        queries = self.queries(features, text_ids, text_mask)
+        return self.visual_tokens(features[:, 1:] if has_cls else features, queries)
+
+    def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.language_model(input_ids=token_ids).logits
+
+
+@functools.cache
+def reference(config: LLaMAVIDLlavaConfig, scale: float) -> TorchLlamaVid:
+    return TorchLlamaVid(config, scale)
+
+
+@functools.cache
+def parameters(config: LLaMAVIDLlavaConfig, scale: float) -> dict:
+    """The reference's weights as our nested dict."""
+    state, shapes = reference(config, scale).state_dict(), parameter_shapes(config)
+    flat = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
+    for weight in weight_table(config, "documented"):
+        stacked = weight.index is not None
+        value = to_jax(state[weight.name].numpy(), weight, shapes[weight.path][1 if stacked else 0 :])
+        flat[weight.path][weight.index if stacked else ...] = value
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(int(parent) if parent.isdigit() else parent, {})
+        node[leaf] = value
+    return tree
+
+
+def ours(config: LLaMAVIDLlavaConfig, scale: float, dtype=np.float32) -> nnx.Module:
+    """Our model with the reference's weights."""
+    model = nnx.eval_shape(lambda: llama_vid.LlamaVid(config, rngs=nnx.Rngs(0), dtype=dtype))
+    graphdef, state = nnx.split(model)
+    nnx.replace_by_pure_dict(state, parameters(config, scale))
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
+
+
+def relative_error(got, wanted) -> float:
+    """‖got - wanted‖ / ‖wanted‖; infinite where the shapes differ."""
+    got, wanted = (np.asarray(value, np.float64) for value in (got, wanted))
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)) if got.shape == wanted.shape else np.inf
+
+
+def features_of(config: LLaMAVIDLlavaConfig, scale: float, has_cls: bool = True) -> np.ndarray:
+    """Two frames' random features, as small as the weights, so that the memory norm's epsilon counts."""
+    vision = config.vision_tower_config
+    shape = (2, vision.num_patches + has_cls, vision.hidden_size)
+    return (scale * np.random.default_rng(1).normal(size=shape)).astype(np.float32)
+
+
+def questions(config: LLaMAVIDLlavaConfig, length: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and masks `[2, length]` of two questions, the second one padded."""
+    ids = np.random.default_rng(2).integers(1, config.qformer_config.vocab_size, (2, length)).astype(np.int32)
+    return ids, np.arange(length) < np.array([[length], [length // 2]])
+
+
+def token_ids(config: LLaMAVIDLlavaConfig, length: int = 512) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, config.text_config.vocab_size, (2, length)).astype(np.int32)
+
+
+def vision_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG) -> float:
+    size = config.vision_tower_config.image_size
+    pixels = np.random.default_rng(4).normal(size=(2, 3, size, size)).astype(np.float32)
+    got = ours(config, scale).vision(jnp.asarray(pixels))
+    return relative_error(got, reference(config, scale).vision_features(torch.tensor(pixels)))
+
+
+def qformer_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG) -> float:
+    arrays = (features_of(config, scale), *questions(config))
+    got = jax.vmap(ours(config, scale).qformer)(*arrays)
+    return relative_error(got, reference(config, scale).queries(*map(torch.tensor, arrays)))
+
+
+def frame_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG, has_cls: bool = True) -> float:
+    """Q-Former and token generator together, from features to visual tokens."""
+    arrays = (features_of(config, scale, has_cls), *questions(config))
+    got = jax.vmap(functools.partial(ours(config, scale).frame_tokens, has_cls=has_cls))(*arrays)
+    return relative_error(got, reference(config, scale).frame_tokens(*map(torch.tensor, arrays), has_cls))
+
+
+def tokens_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG) -> float:
+    """The token generator alone; queries of size 1, so that its attention is not flat."""
+    vision, random = config.vision_tower_config, np.random.default_rng(5)
+    patches = random.normal(size=(2, vision.num_patches, vision.hidden_size)).astype(np.float32)
+    queries = random.normal(size=(2, config.num_query, config.qformer_config.hidden_size)).astype(np.float32)
+    got = jax.vmap(ours(config, scale).visual_tokens)(patches, queries)
+    return relative_error(got, reference(config, scale).visual_tokens(torch.tensor(patches), torch.tensor(queries)))
+
+
+def llama_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG) -> float:
+    ids, llama = token_ids(config), ours(config, scale).llama
+    got = llama.logits(llama(llama.embed(ids)))
+    return relative_error(got, reference(config, scale).logits(torch.tensor(ids)))
