@@ -18,20 +18,26 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llamavid_jax.checkpoint import load_weights, parse_dtype, save_weights
-from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN, LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import TEXT, MergeError, Row, bucket, merge_row, pad_rows, strip_padding
+from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
+from llamavid_jax.data.batching import TEXT, Row, bucket, merge_row, pad_rows
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.tokenize import Tokenizer
-from llamavid_jax.generation.encode import Visual, encode_visuals, frame_features, token_places
+from llamavid_jax.generation.encode import encode_visuals, frame_features, token_places
 from llamavid_jax.generation.generate import generate
+from llamavid_jax.generation.request import (
+    Frames,
+    Request,
+    RequestError,
+    Sample,
+    check_length,
+    read_request,
+    read_visuals,
+)
 from llamavid_jax.generation.sampling import Sampling
 from llamavid_jax.generation.stopping import RowText
 from llamavid_jax.models.llama_vid import LlamaVid, forward, next_token_loss
 from llamavid_jax.processor import load_tokenizers
 from llamavid_jax.sharding import param_shardings
-
-Frames = Any  # [F, 3, H, W] pixels or [F, P, E] features: an array, or an iterable of frames
-Sample = Frames | list[Frames] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +130,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
                 if progress:
                     progress(len(chunk))
         if not chunks:
-            raise MergeError("pixel_values hold no frame; give at least one")
+            raise RequestError("pixel_values hold no frame; give at least one")
         return np.concatenate(chunks)
 
     def visual_tokens(
@@ -137,7 +143,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
     ) -> jax.Array:
         """Visual tokens `[prompts, F·(n+1), D]` of one sample: for each prompt, frame after frame, context first."""
         with self._on_mesh():
-            table, places = self._encode([pixel_values], [features], [list(prompts)], features_have_cls, None)
+            table, places = self._encode(*read_visuals([pixel_values], [features], [prompts], features_have_cls), None)
             return table[np.stack(places[0])]
 
     def __call__(
@@ -156,12 +162,20 @@ class LLaMAVIDLlavaForConditionalGeneration:
         `input_ids` `[B, t]` (or ragged lists) hold -200 where visual tokens go; one placeholder a prompt, or, for
         ready features of a long video, one for every visual token.  `attention_mask` `[B, t]` marks the tokens of
         rows padded on either side.  `labels` `[B, t]` hold -100 where no loss is wanted; the loss is the mean over all
-        other labels (M10).  Raises MergeError when rows, prompts and frames do not fit together.
+        other labels (M10).  Raises RequestError when rows, prompts and frames do not fit together.
         """
+        request = read_request(
+            self.config,
+            input_ids,
+            pixel_values=pixel_values,
+            features=features,
+            prompts=prompts,
+            attention_mask=attention_mask,
+            labels=labels,
+            features_have_cls=features_have_cls,
+        )
         with self._on_mesh():
-            table, rows = self._merge(
-                input_ids, pixel_values, features, prompts, attention_mask, labels, features_have_cls, None
-            )
+            table, rows = self._merge(request)
             lengths = np.array([len(row.token_ids) for row in rows])
             batch, length = bucket(len(rows)), bucket(int(lengths.max()))
 
@@ -199,26 +213,27 @@ class LLaMAVIDLlavaForConditionalGeneration:
         """Answers every row, greedily at temperature 0, until its end token, a `stop` string or `max_new_tokens`.
 
         `streamer(row, text)` is given each row's text as it comes, whole characters only.  The same `seed` draws the
-        same answer.  Raises MergeError when a row and its new tokens are longer than the model's positions.
+        same answer.  Raises RequestError when a row and its new tokens are longer than the model's positions.
         """
         _check_sampling(max_new_tokens, temperature, top_p, top_k)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if self.tokenizer is None and (stop or streamer):
-            raise MergeError("stop strings and streaming need the tokenizer; convert with --tokenizer FOLDER")
+            raise RequestError("stop strings and streaming need the tokenizer; convert with --tokenizer FOLDER")
+        request = read_request(
+            self.config,
+            input_ids,
+            pixel_values=pixel_values,
+            features=features,
+            prompts=prompts,
+            attention_mask=attention_mask,
+            features_have_cls=features_have_cls,
+            max_new_tokens=max_new_tokens,
+        )
         start = time.perf_counter()
         with self._on_mesh():
-            table, rows = self._merge(
-                input_ids, pixel_values, features, prompts, attention_mask, None, features_have_cls, progress
-            )
+            table, rows = self._merge(request, progress, max_new_tokens)
             table.block_until_ready()
             encoded = time.perf_counter()
-            for number, row in enumerate(rows):
-                if len(row.token_ids) + max_new_tokens > self.config.text_config.max_length:
-                    raise MergeError(
-                        f"row {number} holds {len(row.token_ids)} tokens, which with {max_new_tokens} new ones is more "
-                        f"than the {self.config.text_config.max_length} positions of this model; sample fewer frames "
-                        "(a lower fps), ask for fewer new tokens, or use a long-video checkpoint"
-                    )
             texts = [RowText(self.tokenizer, stop) for _ in rows] if self.tokenizer else None
 
             def on_tokens(row: int, ids: list[int]) -> bool:
@@ -252,95 +267,32 @@ class LLaMAVIDLlavaForConditionalGeneration:
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
-    def _merge(self, input_ids, pixel_values, features, prompts, attention_mask, labels, features_have_cls, progress):
+    def _merge(
+        self, request: Request, progress: Callable[[int], None] | None = None, max_new_tokens: int = 0
+    ) -> tuple[jax.Array, list[Row]]:
         """Encodes the visuals and lays the rows out: the table of visual tokens `[N, D]` and one Row a sample."""
-        count = len(input_ids)
-        if count == 0:
-            raise MergeError("input_ids hold no rows; give at least one")
-        ids = [_checked_ids(number, row) for number, row in enumerate(input_ids)]
-        given = {
-            "pixel_values": pixel_values, "features": features, "prompts": prompts,
-            "attention_mask": attention_mask, "labels": labels,
-        }  # fmt: skip
-        for name, values in given.items():
-            if values is not None and len(values) != count:
-                raise MergeError(f"input_ids hold {count} rows, but {name} {len(values)}; give one entry for each row")
-        none = [None] * count
-        prompts = [list(p or []) for p in prompts] if prompts is not None else [[] for _ in ids]
-        table, places = self._encode(pixel_values or none, features or none, prompts, features_have_cls, progress)
-        rows: list[Row] = []
-        for number, row in enumerate(ids):
-            mask = None if attention_mask is None else np.asarray(attention_mask[number], bool)
-            kept = strip_padding(row, mask)
-            row = np.where(row == self.config.image_token_index, IMAGE_TOKEN, row)[kept]
-            row_labels = None if labels is None else np.asarray(labels[number])[kept]
-            self._check_ids(number, row)
-            rows.append(merge_row(row, places[number], row_labels))
+        table, places = self._encode(request.questions, request.visuals, request.blocks, progress)
+        labels = request.labels or [None] * len(request.ids)
+        rows = [merge_row(*row) for row in zip(request.ids, places, labels, strict=True)]
+        for number, row in enumerate(rows):
+            check_length(self.config, number, len(row.token_ids), max_new_tokens)
         return table, rows
 
-    def _check_ids(self, number: int, row: np.ndarray) -> None:
-        text = row[row != IMAGE_TOKEN]
-        if len(row) == 0:
-            raise MergeError(
-                f"row {number} of input_ids is all padding; attention_mask must keep at least one position"
-            )
-        if len(text) and (text.min() < 0 or text.max() >= self.config.text_config.vocab_size):
-            raise MergeError(
-                f"row {number} of input_ids holds the id {text.min() if text.min() < 0 else text.max()}; ids are 0 to "
-                f"{self.config.text_config.vocab_size - 1}, or {IMAGE_TOKEN} for an image"
-            )
-
-    def _encode(self, pixel_values, features, prompts, features_have_cls, progress):
-        """The table `[N, D]` of all visual tokens, and `places[sample][prompt]`: where each prompt's tokens stand."""
-        texts = [prompt for sample in prompts for prompt in sample]
-        visuals: list[Visual] = []
-        of_prompt: list[list[tuple[int, int]]] = []  # per sample and prompt: (visual, question of that visual)
-        question = 0
-        for number, (pixels, ready, sample_prompts) in enumerate(zip(pixel_values, features, prompts, strict=True)):
-            if pixels is not None and ready is not None:
-                raise MergeError(f"sample {number} has both pixel_values and features; give one of them")
-            frames = pixels if ready is None else ready
-            if (frames is None) != (not sample_prompts):
-                raise MergeError(
-                    f"sample {number} has {'no frames' if frames is None else 'frames'} but "
-                    f"{len(sample_prompts)} prompts; give frames and at least one prompt, or neither"
-                )
-            kind = {"are_features": ready is not None, "has_cls": ready is None or features_have_cls}
-            questions = list(range(question, question + len(sample_prompts)))
-            question += len(sample_prompts)
-            if isinstance(frames, (list, tuple)) and np.ndim(frames[0]) != (3 if ready is None else 2):
-                if len(frames) != len(sample_prompts):
-                    raise MergeError(
-                        f"sample {number} has {len(frames)} videos but {len(sample_prompts)} prompts; "
-                        "give one prompt for each"
-                    )
-                of_prompt.append([(len(visuals) + i, 0) for i in range(len(frames))])
-                visuals += [Visual(f, [q], **kind) for f, q in zip(frames, questions, strict=True)]
-            else:
-                of_prompt.append([(len(visuals), i) for i in range(len(questions))])
-                visuals += [Visual(frames, questions, **kind)] if frames is not None else []
+    def _encode(self, questions, visuals, blocks, progress) -> tuple[jax.Array, list[list[np.ndarray]]]:
+        """The table `[N, D]` of all visual tokens, and `places[row][prompt]`: where a prompt's tokens stand in it."""
         if not visuals:
-            return jnp.zeros((1, self.config.text_config.hidden_size), self.dtype), [[] for _ in prompts]
+            return jnp.zeros((1, self.config.text_config.hidden_size), self.dtype), [[] for _ in blocks]
         if self.qformer_tokenizer is None:
-            raise MergeError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
-        text_ids, text_mask = self.qformer_tokenizer(texts)
+            raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
+        text_ids, text_mask = self.qformer_tokenizer(questions)
         table, slots = encode_visuals(
             self.graphdef, self.params, self.config, visuals, text_ids, text_mask, self.dtype, progress
         )
         width = self.config.tokens_per_frame
-        places = [[token_places(slots[v][q], width) for v, q in sample] for sample in of_prompt]
-        if any(len(place) == 0 for sample in places for place in sample):
-            raise MergeError("a video holds no frame; give at least one")
+        places = [[token_places(slots[visual][question], width) for visual, question in row] for row in blocks]
+        if any(len(place) == 0 for row in places for place in row):
+            raise RequestError("a video holds no frame; give at least one")
         return table.reshape(-1, table.shape[-1]), places
-
-
-def _checked_ids(number: int, row: Any) -> np.ndarray:
-    ids = np.asarray(row)
-    if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
-        raise MergeError(
-            f"row {number} of input_ids is {ids.dtype} of shape {ids.shape}; give a row of one or more whole numbers"
-        )
-    return ids
 
 
 def _check_sampling(max_new_tokens: int, temperature: float | int, top_p: float | int, top_k: int) -> None:
@@ -351,4 +303,4 @@ def _check_sampling(max_new_tokens: int, temperature: float | int, top_p: float 
         ("top_k", top_k, top_k >= 0, "0 (off) or more"),
     ):
         if not fits:
-            raise MergeError(f"{name} is {value}; it must be {needed}")
+            raise RequestError(f"{name} is {value}; it must be {needed}")

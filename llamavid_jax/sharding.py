@@ -197,6 +197,9 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     """A mesh of the four axes; axes that are not named have size 1."""
+    unknown = sorted(set(sizes) - set(MESH_AXES))
+    if unknown:
+        raise ShardingError(f"{unknown[0]!r} is no mesh axis; the axes are {', '.join(MESH_AXES)}")
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     needed = math.prod(shape)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from llamavid_jax.config import IMAGE_TOKEN
-from llamavid_jax.data.batching import MergeError
 from llamavid_jax.generation.generate import decode_block, prefill
+from llamavid_jax.generation.request import RequestError
 from llamavid_jax.models.llama_vid import compress_frames, encode_frames, forward
 
 VIDEO = [1, 40, 41, IMAGE_TOKEN, 42, 43, 44]
@@ -216,9 +216,9 @@ def test_save_and_load(tiny_model, tmp_path, alone):
 
 ONE = {"pixel_values": [frames(1)]}
 BAD = {
-    "holds 3 image placeholders and 1 prompts": ([[1, *[IMAGE_TOKEN] * 3]], {**ONE, "prompts": [["a"]]}),
-    "holds 0 image placeholders and 1 prompts": ([[1, 2]], {**ONE, "prompts": [["a"]]}),
-    "holds 1 image placeholders and 0 prompts": ([[1, IMAGE_TOKEN]], {}),
+    "holds 3 image placeholders and has 1 prompts": ([[1, *[IMAGE_TOKEN] * 3]], {**ONE, "prompts": [["a"]]}),
+    "holds 0 image placeholders and has 1 prompts": ([[1, 2]], {**ONE, "prompts": [["a"]]}),
+    "holds 1 image placeholders and has 0 prompts": ([[1, IMAGE_TOKEN]], {}),
     "has frames but 0 prompts": ([[1, IMAGE_TOKEN]], ONE),
     "has no frames but 1 prompts": ([[1, IMAGE_TOKEN]], {"prompts": [["a"]]}),
     "input_ids hold 1 rows, but prompts 2": ([[1, IMAGE_TOKEN]], {**ONE, "prompts": [["a"], ["b"]]}),
@@ -240,7 +240,7 @@ BAD = {
     "holds the id -1": ([[1, -1]], {}),
     "row 0 of input_ids is float64 of shape (0,)": ([[]], {}),
     "row 1 of input_ids is float64 of shape (1,)": ([[1], [0.5]], {}),
-    "row 0 of input_ids is all padding": ([[1, 2]], {"attention_mask": [[0, 0]]}),
+    "row 0 of attention_mask is [0, 0]": ([[1, 2]], {"attention_mask": [[0, 0]]}),
     "input_ids hold no rows": ([], {}),
     "max_new_tokens is 0": ([[1]], {"max_new_tokens": 0}),
     "temperature is -0.1": ([[1]], {"temperature": -0.1}),
@@ -253,7 +253,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_refused(tiny_model, message):
     ids, options = BAD[message]
-    with pytest.raises(MergeError) as error:
+    with pytest.raises(RequestError) as error:
         tiny_model.generate(ids, **options)
     assert message in str(error.value)
 

@@ -35,6 +35,8 @@ def attention(
     `mask` is True where a query may look at a key and broadcasts to `[B, N, T, S]`; it excludes `causal`.  `backend`
     None takes the fastest one that fits the device, the type and the mask.
     """
+    if causal and mask is not None:
+        raise ValueError("mask and causal exclude each other; put causality into the mask")
     match backend or _fastest(q, k, mask, causal):
         case "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")

@@ -1,7 +1,7 @@
 """Causal self-attention on TPU by JAX's own Pallas splash-attention kernel.
 
-Tokamax wraps the same kernel but pins a `typeguard` that other packages of this field reject on Python 3.11, so the
-kernel is taken from JAX itself.  Under a mesh it runs per shard: rows over the batch axes, heads over `tensor`.
+Tokamax wraps the same kernel; taken from JAX itself, it needs no further dependency.  Under a mesh it runs per shard:
+rows over the batch axes, heads over `tensor`; a row cut over `sequence` is gathered for it.
 """
 
 import functools

@@ -7,17 +7,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
-from llamavid_jax.errors import InputError
 
 TEXT = -1  # in a visual index: this position holds a text token
 FRAME_CHUNK = 32  # frames that go through the vision tower at a time
-
-
-class MergeError(InputError):
-    """Placeholders, prompts and frames that do not fit together: names the counts and the remedy."""
 
 
 def bucket(length: int, smallest: int = 1) -> int:
@@ -54,19 +49,13 @@ def merge_row(
 
     One placeholder a prompt: each is replaced by its prompt's whole block, with ignored labels (M2).  Or one
     placeholder a visual token, with text between the frames, as in long videos: each is one slot and labels stay (M4).
-    Raises MergeError when the placeholders fit neither.
+    `generation/request.py` has checked that the placeholders fit one of the two.
     """
     places = np.flatnonzero(input_ids == IMAGE_TOKEN)
     if len(visuals) == 1 and len(places) == len(visuals[0]) != 1:
         visual_index = np.full(len(input_ids), TEXT, np.int32)
         visual_index[places] = visuals[0]
         return Row(_text_ids(input_ids), visual_index, labels)
-    if len(places) != len(visuals):
-        slots = f", or one for each of its {len(visuals[0])} visual tokens" if len(visuals) == 1 else ""
-        raise MergeError(
-            f"a row holds {len(places)} image placeholders and {len(visuals)} prompts; "
-            f"give one placeholder for each prompt{slots}"
-        )
     ids, index, kept_labels, start = [], [], [], 0
     for place, block in zip([*places, len(input_ids)], [*visuals, np.zeros(0, np.int32)], strict=True):
         text = input_ids[start:place]
@@ -98,8 +87,3 @@ def pad_to(array: np.ndarray, *sizes: int) -> np.ndarray:
         [(0, size - length) for size, length in zip(sizes, array.shape, strict=False)]
         + [(0, 0)] * (array.ndim - len(sizes)),
     )
-
-
-def strip_padding(input_ids: Int[np.ndarray, " t"], attention_mask: Bool[np.ndarray, " t"] | None) -> np.ndarray:
-    """Positions of a row that hold tokens: where the mask says so, all without a mask."""
-    return np.arange(len(input_ids)) if attention_mask is None else np.flatnonzero(attention_mask)

@@ -7,32 +7,20 @@ and a question once (Q10, Q11).
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import FRAME_CHUNK, MergeError, bucket, chunk_size, pad_to
+from llamavid_jax.data.batching import FRAME_CHUNK, bucket, chunk_size, pad_to
+from llamavid_jax.generation.request import RequestError, Visual
 from llamavid_jax.models.llama_vid import compress_frames, encode_frames
 
 SMALLEST_TABLE = 128  # visual tokens
 UNKNOWN_FRAMES = 64  # room for a video whose number of frames is not known yet
 SMALLEST_TEXT = (8, 32)  # questions and their tokens
-
-
-class Visual(NamedTuple):
-    """One image or video: its frames and the questions asked of it.
-
-    `frames` yields pixels `[3, H, W]`, or features `[P, E]` where `are_features`; `has_cls` says whether features
-    start with the CLS token (P1).  `questions` are rows of the text ids.
-    """
-
-    frames: Iterable[np.ndarray]
-    questions: Sequence[int]
-    are_features: bool = False
-    has_cls: bool = True
 
 
 def frame_features(graphdef, params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig) -> Iterator[np.ndarray]:
@@ -55,7 +43,7 @@ def encode_visuals(
     """Encodes all visuals; returns the table `[R, n+1, D]` and `slots[visual][question]`, `[F]` rows of it.
 
     `text_ids` and `text_mask` `[U, T]` hold the questions.  `progress` is told how many frames each step took.
-    Raises MergeError for a frame of a wrong shape.
+    Raises RequestError for a frame of a wrong shape.
     """
     slots: list[list[list[int]]] = [[[] for _ in visual.questions] for visual in visuals]
     table = jnp.zeros(
@@ -101,7 +89,7 @@ def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _first_size(visuals: Sequence[Visual], tokens_per_frame: int) -> int:
-    known = [len(v.frames) * len(v.questions) if hasattr(v.frames, "__len__") else UNKNOWN_FRAMES for v in visuals]
+    known = [(v.num_frames or UNKNOWN_FRAMES) * len(v.questions) for v in visuals]
     return bucket(sum(known), SMALLEST_TABLE // tokens_per_frame)
 
 
@@ -114,10 +102,10 @@ def _checked(frame: np.ndarray, config: LLaMAVIDLlavaConfig, features_have_cls: 
         expected = (vision.num_patches + features_have_cls, vision.hidden_size)
         what = f"features of a frame [P, E] {'with' if features_have_cls else 'without'} the CLS token"
     if np.shape(frame) != expected:
-        raise MergeError(f"{what} must be {expected} for this model, not {np.shape(frame)}; use its image processor")
+        raise RequestError(f"{what} must be {expected} for this model, not {np.shape(frame)}; use its image processor")
     return frame
 
 
-@jax.jit(static_argnames="size", donate_argnums=0)
+@jax.jit(static_argnames="size")
 def _grow(table: jax.Array, *, size: int) -> jax.Array:
     return jnp.pad(table, [(0, size - len(table)), (0, 0), (0, 0)])

@@ -43,7 +43,7 @@ class Attention(nnx.Module):
         self.value = linear(memory_width, (heads, width // heads))
         self.out = linear((heads, width // heads), width, axis=(-2, -1))
         self.norm = layer_norm(width, config.layer_norm_eps, param_dtype, rngs)
-        self.dropout = config.dropout
+        self.dropout_rate = config.dropout
 
     def __call__(
         self,
@@ -58,10 +58,10 @@ class Attention(nnx.Module):
             self.key(memory),
             self.value(memory),
             mask=mask,
-            dropout_rate=self.dropout,
+            dropout_rate=self.dropout_rate,
             dropout_key=key_weights,
         )
-        return self.norm(x + dropout(self.out(attended), self.dropout, key_out)).astype(x.dtype)
+        return self.norm(x + dropout(self.out(attended), self.dropout_rate, key_out)).astype(x.dtype)
 
 
 class Mlp(nnx.Module):
@@ -72,11 +72,11 @@ class Mlp(nnx.Module):
         self.fc1 = linear(config.hidden_size, config.intermediate_size)
         self.fc2 = linear(config.intermediate_size, config.hidden_size)
         self.norm = layer_norm(config.hidden_size, config.layer_norm_eps, param_dtype, rngs)
-        self.dropout = config.dropout
+        self.dropout_rate = config.dropout
 
     def __call__(self, x: Float[Array, "T C"], key: Key[Array, ""] | None = None) -> Float[Array, "T C"]:
         hidden = jax.nn.gelu(self.fc1(x), approximate=False)
-        return self.norm(x + dropout(self.fc2(hidden), self.dropout, key)).astype(x.dtype)
+        return self.norm(x + dropout(self.fc2(hidden), self.dropout_rate, key)).astype(x.dtype)
 
 
 class Layer(nnx.Module):
