@@ -12,7 +12,7 @@ from llamavid_jax.attention.reference import QUERY_BLOCK, reference_attention
 from llamavid_jax.attention.splash import splash_attention, splash_supports
 from llamavid_jax.sharding import make_mesh
 
-BAR = 1e-5  # relative error in float32; the reference differs from torch by 3e-7, the kernel from the reference by 5e-7
+BAR = 1e-5  # relative error in float32
 
 
 def random(*shapes, dtype=jnp.float32):
@@ -69,7 +69,7 @@ def test_dropout_drops_weights_and_keeps_their_mean():
         for key in jax.random.split(jax.random.key(0), 64)
     ]
     assert relative_error(dropped[0], dropped[1]) > 0.1
-    assert relative_error(np.mean(dropped, axis=0), reference_attention(q, k, v)) < 0.1  # 64 draws; measured 0.06
+    assert relative_error(np.mean(dropped, axis=0), reference_attention(q, k, v)) < 0.1  # 64 draws
 
 
 MESHES = {"one device": None, "tensor=4, data=2": {"tensor": 4, "data": 2}, "tensor=8": {"tensor": 8}}

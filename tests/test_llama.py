@@ -48,7 +48,7 @@ def whole(llama, ids):
 
 @pytest.mark.parametrize("lengths", [(32, 32), (32, 23)])
 def test_cached_decoding_equals_whole_rows(llama, ids, whole, lengths):
-    """Prefill, then one position of every row at a time, rows of one or of two lengths; measured 6e-7."""
+    """Prefill, then one position of every row at a time, rows of one or of two lengths."""
     lengths, steps, rows = np.array(lengths), 8, np.arange(2)
     hidden, cache = llama.prefill(llama.embed(ids[:, :32]), 48)
     new, decode = [hidden[rows, lengths - 1]], jax.jit(lambda *arrays: llama.decode(*arrays))
