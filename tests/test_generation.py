@@ -197,12 +197,12 @@ def test_tower_once_a_frame_and_qformer_once_a_pair(tiny_model, monkeypatch):
         seen["frames"] += int((np.abs(pixels).sum((1, 2, 3)) > 0).sum())
         return encode_frames(graphdef, params, pixels)
 
-    def compress(graphdef, params, table, features, frame, text, slot, *rest, **options):
+    def write(table, slot, tokens):
         seen["pairs"] += int((slot < len(table)).sum())
-        return compress_frames(graphdef, params, table, features, frame, text, slot, *rest, **options)
+        return table.at[slot].set(tokens, mode="drop")
 
     monkeypatch.setattr(encode, "encode_frames", tower)
-    monkeypatch.setattr(encode, "compress_frames", compress)
+    monkeypatch.setattr(encode, "_write", write)
     tiny_model.visual_tokens(frames(5), [PROMPT, "how many dogs"])
     assert seen == {"frames": 5, "pairs": 10}
 

@@ -49,7 +49,7 @@ def encode_visuals(
     table = jnp.zeros(
         (_first_size(visuals, config.tokens_per_frame), config.tokens_per_frame, config.text_config.hidden_size), dtype
     )
-    used = 0
+    used, running = 0, table
     text_ids, text_mask = (pad_to(array, *map(bucket, array.shape, SMALLEST_TEXT)) for array in (text_ids, text_mask))
     for (are_features, has_cls), group in itertools.groupby(enumerate(visuals), lambda item: item[1][2:]):
         owned = ((index, frame) for index, visual in group for frame in visual.frames)
@@ -57,6 +57,8 @@ def encode_visuals(
             array = np.stack([_checked(frame, config, has_cls if are_features else None) for _, frame in chunk])
             array = pad_to(array, chunk_size(len(chunk)))
             features = jnp.asarray(array, dtype) if are_features else encode_frames(graphdef, params, array)
+            running.block_until_ready()  # of the chunk before: decoding may run ahead by one chunk, not by the video
+            running = features
             pairs = []
             for place, (index, _) in enumerate(chunk):
                 for number, question in enumerate(visuals[index].questions):
@@ -69,9 +71,10 @@ def encode_visuals(
                 frame, question, slot = np.zeros((3, chunk_size(len(some))), np.int32)
                 slot += len(table)  # padding goes beyond the table, where it is dropped
                 frame[: len(some)], question[: len(some)], slot[: len(some)] = zip(*some, strict=True)
-                table = compress_frames(
-                    graphdef, params, table, features, frame, question, slot, text_ids, text_mask, has_cls=has_cls
+                tokens = compress_frames(
+                    graphdef, params, features, frame, question, text_ids, text_mask, has_cls=has_cls
                 )
+                table = _write(table, slot, tokens)
             if progress:
                 progress(len(chunk))
     return table, [[np.asarray(slot, np.int32) for slot in visual] for visual in slots]
@@ -104,6 +107,11 @@ def _checked(frame: np.ndarray, config: LLaMAVIDLlavaConfig, features_have_cls: 
     if np.shape(frame) != expected:
         raise RequestError(f"{what} must be {expected} for this model, not {np.shape(frame)}; use its image processor")
     return frame
+
+
+@jax.jit(donate_argnums=0)
+def _write(table: jax.Array, slot: jax.Array, tokens: jax.Array) -> jax.Array:
+    return table.at[slot].set(tokens.astype(table.dtype), mode="drop")
 
 
 @jax.jit(static_argnames="size")

@@ -83,29 +83,26 @@ def encode_frames(graphdef, params, pixels: Float[Array, "F 3 y x"]) -> Float[Ar
     return nnx.merge(graphdef, params).vision(constrain(pixels, "frames", None, None, None))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="has_cls", donate_argnames="table")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="has_cls")
 def compress_frames(
     graphdef,
     params,
-    table: Float[Array, "R n D"],
     features: Float[Array, "F P E"],
     frame: Int[Array, " G"],
     text: Int[Array, " G"],
-    slot: Int[Array, " G"],
     text_ids: Int[Array, "U T"],
     text_mask: Bool[Array, "U T"],
     *,
     has_cls: bool,
-) -> Float[Array, "R n D"]:
-    """Compresses G pairs of a frame and a question into their slots of `table`; a slot beyond it is dropped.
+) -> Float[Array, "G n D"]:
+    """The tokens of G pairs of a frame and a question.
 
     `frame` and `text` index `features` and `text_ids`: the tower runs once a frame, the Q-Former once a pair (Q10).
     """
     model = nnx.merge(graphdef, params)
-    tokens = jax.vmap(functools.partial(model.frame_tokens, has_cls=has_cls))(
+    return jax.vmap(functools.partial(model.frame_tokens, has_cls=has_cls))(
         constrain(features[frame], "frames", None, None), text_ids[text], text_mask[text]
     )
-    return table.at[slot].set(tokens.astype(table.dtype), mode="drop")
 
 
 @functools.partial(jax.jit, static_argnums=0)
