@@ -19,7 +19,7 @@ from llamavid_jax.config import (
     LLaMAVIDLlavaQFormerConfig,
     LLaMAVIDLlavaVisionConfig,
 )
-from llamavid_jax.data.batching import MergeError
+from llamavid_jax.generation.request import RequestError
 from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
 
 TINY = LLaMAVIDLlavaConfig(
@@ -159,12 +159,12 @@ def test_eos_token_id_ends_an_answer():
 
 
 def test_max_position_embeddings_bounds_a_row():
-    with pytest.raises(MergeError, match="more than the 8 positions"):
+    with pytest.raises(RequestError, match="more than the 8 positions"):
         tiny_model(max_position_embeddings=8).generate([[1, 5, 7]], max_new_tokens=8)
 
 
 def test_image_token_index_is_a_placeholder():
     """The documented layout's placeholder is an id of the vocabulary; here one without an image for it."""
     assert tiny_model()([[1, 23, 7]]).logits.shape[1] == 3
-    with pytest.raises(MergeError, match="1 image placeholders and 0 prompts"):
+    with pytest.raises(RequestError, match="1 image placeholders and has 0 prompts"):
         tiny_model(image_token_index=23)([[1, 23, 7]])
