@@ -179,16 +179,12 @@ class LLaMAVIDLlavaForConditionalGeneration:
             lengths = np.array([len(row.token_ids) for row in rows])
             batch, length = bucket(len(rows)), bucket(int(lengths.max()))
 
-            def padded(rows: list[np.ndarray], value: int) -> np.ndarray:
-                out = pad_rows(rows, length, value)
-                return np.pad(out, [(0, batch - len(out)), (0, 0)], constant_values=value)
-
-            token_ids = padded([row.token_ids for row in rows], 0)
-            visual_index = padded([row.visual_index for row in rows], TEXT)
+            token_ids = pad_rows([row.token_ids for row in rows], batch, length, 0)
+            visual_index = pad_rows([row.visual_index for row in rows], batch, length, TEXT)
             logits = forward(self.graphdef, self.params, token_ids, table[None], visual_index)
             loss = None
             if labels is not None:
-                loss = next_token_loss(logits, padded([row.labels for row in rows], IGNORE_LABEL))
+                loss = next_token_loss(logits, pad_rows([row.labels for row in rows], batch, length, IGNORE_LABEL))
             return ForwardOutput(logits[: len(rows), : lengths.max()], lengths, loss)
 
     def generate(
@@ -215,7 +211,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
         `streamer(row, text)` is given each row's text as it comes, whole characters only.  The same `seed` draws the
         same answer.  Raises RequestError when a row and its new tokens are longer than the model's positions.
         """
-        _check_sampling(max_new_tokens, temperature, top_p, top_k)
+        _check_sampling(max_new_tokens, temperature, top_p, top_k, seed)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if self.tokenizer is None and (stop or streamer):
             raise RequestError("stop strings and streaming need the tokenizer; convert with --tokenizer FOLDER")
@@ -295,12 +291,13 @@ class LLaMAVIDLlavaForConditionalGeneration:
         return table.reshape(-1, table.shape[-1]), places
 
 
-def _check_sampling(max_new_tokens: int, temperature: float | int, top_p: float | int, top_k: int) -> None:
+def _check_sampling(max_new_tokens: int, temperature: float | int, top_p: float | int, top_k: int, seed: int) -> None:
     for name, value, fits, needed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ("top_k", top_k, top_k >= 0, "0 (off) or more"),
+        ("seed", seed, 0 <= seed < 2**32, "from 0 to 2**32 - 1"),
     ):
         if not fits:
             raise RequestError(f"{name} is {value}; it must be {needed}")

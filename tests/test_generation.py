@@ -246,6 +246,7 @@ BAD = {
     "temperature is -0.1": ([[1]], {"temperature": -0.1}),
     "top_p is 0": ([[1]], {"top_p": 0}),
     "top_k is -1": ([[1]], {"top_k": -1}),
+    "seed is -1": ([[1]], {"seed": -1}),
     "which with 2047 new ones is more than the 2048 positions": ([[1, 2]], {"max_new_tokens": 2047}),
 }
 

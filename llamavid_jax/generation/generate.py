@@ -59,15 +59,25 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("greedy",), donate_argnames="state")
 def decode_block(
-    graphdef, params, state: DecodeState, eos: Int[Array, ""], sampling: Sampling, *, greedy: bool
+    graphdef,
+    params,
+    state: DecodeState,
+    steps: Int[Array, ""],
+    eos: Int[Array, ""],
+    sampling: Sampling,
+    *,
+    greedy: bool,
 ) -> tuple[DecodeState, Int[Array, "B s"]]:
-    """BLOCK_STEPS tokens of every row, `[B, BLOCK_STEPS]`: the newest one of `state` and those after it."""
+    """The next `steps` tokens of every row, at most BLOCK_STEPS: the newest one of `state` and those after it.
+
+    They come as `[B, BLOCK_STEPS]`, filled up with `eos`.
+    """
     model: LlamaVid = nnx.merge(graphdef, params)
     tokens = jnp.full((len(state.token), BLOCK_STEPS), eos, jnp.int32)
 
     def more(carry):
         step, state, _ = carry
-        return (step < BLOCK_STEPS) & ~jnp.all(state.done)
+        return (step < steps) & ~jnp.all(state.done)
 
     def body(carry):
         step, state, tokens = carry
@@ -103,16 +113,13 @@ def generate(
     batch, length = bucket(len(rows)), bucket(int(lengths.max()), SMALLEST_LENGTH)
     cache_length = max(bucket(int(lengths.max()) + max_new_tokens, SMALLEST_LENGTH), length)
     greedy = sampling.temperature == 0
-    padding = batch - len(rows)
     state = prefill(
         graphdef,
         params,
-        np.pad(pad_rows([row.token_ids for row in rows], length, 0), [(0, padding), (0, 0)]),
+        pad_rows([row.token_ids for row in rows], batch, length, 0),
         visual[None],
-        np.pad(
-            pad_rows([row.visual_index for row in rows], length, TEXT), [(0, padding), (0, 0)], constant_values=TEXT
-        ),
-        np.pad(lengths, (0, padding), constant_values=1),
+        pad_rows([row.visual_index for row in rows], batch, length, TEXT),
+        np.pad(lengths, (0, batch - len(rows)), constant_values=1),
         np.uint32(seed),
         _as_arrays(sampling),
         cache_length=cache_length,
@@ -121,18 +128,21 @@ def generate(
     state = state._replace(done=jnp.arange(batch) >= len(rows))
     new: list[list[int]] = [[] for _ in rows]
     ended = np.zeros(len(rows), bool)
-    while not ended.all():
-        state, tokens = decode_block(graphdef, params, state, np.int32(eos), _as_arrays(sampling), greedy=greedy)
-        for index, block in enumerate(np.asarray(tokens)[: len(rows)].tolist()):
+    for done in range(0, max_new_tokens, BLOCK_STEPS):
+        steps = min(BLOCK_STEPS, max_new_tokens - done)
+        state, tokens = decode_block(
+            graphdef, params, state, np.int32(steps), np.int32(eos), _as_arrays(sampling), greedy=greedy
+        )
+        for index, ids in enumerate(np.asarray(tokens)[: len(rows), :steps].tolist()):
             if ended[index]:
                 continue
-            ids = block[: max_new_tokens - len(new[index])]
             ids = ids[: ids.index(eos)] if eos in ids else ids
             new[index] += ids
-            ended[index] = len(ids) < BLOCK_STEPS or len(new[index]) == max_new_tokens
-            if on_tokens and ids:
-                ended[index] |= on_tokens(index, ids)
-        state = state._replace(done=jnp.asarray(np.pad(ended, (0, padding), constant_values=True)))
+            stopped = on_tokens is not None and on_tokens(index, ids)
+            ended[index] = stopped or len(ids) < steps
+        if ended.all():
+            break
+        state = state._replace(done=jnp.asarray(np.pad(ended, (0, batch - len(rows)), constant_values=True)))
     return new
 
 

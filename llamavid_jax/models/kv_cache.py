@@ -9,7 +9,7 @@ from llamavid_jax.sharding import constrain
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer; slot s of row b holds position s of that row, unwritten slots hold zeros."""
+    """Keys and values of every layer; slot s of row b holds position s of that row; those beyond it are masked."""
 
     k: Float[Array, "L B S K H"]
     v: Float[Array, "L B S K H"]
