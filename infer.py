@@ -8,7 +8,10 @@ The answer goes to stdout, progress to stderr.  Bad input ends with exit code 2 
 """
 
 import argparse
+import dataclasses
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,12 +21,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from llamavid_jax.data.conversation import TEMPLATES, prompt, template_named
+from llamavid_jax.data.conversation import IMAGE, TEMPLATES, prompt, template_named
 from llamavid_jax.data.media import local_file
 from llamavid_jax.data.tokenize import encode_with_images
 from llamavid_jax.errors import InputError
-
-IMAGE = "<image>\n"
+from llamavid_jax.generation.request import Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,10 +55,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
     options = parser.parse_args(arguments)
+    options.question = (options.question or "").strip()
     if not options.question and not options.chat:
         parser.error("there is no question; give --question TEXT or --chat")
     if options.stream and options.json:
         parser.error("--stream and --json exclude each other; give one of them")
+    if not 0 < options.fps < math.inf:
+        parser.error(f"--fps is {options.fps}; give a number above 0, such as 1")
+    # said now, not after minutes of loading
+    options.settings = Settings(
+        options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.stop
+    )
     return options
 
 
@@ -83,15 +92,23 @@ class Session:
         self.turns: list[str] = []
         self.features: list[np.ndarray] | None = None  # of each visual, once a chat has encoded it
         self.frames = 0
+        self.expected: dict[int, float] = {}  # seconds of each video that has begun
         self.load_seconds = time.perf_counter() - start
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether another question may be asked after one that failed: the videos are encoded."""
+        return self.options.chat and (self.features is not None or not (self.options.image or self.options.video))
 
     def ask(self, question: str) -> dict[str, Any]:
         """The answer to one question, after all that was asked before."""
         options = self.options
+        if IMAGE in question:
+            raise InputError(f"the question holds {IMAGE}, which stands for a picture; give pictures with --image")
         visuals = len(options.image) + len(options.video)
         template = template_named(options.template)
         # as in the original's command line, only the newest turn holds the visuals
-        text = prompt(template, [*self.turns, IMAGE * visuals + question])
+        text = prompt(template, [*self.turns, f"{IMAGE}\n" * visuals + question])
         with self._progress() as bar:
             if options.chat and self.features is None:
                 self.features = [self.model.vision_features(frames) for frames in self._visuals(bar)]
@@ -103,16 +120,11 @@ class Session:
                 **visual,
                 features_have_cls=True,
                 prompts=[[question] * visuals],
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                top_k=options.top_k,
-                seed=options.seed,
-                stop=options.stop,
+                **dataclasses.asdict(options.settings),
                 streamer=self._write if options.stream else None,
             )
         answer = out.texts[0].strip()
-        self.turns += [question, answer]
+        self.turns += [question, answer.replace(IMAGE, "")]
         return {
             "answer": answer,
             "frames": self.frames,
@@ -129,20 +141,20 @@ class Session:
         """Frames of every image and video; those of a video are decoded as they are asked for."""
         for image in self.options.image:
             yield self._counted(self.images.image_pixels(image))
-        for video in self.options.video:
-            yield self._counted(self._video_frames(video, bar))
+        for number, video in enumerate(self.options.video):
+            yield self._counted(self._video_frames(number, video, bar))
 
     def _counted(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for frame in frames:
             self.frames += 1
             yield frame
 
-    def _video_frames(self, video: str, bar: Progress) -> Iterator[np.ndarray]:
+    def _video_frames(self, number: int, video: str, bar: Progress) -> Iterator[np.ndarray]:
         task = bar.add_task(f"frames of {video}", total=None)
 
         def show(seconds: float, total: float | None) -> None:
             if total:
-                self._check_length(video, total)
+                self._check_length(number, video, total)
                 bar.update(task, total=int(total * self.options.fps) + 1)
 
         for frames, _ in self.images.stream_video(video, self.options.fps, progress=show):
@@ -150,21 +162,24 @@ class Session:
                 yield frame
                 bar.advance(task)
 
-    def _check_length(self, video: str, seconds: float) -> None:
-        """Says that a video is too long at its first frame, not after its last."""
-        config = self.model.config
-        tokens = int(seconds * self.options.fps) * config.tokens_per_frame
+    def _check_length(self, number: int, video: str, seconds: float) -> None:
+        """Says that the videos are too long at the first frame of the one too many, not after its last."""
+        self.expected[number] = seconds
+        config, total = self.model.config, sum(self.expected.values())
+        tokens = int(total * self.options.fps) * config.tokens_per_frame
         room = config.text_config.max_length - self.options.max_new_tokens
-        if tokens > room:
-            fps = room / config.tokens_per_frame / seconds
-            raise InputError(
-                f"{video} lasts {seconds:.0f} s, at {self.options.fps:g} frames a second {tokens} visual tokens; "
-                f"this model has room for {room}: use --fps {fps * 0.9:.2g} or a long-video checkpoint"
-            )
+        if tokens <= room:
+            return
+        fps = 0.9 * room / config.tokens_per_frame / total
+        remedy = f"--fps {fps:.2g}" if fps >= 0.001 else "a smaller --max-new-tokens"
+        raise InputError(
+            f"with {video} the videos last {total:.0f} s, at {self.options.fps:g} frames a second {tokens} visual "
+            f"tokens; this model has room for {max(room, 0)}: use {remedy} or a long-video checkpoint"
+        )
 
     def _progress(self) -> Progress:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        return Progress(*columns, console=self.console, transient=True)
+        return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
 
 
 def questions(options: argparse.Namespace) -> Iterator[str]:
@@ -181,22 +196,38 @@ def questions(options: argparse.Namespace) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    code = 0
     try:
         options = parse_arguments(arguments)
         session = Session(options, Console(stderr=True))
         for question in questions(options):
-            result = session.ask(question)
+            try:
+                result = session.ask(question)
+            except InputError as error:
+                code = complain(error)
+                if session.can_go_on:
+                    continue
+                break
             if options.json:
                 print(json.dumps(result, ensure_ascii=False), flush=True)
             else:
                 print("" if options.stream else result["answer"], flush=True)
     except InputError as error:
-        print(f"infer.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         return 130
-    return 0
+    except BrokenPipeError:  # whoever read the answers has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def complain(error: InputError) -> int:
+    print(f"infer.py: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # compiled work may still run after Ctrl-C, and would crash the interpreter's own end

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from conversion.read_torch import CheckpointError
 from llamavid_jax.config import LLaMAVIDLlavaConfig
+from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.processor import check_tokenizers, load_tokenizers
 
 TEXT_FILES = (
     "tokenizer.model",
@@ -50,6 +52,7 @@ def copy_tokenizers(
     for name in TEXT_FILES:
         if (text / name).is_file():
             shutil.copy(text / name, out / name)
+    check_tokenizers(config, load_tokenizers(text)[0], None, text)
     if not any((out / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         if tokenizer is not None:
             raise CheckpointError(f"--tokenizer {tokenizer} holds neither tokenizer.model nor tokenizer.json")
@@ -62,12 +65,7 @@ def copy_tokenizers(
             )
         notes.append("no Q-Former tokenizer in OUT: convert with --bert-tokenizer DIR, or copy bert's vocab.txt there")
         return notes
-    words = len(vocabulary.read_text(encoding="utf-8").splitlines())
-    if words > config.qformer_config.vocab_size:
-        raise CheckpointError(
-            f"{vocabulary} has {words} words but the Q-Former embeds {config.qformer_config.vocab_size}; "
-            "give the vocabulary it was trained with"
-        )
+    check_tokenizers(config, None, QFormerTokenizer(vocabulary.parent), vocabulary.parent)
     (out / "qformer_tokenizer").mkdir()
     shutil.copy(vocabulary, out / "qformer_tokenizer" / "vocab.txt")
     return notes

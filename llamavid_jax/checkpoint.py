@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
 from llamavid_jax.models.llama_vid import abstract_params
-from llamavid_jax.sharding import flat_paths, param_shardings
+from llamavid_jax.sharding import flat_paths, make_mesh, param_shardings
 
 WEIGHTS = "weights"  # the folder in a checkpoint's directory
 
@@ -30,6 +30,10 @@ def parse_dtype(name: Any) -> jnp.dtype:
 
 def save_weights(directory: str | Path, params: dict[str, Any]) -> None:
     """Writes `directory/weights`; Orbax writes aside and renames, so that it is whole or absent."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(f"{directory} cannot be made ({error.strerror}); give a folder, not a file") from None
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(directory).absolute() / WEIGHTS, string_keys(params), force=True)
 
@@ -49,13 +53,15 @@ def load_weights(
         )
     abstract = abstract_params(config, parse_dtype(dtype))
     if mesh is None:
-        mesh = jax.make_mesh((1,) * 4, ("data", "fsdp", "tensor", "sequence"), devices=jax.devices()[:1])
+        mesh = make_mesh()
     shardings = param_shardings(abstract, config, mesh)
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             stored = checkpointer.metadata(path).item_metadata
-            _compare(path, flat_paths(dict(stored)), flat_paths(string_keys(abstract)))
+            if stored is None:
+                raise WeightsError(f"{path}: its metadata (_METADATA) is missing or damaged; convert again")
+            check_params(path, flat_paths(dict(stored)), flat_paths(abstract))
             restored = checkpointer.restore(path, string_keys(target))
         except WeightsError:
             raise
@@ -63,7 +69,7 @@ def load_weights(
             raise WeightsError(
                 f"{path} is damaged ({type(error).__name__}: {_first_line(error)}); convert again"
             ) from error
-    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(restored))
+    return _integer_keys(restored)
 
 
 def string_keys(tree: Any) -> Any:
@@ -71,17 +77,25 @@ def string_keys(tree: Any) -> Any:
     return {str(key): string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _compare(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+def _integer_keys(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {int(key) if key.isdigit() else key: _integer_keys(value) for key, value in tree.items()}
+
+
+def check_params(source: Any, given: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises WeightsError unless the arrays of `source` have the paths and shapes of the configuration's."""
+    missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or extra:
         raise WeightsError(
-            f"{path} does not hold the weights of its config.json: {len(missing)} missing ({', '.join(missing[:3])}), "
-            f"{len(extra)} unknown ({', '.join(extra[:3])}); convert it again"
+            f"{source} does not hold the weights of the configuration: {len(missing)} missing "
+            f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}); convert again"
         )
     for name, leaf in expected.items():
-        if tuple(stored[name].shape) != leaf.shape:
+        if tuple(given[name].shape) != leaf.shape:
             raise WeightsError(
-                f"{path}: {name} is {tuple(stored[name].shape)}, but config.json asks for {leaf.shape}; convert again"
+                f"{source}: {name} is {tuple(given[name].shape)}, but the configuration asks for {leaf.shape}; "
+                "convert again"
             )
 
 

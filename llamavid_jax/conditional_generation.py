@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from llamavid_jax.checkpoint import load_weights, parse_dtype, save_weights
+from llamavid_jax.checkpoint import check_params, load_weights, parse_dtype, save_weights
 from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import TEXT, Row, bucket, merge_row, pad_rows
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
@@ -28,16 +28,16 @@ from llamavid_jax.generation.request import (
     Frames,
     Request,
     RequestError,
-    Sample,
-    check_length,
+    Settings,
+    check_row,
     read_request,
     read_visuals,
 )
 from llamavid_jax.generation.sampling import Sampling
 from llamavid_jax.generation.stopping import RowText
 from llamavid_jax.models.llama_vid import LlamaVid, forward, next_token_loss
-from llamavid_jax.processor import load_tokenizers
-from llamavid_jax.sharding import param_shardings
+from llamavid_jax.processor import check_tokenizers, load_tokenizers
+from llamavid_jax.sharding import flat_paths, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
         if params is None:
             shardings = mesh and param_shardings(nnx.to_pure_dict(abstract), config, mesh)
             params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param)), out_shardings=shardings)()
+        check_params("params", flat_paths(params), flat_paths(abstract))
         nnx.replace_by_pure_dict(abstract, params)
         self.params = abstract
 
@@ -111,6 +112,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
         config = LLaMAVIDLlavaConfig.from_pretrained(directory)
         params = load_weights(directory, config, dtype, mesh)
         tokenizer, qformer_tokenizer = load_tokenizers(directory)
+        check_tokenizers(config, tokenizer, qformer_tokenizer, directory)
         return cls(config, params, dtype=dtype, mesh=mesh, tokenizer=tokenizer, qformer_tokenizer=qformer_tokenizer)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -144,15 +146,17 @@ class LLaMAVIDLlavaForConditionalGeneration:
         """Visual tokens `[prompts, F·(n+1), D]` of one sample: for each prompt, frame after frame, context first."""
         with self._on_mesh():
             table, places = self._encode(*read_visuals([pixel_values], [features], [prompts], features_have_cls), None)
+            if len({len(place) for place in places[0]}) != 1:
+                raise RequestError("visual_tokens takes one video and at least one prompt; call it for each video")
             return table[np.stack(places[0])]
 
     def __call__(
         self,
         input_ids: Any,
         *,
-        pixel_values: Sequence[Sample] | None = None,
-        features: Sequence[Sample] | None = None,
-        prompts: Sequence[Sequence[str]] | None = None,
+        pixel_values: Any = None,
+        features: Any = None,
+        prompts: Any = None,
         attention_mask: Any = None,
         labels: Any = None,
         features_have_cls: bool = False,
@@ -191,9 +195,9 @@ class LLaMAVIDLlavaForConditionalGeneration:
         self,
         input_ids: Any,
         *,
-        pixel_values: Sequence[Sample] | None = None,
-        features: Sequence[Sample] | None = None,
-        prompts: Sequence[Sequence[str]] | None = None,
+        pixel_values: Any = None,
+        features: Any = None,
+        prompts: Any = None,
         attention_mask: Any = None,
         features_have_cls: bool = False,
         max_new_tokens: int = 512,
@@ -209,11 +213,11 @@ class LLaMAVIDLlavaForConditionalGeneration:
         """Answers every row, greedily at temperature 0, until its end token, a `stop` string or `max_new_tokens`.
 
         `streamer(row, text)` is given each row's text as it comes, whole characters only.  The same `seed` draws the
-        same answer.  Raises RequestError when a row and its new tokens are longer than the model's positions.
+        same answer.  Raises RequestError for what does not fit together or is longer than the
+        model's positions, ConversationError for prompts that cannot be read.
         """
-        _check_sampling(max_new_tokens, temperature, top_p, top_k, seed)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if self.tokenizer is None and (stop or streamer):
+        settings = Settings(max_new_tokens, temperature, top_p, top_k, seed, stop)
+        if self.tokenizer is None and (settings.stop or streamer):
             raise RequestError("stop strings and streaming need the tokenizer; convert with --tokenizer FOLDER")
         request = read_request(
             self.config,
@@ -230,7 +234,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
             table, rows = self._merge(request, progress, max_new_tokens)
             table.block_until_ready()
             encoded = time.perf_counter()
-            texts = [RowText(self.tokenizer, stop) for _ in rows] if self.tokenizer else None
+            texts = [RowText(self.tokenizer, settings.stop) for _ in rows] if self.tokenizer else None
 
             def on_tokens(row: int, ids: list[int]) -> bool:
                 new = texts[row].push(ids)
@@ -268,11 +272,9 @@ class LLaMAVIDLlavaForConditionalGeneration:
     ) -> tuple[jax.Array, list[Row]]:
         """Encodes the visuals and lays the rows out: the table of visual tokens `[N, D]` and one Row a sample."""
         table, places = self._encode(request.questions, request.visuals, request.blocks, progress)
-        labels = request.labels or [None] * len(request.ids)
-        rows = [merge_row(*row) for row in zip(request.ids, places, labels, strict=True)]
-        for number, row in enumerate(rows):
-            check_length(self.config, number, len(row.token_ids), max_new_tokens)
-        return table, rows
+        for number, (row, blocks) in enumerate(zip(request.ids, places, strict=True)):
+            check_row(self.config, number, row, len(blocks), sum(map(len, blocks)), max_new_tokens)
+        return table, [merge_row(*row) for row in zip(request.ids, places, request.labels, strict=True)]
 
     def _encode(self, questions, visuals, blocks, progress) -> tuple[jax.Array, list[list[np.ndarray]]]:
         """The table `[N, D]` of all visual tokens, and `places[row][prompt]`: where a prompt's tokens stand in it."""
@@ -289,15 +291,3 @@ class LLaMAVIDLlavaForConditionalGeneration:
         if any(len(place) == 0 for row in places for place in row):
             raise RequestError("a video holds no frame; give at least one")
         return table.reshape(-1, table.shape[-1]), places
-
-
-def _check_sampling(max_new_tokens: int, temperature: float | int, top_p: float | int, top_k: int, seed: int) -> None:
-    for name, value, fits, needed in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-        ("seed", seed, 0 <= seed < 2**32, "from 0 to 2**32 - 1"),
-    ):
-        if not fits:
-            raise RequestError(f"{name} is {value}; it must be {needed}")

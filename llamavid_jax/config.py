@@ -11,16 +11,19 @@ cast back.  The original casts its vision tower to float16 and everything else t
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.errors import InputError
 
 IMAGE_TOKEN = -200  # the placeholder id in `input_ids`; the original's IMAGE_TOKEN_INDEX
 IGNORE_LABEL = -100  # the label of positions without a loss; the original's IGNORE_INDEX
+OWN_RANGE = ("dropout", "eos_token_id", "image_token_index")  # fields that may be 0 or negative
 
 
 class ConfigError(InputError):
@@ -33,9 +36,9 @@ def grid_stride(compress_type: str, side: int) -> int:
         return 0
     if compress_type == "mean":
         return side
-    name, _, number = compress_type.partition(":")
-    if name == "grid" and number.isdigit() and 1 < int(number) <= side:
-        return side // int(number)
+    grid = re.fullmatch("grid:([0-9]{1,4})", compress_type)
+    if grid and 1 < int(grid[1]) <= side:
+        return side // int(grid[1])
     raise ConfigError(f"compress_type is {compress_type!r}; use 'none', 'mean' or 'grid:n' with n from 2 to {side}")
 
 
@@ -43,9 +46,9 @@ def projector_depth(mm_projector_type: str) -> int:
     """Linear layers of the content projector: 0 for "identity", 1 for "linear", N for "mlpNx_gelu" (Q14)."""
     if mm_projector_type in ("identity", "linear"):
         return int(mm_projector_type == "linear")
-    number = mm_projector_type.removeprefix("mlp").removesuffix("x_gelu")
-    if f"mlp{number}x_gelu" == mm_projector_type and number.isdigit() and int(number) > 0:
-        return int(number)
+    mlp = re.fullmatch("mlp([0-9]{1,4})x_gelu", mm_projector_type)
+    if mlp and int(mlp[1]) > 0:
+        return int(mlp[1])
     raise ConfigError(
         f"mm_projector_type is {mm_projector_type!r}; use 'linear', 'mlpNx_gelu' (such as mlp2x_gelu) or 'identity'"
     )
@@ -54,6 +57,20 @@ def projector_depth(mm_projector_type: str) -> int:
 def require_divisible(section: str, name: str, value: int, by_name: str, by: int) -> None:
     if by < 1 or value < 1 or value % by:
         raise ConfigError(f"{section}.{name} is {value}, which is not a positive multiple of {by_name} = {by}")
+
+
+def check_fields(config: Any, section: str = "") -> None:
+    """Every field has its declared type; numbers are above 0 and below 2**31, but for OWN_RANGE."""
+    for field in dataclasses.fields(config):
+        name, value = section + field.name, getattr(config, field.name)
+        check_type(name, value, field.type)
+        if field.type in (int, float) and field.name not in OWN_RANGE and not 0 < value < 2**31:
+            raise ConfigError(f"{name} is {value}; a number above 0 and below 2**31 is needed")
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    if type(value) is not kind:
+        raise ConfigError(f"{name} is {value!r}; a value of type {kind.__name__} is needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +86,7 @@ class LLaMAVIDLlavaVisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self):
+        check_fields(self, "vision_tower_config.")
         require_divisible(
             "vision_tower_config", "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
         )
@@ -100,9 +118,12 @@ class LLaMAVIDLlavaQFormerConfig:
     dropout: float = 0.1  # in training only (P19)
 
     def __post_init__(self):
+        check_fields(self, "qformer_config.")
         require_divisible(
             "qformer_config", "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
         )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"qformer_config.dropout is {self.dropout}; use a number from 0 to below 1")
 
     @property
     def num_cross_attention_layers(self) -> int:
@@ -129,6 +150,7 @@ class LlamaConfig:
     eos_token_id: int = 2
 
     def __post_init__(self):
+        check_fields(self, "text_config.")
         require_divisible(
             "text_config",
             "num_attention_heads",
@@ -136,6 +158,11 @@ class LlamaConfig:
             "num_key_value_heads",
             self.num_key_value_heads,
         )
+        require_divisible("text_config", "head_dim", self.head_dim, "the halves that rotary positions turn", 2)
+        if not 0 <= self.eos_token_id < self.vocab_size:
+            raise ConfigError(
+                f"text_config.eos_token_id is {self.eos_token_id}; vocab_size allows 0 to {self.vocab_size - 1}"
+            )
         if self.rope_factor < 1:
             raise ConfigError(
                 f"text_config.rope_factor is {self.rope_factor}; linear scaling needs a factor of 1 or more"
@@ -167,6 +194,7 @@ class LLaMAVIDLlavaConfig:
     image_token_index: int = IMAGE_TOKEN
 
     def __post_init__(self):
+        check_fields(self)
         grid_stride(self.compress_type, self.vision_tower_config.side)  # raises on a wrong value
         projector_depth(self.mm_projector_type)
         if (
@@ -195,24 +223,28 @@ class LLaMAVIDLlavaConfig:
 
         Raises ConfigError when the file is missing, is not JSON, or describes something this model does not do.
         """
-        path = Path(directory) / "config.json" if Path(directory).suffix != ".json" else Path(directory)
+        try:
+            path = Path(directory) if Path(directory).suffix == ".json" else Path(directory) / "config.json"
+        except TypeError:
+            raise ConfigError(f"the checkpoint is {directory!r}; give the path of its folder") from None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path} is not readable JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds a JSON {type(values).__name__}; a configuration is an object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{str(path)!r} is not readable JSON: {error}") from None
         try:
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LLaMAVIDLlavaConfig":
-        """Reads any of the three forms; which one is told by `model_type`."""
+    def from_dict(cls, values: Any) -> "LLaMAVIDLlavaConfig":
+        """Reads a mapping in any of the three forms; which one is told by `model_type`."""
         from llamavid_jax import foreign_config
+
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"the configuration is of type {type(values).__name__}; a mapping of fields is needed")
 
         match values.get("model_type"):
             case "llamavid_jax":
@@ -235,7 +267,7 @@ class LLaMAVIDLlavaConfig:
         """Reads one of `configs/models/*.yaml`: this class's own field names, every unknown key an error."""
         try:
             return strict(cls, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}, "")
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ConfigError is a ValueError
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,9 +275,7 @@ class LLaMAVIDLlavaConfig:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json` in the project's own form."""
-        path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_files(directory, {"config.json": (json.dumps(self.to_dict(), indent=1) + "\n").encode()})
 
 
 def strict(cls, values: Any, path: str):
@@ -253,7 +283,7 @@ def strict(cls, values: Any, path: str):
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path.rstrip('.') or 'the configuration'} is {values!r}; a mapping of fields is needed")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
         raise ConfigError(f"unknown field {path}{unknown[0]}; the fields here are {', '.join(fields)}")
     arguments = {}
@@ -262,8 +292,7 @@ def strict(cls, values: Any, path: str):
         if dataclasses.is_dataclass(kind):
             arguments[name] = strict(kind, value, f"{path}{name}.")
             continue
-        value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind:
-            raise ConfigError(f"{path}{name} is {value!r}; a value of type {kind.__name__} is needed")
+        value = float(value) if kind is float and type(value) is int and abs(value) < 2**31 else value
+        check_type(path + name, value, kind)
         arguments[name] = value
     return cls(**arguments)

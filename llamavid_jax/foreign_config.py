@@ -67,7 +67,9 @@ def llama_config(values: Any, section: str = "text_config") -> LlamaConfig:
     for name in ("attention_bias", "mlp_bias"):
         if values.get(name):
             raise ConfigError(f"{section}.{name} is true; LLaMA's projections have no bias")
-    rope = _get(values, "rope_scaling", Mapping, None, f"{section}.") or values.get("rope_parameters") or {}
+    rope = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = _get(values, name, Mapping, {}, f"{section}.") or rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ConfigError(f"{section}.rope_scaling is {rope!r}; only linear scaling is known")

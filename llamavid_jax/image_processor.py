@@ -9,8 +9,6 @@ The settings are stored in `preprocessor_config.json` as transformers stores CLI
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ from PIL import Image
 from llamavid_jax.config import ConfigError
 from llamavid_jax.data.images import CLIP_MEAN, CLIP_STD, normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.data.media import MediaError, check_size, fetch
-from llamavid_jax.data.video import Progress, iter_frames, read_video
+from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.data.video import Progress, check_fps, iter_frames, read_video
 
 FILE_NAME = "preprocessor_config.json"
 BICUBIC = int(Image.Resampling.BICUBIC)
@@ -49,7 +48,11 @@ class LLaMAVIDLlavaImageProcessor:
             raise ConfigError(f"size is {self.size!r}; use a whole number of pixels from 1 to 4096, such as 224 or 336")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            if len(values) != 3 or not all(isinstance(value, float) and np.isfinite(value) for value in values):
+            if (
+                not isinstance(values, tuple | list)
+                or len(values) != 3
+                or not all(isinstance(value, float) and np.isfinite(value) for value in values)
+            ):
                 raise ConfigError(f"{name} is {values!r}; three numbers are needed, for red, green and blue")
         if min(self.image_std) <= 0:
             raise ConfigError(f"image_std is {self.image_std!r}; pixels are divided by it, so use numbers above 0")
@@ -96,10 +99,9 @@ class LLaMAVIDLlavaImageProcessor:
             return self._normalize(sampled.frames), sampled.timestamps
         if not _is_sequence(video):
             raise MediaError(f"a video is a {type(video).__name__}; {FORMS}")
-        if len(video) == 0 or not fps > 0:
-            raise MediaError(
-                f"the video has {len(video)} frames at {fps} a second; give one frame at least, and fps above 0"
-            )
+        if len(video) == 0:
+            raise MediaError("the video has no frames; give one at least")
+        check_fps(fps, "the video")
         frames = [self._crop(np.asarray(_picture(frame, f"frame {i}"))) for i, frame in enumerate(video)]
         return self._normalize(np.stack(frames)), np.arange(len(frames)) / fps
 
@@ -155,13 +157,7 @@ class LLaMAVIDLlavaImageProcessor:
             "image_std": list(self.image_std),
             "image_aspect_ratio": self.image_aspect_ratio,
         }
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        # aside and renamed: a reader never meets half a file
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".tmp", delete=False) as file:
-            file.write(json.dumps(values, indent=1) + "\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, folder / FILE_NAME)
+        write_files(directory, {FILE_NAME: (json.dumps(values, indent=1) + "\n").encode()})
 
 
 def _as_list(media: Any, one_has_dimensions: int) -> Sequence:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.chat import read_messages
 from llamavid_jax.data.conversation import (
     IMAGE,
@@ -156,6 +157,8 @@ class LLaMAVIDLlavaProcessor:
             )
         if prompts is None:
             prompts = question_per_image(template_named(template), text)
+        if not isinstance(prompts, str | list | tuple):
+            raise ConversationError(f"prompts is {prompts!r}; give a string, or a list of one per {IMAGE}")
         prompts = [prompts] * slots if isinstance(prompts, str) else list(prompts)
         if len(prompts) != slots:
             raise ConversationError(f"the text has {slots} {IMAGE} placeholders, but {len(prompts)} prompts were given")
@@ -191,6 +194,30 @@ class LLaMAVIDLlavaProcessor:
             pixels += media["pixel_values"]
             timestamps += media["timestamps"]
         return pixels, timestamps
+
+
+def check_tokenizers(
+    config: LLaMAVIDLlavaConfig,
+    tokenizer: Tokenizer | None,
+    qformer_tokenizer: QFormerTokenizer | None,
+    directory: str | Path,
+) -> None:
+    """Raises ConfigError for a tokenizer of `directory` with ids that the model has no embeddings for.
+
+    Tables may have more rows (padding); a Q-Former vocabulary below half of them is a file that was cut short.
+    """
+    rows = config.text_config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise ConfigError(
+            f"{Path(directory) / tokenizer.FILE} has {tokenizer.vocab_size} pieces, but text_config.vocab_size is "
+            f"{rows}; give the tokenizer that the model was trained with"
+        )
+    rows = config.qformer_config.vocab_size
+    if qformer_tokenizer is not None and not rows / 2 <= qformer_tokenizer.vocab_size <= rows:
+        raise ConfigError(
+            f"the Q-Former's vocab.txt in {directory} has {qformer_tokenizer.vocab_size} pieces with [DEC], but "
+            f"qformer_config.vocab_size is {rows}; give the whole vocabulary that the model was trained with"
+        )
 
 
 def load_tokenizers(directory: str | Path) -> tuple[Tokenizer | None, QFormerTokenizer | None]:

@@ -200,6 +200,9 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     unknown = sorted(set(sizes) - set(MESH_AXES))
     if unknown:
         raise ShardingError(f"{unknown[0]!r} is no mesh axis; the axes are {', '.join(MESH_AXES)}")
+    for axis, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ShardingError(f"mesh axis {axis} has size {size!r}; use a whole number of 1 or more")
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     needed = math.prod(shape)

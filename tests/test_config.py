@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig, grid_stride, projector_depth
+from llamavid_jax.errors import InputError
 from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.sharding import flat_paths, param_axes
 
@@ -112,6 +113,7 @@ def test_grouped_heads_and_new_rope_form():
         {
             **ORIGINAL,
             **LLAMA_7B,
+            "vocab_size": 128256,
             "num_key_value_heads": 8,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
             "tie_word_embeddings": True,
@@ -126,6 +128,7 @@ def test_save_and_load(tmp_path):
     config = LLaMAVIDLlavaConfig.from_yaml(MODELS / "tiny.yaml")
     config.save_pretrained(tmp_path)
     assert LLaMAVIDLlavaConfig.from_pretrained(tmp_path) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +169,26 @@ BAD = {
         **OWN,
         "text_config": {"num_key_value_heads": 5},
     },
+    "num_query is -1; a number above 0": {**OWN, "num_query": -1},
+    "num_query is True": {**OWN, "num_query": True},
+    "text_config is None": {**OWN, "text_config": None},
+    "mm_projector_type is None": {**OWN, "mm_projector_type": None},
+    "compress_type is 'grid:²'": {**OWN, "compress_type": "grid:²"},
+    "mm_projector_type is 'mlp²x_gelu'": {**OWN, "mm_projector_type": "mlp²x_gelu"},
+    "vision_tower_config.num_hidden_layers is -1": {**OWN, "vision_tower_config": {"num_hidden_layers": -1}},
+    "vision_tower_config.layer_norm_eps is nan": {**OWN, "vision_tower_config": {"layer_norm_eps": float("nan")}},
+    "qformer_config.cross_attention_frequency is 0": {**OWN, "qformer_config": {"cross_attention_frequency": 0}},
+    "qformer_config.dropout is 2.0; use": {**OWN, "qformer_config": {"dropout": 2}},
+    "text_config.vocab_size is 0": {**OWN, "text_config": {"vocab_size": 0}},
+    "text_config.hidden_size is -1": {**OWN, "text_config": {"hidden_size": -1}},
+    "text_config.head_dim is 15, which is not": {**OWN, "text_config": {"head_dim": 15}},
+    "text_config.rope_theta is 0.0": {**OWN, "text_config": {"rope_theta": 0}},
+    "text_config.rope_factor is inf": {**OWN, "text_config": {"rope_factor": float("inf")}},
+    "text_config.rope_factor is 1000": {**OWN, "text_config": {"rope_factor": 10**400}},
+    "text_config.max_position_embeddings is -5": {**OWN, "text_config": {"max_position_embeddings": -5}},
+    "text_config.eos_token_id is 32000; vocab_size allows 0 to 31999": {**OWN, "text_config": {"eos_token_id": 32000}},
+    "text_config.eos_token_id is -1": {**OWN, "text_config": {"eos_token_id": -1}},
+    "config.rope_parameters is [1]": {**ORIGINAL, "rope_parameters": [1]},
     "model_type is 'llama': a language model alone": {"model_type": "llama", "hidden_size": 8},
     "model_type is 'qwen2'": {"model_type": "qwen2"},
     "model_type is None": {},
@@ -197,11 +220,24 @@ def test_refused(message, tmp_path):
     assert str(tmp_path / "config.json") in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"3"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"3", b"null", b"[" * 10**5, b"9" * 5000])
 def test_not_a_configuration(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config.json"):
         LLaMAVIDLlavaConfig.from_pretrained(tmp_path)
+
+
+def test_a_python_value_out_of_range():
+    with pytest.raises(ConfigError, match="num_query is 0; a number above 0"):
+        LLaMAVIDLlavaConfig(num_query=0)
+
+
+def test_a_path_that_is_no_path(tmp_path):
+    with pytest.raises(ConfigError, match="not readable JSON"):
+        LLaMAVIDLlavaConfig.from_pretrained("a\0b")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file cannot be written to .*; give a folder"):
+        LLaMAVIDLlavaConfig().save_pretrained(tmp_path / "file")
 
 
 def test_missing_configuration(tmp_path):

@@ -6,6 +6,9 @@ A case is recognised by what its folder holds, so that other recordings of the s
 """
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +112,18 @@ def test_preprocessing(preprocessing):
         assert np.linalg.norm(resized - tables[size]) <= 1e-5 * np.linalg.norm(tables[size]), f"positions {size}"
         checked += 1
     assert checked, f"{preprocessing} holds nothing that is known"
+
+
+@pytest.mark.parametrize("kept, passed", [(["text"], 2), (["text", "preprocess"], 3), ([], 0)])
+def test_folders_with_some_kinds_of_cases(kept, passed, tmp_path):
+    """What DIR does not hold has no test, so that any folder can be run; one without cases fails."""
+    here = Path(__file__).parent
+    for name in kept:
+        shutil.copytree(here / "golden" / name, tmp_path / name)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "golden", "--golden", str(tmp_path), __file__]
+    done = subprocess.run([*command, "-k", "not folders"], cwd=here.parent, capture_output=True, text=True)
+    assert f"{passed} passed" in done.stdout if passed else "1 failed" in done.stdout
+    assert (done.returncode == 0) == bool(passed) and "error" not in done.stdout.splitlines()[-1]
 
 
 def side(key: str) -> int:

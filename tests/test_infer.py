@@ -106,6 +106,23 @@ def test_chat_encodes_the_video_once(ask, monkeypatch, video_answer):
     assert turns[0]["prompt_tokens"] < turns[1]["prompt_tokens"] < turns[2]["prompt_tokens"]
 
 
+def test_chat_goes_on_after_a_bad_line(ask, monkeypatch):
+    lines = iter(["is <image> here?\n", "who?\n", ""])
+    monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
+    code, out, err = ask("--video", CLIP, "--question", QUESTION, "--chat", "--json")
+    assert code == 2 and len(out.splitlines()) == 2 and "the question holds <image>" in err
+
+
+def test_a_reader_that_leaves_is_no_error(checkpoint):
+    """`infer.py | head -c 1`."""
+    command = f"{sys.executable} infer.py --model {checkpoint} --dtype float32 --max-new-tokens 40 --question hi --chat"
+    done = subprocess.run(
+        f"(echo who; echo what; echo when) | {command} | head -c 1",
+        cwd=ROOT, shell=True, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert len(done.stdout) == 1 and "Traceback" not in done.stderr
+
+
 @pytest.mark.sharding
 def test_mesh_gives_the_same_answer(ask, video_answer):
     code, out, _ = ask("--video", CLIP, "--question", QUESTION, "--mesh", "fsdp=2,tensor=4")
@@ -114,7 +131,7 @@ def test_mesh_gives_the_same_answer(ask, video_answer):
 
 BAD = {
     "the following arguments are required: --model": [],
-    "there is no question; give --question TEXT or --chat": ["--model", "DIR"],
+    "there is no question; give --question TEXT": ["--model", "DIR"],
     "unrecognized arguments: --vido": ["--model", "DIR", "--vido", "a.mp4"],
     "argument --fps: invalid float value: 'fast'": ["--model", "DIR", "--question", "a", "--fps", "fast"],
     "--stream and --json exclude each other": ["--model", "DIR", "--question", "a", "--stream", "--json"],
@@ -128,10 +145,13 @@ BAD = {
     "too few to sample 60 a second; use --fps 25": [
         *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--fps", "60"]
     ],
-    "cannot be sampled at 0.0 frames a second; use --fps 1": [
-        *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--fps", "0"]
-    ],
-    "lasts 12 s, at 25 frames a second 600 visual tokens; this model has room for 548": [
+    "--fps is 0.0; give a number above 0": ["--model", "DIR", "--question", "a", "--fps", "0"],
+    "--fps is nan; give a number above 0": ["--model", "DIR", "--question", "a", "--fps", "nan"],
+    "the question holds <image>": ["--model", "DIR", "--question", "see <image>", "--image", "PNG"],
+    "stop is ['']": ["--model", "DIR", "--question", "a", "--stop", ""],
+    "seed is 99999999999": ["--model", "DIR", "--question", "a", "--seed", "99999999999"],
+    "there is no question": ["--model", "DIR", "--question", "   "],
+    "the videos last 12 s, at 25 frames a second 600 visual tokens; this model has room for 548: use --fps": [
         *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--fps", "25", "--max-new-tokens", "1500"]
     ],
     "mesh part 'tensors=2' is not AXIS=SIZE": ["--model", "DIR", "--question", "a", "--mesh", "tensors=2"],

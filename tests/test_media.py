@@ -174,6 +174,11 @@ def test_a_bad_path_is_named_with_a_remedy(tmp_path, make):
     assert str(source) in str(caught.value) or repr(source) in str(caught.value)
 
 
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(MediaError, match="the path is empty; give"), fetch(""):
+        pass
+
+
 def test_errors_about_a_downloaded_file_name_the_url(server):
     with pytest.raises(MediaError, match=rf"^{server}/good\.mp4 is no picture$"), fetch(f"{server}/good.mp4") as path:
         raise MediaError(f"{path} is no picture")

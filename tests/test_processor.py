@@ -1,5 +1,6 @@
 """The processor: text, media and chats -> the model call's arguments, and malformed calls, each with its own error."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor, LLaMAVIDLlavaProcessor
-from llamavid_jax.config import IMAGE_TOKEN
+from llamavid_jax.config import IMAGE_TOKEN, ConfigError, LlamaConfig, LLaMAVIDLlavaConfig, LLaMAVIDLlavaQFormerConfig
 from llamavid_jax.data.conversation import ConversationError
-from llamavid_jax.processor import load_tokenizers
+from llamavid_jax.processor import check_tokenizers, load_tokenizers
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZE = 28
@@ -172,6 +173,24 @@ def test_missing_files(folder, tmp_path):
         LLaMAVIDLlavaProcessor.from_pretrained(copy)
 
 
+@pytest.mark.parametrize(
+    "text, qformer, message",
+    [
+        (1024, 126, None),
+        (2048, 200, None),  # padded tables
+        (1023, 126, r"tokenizer\.model has 1024 pieces, but text_config\.vocab_size is 1023; give"),
+        (1024, 125, r"vocab\.txt in .* has 126 pieces with \[DEC\], but qformer_config\.vocab_size is 125; give"),
+        (1024, 30523, r"vocab\.txt in .* has 126 pieces"),
+    ],
+)
+def test_tokenizers_fit_the_tables(folder, text, qformer, message):
+    config = LLaMAVIDLlavaConfig(
+        text_config=LlamaConfig(vocab_size=text), qformer_config=LLaMAVIDLlavaQFormerConfig(vocab_size=qformer)
+    )
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        check_tokenizers(config, *load_tokenizers(folder), folder)
+
+
 MALFORMED_CALLS = {
     "has 2 <image> placeholders, but 3 images and videos": {
         "text": "<image> <image>",
@@ -180,6 +199,7 @@ MALFORMED_CALLS = {
     "has 1 <image> placeholders, but 0 images and videos": {"text": "<image>?"},
     "has 0 <image> placeholders, but 1 images and videos": {"text": "what?", "images": image()},
     "has 1 <image> placeholders, but 2 prompts": {"text": "<image>", "images": image(), "prompts": ["a", "b"]},
+    "prompts is 5; give a string": {"text": "<image>", "images": image(), "prompts": 5},
     "prompt 0 is 7, of type int": {"text": "<image>", "images": image(), "prompts": [7]},
     r"text is \[\]; give a string": {"text": []},
     "the text is 5, of type int": {"text": [5]},

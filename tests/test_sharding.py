@@ -148,6 +148,12 @@ def test_a_mesh_of_more_devices_than_there_are():
         make_mesh(fsdp=4, tensor=4)
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_mesh_without_devices(size):
+    with pytest.raises(ShardingError, match=f"mesh axis data has size {size}; use a whole number"):
+        make_mesh(data=size)
+
+
 def test_constrain_is_nothing_without_a_mesh():
     x = jax.numpy.ones((2, 3))
     assert sharding.constrain(x, "batch", None) is x

@@ -257,6 +257,23 @@ BROKEN_FOLDERS = {
     "tokenizer_config.json is not readable": {"tokenizer__model": MODEL, "tokenizer_config__json": b"\xff\xfe"},
     "special_tokens_map.json holds a JSON list": {"tokenizer__model": MODEL, "special_tokens_map__json": b"[]"},
     "sets add_eos_token": {"tokenizer__model": MODEL, "tokenizer_config__json": b'{"add_eos_token": true}'},
+    "json: model_max_length is 'abc'": {
+        "tokenizer__model": MODEL,
+        "tokenizer_config__json": b'{"model_max_length": "abc"}',
+    },
+    "json: model_max_length is inf": {
+        "tokenizer__model": MODEL,
+        "tokenizer_config__json": b'{"model_max_length": Infinity}',
+    },
+    "json: legacy is 'no'; use true or false": {
+        "tokenizer__model": MODEL,
+        "tokenizer_config__json": b'{"legacy": "no"}',
+    },
+    "json: add_bos_token is 'x'": {"tokenizer__model": MODEL, "tokenizer_config__json": b'{"add_bos_token": "x"}'},
+    "special_tokens_map.json is not readable": {
+        "tokenizer__model": MODEL,
+        "special_tokens_map__json": b"[" * 10**5,
+    },
     "lacks one of the pieces <s>, <end>, <unk>": {
         "tokenizer__model": MODEL,
         "tokenizer_config__json": b'{"eos_token": "<end>"}',
@@ -269,6 +286,15 @@ BROKEN_FOLDERS = {
 def test_broken_tokenizer_folder(message, tmp_path):
     with pytest.raises(ConversationError, match=message):
         load_tokenizer(write(tmp_path, **BROKEN_FOLDERS[message]))
+
+
+def test_json_tokenizer_with_broken_settings(byte_level):
+    write(byte_level, tokenizer_config__json=b'{"eos_token": "<|im_end|>", "model_max_length": "abc"}')
+    with pytest.raises(ConversationError, match=r"tokenizer_config\.json: model_max_length is 'abc'"):
+        load_tokenizer(byte_level)
+    write(byte_level, tokenizer_config__json=b'{"eos_token": {"text": 1}}')
+    with pytest.raises(ConversationError, match="names no eos_token"):
+        load_tokenizer(byte_level)
 
 
 def test_json_tokenizer_without_end_token(byte_level):

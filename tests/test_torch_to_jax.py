@@ -156,7 +156,8 @@ def test_bad_arguments(tmp_path):
     (tmp_path / "full/file").touch()
     (tmp_path / "sizes.yaml").write_text("num_query: [")
     (tmp_path / "bert").mkdir()
-    (tmp_path / "bert/vocab.txt").write_text("word\n" * 127)
+    words = (ORIGINAL / "qformer_tokenizer/vocab.txt").read_text()
+    (tmp_path / "bert/vocab.txt").write_text(words + "longer\n")
     shutil.copytree(ORIGINAL, tmp_path / "source", ignore=shutil.ignore_patterns("config.json", "*.txt"))
     out = tmp_path / "out"
     for source, target, options, kind, message in (
@@ -174,9 +175,10 @@ def test_bad_arguments(tmp_path):
             ORIGINAL,
             out,
             {"bert_tokenizer": tmp_path / "bert"},
-            CheckpointError,
-            "has 127 words but the Q-Former embeds 126",
+            ConfigError,
+            "has 127 pieces with [DEC], but qformer_config.vocab_size is 126",
         ),
+        (ORIGINAL, out, {"tokenizer": GOLDEN / "text"}, ConfigError, "1024 pieces, but text_config.vocab_size is 160"),
         (ORIGINAL, out, {"vision": tmp_path / "gone.pth"}, CheckpointError, "gone.pth does not exist"),
     ):
         with pytest.raises(InputError, match=re.escape(message)) as caught:

@@ -16,12 +16,12 @@ FRAME_CHUNK = 32  # frames that go through the vision tower at a time
 
 
 def bucket(length: int, smallest: int = 1) -> int:
-    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... (powers of two and half-way steps) that holds `length`.
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... (powers of two and half-way steps) that holds both numbers.
 
     From 256 on all are multiples of 128, which the TPU attention kernel needs.
     """
-    size = max(smallest, 1)
-    while size < length:
+    size = 1
+    while size < max(length, smallest):
         size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else -(-size * 4 // 3)
     return size
 
@@ -72,10 +72,10 @@ def _text_ids(ids: np.ndarray) -> np.ndarray:
     return np.where(ids == IMAGE_TOKEN, 0, ids).astype(np.int32)
 
 
-def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], length: int, value: int) -> Int[np.ndarray, "B T"]:
-    """Stacks ragged rows, padded on the right."""
-    out = np.full((len(rows), length), value, np.int32)
-    for row, values in zip(out, rows, strict=True):
+def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], batch: int, length: int, value: int) -> Int[np.ndarray, "B T"]:
+    """Stacks ragged rows as `[batch, length]`, padded on the right and below."""
+    out = np.full((batch, length), value, np.int32)
+    for row, values in zip(out, rows, strict=False):
         row[: len(values)] = values
     return out
 

@@ -115,7 +115,7 @@ TEMPLATES: Mapping[str, Template] = {
 
 def template_named(name: str) -> Template:
     """The template called `name`, such as "vicuna_v1"; ConversationError when there is none."""
-    if name not in TEMPLATES:
+    if not isinstance(name, str) or name not in TEMPLATES:
         raise ConversationError(f"there is no conversation template {name!r}; the templates are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 

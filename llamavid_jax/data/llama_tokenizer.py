@@ -19,7 +19,7 @@ from typing import Any, SupportsIndex
 import sentencepiece
 
 from llamavid_jax.data.conversation import ConversationError, check_text
-from llamavid_jax.data.tokenizer_files import json_object, read_files, write_files
+from llamavid_jax.data.tokenizer_files import flag, json_object, max_length, read_files, write_files
 
 BLANK = "▁"  # how sentencepiece writes a space
 
@@ -39,8 +39,10 @@ class LlamaTokenizer:
     Raises ConversationError when a file is missing or broken.
     """
 
+    FILE = "tokenizer.model"
+
     def __init__(self, directory: str | Path):
-        path = Path(directory) / "tokenizer.model"
+        path = Path(directory) / self.FILE
         remedy = "copy the language model's tokenizer.model there"
         self._files = read_files(directory, path.name, ("tokenizer_config.json", "special_tokens_map.json"), remedy)
         config = json_object(self._files, "tokenizer_config.json", directory)
@@ -51,14 +53,14 @@ class LlamaTokenizer:
             self.vocab_size = self._model.vocab_size()
         except (RuntimeError, ValueError):
             raise ConversationError(f"{path} is not a sentencepiece model; {remedy} again") from None
-        if config.get("add_eos_token"):
+        config_path = path.with_name("tokenizer_config.json")
+        if flag(config, "add_eos_token", False, config_path):
             raise ConversationError(
-                f"{path.with_name('tokenizer_config.json')} sets add_eos_token, which would end prompts before the "
-                "answer; set it to false"
+                f"{config_path} sets add_eos_token, which would end prompts before the answer; set it to false"
             )
-        self.legacy = config.get("legacy", True)
-        self.max_length = int(config.get("model_max_length") or 10**30)
-        self._adds_bos = config.get("add_bos_token", True)
+        self.legacy = flag(config, "legacy", True, config_path)
+        self.max_length = max_length(config, config_path)
+        self._adds_bos = flag(config, "add_bos_token", True, config_path)
 
         tokens = _special_tokens(config, json_object(self._files, "special_tokens_map.json", directory))
         self._special = {token.content: token for token in tokens}

@@ -53,7 +53,7 @@ class QFormerTokenizer:
 
     def __call__(self, prompts: Sequence[Any]) -> tuple[Int32[np.ndarray, "R T"], Bool[np.ndarray, "R T"]]:
         """(ids, mask), padded on the right to the longest prompt; the mask is False at padding."""
-        if isinstance(prompts, str) or not prompts:
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
             raise ConversationError(f"prompts is {prompts!r}; a list of one text or more is needed")
         for index, prompt in enumerate(prompts):
             check_text(prompt, f"prompt {index}")

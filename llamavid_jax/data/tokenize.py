@@ -16,7 +16,7 @@ from llamavid_jax.config import IMAGE_TOKEN
 from llamavid_jax.data.batching import pad_rows
 from llamavid_jax.data.conversation import IMAGE, ConversationError, check_text
 from llamavid_jax.data.llama_tokenizer import LlamaTokenizer
-from llamavid_jax.data.tokenizer_files import json_object, read_files, write_files
+from llamavid_jax.data.tokenizer_files import json_object, max_length, read_files, write_files
 
 
 class JsonTokenizer:
@@ -25,8 +25,10 @@ class JsonTokenizer:
     `add_bos` asks for whatever the file itself puts around a text: nothing in some models, so `bos_id` may be unused.
     """
 
+    FILE = "tokenizer.json"
+
     def __init__(self, directory: str | Path):
-        path = Path(directory) / "tokenizer.json"
+        path = Path(directory) / self.FILE
         remedy = "copy the language model's tokenizer.json there"
         self._files = read_files(directory, path.name, ("tokenizer_config.json", "special_tokens_map.json"), remedy)
         try:
@@ -35,24 +37,24 @@ class JsonTokenizer:
             raise ConversationError(f"{path} is not a tokenizer ({error}); {remedy} again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = json_object(self._files, "tokenizer_config.json", directory)
+        config_path = path.with_name("tokenizer_config.json")
+        config = json_object(self._files, config_path.name, directory)
         config |= json_object(self._files, "special_tokens_map.json", directory)
         self.bos_id, eos_id, pad_id = (self._id(config.get(name)) for name in ("bos_token", "eos_token", "pad_token"))
         if eos_id is None:
-            config_path = path.with_name("tokenizer_config.json")
             raise ConversationError(f"{config_path} names no eos_token that {path.name} knows; add it")
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
         self.vocab_size = self._tokenizer.get_vocab_size()
-        self.max_length = int(config.get("model_max_length") or 10**30)
+        self.max_length = max_length(config, config_path)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes tokenizer.json and the JSON files beside it."""
         write_files(directory, self._files)
 
     def _id(self, token) -> int | None:
-        token = token["content"] if isinstance(token, dict) else token
-        return self._tokenizer.token_to_id(token) if token else None
+        token = token.get("content") if isinstance(token, dict) else token
+        return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         check_text(text)
@@ -63,17 +65,16 @@ class JsonTokenizer:
         return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
 
 
-# encode(text, add_bos), decode(ids), save_pretrained(directory), bos_id, eos_id, pad_id, vocab_size, max_length
+# FILE, encode(text, add_bos), decode(ids), save_pretrained(directory), bos_id, eos_id, pad_id, vocab_size, max_length
 Tokenizer = LlamaTokenizer | JsonTokenizer
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder; ConversationError when it holds neither file."""
     directory = Path(directory)
-    if (directory / "tokenizer.model").exists():
-        return LlamaTokenizer(directory)
-    if (directory / "tokenizer.json").exists():
-        return JsonTokenizer(directory)
+    for kind in (LlamaTokenizer, JsonTokenizer):
+        if (directory / kind.FILE).exists():
+            return kind(directory)
     raise ConversationError(
         f"{directory} has no tokenizer.model and no tokenizer.json; copy the language model's tokenizer there"
     )
@@ -96,7 +97,7 @@ def pad_with_mask(
 ) -> tuple[Int32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     """Rows of ids -> (ids, mask), padded on the right to the longest; the mask is False at padding."""
     lengths = np.array([len(row) for row in rows])
-    return pad_rows(rows, int(lengths.max()), pad_id), np.arange(lengths.max()) < lengths[:, None]
+    return pad_rows(rows, len(rows), int(lengths.max()), pad_id), np.arange(lengths.max()) < lengths[:, None]
 
 
 class TextStream:

@@ -1,4 +1,4 @@
-"""The files that a tokenizer consists of: read into memory with it, written elsewhere whole or not at all."""
+"""Small files of a checkpoint: a tokenizer's are read into memory with it; all are written whole or not at all."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llamavid_jax.data.conversation import ConversationError
+from llamavid_jax.errors import InputError
 
 
 def read_files(directory: str | Path, required: str, optional: tuple[str, ...], remedy: str) -> dict[str, bytes]:
@@ -29,19 +30,38 @@ def json_object(files: Mapping[str, bytes], name: str, directory: str | Path) ->
     """The JSON object in one of the files, {} where that file is absent."""
     try:
         value = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversationError(f"{Path(directory) / name} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConversationError(f"{Path(directory) / name} holds a JSON {type(value).__name__}; an object is needed")
     return value
 
 
+def flag(config: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:
+    """True or false under `name` of the file `path`; null is false."""
+    value = config.get(name, default)
+    if value is not None and type(value) is not bool:
+        raise ConversationError(f"{path}: {name} is {value!r}; use true or false")
+    return bool(value)
+
+
+def max_length(config: Mapping[str, Any], path: Path) -> int:
+    """`model_max_length` of the file `path`, in tokens; 10**30 stands for no limit, as in transformers."""
+    value = config.get("model_max_length") or 10**30
+    if type(value) not in (int, float) or not 1 <= value <= 1e31:
+        raise ConversationError(f"{path}: model_max_length is {value!r}; use a whole number of tokens")
+    return int(value)
+
+
 def write_files(directory: str | Path, files: Mapping[str, bytes]) -> None:
-    """Each file is written aside and renamed, so that a reader never meets half of one."""
+    """Each file is written aside and renamed, so that a reader never meets half of one.  InputError if it cannot be."""
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=name, suffix=".tmp", delete=False) as file:
-            file.write(content)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=name, suffix=".tmp", delete=False) as file:
+                file.write(content)
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, folder / name)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error.strerror}); give a folder that can") from None

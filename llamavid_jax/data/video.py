@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, UInt8
@@ -73,10 +74,15 @@ def iter_frames(
         yield from _sample(path, container, stream, average_fps, stride, transform, progress)
 
 
+def check_fps(fps: Any, name: object) -> None:
+    """Raises MediaError for a rate that is not a finite number above 0 (frames a second)."""
+    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < math.inf:
+        raise MediaError(f"{name} cannot be sampled at {fps!r} frames a second; use --fps 1")
+
+
 def frame_stride(average_fps: float, fps: float | int, name: object = "the video") -> int:
     """round(average_fps / fps): 23.976 -> 24, 2.5 -> 2 (P7).  MediaError where it would be 0 (D4)."""
-    if not (math.isfinite(fps) and fps > 0):
-        raise MediaError(f"{name} cannot be sampled at {fps} frames a second; use --fps 1")
+    check_fps(fps, name)
     stride = round(average_fps / fps)
     if stride == 0:
         raise MediaError(

@@ -106,6 +106,10 @@ def _checked(frame: np.ndarray, config: LLaMAVIDLlavaConfig, features_have_cls: 
         what = f"features of a frame [P, E] {'with' if features_have_cls else 'without'} the CLS token"
     if np.shape(frame) != expected:
         raise RequestError(f"{what} must be {expected} for this model, not {np.shape(frame)}; use its image processor")
+    frame = np.asarray(frame)
+    if not jnp.issubdtype(frame.dtype, jnp.floating) or not np.isfinite(frame.astype(np.float32)).all():
+        held = "values that are not finite" if jnp.issubdtype(frame.dtype, jnp.floating) else str(frame.dtype)
+        raise RequestError(f"{what} holds {held}; give normalised floating-point values, from the image processor")
     return frame
 
 
