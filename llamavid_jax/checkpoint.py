@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import Mesh
 
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
@@ -58,6 +59,9 @@ def load_weights(
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
+            if (path / "manifest.ocdbt").exists():  # of a damaged index Orbax prints one traceback an array
+                index = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}
+                tensorstore.KvStore.open(index).result().list().result()
             stored = checkpointer.metadata(path).item_metadata
             if stored is None:
                 raise WeightsError(f"{path}: its metadata (_METADATA) is missing or damaged; convert again")

@@ -204,7 +204,7 @@ def check_tokenizers(
 ) -> None:
     """Raises ConfigError for a tokenizer of `directory` with ids that the model has no embeddings for.
 
-    Tables may have more rows (padding); a Q-Former vocabulary below half of them is a file that was cut short.
+    Tables may have more rows (padding), and one less than the Q-Former's tokenizer: its [DEC] stands in no ids (Q2).
     """
     rows = config.text_config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -213,10 +213,10 @@ def check_tokenizers(
             f"{rows}; give the tokenizer that the model was trained with"
         )
     rows = config.qformer_config.vocab_size
-    if qformer_tokenizer is not None and not rows / 2 <= qformer_tokenizer.vocab_size <= rows:
+    if qformer_tokenizer is not None and qformer_tokenizer.vocab_size - 1 > rows:
         raise ConfigError(
-            f"the Q-Former's vocab.txt in {directory} has {qformer_tokenizer.vocab_size} pieces with [DEC], but "
-            f"qformer_config.vocab_size is {rows}; give the whole vocabulary that the model was trained with"
+            f"the Q-Former's vocab.txt in {directory} has {qformer_tokenizer.vocab_size - 1} pieces, but "
+            f"qformer_config.vocab_size is {rows}; give the vocabulary that the model was trained with"
         )
 
 

@@ -187,7 +187,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes = {}
     for part in text.replace(",", " ").split():
         name, _, size = part.partition("=")
-        if name not in MESH_AXES or name in sizes or not size.isdigit() or int(size) < 1:
+        if name not in MESH_AXES or name in sizes or not size.isdecimal() or not 1 <= int(size) < 2**31:
             raise ShardingError(
                 f"mesh part {part!r} is not AXIS=SIZE with AXIS one of {', '.join(MESH_AXES)}, each once"
             )

@@ -14,8 +14,10 @@ import torch
 from converted import CONFIG, GOLDEN, ORIGINAL, assert_equal, convert, restore, save_folder, state_dict
 
 from conversion import torch_to_jax
+from conversion.folder import copy_tokenizers
 from conversion.read_torch import CheckpointError
 from conversion.torch_config import original_config
+from llamavid_jax.checkpoint import WeightsError, load_weights, save_weights
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
 
@@ -145,6 +147,32 @@ def test_bad_checkpoints(tmp_path, capsys, case):
     assert os.listdir(tmp_path) == ["source"]
 
 
+def test_tokenizers_are_copied(tmp_path):
+    text = dataclasses.replace(CONFIG.text_config, vocab_size=1024)
+    config = dataclasses.replace(CONFIG, text_config=text)
+    assert copy_tokenizers(ORIGINAL, GOLDEN / "text", None, tmp_path, config) == []
+    for name, source in (("tokenizer.model", GOLDEN / "text"), ("qformer_tokenizer/vocab.txt", ORIGINAL)):
+        assert (tmp_path / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_damaged_weights_are_named(tmp_path, capfd):
+    """Of both forms of an Orbax checkpoint, the converter's and `save_weights`'; without Orbax's own tracebacks."""
+    convert(ORIGINAL, tmp_path / "converted")
+    save_weights(tmp_path / "saved", load_weights(tmp_path / "converted", CONFIG))
+    (tmp_path / "converted/weights/_METADATA").write_text("{")
+    os.truncate(tmp_path / "saved/weights/manifest.ocdbt", 40)
+    for folder, message in (("converted", r"_METADATA\) is missing or damaged"), ("saved", "damaged .*manifest.ocdbt")):
+        with pytest.raises(WeightsError, match=message + ".*; convert again"):
+            load_weights(tmp_path / folder, CONFIG)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_weights_are_not_saved_onto_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsError, match=r"file cannot be made .*; give a folder"):
+        save_weights(tmp_path / "file", {})
+
+
 def test_unknown_weights_are_reported(tmp_path):
     extra = state_dict() | {"model.vlm_att_bert_proj.weight": torch.ones(3)}
     source = save_folder(tmp_path / "source", extra, original_config(CONFIG))
@@ -157,7 +185,7 @@ def test_bad_arguments(tmp_path):
     (tmp_path / "sizes.yaml").write_text("num_query: [")
     (tmp_path / "bert").mkdir()
     words = (ORIGINAL / "qformer_tokenizer/vocab.txt").read_text()
-    (tmp_path / "bert/vocab.txt").write_text(words + "longer\n")
+    (tmp_path / "bert/vocab.txt").write_text(words + "longer\nand longer\n")
     shutil.copytree(ORIGINAL, tmp_path / "source", ignore=shutil.ignore_patterns("config.json", "*.txt"))
     out = tmp_path / "out"
     for source, target, options, kind, message in (
@@ -176,7 +204,7 @@ def test_bad_arguments(tmp_path):
             out,
             {"bert_tokenizer": tmp_path / "bert"},
             ConfigError,
-            "has 127 pieces with [DEC], but qformer_config.vocab_size is 126",
+            "has 127 pieces, but qformer_config.vocab_size is 126",
         ),
         (ORIGINAL, out, {"tokenizer": GOLDEN / "text"}, ConfigError, "1024 pieces, but text_config.vocab_size is 160"),
         (ORIGINAL, out, {"vision": tmp_path / "gone.pth"}, CheckpointError, "gone.pth does not exist"),
