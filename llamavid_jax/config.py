@@ -73,8 +73,24 @@ def check_type(name: str, value: Any, kind: type) -> None:
         raise ConfigError(f"{name} is {value!r}; a value of type {kind.__name__} is needed")
 
 
+class Part:
+    """A part of the configuration that is read and written by itself: a `config.json` in which the rest is default."""
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Any:
+        """This part of a checkpoint's `config.json`, in any of its forms."""
+        return getattr(LLaMAVIDLlavaConfig.from_pretrained(directory), cls._field())
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        LLaMAVIDLlavaConfig(**{self._field(): self}).save_pretrained(directory)
+
+    @classmethod
+    def _field(cls) -> str:
+        return next(field.name for field in dataclasses.fields(LLaMAVIDLlavaConfig) if field.type is cls)
+
+
 @dataclasses.dataclass(frozen=True)
-class LLaMAVIDLlavaVisionConfig:
+class LLaMAVIDLlavaVisionConfig(Part):
     """EVA ViT-g/14 as LLaMA-VID runs it: 39 of EVA's 40 blocks, no final norm (`eva_vit.py` in the original)."""
 
     hidden_size: int = 1408
@@ -104,7 +120,7 @@ class LLaMAVIDLlavaVisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LLaMAVIDLlavaQFormerConfig:
+class LLaMAVIDLlavaQFormerConfig(Part):
     """InstructBLIP's Q-Former: BERT-base with learned queries and cross-attention in every nth layer (Q1-Q6)."""
 
     vocab_size: int = 30523  # bert-base-uncased and [DEC]
@@ -132,7 +148,7 @@ class LLaMAVIDLlavaQFormerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Part):
     """A LLaMA decoder: Vicuna-1.5 by default, grouped-query heads and tied embeddings for newer bases."""
 
     vocab_size: int = 32000

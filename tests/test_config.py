@@ -131,6 +131,15 @@ def test_save_and_load(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_parts_are_saved_and_loaded_by_themselves(tmp_path):
+    config = LLaMAVIDLlavaConfig.from_yaml(MODELS / "tiny.yaml")
+    config.save_pretrained(tmp_path / "whole")
+    for part in (config.vision_tower_config, config.qformer_config, config.text_config):
+        assert type(part).from_pretrained(tmp_path / "whole") == part
+        part.save_pretrained(tmp_path / "part")
+        assert type(part).from_pretrained(tmp_path / "part") == part
+
+
 @pytest.mark.parametrize(
     "side, kind, tokens",
     [(16, "grid:2", 4), (16, "grid:6", 64), (16, "grid:7", 64), (16, "grid:12", 256), (24, "grid:5", 36)],

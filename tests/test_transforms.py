@@ -27,7 +27,7 @@ CONFIG = LLaMAVIDLlavaConfig(
     ),
     text_config=LlamaConfig(
         vocab_size=37, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=9,
+        num_key_value_heads=4, head_dim=14,
     ),
     num_query=11,
 )  # fmt: skip
