@@ -1,5 +1,6 @@
 """Weights on disk: an Orbax checkpoint of the nested dict of parameters, read straight onto a mesh."""
 
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,15 @@ def save_weights(directory: str | Path, params: dict[str, Any]) -> None:
 
 
 def load_weights(
-    directory: str | Path, config: LLaMAVIDLlavaConfig, dtype: Any = "float32", mesh: Mesh | None = None
+    directory: str | Path,
+    config: LLaMAVIDLlavaConfig,
+    dtype: Any = "float32",
+    mesh: Mesh | None = None,
+    float32: Container[str] = (),
 ) -> dict[str, Any]:
     """Reads the parameters as `dtype` onto `mesh`, every host only its shards, or onto the default device.
 
+    The paths in `float32` are read so whatever `dtype` is: training keeps what it trains in full precision.
     Raises WeightsError when the weights are missing, damaged, or not those of `config`.
     """
     path = Path(directory).absolute() / WEIGHTS
@@ -56,7 +62,11 @@ def load_weights(
     if mesh is None:
         mesh = make_mesh()
     shardings = param_shardings(abstract, config, mesh)
-    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    kinds = [jnp.float32 if path in float32 else leaf.dtype for path, leaf in flat_paths(abstract).items()]
+    kinds = jax.tree.unflatten(jax.tree.structure(abstract), kinds)
+    target = jax.tree.map(
+        lambda a, kind, s: jax.ShapeDtypeStruct(a.shape, kind, sharding=s), abstract, kinds, shardings
+    )
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             if (path / "manifest.ocdbt").exists():  # of a damaged index Orbax prints one traceback an array
@@ -74,6 +84,32 @@ def load_weights(
                 f"{path} is damaged ({type(error).__name__}: {_first_line(error)}); convert again"
             ) from error
     return _integer_keys(restored)
+
+
+def save_part(directory: str | Path, params: Mapping[str, jax.Array]) -> None:
+    """Writes some parameters, by path: what a stage trained, without the rest (T10)."""
+    save_weights(directory, dict(params))
+
+
+def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Reads what `save_part` wrote, each array in the type and the place of its namesake in `onto`.
+
+    Raises WeightsError for a folder without such a part, and for parameters that `onto` lacks or has in other shapes.
+    """
+    path = Path(directory).absolute() / WEIGHTS
+    if not path.is_dir():
+        raise WeightsError(f"{path} does not exist; give the `adapter` folder of a training run")
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = dict(checkpointer.metadata(path).item_metadata or {})
+        except Exception as error:  # of many kinds, as in load_weights
+            raise WeightsError(f"{path} is damaged ({type(error).__name__}: {_first_line(error)}); copy it again") from error
+        check_params(path, flat_paths(stored), {name: onto[name] for name in stored if name in onto})
+        target = {name: jax.ShapeDtypeStruct(onto[name].shape, onto[name].dtype, sharding=onto[name].sharding) for name in stored}
+        try:
+            return checkpointer.restore(path, target)
+        except Exception as error:
+            raise WeightsError(f"{path} is damaged ({type(error).__name__}: {_first_line(error)}); copy it again") from error
 
 
 def string_keys(tree: Any) -> Any:

@@ -196,7 +196,8 @@ class LLaMAVIDLlavaConfig:
 
     `compress_type` is "none" (all patches), "mean" (one content token a frame) or "grid:n" (average pooling with
     stride side // n).  `mm_projector_type` is "linear", "mlpNx_gelu" or "identity".  `image_aspect_ratio` is "pad"
-    (to a square, with the mean colour) or "crop"; videos are always cropped (D4).  `image_token_index` is the
+    (to a square, with the mean colour) or "crop"; videos are always cropped (D4).  `frame_tokens` is "both" kinds of
+    token, or "context" or "content" alone (the paper's ablation).  `image_token_index` is the
     placeholder id that `input_ids` may hold besides -200: the documented layout gives it a row of the vocabulary.
     """
 
@@ -205,6 +206,7 @@ class LLaMAVIDLlavaConfig:
     text_config: LlamaConfig = LlamaConfig()
     num_query: int = 32
     compress_type: str = "mean"
+    frame_tokens: str = "both"
     mm_projector_type: str = "mlp2x_gelu"
     image_aspect_ratio: str = "pad"
     image_token_index: int = IMAGE_TOKEN
@@ -223,15 +225,15 @@ class LLaMAVIDLlavaConfig:
             )
         if self.image_aspect_ratio not in ("pad", "crop"):
             raise ConfigError(f"image_aspect_ratio is {self.image_aspect_ratio!r}; use 'pad' or 'crop'")
+        if self.frame_tokens not in ("both", "context", "content"):
+            raise ConfigError(f"frame_tokens is {self.frame_tokens!r}; use 'both', 'context' or 'content'")
 
     @property
     def tokens_per_frame(self) -> int:
         """Context token and content tokens of one frame: the n+1 of the paper."""
         side = self.vision_tower_config.side
-        if self.compress_type == "none":
-            return 1 + side**2
-        stride = grid_stride(self.compress_type, side)
-        return 1 + (side // stride) ** 2
+        content = (side // (grid_stride(self.compress_type, side) or 1)) ** 2
+        return {"both": 1 + content, "context": 1, "content": content}[self.frame_tokens]
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaConfig":

@@ -6,6 +6,8 @@
 | cudnn     | NVIDIA GPU, 16 bit   | causal or unmasked; fused, no scores in memory                    |
 | splash    | TPU                  | causal self-attention; Pallas kernel, no scores in memory         |
 
+Rows that hold several samples (`segment_ids`) run on all three; cuDNN then gets the mask as an array `[B, 1, T, T]`.
+
 Every backend is compared with `reference_attention` in `tests/test_attention.py`.
 """
 
@@ -13,7 +15,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from llamavid_jax.attention.reference import reference_attention
 from llamavid_jax.attention.splash import splash_attention, splash_supports
@@ -28,22 +30,27 @@ def attention(
     *,
     mask: Bool[Array, "..."] | None = None,
     causal: bool = False,
+    segment_ids: Int[Array, "B T"] | None = None,
     backend: Backend | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H) v with grouped-query heads.
 
-    `mask` is True where a query may look at a key and broadcasts to `[B, N, T, S]`; it excludes `causal`.  `backend`
-    None takes the fastest one that fits the device, the type and the mask.
+    `mask` is True where a query may look at a key and broadcasts to `[B, N, T, S]`; it excludes `causal`.
+    `segment_ids`, with `causal` only, number the samples that share a row: each sees itself alone.  `backend` None
+    takes the fastest one that fits the device, the type and the mask.
     """
     if causal and mask is not None:
         raise ValueError("mask and causal exclude each other; put causality into the mask")
+    if segment_ids is not None and not causal:
+        raise ValueError("segment_ids go with causal=True; put the segments into the mask")
     match backend or _fastest(q, k, mask, causal):
         case "cudnn":
-            return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+            same = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+            return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=causal, implementation="cudnn")
         case "splash":
-            return splash_attention(q, k, v)
+            return splash_attention(q, k, v, segment_ids)
         case _:
-            return reference_attention(q, k, v, mask=mask, causal=causal)
+            return reference_attention(q, k, v, mask=mask, causal=causal, segment_ids=segment_ids)
 
 
 def _fastest(q: jax.Array, k: jax.Array, mask: jax.Array | None, causal: bool) -> Backend:

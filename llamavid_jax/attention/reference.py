@@ -6,7 +6,7 @@ Scores and softmax are float32 whatever the inputs.  Long queries run in blocks,
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 QUERY_BLOCK = 1024
 
@@ -18,21 +18,25 @@ def reference_attention(
     *,
     mask: Bool[Array, "..."] | None = None,
     causal: bool = False,
+    segment_ids: Int[Array, "*B T"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "*B T N H"]:
     """softmax(q kᵀ / √H) v, with grouped-query heads where K < N.
 
     `mask` is True where a query may look at a key and broadcasts to `[*B, N, T, S]`; `causal` lets position t see
-    keys 0..t.  `dropout_key` drops attention weights, in training.
+    keys 0..t, those of its own segment where `segment_ids` are given.  `dropout_key` drops attention weights.
     """
     length = q.shape[-3]
     if length <= QUERY_BLOCK or dropout_key is not None or mask is not None:
-        return _attend(q, k, v, _causal(0, length, k.shape[-3]) if causal else mask, dropout_rate, dropout_key)
+        mask = _causal(0, length, k.shape[-3], segment_ids) if causal else mask
+        return _attend(q, k, v, mask, dropout_rate, dropout_key)
 
+    @jax.checkpoint  # the gradient makes a block's scores again instead of keeping those of all blocks
     def block(start: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(padded, start, QUERY_BLOCK, axis=-3)
-        return _attend(part, k, v, _causal(start, QUERY_BLOCK, k.shape[-3]) if causal else None, 0.0, None)
+        mask = _causal(start, QUERY_BLOCK, k.shape[-3], segment_ids) if causal else None
+        return _attend(part, k, v, mask, 0.0, None)
 
     blocks = -(-length // QUERY_BLOCK)
     padded = jnp.pad(q, [(0, 0)] * (q.ndim - 3) + [(0, blocks * QUERY_BLOCK - length), (0, 0), (0, 0)])
@@ -40,8 +44,14 @@ def reference_attention(
     return out.reshape(*padded.shape[:-1], v.shape[-1])[..., :length, :, :]
 
 
-def _causal(start: jax.Array | int, queries: int, keys: int) -> jax.Array:
-    return (start + jnp.arange(queries))[:, None] >= jnp.arange(keys)[None, :]
+def _causal(start: jax.Array | int, queries: int, keys: int, segment_ids: jax.Array | None) -> jax.Array:
+    """`[T, S]`, or `[*B, 1, T, S]` with segments: what queries start, start + 1, ... see."""
+    visible = (start + jnp.arange(queries))[:, None] >= jnp.arange(keys)[None, :]
+    if segment_ids is None:
+        return visible
+    padded = jnp.pad(segment_ids, [(0, 0)] * (segment_ids.ndim - 1) + [(0, -keys % queries)])
+    own = jax.lax.dynamic_slice_in_dim(padded, start, queries, axis=-1)
+    return visible & (own[..., :, None] == segment_ids[..., None, :])[..., None, :, :]
 
 
 def _attend(q, k, v, mask, dropout_rate, dropout_key):

@@ -17,6 +17,7 @@ from llamavid_jax.attention.attention import attention
 from llamavid_jax.config import LlamaConfig
 from llamavid_jax.models import stack
 from llamavid_jax.models.kv_cache import KVCache
+from llamavid_jax.models.linear import Linear
 from llamavid_jax.models.rotary import rotary_angles, rotate
 from llamavid_jax.sharding import constrain
 
@@ -25,7 +26,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of 
 
 class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.LinearGeneral, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width, size = config.hidden_size, config.head_dim
         self.q = linear(width, (config.num_attention_heads, size))
         self.k = linear(width, (config.num_key_value_heads, size))
@@ -41,7 +42,7 @@ class Attention(nnx.Module):
 
 class GatedMlp(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.gate = linear(config.hidden_size, config.intermediate_size)
         self.up = linear(config.hidden_size, config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
@@ -67,7 +68,7 @@ class Layer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs, remat: str = "none"):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         init = jax.nn.initializers.normal(0.02)
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, **dtypes, embedding_init=init, rngs=rngs)
@@ -75,24 +76,32 @@ class Llama(nnx.Module):
         self.norm = rms_norm(config, param_dtype, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **dtypes, rngs=rngs)
-        self.config = config
+        self.config, self.remat = config, remat
 
     def angles(self, positions: Int[Array, "B T"]) -> Float[Array, "B T h"]:
         return rotary_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_factor)
 
     @jax.named_scope("llama")
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Final hidden states of whole rows.  Rows are padded on the right, where causality hides the padding (P15)."""
-        return self._causal(x, keep_cache=False)[0]
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states of whole rows.  Rows are padded on the right, where causality hides the padding (P15).
+
+        A row may hold several samples: `segment_ids` number them, `positions` count from 0 in each.
+        """
+        return self._causal(x, segment_ids, positions, keep_cache=False)[0]
 
     @jax.named_scope("prefill")
     def prefill(self, x: Float[Array, "B T D"], cache_length: int) -> tuple[Float[Array, "B T D"], KVCache]:
         """`__call__` that also returns a cache of `cache_length` slots holding the T positions."""
-        hidden, (k, v) = self._causal(x, keep_cache=True)
+        hidden, (k, v) = self._causal(x, None, None, keep_cache=True)
         return hidden, KVCache.from_prefill(k, v, cache_length)
 
-    def _causal(self, x, *, keep_cache: bool):
-        angles = self.angles(jnp.arange(x.shape[1])[None])
+    def _causal(self, x, segment_ids, positions, *, keep_cache: bool):
+        angles = self.angles(jnp.arange(x.shape[1])[None] if positions is None else positions)
 
         def apply(layer: Layer, x: jax.Array):
             seen = None
@@ -100,11 +109,11 @@ class Llama(nnx.Module):
             def attend(q, k, v):
                 nonlocal seen
                 seen = (k, v) if keep_cache else None
-                return attention(q, k, v, causal=True)
+                return attention(q, k, v, causal=True, segment_ids=segment_ids)
 
             return layer(x, angles, attend), seen
 
-        x, seen = stack.scan(apply, self.layers, x)
+        x, seen = stack.scan(apply, self.layers, x, self.remat)
         return self.norm(x), seen
 
     @jax.named_scope("decode")
@@ -129,6 +138,11 @@ class Llama(nnx.Module):
         if self.config.tie_word_embeddings:
             return self.embed.attend(hidden).astype(jnp.float32)
         return self.lm_head(hidden).astype(jnp.float32)
+
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """What `logits` multiplies with, in the type of products: the loss takes it in chunks."""
+        kernel = self.embed.embedding.T if self.config.tie_word_embeddings else self.lm_head.kernel
+        return kernel.astype(self.embed.dtype)
 
 
 def rms_norm(config: LlamaConfig, param_dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -26,14 +26,23 @@ from llamavid_jax.sharding import constrain
 class LlamaVid(nnx.Module):
     """The whole model; parameters in `param_dtype`, products in `dtype` (the policy stands in `config.py`)."""
 
-    def __init__(self, config: LLaMAVIDLlavaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+    def __init__(
+        self,
+        config: LLaMAVIDLlavaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: str = "none",
+    ):
+        """`remat` names what the gradient keeps of a layer (`stack.REMAT`)."""
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.vision = EvaViT(config.vision_tower_config, **dtypes, rngs=rngs)
         self.qformer = QFormer(
             config.qformer_config, config.num_query, config.vision_tower_config.hidden_size, **dtypes, rngs=rngs
         )
         self.visual_tokens = VisualTokens(config, **dtypes, rngs=rngs)
-        self.llama = Llama(config.text_config, **dtypes, rngs=rngs)
+        self.llama = Llama(config.text_config, **dtypes, rngs=rngs, remat=remat)
 
     def frame_tokens(
         self,

@@ -29,10 +29,29 @@ def layer(layers: nnx.Module, index: int) -> nnx.Module:
     return part(layers, lambda parameter: parameter[index])
 
 
-def scan(apply: Callable[[Any, Any], tuple[Any, Any]], layers: Any, carry: Any) -> tuple[Any, Any]:
+def scan(
+    apply: Callable[[Any, Any], tuple[Any, Any]], layers: Any, carry: Any, remat: str = "none"
+) -> tuple[Any, Any]:
     """Runs `carry, output = apply(layer, carry)` through the stack; outputs come back stacked `[L, ...]`.
 
-    `layers` may be a tuple of stacks of one length; `layer` is then a tuple too.
+    `layers` may be a tuple of stacks of one length; `layer` is then a tuple too.  `remat` names what a gradient keeps
+    of a layer (REMAT).
     """
     graphdef, state = nnx.split(layers)
-    return jax.lax.scan(lambda carry, state: apply(nnx.merge(graphdef, state), carry), carry, state)
+
+    def step(carry, state):
+        return apply(nnx.merge(graphdef, state), carry)
+
+    return jax.lax.scan(rematerialise(step, remat), carry, state)
+
+
+REMAT = {  # what the forward pass keeps for the gradient; the rest is computed again
+    "none": None,  # everything
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,  # a layer's input
+}
+
+
+def rematerialise(function: Callable, remat: str) -> Callable:
+    """`function` under the policy that `remat` names; prevent_cse is for loops, which need no such guard."""
+    return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat], prevent_cse=False)

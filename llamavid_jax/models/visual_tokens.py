@@ -37,6 +37,7 @@ class VisualTokens(nnx.Module):
         self.value_projector = linear(vision, text)
         depth = projector_depth(config.mm_projector_type)
         self.projector = nnx.List([linear(vision if i == 0 else text, text) for i in range(depth)])
+        self.kinds = ("context", "content") if config.frame_tokens == "both" else (config.frame_tokens,)
         self.stride = grid_stride(config.compress_type, config.vision_tower_config.side)
         self.dtype = dtype
 
@@ -53,9 +54,14 @@ class VisualTokens(nnx.Module):
         The mean over queries is taken of the attention weights, which equals the original's mean of the Q weighted
         sums and costs one of them.
         """
-        weights = self.context_attention(patches, queries)
-        context = jnp.einsum("p,pe->e", weights.astype(self.dtype), patches.astype(self.dtype))
-        content = pool_patches(patches, self.stride).astype(self.dtype)
-        for index, linear in enumerate(self.projector):
-            content = linear(jax.nn.gelu(content, approximate=False) if index else content)
-        return jnp.concatenate([self.value_projector(context)[None], content])
+        tokens = []
+        if "context" in self.kinds:
+            weights = self.context_attention(patches, queries)
+            context = jnp.einsum("p,pe->e", weights.astype(self.dtype), patches.astype(self.dtype))
+            tokens.append(self.value_projector(context)[None])
+        if "content" in self.kinds:
+            content = pool_patches(patches, self.stride).astype(self.dtype)
+            for index, linear in enumerate(self.projector):
+                content = linear(jax.nn.gelu(content, approximate=False) if index else content)
+            tokens.append(content)
+        return jnp.concatenate(tokens)
