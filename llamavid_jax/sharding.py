@@ -31,6 +31,7 @@ AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "rank": None,
     # vision
     "vision_layers": None,
     "vision_embed": "fsdp",
@@ -135,6 +136,27 @@ PARAM_AXES: dict[str, str] = {
     "llama.norm.scale": "embed",
     "llama.lm_head.kernel": "embed vocab",
 }
+
+
+def _adapter_axes(path: str, axes: str) -> dict[str, str]:
+    """The rows of a kernel's low-rank update (`lora.py`): the axes on either side of the product, and the rank.
+
+    One side of every product is the hidden state: "embed" alone.
+    """
+    layers, *inner = axes.split()
+    cut, place = 1 if inner[0] == "embed" else -1, path.removesuffix("kernel") + "lora"
+    return {
+        f"{place}.a": " ".join([layers, *inner[:cut], "rank"]),
+        f"{place}.b": " ".join([layers, "rank", *inner[cut:]]),
+    }
+
+
+ADAPTER_AXES = {
+    row: axes
+    for path, kernel_axes in PARAM_AXES.items()
+    if path.startswith("llama.layers.") and path.endswith(".kernel")
+    for row, axes in _adapter_axes(path, kernel_axes).items()
+}
 OPTIONAL_ROWS = {  # tied embeddings have no head, an identity projector no layers, a linear one no second layer
     "llama.lm_head.kernel",
     "visual_tokens.projector.0.kernel",
@@ -216,14 +238,15 @@ def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfi
     """Axis names of every parameter path.
 
     Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes than the
-    parameter are errors.
+    parameter are errors.  Updates of the linear layers may be there or not, all of one rank.
     """
-    sizes, unused, axes = axis_sizes(config), set(PARAM_AXES) - OPTIONAL_ROWS, {}
+    sizes, rows, unused, axes = axis_sizes(config), PARAM_AXES | ADAPTER_AXES, set(PARAM_AXES) - OPTIONAL_ROWS, {}
+    sizes["rank"] = next((shape[-1] for path, shape in shapes.items() if path.endswith(".lora.a")), 0)
     for path, shape in shapes.items():
-        row = path if path in PARAM_AXES else ".".join("*" if part.isdigit() else part for part in path.split("."))
-        if row not in PARAM_AXES:
+        row = path if path in rows else ".".join("*" if part.isdigit() else part for part in path.split("."))
+        if row not in rows:
             raise ShardingError(f"parameter {path} {shape} has no row in PARAM_AXES; add one")
-        names = tuple(PARAM_AXES[row].split())
+        names = tuple(rows[row].split())
         expected = tuple(sizes[name] for name in names)
         if expected != tuple(shape):
             raise ShardingError(f"PARAM_AXES says {path} is {' '.join(names)} = {expected}, but it is {tuple(shape)}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from recorded_training import replay
 
 from conversion.check import check_case, read_expected
 from conversion.read_torch import read_checkpoint
@@ -41,6 +42,7 @@ def find_cases(root: Path) -> dict[str, list[Path]]:
     return {
         "checkpoint": sorted(folder for folder in weights if (folder / "config.json").exists()),
         "text": sorted(path.parent for path in root.rglob("conversations.json")),
+        "training": sorted(root.rglob("train_stage*.npz")),
         "preprocessing": sorted(f for f in root.rglob("expected.npz") if not (f.parent / "config.json").exists()),
     }
 
@@ -80,6 +82,15 @@ def qformer_ids(checkpoint: Path, expected: dict[str, np.ndarray]) -> None:
         if name == "qformer_input_ids":
             prompts = json.loads(str(expected[f"{kind}.prompts"]))[int(number[0])]
             assert tokenizer(prompts)[0].tolist() == expected[key].tolist(), key
+
+
+def test_training(training, tmp_path):
+    """Losses, gradient norms and learning rates step by step, and the exact set of trained parameters."""
+    expected = read_expected(training)
+    stage = json.loads(str(expected["hyper"]))["stage"]
+    found = replay(training.parent, expected, tmp_path / "converted")
+    for name in ("losses", "grad_norms", "learning_rates"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, err_msg=f"stage {stage}: {name}")
 
 
 def test_text(text):

@@ -5,6 +5,7 @@ Every array that reaches a compiled function has a bucketed length, so that a ne
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -70,6 +71,38 @@ def merge_row(
 
 def _text_ids(ids: np.ndarray) -> np.ndarray:
     return np.where(ids == IMAGE_TOKEN, 0, ids).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """One bucket of training rows: how many frames, pairs of a frame and a question, questions and tokens a row holds.
+
+    `frames` 0 is a bucket for text alone.
+    """
+
+    frames: int
+    pairs: int
+    questions: int
+    tokens: int
+
+
+class Batch(NamedTuple):
+    """Rows of one bucket, ready for a training step.  F, G, U, T: its frames, pairs, questions, tokens.
+
+    A row holds one or more samples.  A pair is one frame read with one question; pair g gives the row-local visual
+    tokens g·(n+1) to (g+1)·(n+1) - 1, which `visual_index` points into.
+    """
+
+    frames: Any  # uint8 [B, F, H, W, 3], or ready features [B, F, P, E] without CLS
+    pair_frame: Any  # int32 [B, G]: which of the row's frames
+    pair_question: Any  # int32 [B, G]: which of the row's questions
+    question_ids: Any  # int32 [B, U, Q]
+    question_mask: Any  # bool [B, U, Q], True on tokens
+    token_ids: Any  # int32 [B, T]
+    visual_index: Any  # int32 [B, T]: TEXT, or a place in the row's visual tokens
+    labels: Any  # int32 [B, T], IGNORE_LABEL where there is no loss
+    segment_ids: Any  # int32 [B, T]: 1, 2, ... for the row's samples, 0 for padding
+    positions: Any  # int32 [B, T], from 0 in each sample
 
 
 def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], batch: int, length: int, value: int) -> Int[np.ndarray, "B T"]:

@@ -1,0 +1,298 @@
+"""LLaVA-format JSON or JSONL and its media folder -> ArrayRecord shards, which one sequential copy moves anywhere.
+
+    python -m llamavid_jax.data.build_shards train.json shards/train --media media/
+
+A sample is one record: id, kind, conversations, the media file's own bytes (JPEG, PNG, MP4, features; nothing is
+decoded or encoded), its name, and the frames and frames a second that its header says (`shards.py` reads them).
+
+1. The survey opens every media file as far as its header and writes one plan, a JSONL file, for each shard to be.
+   Samples that are missing or unreadable are left out, never replaced, and named in the manifest; too many stop the
+   build.  (What only decoding shows, such as a picture whose end is missing, the loader meets and skips.)
+2. A tensorflow-datasets builder writes the shards from the plans, in their order; with `--beam` in parallel, by
+   workers that see the media and OUT under the same paths.
+3. `manifest.json` is written and the whole folder renamed to its name: a reader meets all of it or nothing.
+
+Why a ShardBasedBuilder and not a GeneratorBasedBuilder: above 1 GB that one sorts through temporary files, which it
+writes with TensorFlow, and under Beam it holds all media in memory to sort them.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from llamavid_jax.data import features
+from llamavid_jax.data.media import MediaError, check_size
+from llamavid_jax.data.records import Record, count_frames, media_file, read_records
+from llamavid_jax.data.shards import FORMAT_VERSION, MANIFEST, MediaHeader, read_manifest
+from llamavid_jax.data.video import _open as open_video
+from llamavid_jax.errors import InputError
+
+SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
+MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
+SURVEY_THREADS = 8
+LOCAL_BEAM = "--runner=DirectRunner"
+
+
+class LocalInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: the data set is not one of those in tfds's bucket, for whose description it makes a folder."""
+
+
+class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Plans -> shards of the splits `train` (with media bytes) and `outline` (without), in the plans' order."""
+
+    name = "llamavid"
+    VERSION = tfds.core.Version(f"{FORMAT_VERSION}.0.0")
+    code_path = None  # nothing is downloaded; looking for checksums beside this file needs an undeclared package
+
+    def __init__(self, plans: Sequence[Path], **kwargs):
+        self.plans = plans
+        super().__init__(**kwargs)
+
+    def _info(self) -> LocalInfo:
+        features = tfds.features.FeaturesDict(
+            {
+                "id": tfds.features.Text(),
+                "kind": tfds.features.Text(),
+                "conversations": tfds.features.Text(),  # JSON
+                "media": tfds.features.Text(),  # the file's name; empty: text alone
+                "data": tfds.features.Tensor(shape=(), dtype=np.object_),  # the file's bytes
+                "frames": tfds.features.Scalar(np.int64),
+                "average_fps": tfds.features.Scalar(np.float64),
+                "inputs": tfds.features.Text(),  # JSON: the text in a file of features, null without
+            }
+        )
+        return LocalInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _shard_iterators_per_split(self, dl_manager) -> dict[str, list["PlannedShard"]]:
+        return {split: [PlannedShard(plan, split == "train") for plan in self.plans] for split in ("train", "outline")}
+
+    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
+        super()._download_and_prepare(dl_manager, download_config)
+        # After Beam, tfds 4.9 has the shards' lengths in the order of their numbers as text: 0, 1, 10, 11, 2 ...
+        lengths = [len(plan.read_bytes().splitlines()) for plan in self.plans]
+        splits = [split.replace(shard_lengths=lengths) for split in self.info.splits.values()]
+        self.info.set_splits(tfds.core.SplitDict(splits))
+        for rest in Path(self.data_dir).glob("*.shard_infos.json"):
+            rest.unlink()
+
+
+class PlannedShard(NamedTuple):
+    """Called, yields the examples of one shard.  Beam sends it to its workers, so it holds a path, no samples."""
+
+    plan: Path
+    with_data: bool
+
+    def __call__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, line in enumerate(self.plan.read_bytes().splitlines()):
+            sample = json.loads(line)
+            data = Path(sample["path"]).read_bytes() if sample["path"] and self.with_data else b""
+            yield number, sample["example"] | {"data": data}
+
+
+def build(
+    source: str | Path,
+    out: str | Path,
+    media: str | Path = "",
+    max_broken: float = 0.01,
+    beam: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Writes the folder `out` and returns its manifest; where that folder is complete already, only returns it.
+
+    `max_broken` is the fraction of samples that may be left out; `beam` the options of Beam's pipeline, None: without.
+    Raises InputError, and leaves no folder then.
+    """
+    source, out = Path(source), Path(out).absolute()
+    if source.is_dir():
+        raise InputError(f"{source} is a folder; give a .json or .jsonl file")
+    options, records, sha256 = beam_options(beam), read_records(source, media), file_sha256(source)
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise InputError(f"{out} is there already and holds no complete shards; give another folder")
+    if (out / MANIFEST).is_file():
+        manifest = read_manifest(out)
+        if manifest["source"]["sha256"] != sha256:
+            raise InputError(f"{out} holds the shards of another {manifest['source']['name']}; give another folder")
+        return manifest
+    try:
+        with working_folder(out) as folder:
+            counts = survey(records, Path(media or source.parent), folder, max_broken, shard_bytes)
+            written = write_shards(sorted(folder.glob("*.plan")), folder, options)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "source": {"name": source.name, "sha256": sha256},
+                **counts,
+                "files": {file.name: file.stat().st_size for file in sorted(written.iterdir())},
+            }
+            (written / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
+            written.rename(out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error}); it was not made: run the same again") from None
+    return manifest
+
+
+def beam_options(flags: str | None):
+    """Command-line flags -> Beam's PipelineOptions; None -> None.  InputError where Beam is not installed."""
+    if flags is None:
+        return None
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise InputError("--beam needs Apache Beam; install it with: pip install apache-beam") from None
+    return PipelineOptions(flags.split())
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def working_folder(out: Path) -> Iterator[Path]:
+    """The folder OUT.incomplete, emptied of what a killed build left, locked against a second build, removed after."""
+    folder = out.with_name(out.name + ".incomplete")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is being written by another build; wait for it, or give another OUT") from None
+        try:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def survey(records: Sequence, media: Path, folder: Path, max_broken: float, shard_bytes: int) -> dict[str, Any]:
+    """Headers of all media -> `folder`/00000.plan, 00001.plan ... and the manifest's counts and skipped samples."""
+    kinds: dict[str, Counter] = {}
+    skipped, plans, filled = [], 0, 0
+    with contextlib.ExitStack() as file, ThreadPoolExecutor(SURVEY_THREADS) as threads:
+        for start in range(0, len(records), 1024):  # a million futures at once would be gigabytes
+            block = range(start, min(start + 1024, len(records)))
+            for sample in threads.map(lambda index: look_up(records, index, media), block):
+                if "reason" in sample:
+                    skipped.append(sample)
+                    continue
+                line = json.dumps(sample).encode() + b"\n"
+                if not plans or filled + sample["bytes"] + len(line) > shard_bytes:
+                    file.close()
+                    plan = file.enter_context((folder / f"{plans:05d}.plan").open("wb"))
+                    plans, filled = plans + 1, 0
+                plan.write(line)
+                filled += sample["bytes"] + len(line)
+                counts = {"samples": 1, "frames": sample["example"]["frames"], "bytes": sample["bytes"]}
+                kinds.setdefault(sample["example"]["kind"], Counter()).update(counts)
+            if len(skipped) > max_broken * len(records):
+                first = "; ".join(sample["reason"] for sample in skipped[:3])
+                raise InputError(
+                    f"{len(skipped)} of the first {block.stop} samples cannot be used, more than --max-broken "
+                    f"{max_broken:g} of all {len(records)}; repair or remove them, or raise it.  The first: {first}"
+                )
+    if not plans:
+        raise InputError("no sample can be used; give a JSON with at least one that can")
+    totals = sum(kinds.values(), Counter())
+    return {key: totals[key] for key in ("samples", "frames", "bytes")} | {"kinds": kinds, "skipped": skipped}
+
+
+def look_up(records: Sequence, index: int, media: Path) -> dict[str, Any]:
+    """One sample's line of a plan; for one that cannot be used its index, id and reason."""
+    name = ""
+    try:
+        record = records[index]
+        name = record.id
+        example = {"id": name, "kind": record.kind, "conversations": json.dumps(record.conversations), "media": ""}
+        if record.kind == "text":
+            return {"path": "", "bytes": 0, "example": example | _example_header(MediaHeader(0))}
+        with media_file(record) as path:
+            size = path.stat().st_size
+            if size > MAX_SAMPLE_BYTES:
+                raise MediaError(f"{path} has {size} bytes, a record holds {MAX_SAMPLE_BYTES}; cut or compress it")
+            example["media"] = os.path.relpath(record.media, media)
+            return {"path": str(path), "bytes": size, "example": example | _example_header(read_header(record, path))}
+    except InputError as error:
+        return {"index": index, "id": name, "reason": str(error)}
+
+
+def _example_header(header: MediaHeader) -> dict[str, Any]:
+    return header._asdict() | {"inputs": json.dumps(header.inputs)}
+
+
+def read_header(record: Record, path: Path) -> MediaHeader:
+    """What the media file at `path` says of itself, without decoding it.  Raises MediaError."""
+    if record.kind == "features":
+        header = features.read_header(path)
+        return MediaHeader(header.frames, inputs=header.inputs)
+    if record.kind == "video":
+        with open_video(path) as (_, _, average_fps):
+            return MediaHeader(count_frames(path, "video", average_fps), average_fps)
+    try:
+        with Image.open(path) as image:
+            check_size(*image.size, path)
+    except MediaError:
+        raise
+    # Pillow's readers raise whatever their parsing meets in a damaged file
+    except Exception as error:
+        raise MediaError(f"{path} is not a picture that Pillow can read ({error}); convert it to PNG or JPEG") from None
+    return MediaHeader(1)
+
+
+def write_shards(plans: Sequence[Path], folder: Path, pipeline_options) -> Path:
+    """Plans -> tensorflow-datasets' folder of shards inside `folder`."""
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    if pipeline_options is not None:
+        from apache_beam.options.pipeline_options import StandardOptions
+
+        runner = pipeline_options.view_as(StandardOptions).runner or "DirectRunner"
+        config = config.replace(beam_runner=runner, beam_options=pipeline_options)
+    builder = LlamaVidShards(plans, data_dir=folder / "tfds", file_format="array_record")
+    tfds.display_progress_bar(False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download
+        builder.download_and_prepare(download_dir=folder / "downloads", download_config=config)
+    return Path(builder.data_dir)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="build_shards", description=__doc__.split("\n")[0])
+    parser.add_argument("source", metavar="JSON", help="samples in LLaVA's format, .json or .jsonl")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("--media", default="", metavar="DIR", help="folder of the media (the JSON's own)")
+    parser.add_argument("--max-broken", type=float, default=0.01, help="fraction that may be left out (0.01)")
+    beam_help = f"write with Apache Beam; the options of its pipeline as one text, --beam='{LOCAL_BEAM}'"
+    parser.add_argument("--beam", nargs="?", const=LOCAL_BEAM, metavar="OPTIONS", help=beam_help)
+    options = parser.parse_args(arguments)
+    state = "was complete already" if (Path(options.out) / MANIFEST).is_file() else "is complete"
+    try:
+        manifest = build(options.source, options.out, options.media, options.max_broken, options.beam)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    kinds = ", ".join(f"{counts['samples']} {kind}" for kind, counts in sorted(manifest["kinds"].items()))
+    print(f"{options.out} {state}: {manifest['samples']} samples ({kinds}), {len(manifest['skipped'])} skipped")
+    for sample in manifest["skipped"][:10]:
+        print(f"  skipped {sample['id'] or sample['index']}: {sample['reason']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

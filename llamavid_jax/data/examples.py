@@ -1,0 +1,233 @@
+"""Record -> Example: ids and labels of the conversation, prompts of the Q-Former, frames of the medium.
+
+    Record ─ conversation, labels ─▶ input_ids [t], labels [t], questions
+           └ decode, thin, resize ─▶ frames uint8 [F, H, W, 3], or ready features [F, P, E]
+
+Everything follows from (record, index, seed): the sides at which later turns repeat the image are drawn once a sample
+and are the same in every epoch (D8).  Stills are padded or cropped, videos cropped (D3, D4).  A features file with
+`inputs` is a movie: its text replaces `<image>`, with one placeholder a visual token (D5, D12).
+
+Deviations from the original: nothing is truncated here (P14, `data/rows.py`); a prompt belongs to the turn of its
+placeholder, also where the first turns have none; a placeholder without a medium, a medium without a placeholder and a
+placeholder in an answer are errors, where the original trains on something else in silence.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+from PIL import Image
+
+from llamavid_jax.config import IMAGE_TOKEN
+from llamavid_jax.data import features
+from llamavid_jax.data.conversation import (
+    IMAGE,
+    ConversationError,
+    draw_image_sides,
+    movie_inputs,
+    prompt,
+    template_named,
+    training_turns,
+)
+from llamavid_jax.data.images import pad_to_square, resize_and_crop
+from llamavid_jax.data.labels import TextExample, training_example
+from llamavid_jax.data.media import MediaError
+from llamavid_jax.data.records import DataError, Record, count_frames, decode, media_file, media_size
+from llamavid_jax.data.shards import MediaHeader
+from llamavid_jax.data.tokenize import Tokenizer, encode_with_images
+from llamavid_jax.data.video import check_fps, frame_stride
+
+NO_LIMIT = 10**30  # tokens: rows are cut after expansion
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One sample, ready to be laid out in a row.
+
+    `questions[i]` is read with every frame and its tokens take the i-th placeholder; in a movie the one question's
+    tokens take all placeholders in order.  `frames` are uint8 [F, H, W, 3], not normalised, or features [F, P, E]
+    without CLS; None for text alone.
+    """
+
+    id: str
+    input_ids: Int32[np.ndarray, " t"]
+    labels: Int32[np.ndarray, " t"]
+    questions: list[str]
+    frames: np.ndarray | None
+
+
+class SampleSize(NamedTuple):
+    """What a sample takes of a row; of its `tokens`, `questions * frames * tokens_per_frame` are visual ones."""
+
+    kind: str  # "pixels", "features" or "text"
+    frames: int
+    questions: int
+    tokens: int  # after expansion
+
+
+class ExampleReader:
+    """Reads the samples of one data set; picklable.  Methods raise InputError for a sample that cannot be used."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        image_size: int,
+        image_aspect_ratio: str,
+        tokens_per_frame: int,
+        fps: float | int,
+        seed: int,
+    ):
+        check_fps(fps, "the data")
+        if image_aspect_ratio not in ("pad", "crop"):
+            raise DataError(f"image_aspect_ratio is {image_aspect_ratio!r}; use 'pad' or 'crop'")
+        if seed < 0:
+            raise DataError(f"the seed of the data is {seed}; use 0 or more")
+        self.tokenizer, self.template, self.tokens_per_frame = tokenizer, template, tokens_per_frame
+        self.image_size, self.image_aspect_ratio, self.fps, self.seed = image_size, image_aspect_ratio, fps, seed
+        self._template = template_named(template)
+
+    def text(self, record: Record, index: int) -> TextExample:
+        """Ids, labels and prompts of all frames; `index` is the record's place in the data set."""
+        header = self._header(record) if record.kind == "features" else MediaHeader(0)
+        return self._text(record, index, header)
+
+    def size(self, record: Record, index: int, header: MediaHeader | None = None) -> SampleSize:
+        """The size of `read(record, index, max_frames)` with enough `max_frames`, without decoding the medium.
+
+        Exact but for the frames of a video, which are those that its header claims.  With `header`, as shards keep it,
+        the medium is not opened.
+        """
+        header = header or self._header(record)
+        frames = header.frames
+        if header.average_fps:
+            frames = math.ceil(frames / frame_stride(header.average_fps, self.fps, record.media))
+        if self._template.masking == "rounds" and header.inputs is None:
+            # Labels cost three times as much as the ids, and a data set may have a million samples to plan.
+            check_places(record)
+            has_image = record.kind != "text"
+            turns, _ = training_turns(self._template, record.conversations, has_image, self._sides(record, index))
+            text = prompt(self._template, turns, open_answer=False)
+            ids = np.array(encode_with_images(self.tokenizer, text) if has_image else self.tokenizer.encode(text))
+            questions = int((ids == IMAGE_TOKEN).sum())
+        else:
+            example = self._text(record, index, header)
+            ids, questions = example.input_ids, len(example.prompts)
+        kind = {"text": "text", "features": "features"}.get(record.kind, "pixels")
+        return SampleSize(kind, frames, questions, self.expanded_length(ids, questions, frames))
+
+    def expanded_length(self, input_ids: np.ndarray, questions: int, frames: int) -> int:
+        """Tokens of a row in which the placeholders have given way to the visual tokens of every question and frame."""
+        return len(input_ids) - int((input_ids == IMAGE_TOKEN).sum()) + questions * frames * self.tokens_per_frame
+
+    def read(self, record: Record, index: int, max_frames: int) -> Example:
+        """The whole sample; of more than `max_frames` frames evenly spaced ones stay, first and last among them."""
+        if record.kind == "text":
+            text, frames = self.text(record, index), None
+        elif max_frames < 1:
+            raise DataError(f"record {record.id!r} has frames, but there is room for {max_frames}; use a larger bucket")
+        else:
+            with media_file(record) as path:
+                header = file_header(path) if record.kind == "features" else MediaHeader(0)
+                text = self._text(record, index, header, max_frames)
+                frames = self._frames(path, record.kind, max_frames)
+        return Example(record.id, text.input_ids, text.labels, text.prompts, frames)
+
+    def _text(self, record: Record, index: int, header: MediaHeader, max_frames: int | None = None) -> TextExample:
+        check_places(record)
+        movie = None
+        if header.inputs is not None:
+            kept = thinned(header.frames, max_frames or header.frames)
+            movie = movie_inputs(thinned_inputs(record.media, header, kept), self.tokens_per_frame, training=True)
+        text = training_example(
+            self.template,
+            record.conversations,
+            self.tokenizer,
+            has_image=record.kind != "text",
+            image_sides=self._sides(record, index),
+            movie=movie,
+            max_length=NO_LIMIT,
+        )
+        placeholders = int((text.input_ids == IMAGE_TOKEN).sum())
+        if movie is None:  # a guided template has prompts of all turns, and placeholders in the last of them
+            return dataclasses.replace(text, prompts=text.prompts[len(text.prompts) - placeholders :])
+        if placeholders != len(kept) * self.tokens_per_frame:
+            raise ConversationError(
+                f"a movie's {IMAGE} must stand in one turn, once, but its {len(kept) * self.tokens_per_frame} visual "
+                f"tokens would take {placeholders} places in template {self.template!r}"
+            )
+        return text
+
+    def _header(self, record: Record) -> MediaHeader:
+        """Its frames are those sampled at `fps`."""
+        if record.kind != "features":
+            return MediaHeader(media_size(record, self.fps))
+        with media_file(record) as path:
+            return file_header(path)
+
+    def _sides(self, record: Record, index: int) -> list[int]:
+        if record.kind == "text" or not self._template.image_every_turn:
+            return []
+        return draw_image_sides((self.seed << 32) + int(index), len(record.conversations))
+
+    def _frames(self, path: Path, kind: str, max_frames: int) -> np.ndarray:
+        """The kept frames of a file, read again where a video's header counts wrongly, which shows at its end."""
+        expected = count_frames(path, kind, self.fps)
+        while True:
+            count, frames, places = 0, {}, set(thinned(expected, max_frames))
+            for frame in decode(path, kind, self.fps):
+                if count in places or (expected <= max_frames and count < max_frames):
+                    frames[count] = self._transform(frame, kind)
+                count += 1
+            if list(frames) == thinned(count, max_frames):
+                return np.stack(list(frames.values()))
+            expected = count
+
+    def _transform(self, frame: np.ndarray, kind: str) -> np.ndarray:
+        if kind == "features":
+            return frame
+        if kind == "image" and self.image_aspect_ratio == "pad":
+            return resize_and_crop(pad_to_square(Image.fromarray(frame)), self.image_size)
+        return resize_and_crop(frame, self.image_size)
+
+
+def thinned(count: int, max_frames: int) -> list[int]:
+    """Which of `count` frames stay: at most `max_frames`, evenly spaced, the first and the last among them."""
+    if count <= max_frames:
+        return list(range(count))
+    return np.linspace(0, count - 1, max_frames).round().astype(int).tolist()
+
+
+def check_places(record: Record) -> None:
+    """Raises ConversationError where the placeholders do not fit the medium."""
+    turns = [turn for turn in record.conversations if isinstance(turn, Mapping)]
+    speakers = [turn.get("from") for turn in turns if IMAGE in str(turn.get("value"))]
+    if record.kind == "text" and speakers:
+        raise ConversationError(
+            f"a turn holds {IMAGE}, but the record names no image, video or features; add the key or delete {IMAGE}"
+        )
+    if record.kind != "text" and not speakers:
+        raise ConversationError(f"the record has a medium, but no turn holds {IMAGE}; put it in the first question")
+    if "gpt" in speakers:
+        raise ConversationError(f"an answer holds {IMAGE}; put it in a question")
+
+
+def file_header(path: Path) -> MediaHeader:
+    """The header of a file of features."""
+    header = features.read_header(path)
+    return MediaHeader(header.frames, inputs=header.inputs)
+
+
+def thinned_inputs(name: str | None, header: MediaHeader, kept: Sequence[int]) -> str:
+    """The text of the movie `name` with the placeholders of the kept frames and all subtitles."""
+    before, *parts = (header.inputs or "").split(IMAGE)
+    if len(parts) != header.frames:
+        raise MediaError(
+            f"{name}: `inputs` has {len(parts)} {IMAGE} for {header.frames} frames; write one for each frame"
+        )
+    places = set(kept)
+    return before + "".join(IMAGE + part if number in places else part for number, part in enumerate(parts))

@@ -1,0 +1,216 @@
+"""Records -> batches of a training step, in the planned order: Grain reads and lays out rows ahead of the step.
+
+    Schedule (which samples, which bucket) ─ row i of this process ─▶ read and lay out (threads, worker processes) ─▶
+    LoadedBatch of the process's rows
+
+Process p of n reads rows p·B/n to (p+1)·B/n of every batch.  The position is the number of batches handed out, so that
+a run may go on with other numbers of threads, workers and processes.  A sample that cannot be read leaves its place in
+the row empty and is reported; the original puts a random other one there (D6).
+"""
+
+import atexit
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import absl.flags
+import grain
+import numpy as np
+import numpy.typing as npt
+
+from llamavid_jax.data.batching import Batch, RowShape
+from llamavid_jax.data.examples import ExampleReader
+from llamavid_jax.data.plan import Schedule, fit
+from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.data.records import DataError
+from llamavid_jax.data.rows import lay_out_row
+from llamavid_jax.data.sizes import Sizes
+from llamavid_jax.errors import InputError
+
+
+class FrameLayout(NamedTuple):
+    """What one frame is: `(H, W, 3)` and uint8, or `(P, E)` and a float type."""
+
+    shape: tuple[int, ...]
+    dtype: npt.DTypeLike
+
+
+class LoadedBatch(NamedTuple):
+    """This process's rows of one step."""
+
+    batch: Batch
+    ids: list[list[str]]  # of the samples in each row
+    skipped: list[dict[str, str]]  # {"id", "reason"} of the samples whose place stays empty
+    truncated: int  # samples that lost frames or their end
+    samples: int
+    frames: int  # without padding
+    tokens: int  # text and visual, without padding
+    slots: int  # rows x tokens of the bucket
+
+
+class _PlannedRow(NamedTuple):
+    shape: RowShape
+    kind: str
+    samples: list[int]
+
+
+class _Rows:
+    """The rows of one process, of all steps one after another: what Grain takes as a data source."""
+
+    def __init__(self, schedule: Schedule, first: int, count: int, steps: int):
+        self.schedule, self.first, self.count, self.steps = schedule, first, count, steps
+
+    def __len__(self) -> int:
+        return self.steps * self.count
+
+    def __getitem__(self, index: int) -> _PlannedRow:
+        step, row = divmod(int(index), self.count)
+        planned = self.schedule[step]
+        return _PlannedRow(self.schedule.shapes[planned.shape_index], planned.kind, planned.rows[self.first + row])
+
+
+class _ReadRow:
+    """Planned row -> LoadedBatch of that row alone, its arrays without the first axis."""
+
+    def __init__(
+        self,
+        records: Sequence,  # of Record; said so, the type checks of the tests would read one at random
+        reader: ExampleReader,
+        qformer_tokenizer: QFormerTokenizer,
+        question_tokens: int,
+        frames: Mapping[str, FrameLayout],
+        sizes: Sizes,
+        room: np.ndarray,
+    ):
+        self.records, self.reader, self.room, self.sizes = records, reader, room, sizes
+        self.qformer_tokenizer, self.question_tokens, self.frames = qformer_tokenizer, question_tokens, frames
+
+    def __call__(self, row: _PlannedRow) -> LoadedBatch:
+        layout = self.frames.get(row.kind, self.frames["pixels"])  # a bucket without frames has 0 of these
+        examples, thinned, skipped = [], [], []
+        for index in row.samples:
+            name = f"record {index}"  # until it is known to have an id
+            try:
+                record = self.records[index]
+                name = record.id
+                # A video may hold more frames than its header says; what is planned for the row's others is theirs.
+                example = self.reader.read(record, index, int(self.room[index]))
+                if example.frames is not None and example.frames.shape[1:] != layout.shape:
+                    raise DataError(f"its frames are {example.frames.shape[1:]}; this model takes {layout.shape}")
+                examples.append(example)
+                thinned.append(self.sizes.frames[index] > self.room[index])
+            except InputError as error:
+                skipped.append({"id": name, "reason": str(error)})
+            except Exception as error:
+                raise RuntimeError(f"sample {name} cannot be read: {type(error).__name__}: {error}") from error
+        ids = [example.id for example in examples]
+        try:
+            batch, cut = lay_out_row(
+                examples,
+                row.shape,
+                self.reader.tokens_per_frame,
+                self.qformer_tokenizer,
+                self.question_tokens,
+                layout.shape,
+                layout.dtype,
+            )
+        except Exception as error:
+            raise RuntimeError(f"samples {ids} cannot be laid out: {type(error).__name__}: {error}") from error
+        truncated = int(np.logical_or(cut, thinned).sum())
+        return LoadedBatch(
+            batch,
+            [ids],
+            skipped,
+            truncated,
+            len(ids),
+            sum(len(example.frames) for example in examples if example.frames is not None),
+            int((batch.segment_ids > 0).sum()),
+            row.shape.tokens,
+        )
+
+
+def _stack(rows: Sequence[LoadedBatch]) -> LoadedBatch:
+    batch = Batch(*(np.stack(arrays) for arrays in zip(*(row.batch for row in rows), strict=True)))
+    _, ids, skipped, *counts = zip(*rows, strict=True)
+    return LoadedBatch(batch, list(chain(*ids)), list(chain(*skipped)), *map(sum, counts))
+
+
+class Loader:
+    """Iterates the batches of `steps` steps, or of `epochs` epochs where `steps` is 0.
+
+    batch_size       rows of a step on all processes together
+    frames           layout of the frames of each kind, {"pixels": ..., "features": ...}
+    question_tokens  Q-Former ids of a question at most
+    threads          read rows ahead, in each of the worker processes or, where `processes` is 0, in this one
+    Raises InputError for settings that do not fit together or the data, and where no sample can be read.
+
+    One pass over held-out data is `shuffle` False and `epochs` 1.  Every `iter` begins anew, as that of a list does;
+    only the one after `set_state` begins at the position set.
+    """
+
+    def __init__(
+        self,
+        records: Sequence,  # of Record
+        sizes: Sizes,
+        reader: ExampleReader,
+        qformer_tokenizer: QFormerTokenizer,
+        shapes: Sequence[RowShape],
+        frames: Mapping[str, FrameLayout],
+        *,
+        batch_size: int,
+        question_tokens: int,
+        seed: int,
+        packing: bool,
+        shuffle: bool = True,
+        epochs: int = 1,
+        steps: int = 0,
+        threads: int = 2,
+        processes: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size % process_count:
+            raise DataError(
+                f"batch_size {batch_size} is not divisible by the {process_count} processes; "
+                f"use {-(-batch_size // process_count) * process_count}"
+            )
+        self.schedule = Schedule(sizes, shapes, batch_size, reader.tokens_per_frame, seed, packing, shuffle)
+        self.steps = steps or self.schedule.steps(epochs)
+        self._count, self._threads, self._processes = batch_size // process_count, threads, processes
+        self._rows = _Rows(self.schedule, process_index * self._count, self._count, self.steps)
+        room = fit(sizes, shapes, reader.tokens_per_frame)[1][1]
+        self._read = _ReadRow(records, reader, qformer_tokenizer, question_tokens, frames, sizes, room)
+        self._next = self._start = 0
+
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        self._next, self._start = self._start, 0
+        rows = grain.MapDataset.source(self._rows).slice(slice(self._next * self._count, None)).map(self._read)
+        ahead = max(2 * self._count, self._threads)  # two batches in memory beside the one in use
+        rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead))
+        if self._processes:
+            if not absl.flags.FLAGS.is_parsed():  # Grain reads its flags, which only an absl program parses
+                absl.flags.FLAGS.mark_as_parsed()
+            buffered = -(-ahead // self._processes)
+            rows = rows.mp_prefetch(grain.MultiprocessingOptions(self._processes, per_worker_buffer_size=buffered))
+        batches = iter(rows.batch(self._count, batch_fn=_stack))
+        atexit.register(batches.close)  # of a pass that is still open at the end: Grain's workers hold shared memory
+        try:
+            for batch in batches:
+                self._next += 1
+                yield batch
+        finally:
+            atexit.unregister(batches.close)
+            batches.close()
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able; a loader that is set to it goes on with the batch after the last one handed out."""
+        return {"step": self._next, "plan": self.schedule.fingerprint()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Raises DataError for a position in other data, or in the same under other settings."""
+        if state["plan"] != self.schedule.fingerprint():
+            raise DataError(
+                "the saved position is in another order of samples: the data, the buckets, batch_size, seed or packing "
+                "changed since; restore them, or start a new run from the saved model"
+            )
+        self._next = self._start = int(state["step"])

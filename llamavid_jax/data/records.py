@@ -1,0 +1,241 @@
+"""LLaVA-format data -> records: `read_records(path, media)[i]`, and what a record's medium holds.
+
+    {"id": "7", "image" | "video" | "features": "folder/file", "conversations": [{"from": "human", "value": ...}, ...]}
+
+in a list (.json), one a line (.jsonl), or in a folder of shards (`data/shards.py`).  The source is D1: a medium that
+ends in .npz, .npy or .safetensors is ready features (`data/features.py`), a record without a medium is text alone.  The
+file stays on disk and only the places of its records are kept, so that 665,000 of them are cheap to hold and to send to
+worker processes.
+
+Deviations from the original: a record that cannot be used is an error of its own when it is read, never another sample
+(D6); its path fallbacks (D2) apply only where the named file is missing; `.pkl` features are refused (B19); a key with
+null is no key.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import mmap
+import operator
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamavid_jax.data import features
+from llamavid_jax.data.images import open_image
+from llamavid_jax.data.media import MediaError, local_file
+from llamavid_jax.data.video import _open as open_video
+from llamavid_jax.data.video import frame_stride, iter_frames
+from llamavid_jax.errors import InputError
+
+MEDIA_KEYS = ("image", "video", "features")
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
+
+
+class DataError(InputError):
+    """Training data that cannot be used: names the file or the record, what is wrong and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One sample before it is tokenised or decoded.
+
+    `media` is the path of its medium, not yet looked up on the disk; with `data`, the encoded file itself, its name.
+    """
+
+    id: str
+    conversations: list
+    media: str | None
+    kind: str  # "text", "image", "video" or "features"
+    data: bytes | None = None
+
+
+class JsonRows(Sequence):
+    """The values of a .json list or the lines of a .jsonl, parsed one at a time: `rows[i]` raises DataError."""
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        try:
+            content = local_file(path).read_bytes()
+            spans = _line_spans(content) if self.path.endswith(".jsonl") else _list_spans(content.decode())
+        except MediaError as error:
+            raise DataError(str(error)) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path} is not a readable list of records ({error}); write [RECORD, ...], or a .jsonl"
+            ) from None
+        if not len(spans):
+            raise DataError(f"{path} holds no records; give a file with at least one")
+        self._spans = np.array(spans, np.int64)
+        self._content: mmap.mmap | None = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_content": None}  # each process maps the file itself
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: Any) -> Any:
+        start, stop = self._spans[operator.index(index)].tolist()
+        if self._content is None:
+            with open(self.path, "rb") as file:
+                self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            return json.loads(self._content[start:stop])
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"record {index} of {self.path} is not readable JSON: {error}") from None
+
+
+def _line_spans(content: bytes) -> list[tuple[int, int]]:
+    """Where the lines lie, in bytes; blank ones do not count."""
+    start, spans = 3 if content.startswith(b"\xef\xbb\xbf") else 0, []
+    while start < len(content):
+        stop = content.find(b"\n", start) % (len(content) + 1)  # -1: the last line has no newline
+        if content[start:stop].strip():
+            spans.append((start, stop))
+        start = stop + 1
+    return spans
+
+
+def _list_spans(text: str) -> list[tuple[int, int]]:
+    """Where the values of a JSON list lie, in bytes of UTF-8.  ValueError where it is none."""
+    blank, parse = re.compile(r"[ \t\n\r]*").match, json.JSONDecoder().raw_decode
+
+    def skip(place: int) -> int:
+        return blank(text, place).end()
+
+    at = skip(1 if text.startswith("\ufeff") else 0)
+    if not text.startswith("[", at):
+        raise ValueError(f"it begins with {text[at : at + 20]!r}")
+    spans, seen, byte = [], 0, 0  # `byte` is the place of character `seen`
+    at = skip(at + 1)
+    while not text.startswith("]", at):
+        _, end = parse(text, at)
+        start = byte + len(text[seen:at].encode())
+        seen, byte = end, start + len(text[at:end].encode())
+        spans.append((start, byte))
+        at = skip(end)
+        if text.startswith(",", at):
+            at = skip(at + 1)
+        elif not text.startswith("]", at):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+    return spans
+
+
+class Records(Sequence):
+    """`records[i] -> Record`, which raises DataError where the i-th cannot be used."""
+
+    def __init__(self, rows: Sequence[Any], media: str | Path):
+        self.rows, self.media = rows, str(media)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Record:
+        row = self.rows[index]
+        if not isinstance(row, Mapping):
+            raise DataError(f"record {index} is {str(row)[:60]!r}; it must be an object with 'conversations'")
+        name = str(index) if row.get("id") is None else str(row["id"])
+        conversations = row.get("conversations")
+        if not isinstance(conversations, list) or not conversations:
+            raise DataError(f"record {name!r}: conversations is {str(conversations)[:60]!r}; give a list of turns")
+        keys = [key for key in MEDIA_KEYS if row.get(key) is not None]
+        if len(keys) > 1:
+            raise DataError(f"record {name!r} has {' and '.join(keys)}; give one of them")
+        if not keys:
+            return Record(name, conversations, None, "text")
+        value = row[keys[0]]
+        if not isinstance(value, str) or not value.strip() or min(value) < " ":  # no control characters
+            raise DataError(f"record {name!r}: {keys[0]} is {str(value)[:60]!r}; give the path of one file")
+        suffix = os.path.splitext(value)[1].lower()
+        kind = "features" if suffix in features.SUFFIXES else keys[0]
+        if suffix in PICKLES:
+            raise DataError(
+                f"record {name!r}: {value} is a pickle, which may run any code when it is read; {features.REMEDY}"
+            )
+        return Record(name, conversations, os.path.join(self.media, value), kind)
+
+
+def read_records(path: str | Path, media: str | Path = "") -> Sequence:
+    """The records of a .json list, a .jsonl or a folder of shards; their media are relative to `media`.
+
+    `media` empty is the folder of `path`.  Raises DataError for a file that is none of them; a record that cannot be
+    used raises it only when it is read.  (So the type is not `Sequence[Record]`: a checker would read some of them.)
+    """
+    if os.path.isdir(path):
+        from llamavid_jax.data.shards import read_shards
+
+        return read_shards(path)
+    return Records(JsonRows(path), media or Path(path).parent)
+
+
+def find_media(record: Record) -> str:
+    """The path of the medium, by the original's fallbacks (D2) where the named file is missing."""
+    path = record.media or ""
+    if record.kind == "image" and not os.path.exists(path):
+        moved = path.replace("VG_100K_2", "images").replace("VG_100K", "images")
+        candidates = [moved, path.removesuffix(".jpg") + ".png"] if "ocr" in path else [moved]
+        path = next((candidate for candidate in candidates if os.path.exists(candidate)), path)
+    return path
+
+
+@contextlib.contextmanager
+def media_file(record: Record) -> Iterator[Path]:
+    """`with media_file(record) as path`: the medium as a local file, a temporary one for `data`.  Raises MediaError."""
+    if record.data is None:
+        yield local_file(find_media(record))
+        return
+    name = record.media or f"the {record.kind} of record {record.id!r}"
+    with tempfile.TemporaryDirectory(prefix="llamavid-") as folder:
+        path = Path(folder).resolve() / "medium"
+        path.write_bytes(record.data)
+        try:
+            yield path
+        except MediaError as error:
+            raise MediaError(str(error).replace(str(path), name)) from None
+
+
+def media_size(record: Record, fps: float | int) -> int:
+    """Frames of the medium at `fps` a second, without decoding it, and of an image without opening it.
+
+    Of a video they are what its header says, which may be one off.  Raises MediaError.
+    """
+    if record.kind in ("text", "image"):
+        return int(record.kind == "image")
+    with media_file(record) as path:
+        return count_frames(path, record.kind, fps)
+
+
+def count_frames(path: Path, kind: str, fps: float | int) -> int:
+    """`media_size` of a local file."""
+    if kind == "image":
+        return 1
+    if kind == "features":
+        return features.read_header(path).frames
+    with open_video(path) as (container, stream, average_fps):
+        stride = frame_stride(average_fps, fps, path)
+        if stream.duration:
+            seconds = float(stream.duration * stream.time_base)
+        else:
+            seconds = (container.duration or 0) / 1e6
+        frames = stream.frames or round(seconds * average_fps)
+        if not frames:  # a browser's recording: nothing but the packets tells
+            frames = sum(1 for packet in container.demux(stream) if packet.size)
+    return max(1, math.ceil(frames / stride))
+
+
+def decode(path: Path, kind: str, fps: float | int) -> Iterator[np.ndarray]:
+    """The frames of a local file one by one: uint8 [h, w, 3], or float [P, E] of features.  Raises MediaError."""
+    if kind == "image":
+        yield np.asarray(open_image(path))
+    elif kind == "features":
+        yield from features.iter_features(path)
+    else:
+        for _, frame in iter_frames(path, fps):
+            yield frame

@@ -1,0 +1,117 @@
+"""Examples that share a row -> the arrays of one row of a `Batch`: packing with segment ids, static shapes.
+
+Truncation happens here and nowhere else (P14): after expansion, a sample that is longer than the room left in its row
+loses its end; of a video with more frames than there is room for, evenly spaced frames stay (the first ones where its
+text names every token's place).  The original cuts the text before expansion and lets rows grow without limit.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
+from llamavid_jax.data.batching import TEXT, Batch, RowShape, merge_row, pad_to
+from llamavid_jax.data.examples import Example
+from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+
+
+def lay_out_row(
+    examples: Sequence[Example],
+    shape: RowShape,
+    tokens_per_frame: int,
+    qformer_tokenizer: QFormerTokenizer,
+    question_tokens: int,
+    frame_shape: tuple[int, ...],
+    frame_dtype: type,
+) -> tuple[Batch, list[bool]]:
+    """One row, the arrays of `Batch` without their first axis, and for each example whether something was cut.
+
+    `frame_shape` and `frame_dtype` are those of one frame, `(H, W, 3)` and uint8 or `(P, E)` and float.  Questions of
+    more than `question_tokens` ids lose their beginning (P5).
+    """
+    frames = np.zeros((shape.frames, *frame_shape), frame_dtype)
+    pair_frame, pair_question = np.zeros((2, shape.pairs), np.int32)
+    token_ids, segment_ids, positions = np.zeros((3, shape.tokens), np.int32)
+    visual_index = np.full(shape.tokens, TEXT, np.int32)
+    labels = np.full(shape.tokens, IGNORE_LABEL, np.int32)
+    questions: list[str] = []
+    used_frames = used_pairs = used_tokens = 0
+    cut = []
+    for segment, example in enumerate(examples, 1):
+        own = 0 if example.frames is None else len(example.frames)
+        asked = len(example.questions)
+        if own and asked > shape.questions - len(questions):
+            cut.append(True)  # no room even for its questions: the place stays empty
+            continue
+        input_ids, own_labels = example.input_ids, example.labels
+        room = min(shape.frames - used_frames, (shape.pairs - used_pairs) // max(asked, 1)) if own else 0
+        kept = _kept_frames(example, room, tokens_per_frame)
+        if own and not len(kept):
+            cut.append(True)
+            continue
+        if own > len(kept) and _has_slots(example):
+            places = np.flatnonzero(input_ids == IMAGE_TOKEN)
+            end = places[len(kept) * tokens_per_frame]
+            input_ids, own_labels = input_ids[:end], own_labels[:end]
+        blocks = []
+        for question in range(asked if own else 0):
+            pairs = slice(used_pairs, used_pairs + len(kept))
+            pair_frame[pairs] = used_frames + np.arange(len(kept))
+            pair_question[pairs] = len(questions) + question
+            blocks.append(np.arange(pairs.start * tokens_per_frame, pairs.stop * tokens_per_frame, dtype=np.int32))
+            used_pairs = pairs.stop
+        if own:
+            frames[used_frames : used_frames + len(kept)] = example.frames[kept]
+            used_frames += len(kept)
+            questions += example.questions
+        row = merge_row(input_ids, blocks, own_labels)
+        length = min(len(row.token_ids), shape.tokens - used_tokens)
+        place = slice(used_tokens, used_tokens + length)
+        token_ids[place], visual_index[place] = row.token_ids[:length], row.visual_index[:length]
+        labels[place], segment_ids[place], positions[place] = row.labels[:length], segment, np.arange(length)
+        labels[place.start : place.start + 1] = IGNORE_LABEL  # nothing before it predicts a sample's first token
+        used_tokens = place.stop
+        cut.append(length < len(row.token_ids) or len(kept) < own)
+    question_ids, question_mask = np.zeros((2, shape.questions, question_tokens), np.int32)
+    if questions:
+        ids, mask = _cut_left(*qformer_tokenizer(questions), question_tokens)
+        question_ids, question_mask = (pad_to(x, shape.questions, question_tokens) for x in (ids, mask))
+    return (
+        Batch(
+            frames,
+            pair_frame,
+            pair_question,
+            question_ids,
+            question_mask.astype(bool),
+            token_ids,
+            visual_index,
+            labels,
+            segment_ids,
+            positions,
+        ),
+        cut,
+    )
+
+
+def _has_slots(example: Example) -> bool:
+    """Whether each visual token has a placeholder of its own (M4), rather than each question one (M2)."""
+    return int((example.input_ids == IMAGE_TOKEN).sum()) != len(example.questions)
+
+
+def _kept_frames(example: Example, room: int, tokens_per_frame: int) -> np.ndarray:
+    own = 0 if example.frames is None else len(example.frames)
+    if own <= room:
+        return np.arange(own)
+    return np.arange(room) if _has_slots(example) else np.linspace(0, own - 1, room).round().astype(int)
+
+
+def _cut_left(ids: np.ndarray, mask: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most `limit` ids a question: [CLS] and the last ones, as the tokenizer itself cuts at 256 (P5)."""
+    if ids.shape[1] <= limit:
+        return ids, mask
+    out_ids, out_mask = np.zeros((2, len(ids), limit), np.int32)
+    for row, (own, present) in enumerate(zip(ids, mask, strict=True)):
+        own = own[present]
+        own = own if len(own) <= limit else np.concatenate([own[:1], own[len(own) - limit + 1 :]])
+        out_ids[row, : len(own)], out_mask[row, : len(own)] = own, 1
+    return out_ids, out_mask.astype(bool)

@@ -1,0 +1,123 @@
+"""A folder of ArrayRecord shards -> Records with their media bytes, by index.
+
+`build_shards.py` writes such a folder as a tensorflow-datasets data set with two splits of the same samples in the same
+order: `train` holds everything, `outline` everything but the media bytes, so that a plan over a million videos reads
+megabytes instead of all of them.  `manifest.json` beside them says what the folder holds; a folder without it is not
+complete and is refused.  TensorFlow is not needed and not imported.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llamavid_jax.data.records import DataError, Record
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class MediaHeader(NamedTuple):
+    """What a media file says of itself without decoding; 0 frames: no media."""
+
+    frames: int  # in the file; of a video as its container says, which may be one off
+    average_fps: float = 0.0  # frames a second of a video, else 0
+    inputs: str | None = None  # the text that a file of features holds
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a complete folder of shards; DataError where it is absent, unreadable or of another version."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        version = manifest["format_version"]
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder} is no complete folder of shards ({MANIFEST} is absent); "
+            "build it with: python -m llamavid_jax.data.build_shards JSON OUT"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); build the shards again") from None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path} has format version {version}, not {FORMAT_VERSION}; build the shards again")
+    return manifest
+
+
+class Shards(Sequence):  # of Record; said so, the type checks of the tests would read one at random
+    """Samples by index.  Opens its files at the first reading, in each process and after each unpickling anew."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).resolve()
+        manifest = read_manifest(folder)
+        self._length = manifest["samples"]
+        for name, size in manifest["files"].items():
+            file = self.folder / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                state = "is absent" if found is None else f"has {found} bytes instead of {size}"
+                raise DataError(f"{file} {state}; copy the folder again, or build it again")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        """The sample with its media bytes.  DataError naming the file where that is damaged."""
+        sample = self._read("train", index)
+        return _to_record(sample, sample["data"] if sample["media"] else None)
+
+    def outline(self, index: int) -> tuple[Record, MediaHeader]:
+        """The sample without its media bytes, and their header: all that a plan needs."""
+        sample = self._read("outline", index)
+        header = MediaHeader(int(sample["frames"]), float(sample["average_fps"]), json.loads(sample["inputs"]))
+        return _to_record(sample, None), header
+
+    def _read(self, split: str, index: int) -> dict[str, Any]:
+        if not -self._length <= index < self._length:
+            raise IndexError(f"sample {index} of {self._length}")
+        index %= self._length
+        try:
+            return self._sources[split][index]
+        # whatever the readers of a damaged file raise: checksums, lengths and protocol buffers have their own errors
+        except Exception as error:
+            reason = str(error).split("\n")[0][:200]
+            raise DataError(
+                f"{self._file(split, index)} is damaged: sample {index} cannot be read ({reason}); "
+                "copy the folder again, or build it again"
+            ) from None
+
+    @functools.cached_property
+    def _builder(self):
+        import tensorflow_datasets as tfds  # here, because it takes half a second
+
+        return tfds.builder_from_directory(self.folder)
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, Any]:
+        return {split: self._builder.as_data_source(split) for split in ("train", "outline")}
+
+    def _file(self, split: str, index: int) -> Path:
+        """The shard that sample `index` is in."""
+        for instruction in self._builder.info.splits[split].file_instructions:
+            if index < instruction.take:
+                return Path(instruction.filename)
+            index -= instruction.take
+        raise IndexError(index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "_length": self._length}
+
+
+def _to_record(sample: dict[str, Any], data: bytes | None) -> Record:
+    return Record(
+        id=sample["id"].decode(),
+        conversations=json.loads(sample["conversations"]),
+        media=sample["media"].decode() or None,
+        kind=sample["kind"].decode(),
+        data=data,
+    )
+
+
+def read_shards(folder: str | Path) -> Shards:
+    """The samples of a folder that `build_shards` wrote.  Raises DataError for one that is not complete."""
+    return Shards(folder)

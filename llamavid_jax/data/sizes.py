@@ -1,0 +1,124 @@
+"""How long every sample is, known before a run: records -> a table of frames, questions and tokens, cached in a file.
+
+Planning which samples share a row (`plan.py`) needs the size of each without decoding it.  The table is 13 bytes a
+sample; the cache holds it under a key of the data's files, the number of records and everything the reader is made of.
+The original measures in words and only for one of its samplers (T7).
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from llamavid_jax.data.examples import ExampleReader, SampleSize
+from llamavid_jax.data.shards import Shards
+from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.errors import InputError
+
+KINDS = ("text", "pixels", "features", "broken")
+TEXT_ONLY, BROKEN = KINDS.index("text"), KINDS.index("broken")
+_CHUNK = 256  # records that a thread measures at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sample i: `KINDS[kind[i]]`, its frames, its questions, its tokens after expansion.
+
+    `broken` names those that cannot be measured, `{"id", "reason"}` each; they are never planned.
+    """
+
+    kind: Int[np.ndarray, " N"]
+    frames: Int[np.ndarray, " N"]
+    questions: Int[np.ndarray, " N"]
+    tokens: Int[np.ndarray, " N"]
+    broken: Sequence[dict[str, str]] = ()
+
+    @classmethod
+    def of(cls, sizes: Sequence[SampleSize]) -> "Sizes":
+        """The table of the samples' own sizes."""
+        rows = np.array([(KINDS.index(s.kind), s.frames, s.questions, s.tokens) for s in sizes], np.int32)
+        kind, frames, questions, tokens = rows.reshape(-1, 4).T
+        return cls(kind.astype(np.int8), frames, questions, tokens)
+
+    def fingerprint(self) -> bytes:
+        return hashlib.sha256(
+            b"".join(x.tobytes() for x in (self.kind, self.frames, self.questions, self.tokens))
+        ).digest()
+
+
+def read_sizes(
+    records: Sequence,  # of Record; said so, the type checks of the tests would read one at random
+    reader: ExampleReader,
+    data_path: str | Path | None = None,
+    cache: str | Path | None = None,
+    threads: int = 2,
+) -> Sizes:
+    """Measures every record, or reads `cache` (an .npz file) where that was made from the same `data_path` and reader.
+
+    Records that were broken are measured again every time, as their media may have come since.  Raises InputError when
+    the cache cannot be written; what the reader raises for other reasons than bad input names the record.
+    """
+    key = _key(records, reader, data_path) if cache is not None else b""
+    table = _cached(cache, key)
+    if table is None:
+        table = np.full((4, len(records)), BROKEN, np.int32)
+    missing = np.flatnonzero(table[0] == BROKEN)
+    broken = []
+    with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:
+        chunks = [missing[start : start + _CHUNK].tolist() for start in range(0, len(missing), _CHUNK)]
+        for chunk, sizes in zip(chunks, pool.map(lambda chunk: _measure(records, reader, chunk), chunks), strict=True):
+            for index, size in zip(chunk, sizes, strict=True):
+                if isinstance(size, dict):
+                    broken.append(size)
+                else:
+                    table[:, index] = KINDS.index(size.kind), size.frames, size.questions, size.tokens
+    if cache is not None and len(missing) > len(broken):
+        content = io.BytesIO()
+        np.savez(content, table=table, key=np.frombuffer(key, np.uint8))
+        write_files(Path(cache).parent, {Path(cache).name: content.getvalue()})
+    kind, frames, questions, tokens = table
+    return Sizes(kind.astype(np.int8), frames, questions, tokens, broken)
+
+
+def _measure(records: Sequence, reader: ExampleReader, indices: Sequence[int]) -> list[SampleSize | dict]:
+    out = []
+    for index in indices:
+        name = f"record {index}"  # until it is known to have an id
+        try:
+            if isinstance(records, Shards):  # without reading the media's bytes
+                record, header = records.outline(index)
+            else:
+                record, header = records[index], None
+            name = record.id
+            out.append(reader.size(record, index, header))
+        except InputError as error:
+            out.append({"id": name, "reason": str(error)})
+        except Exception as error:
+            raise RuntimeError(f"sample {name} cannot be measured: {type(error).__name__}: {error}") from error
+    return out
+
+
+def _key(records: Sequence, reader: ExampleReader, data_path: str | Path | None) -> bytes:
+    """Changes with the data's files, the tokenizer, the template, fps, ...: all that a size depends on."""
+    path = Path(data_path or "")
+    files = sorted(path.iterdir()) if path.is_dir() and data_path else [path] if data_path else []
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((len(records), stats)).encode() + pickle.dumps(reader)).digest()
+
+
+def _cached(cache: str | Path | None, key: bytes) -> np.ndarray | None:
+    """The table in the file, None where there is none, it is damaged, or made from something else."""
+    try:
+        if cache is not None:
+            with np.load(cache) as content:
+                return content["table"] if content["key"].tobytes() == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass
+    return None

@@ -1,0 +1,223 @@
+"""Data sets that people have -> LLaVA-format records, in a .json list or a .jsonl by the name of the output.
+
+    python -m llamavid_jax.data.to_llava webvid        results.csv    out.json [--media DIR]
+    python -m llamavid_jax.data.to_llava video_chatgpt instruct.json  out.json  --media DIR
+    python -m llamavid_jax.data.to_llava split_chat    in.json        out.json  --rounds 12
+
+`webvid`: columns videoid, name (the caption) and page_dir -> one caption record a video, PAGE_DIR/VIDEOID.mp4.
+`video_chatgpt`: a list of {q, a, video_id} -> one record a question; the file is looked for under any extension.
+`split_chat`: conversations of more than N rounds are cut into records of N rounds.  Every human turn repeats the visual
+tokens of the image (D8): 12 rounds of 257 and 6 of 577 just fit 4,096, the original's `maxround_12` and `maxround_6`.
+Text alone is left whole, and so are ready features, since a movie stands in its record once.
+
+With `--media` only records whose file is there are written.  What is left out is counted and said.
+The original: convert_webvid_to_llava.py, convert_video_chatgpt_to_llava.py, split_chat.py (whose main does nothing).
+"""
+
+import argparse
+import collections
+import csv
+import json
+import os
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llamavid_jax.data import features
+from llamavid_jax.data.conversation import IMAGE
+from llamavid_jax.data.records import PICKLES, DataError, JsonRows
+from llamavid_jax.errors import InputError
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".gif")
+REQUESTS = (
+    "Describe this video in one sentence.",
+    "What does the video show?",
+    "Give a short caption for the video.",
+    "Say briefly what happens in this clip.",
+    "Sum up the content of the video in a few words.",
+    "What can be seen in this clip?",
+)
+Skipped = collections.Counter[str]
+
+
+def webvid(rows: Iterable[Mapping[str, str]], found: Mapping[str, str] | None, skipped: Skipped) -> Iterator[dict]:
+    """CSV rows -> records.  `found`: stem -> path of the files that are there; None: the data set's own paths."""
+    for row in rows:
+        name, caption = (row.get("videoid") or "").strip(), (row.get("name") or "").strip()
+        if not name or not caption:
+            skipped["without videoid or name"] += 1
+            continue
+        path = "/".join(part for part in ((row.get("page_dir") or "").strip(), name + ".mp4") if part)
+        if found is not None:
+            if name not in found:
+                skipped["without a file"] += 1
+                continue
+            path = found[name]
+        request = REQUESTS[zlib.crc32(name.encode()) % len(REQUESTS)]
+        yield {"id": name, "video": path, "conversations": _round(f"{IMAGE}\n{request}", caption)}
+
+
+def video_chatgpt(rows: Iterable[Any], found: Mapping[str, str], skipped: Skipped) -> Iterator[dict]:
+    """{q, a, video_id} -> records; ids are VIDEO_ID_N with N counted over all rows, so none comes twice."""
+    for number, row in enumerate(rows):
+        values = [row.get(key) for key in ("q", "a", "video_id")] if isinstance(row, Mapping) else [None]
+        if not all(isinstance(value, str) and value.strip() for value in values):
+            skipped["without q, a or video_id"] += 1
+            continue
+        question, answer, video = values
+        if video not in found:
+            skipped["without a file"] += 1
+            continue
+        yield {
+            "id": f"{video}_{number}",
+            "video": found[video],
+            "conversations": _round(f"{IMAGE}\n{question}", answer),
+        }
+
+
+def split_chat(rows: Iterable[Any], rounds: int, skipped: Skipped) -> Iterator[dict]:
+    """Records -> records of at most `rounds` rounds, with `<image>` in the first turn of each and unique ids."""
+    seen: set[str] = set()
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            skipped["that are no objects"] += 1
+            continue
+        turns = _whole_rounds(row)
+        pieces = [turns[at : at + 2 * rounds] for at in range(0, len(turns), 2 * rounds)]
+        name = str(row.get("id", number))
+        if len(pieces) < 2:
+            yield {**row, "id": _unique(name, seen)}
+            continue
+        shown = False  # whether an earlier piece had the visual
+        for index, piece in enumerate(pieces):
+            first = piece[0]
+            if shown and IMAGE not in first["value"]:
+                first = {**first, "value": f"{IMAGE}\n{first['value']}"}
+            shown = shown or any(IMAGE in turn["value"] for turn in piece)
+            kept = row if shown else {key: row[key] for key in row if key not in ("image", "video")}  # text so far
+            yield {**kept, "id": _unique(f"{name}_{index}", seen), "conversations": [first, *piece[1:]]}
+
+
+def _whole_rounds(row: Mapping[str, Any]) -> list[Any]:
+    """The turns of a record that can be split: human, gpt, human, gpt, ...; none where it must stay as it is."""
+    media = row.get("image") or row.get("video")
+    turns = row.get("conversations")
+    if not isinstance(media, str) or media.lower().endswith((*features.SUFFIXES, *PICKLES)):
+        return []
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, Mapping) and isinstance(turn.get("value"), str) for turn in turns
+    ):
+        return []
+    turns = turns[1:] if turns and turns[0].get("from") != "human" else turns  # as in training
+    turns = turns[: len(turns) // 2 * 2]  # a question without an answer trains nothing
+    alternate = [turn.get("from") for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+    return turns if alternate else []
+
+
+def _unique(name: str, seen: set[str]) -> str:
+    while name in seen:
+        name += "_"
+    seen.add(name)
+    return name
+
+
+def _round(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def find_videos(folder: str | Path) -> dict[str, str]:
+    """Stem -> path relative to `folder` of all videos under it; of several, the first by VIDEO_SUFFIXES and name."""
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder} is not a folder; give --media the folder of the videos")
+    paths = []
+    for parent, _, names in os.walk(folder):
+        paths += [os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/") for name in names]
+    videos = {}
+    for suffix in VIDEO_SUFFIXES:
+        for path in sorted(path for path in paths if path.lower().endswith(suffix)):
+            videos.setdefault(os.path.basename(path)[: -len(suffix)], path)
+    return videos
+
+
+def read_csv(path: str | Path) -> Iterator[dict[str, str]]:
+    """Rows by column name.  Raises DataError for a file without the columns videoid and name."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"videoid", "name"} <= set(rows.fieldnames or ()):
+                raise DataError(f"{path} has the columns {rows.fieldnames}; videoid and name are needed")
+            yield from rows
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as CSV ({error}); download it again") from None
+
+
+def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Writes a .jsonl or a .json list, aside and then renamed; returns how many.  Raises DataError."""
+    path, count = Path(path), 0
+    lines = path.suffix == ".jsonl"
+    if path.suffix not in (".json", ".jsonl"):
+        raise DataError(f"{path} is to be written, but ends in neither .json nor .jsonl; name it so")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            aside = Path(folder) / path.name
+            with aside.open("w", encoding="utf-8") as file:
+                file.write("" if lines else "[")
+                for record in records:
+                    file.write(("" if count == 0 else "\n" if lines else ",\n") + json.dumps(record))
+                    count += 1
+                file.write("\n" if lines else "]\n")
+            os.replace(aside, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}); give another place") from None
+    return count
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="llamavid_jax.data.to_llava", description="Convert data sets to LLaVA format.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in (
+        ("webvid", "WebVid's CSV -> caption records"),
+        ("video_chatgpt", "Video-ChatGPT's questions and answers -> records"),
+        ("split_chat", "cut long conversations by rounds"),
+    ):
+        command = commands.add_parser(name, help=help_text, allow_abbrev=False)
+        command.add_argument("source")
+        command.add_argument("output", help=".json or .jsonl")
+        if name == "split_chat":
+            command.add_argument("--rounds", type=int, required=True, metavar="N", help="most rounds of a record")
+        else:
+            command.add_argument(
+                "--media", required=name == "video_chatgpt", metavar="DIR", help="folder of the videos"
+            )
+    options = parser.parse_args(arguments)
+    skipped: Skipped = collections.Counter()
+    try:
+        if options.command == "split_chat":
+            if options.rounds < 1:
+                raise DataError(f"--rounds is {options.rounds}; give 1 or more")
+            records = split_chat(JsonRows(options.source), options.rounds, skipped)
+        else:
+            found = None if options.media is None else find_videos(options.media)
+            if options.command == "webvid":
+                records = webvid(read_csv(options.source), found, skipped)
+            else:
+                records = video_chatgpt(JsonRows(options.source), found, skipped)
+        count = write_records(options.output, records)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.output}: {count:,} records")
+    for reason, number in skipped.items():
+        print(f"left out: {number:,} {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

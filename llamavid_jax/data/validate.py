@@ -1,0 +1,247 @@
+"""Checks training data before a run: every missing, unreadable, malformed or oversized sample as a table.
+
+    python -m llamavid_jax.data.validate DATA.json --media DIR [--model DIR --max-tokens 2048] [--decode] [--json FILE]
+
+    missing     the medium's file is not there
+    unreadable  it is there, but cannot be opened (or, with --decode, decoded to its end)
+    malformed   the record or its conversation cannot be used, or gives nothing to train on
+    oversized   it has more than --max-tokens tokens after expansion: its end would be cut in training
+
+A summary by kind follows: samples, frames, seconds, tokens.  Exit code 1 where something is broken, 2 for wrong
+arguments.  Without --model the conversations are checked but not tokenised.  Records are checked by threads, a few
+hundred at a time, so that memory does not grow with the data.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
+from llamavid_jax.data.conversation import ConversationError, template_named, training_turns
+from llamavid_jax.data.examples import ExampleReader, check_places, file_header, thinned_inputs
+from llamavid_jax.data.media import MediaError, check_size
+from llamavid_jax.data.records import Record, decode, find_media, media_file, media_size, read_records
+from llamavid_jax.data.tokenize import load_tokenizer
+from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.data.video import check_fps
+from llamavid_jax.errors import InputError
+
+SHOWN = 50  # rows of the table; --json has them all
+CHUNK = 256  # records under way at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The result for one sample: its size, and what is wrong with it, if anything."""
+
+    index: int
+    id: str
+    kind: str = ""
+    media: str | None = None
+    problem: str = ""
+    reason: str = ""
+    frames: int = 0
+    tokens: int = 0
+
+
+class Validator:
+    """Checks single records.  `reader` None: conversations are checked without a tokenizer."""
+
+    def __init__(
+        self, template: str, fps: float, reader: ExampleReader | None, max_tokens: int | None, decode_all: bool
+    ):
+        self.template, self.fps, self.reader = template_named(template), fps, reader
+        self.max_tokens, self.decode_all = max_tokens, decode_all
+
+    def __call__(self, records: Sequence, index: int) -> Check:
+        """Never raises for a bad sample."""
+        try:
+            record = records[index]
+        except InputError as error:
+            return Check(index, str(index), problem="malformed", reason=str(error))
+        check = Check(index, record.id, record.kind, record.media)
+        try:
+            self._check_medium(record)
+            frames, tokens = self._check_text(record, index)
+        except MediaError as error:
+            there = record.data is not None or os.path.exists(find_media(record))
+            return dataclasses.replace(check, problem="unreadable" if there else "missing", reason=str(error))
+        except InputError as error:
+            return dataclasses.replace(check, problem="malformed", reason=str(error))
+        check = dataclasses.replace(check, frames=frames, tokens=tokens)
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            reason = f"{tokens} tokens; shorten it, or raise the limit of {self.max_tokens}"
+            return dataclasses.replace(check, problem="oversized", reason=reason)
+        return check
+
+    def _check_medium(self, record: Record) -> None:
+        if record.kind == "text":
+            return
+        with media_file(record) as path:
+            if self.decode_all:
+                for _ in decode(path, record.kind, self.fps):
+                    pass
+            elif record.kind == "image":
+                _check_picture(path)
+
+    def _check_text(self, record: Record, index: int) -> tuple[int, int]:
+        """Frames of the medium, and tokens after expansion where there is a tokenizer."""
+        if self.reader is None:
+            check_places(record)
+            sides = [0] * len(record.conversations)  # which ones, and a movie's text, change nothing that can be wrong
+            training_turns(self.template, record.conversations, record.kind != "text", sides)
+            if record.kind == "features":
+                with media_file(record) as path:
+                    header = file_header(path)
+                if header.inputs is not None:
+                    thinned_inputs(record.media, header, ())  # raises where its text does not fit its frames
+            return media_size(record, self.fps), 0
+        text, frames = self.reader.text(record, index), media_size(record, self.fps)
+        if (text.labels == IGNORE_LABEL).all():
+            raise ConversationError("no token of it would be trained: it has no answer, or a turn holds </s>")
+        return frames, self.reader.expanded_length(text.input_ids, len(text.prompts), frames)
+
+
+def _check_picture(path: Path) -> None:
+    """Its header alone."""
+    try:
+        with Image.open(path) as image:
+            check_size(*image.size, path)
+    except MediaError:
+        raise
+    except Exception as error:  # whatever Pillow's readers meet in a damaged file
+        raise MediaError(f"{path} is not a picture that Pillow can read ({error}); copy or export it again") from None
+
+
+def check_all(validator: Validator, records: Sequence) -> Iterator[Check]:
+    """The checks of all records, in their order."""
+    with ThreadPoolExecutor() as threads:
+        for start in range(0, len(records), CHUNK):
+            indices = range(start, min(start + CHUNK, len(records)))
+            yield from threads.map(validator, [records] * len(indices), indices)
+
+
+class Report:
+    """Counts by kind and all problems."""
+
+    def __init__(self, fps: float):
+        self.fps = fps
+        self.kinds: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self.problems: list[Check] = []
+        self.ids: collections.Counter[int] = collections.Counter()  # of their hashes, which are smaller
+
+    def add(self, check: Check) -> None:
+        if check.problem:
+            self.problems.append(check)
+        self.kinds[check.kind or "?"].update(
+            samples=1, broken=bool(check.problem), frames=check.frames, tokens=check.tokens
+        )
+        self.ids[hash(check.id)] += 1
+
+    def summary(self) -> dict[str, Any]:
+        rows = {}
+        for kind, counts in sorted(self.kinds.items()):
+            rows[kind] = {name: counts[name] for name in ("samples", "broken", "frames", "tokens")}
+            rows[kind]["seconds"] = round(counts["frames"] / self.fps, 1) if kind in ("video", "features") else 0
+        return {
+            "kinds": rows,
+            "problems": dict(collections.Counter(check.problem for check in self.problems)),
+            "repeated_ids": sum(count > 1 for count in self.ids.values()),
+        }
+
+    def show(self, console: Console) -> None:
+        summary = self.summary()
+        if self.problems:
+            table = Table(title="Problems", title_justify="left")
+            for name in ("index", "id", "problem", "reason"):
+                table.add_column(name, overflow="fold")
+            for check in self.problems[:SHOWN]:
+                table.add_row(*(Text(str(x)) for x in (check.index, check.id, check.problem, check.reason)))
+            console.print(table)
+            if len(self.problems) > SHOWN:
+                console.print(f"... and {len(self.problems) - SHOWN} more: --json FILE writes them all")
+        table = Table(title="Summary", title_justify="left")
+        columns = ("samples", "broken", "frames", "seconds", "tokens")
+        for name in ("kind", *columns):
+            table.add_column(name, justify="left" if name == "kind" else "right")
+        for kind, counts in summary["kinds"].items():
+            table.add_row(kind, *(f"{counts[name]:,}" for name in columns))
+        console.print(table)
+        if summary["repeated_ids"]:
+            console.print(
+                f"{summary['repeated_ids']:,} ids stand for several samples: log files cannot tell them apart"
+            )
+        found = ", ".join(f"{count:,} {problem}" for problem, count in summary["problems"].items())
+        console.print(f"{len(self.problems):,} samples are broken: {found}" if found else "No sample is broken.")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = Parser(prog="llamavid_jax.data.validate", description="Check training data.", allow_abbrev=False)
+    parser.add_argument("path", metavar="JSON", help="LLaVA-format .json or .jsonl, or a folder of shards")
+    parser.add_argument("--media", default="", metavar="DIR", help="what the paths are relative to (the JSON's folder)")
+    parser.add_argument("--template", default="imgsp_v1", help="conversation format (imgsp_v1)")
+    parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
+    parser.add_argument("--model", metavar="DIR", help="a checkpoint folder: its tokenizer counts the tokens")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longer samples are oversized; needs --model")
+    parser.add_argument("--decode", action="store_true", help="decode all media to their end, not their headers alone")
+    parser.add_argument("--json", metavar="FILE", help="write summary and problems there")
+    try:
+        options = parser.parse_args(arguments)
+        check_fps(options.fps, "the data")
+        if options.max_tokens is not None and (options.model is None or options.max_tokens < 1):
+            parser.error(f"--max-tokens {options.max_tokens} needs a number above 0 and --model, to count tokens")
+        reader = _reader(options) if options.model else None
+        validator = Validator(options.template, options.fps, reader, options.max_tokens, options.decode)
+        records = read_records(options.path, options.media)
+        report = Report(options.fps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a sample whose labels are ignored is in the report
+            checks = check_all(validator, records)
+            for check in track(checks, "Checking", len(records), console=Console(stderr=True), transient=True):
+                report.add(check)
+        if options.json:
+            full = report.summary() | {"broken": [dataclasses.asdict(check) for check in report.problems]}
+            file = Path(options.json)
+            write_files(file.parent, {file.name: json.dumps(full, indent=1).encode()})
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report.show(Console())
+    return int(bool(report.problems))
+
+
+def _reader(options: argparse.Namespace) -> ExampleReader:
+    config = LLaMAVIDLlavaConfig.from_pretrained(options.model)
+    return ExampleReader(
+        load_tokenizer(options.model),
+        options.template,
+        config.vision_tower_config.image_size,
+        config.image_aspect_ratio,
+        config.tokens_per_frame,
+        options.fps,
+        seed=0,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

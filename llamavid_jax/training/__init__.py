@@ -1,0 +1,1 @@
+"""Training: the stages as data, one sharded step, a loop that resumes."""

@@ -1,0 +1,257 @@
+"""The checkpoints of a run: trained arrays, optimiser state and data position, so that a run goes on where it stopped.
+
+    {pytree of arrays, position, config} ─ save, in the background ─▶ directory/STEP/{arrays, run} ─ restore ─▶ same
+
+Every host writes and reads its own shards through Orbax, which writes aside and renames: a checkpoint that bears its
+number is complete.  The arrays are stored flat, by the paths of `flat_paths`, so that optimiser states of any type and
+any mesh can take them back.  Deviation from plain Orbax, which does not notice a flipped bit: `run` holds a
+fingerprint of every array, and a checkpoint whose arrays have others is damaged.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from llamavid_jax.checkpoint import _first_line
+from llamavid_jax.errors import InputError
+from llamavid_jax.sharding import flat_paths
+
+ARRAYS, RUN = "arrays", "run"  # the two items of a checkpoint
+LISTED = 64  # the newest checkpoints that a restart looks at
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be written or read: names the folder, what is wrong and the remedy."""
+
+
+class Restored(NamedTuple):
+    step: int
+    arrays: Any  # as the abstract arrays asked for
+    position: dict[str, Any]
+    config: dict[str, Any]
+
+
+class RunCheckpoints:
+    """The `keep` newest checkpoints in `directory`; all processes of a run call its methods in the same order."""
+
+    def __init__(self, directory: str | Path, keep: int, report: Callable[[str], None] = print):
+        """`report` is told, in one line, of every damaged checkpoint.  Raises CheckpointError."""
+        if keep < 2:
+            raise CheckpointError(f"keep is {keep}; use 2 or more, so that one is left when the newest is damaged")
+        self.directory, self._report = Path(directory).absolute(), report
+        self._saving: int | None = None  # the step under way
+        self._failure: CheckpointError | None = None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,  # what a killed save left
+            lightweight_initialize=True,  # reads no file of a checkpoint that may be damaged
+        )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with _quiet():
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory} cannot be made ({error.strerror}); give a folder that can be written to"
+            ) from error
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def save(self, step: int, arrays: Any, position: dict[str, Any], config: dict[str, Any]) -> None:
+        """Copies the arrays and returns; they are written in the background, after an earlier save is complete.
+
+        `arrays` is a pytree of jax arrays, in a run of many processes global ones; RNG keys come as their data.
+        `position` and `config` can be JSON; those of process 0 are kept.  A step that is there is not written again.
+        Raises CheckpointError when this save cannot start or the one before failed.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        flat = flat_paths(arrays)
+        run = {"step": step, "position": position, "config": config, "fingerprints": fingerprints(flat)}
+        items = ocp.args.Composite(
+            **{ARRAYS: ocp.args.PyTreeSave(flat), RUN: ocp.args.JsonSave({"run": run, "sha256": _sha256(run)})}
+        )
+        self._saving = step
+        with self._write_errors():
+            self._manager.save(step, args=items, force=True)
+
+    def wait(self) -> None:
+        """Returns when the save under way is complete.  Raises CheckpointError if it, or one before, has failed."""
+        if self._failure:
+            raise self._failure
+        if self._saving is not None:
+            with self._write_errors():
+                self._manager.wait_until_finished()
+            self._saving = None
+
+    def close(self) -> None:
+        """`wait`, and frees the threads of Orbax."""
+        try:
+            self.wait()
+        finally:
+            if not self._failure:  # Orbax would only raise its error again
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _write_errors(self):
+        try:
+            with _quiet():
+                yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            self._failure = CheckpointError(
+                f"{self.directory}: the checkpoint of step {self._saving} cannot be written "
+                f"({type(error).__name__}: {_first_line(error)}); free space there or give another folder"
+            )
+            raise self._failure from error
+
+    def restore(self, abstract: Any) -> Restored | None:
+        """The newest checkpoint that is whole, or None where there is none.
+
+        `abstract` is the pytree that was saved, as ShapeDtypeStructs with the shardings to restore onto, or arrays.
+        Damaged checkpoints are reported and, once an older one was read, renamed to `damaged-STEP`.  Raises
+        CheckpointError when all are damaged, and when the arrays differ from `abstract`, naming the first.
+        """
+        self.wait()
+        self._manager.reload()
+        damaged = {}
+        for step in _from_process_0(sorted(self._manager.all_steps(), reverse=True)):
+            try:
+                restored = self._read(step, abstract)
+            except _DamagedError as error:
+                damaged[step] = str(error)
+                self._report(f"{self.directory / str(step)} is damaged ({error}); trying the one before")
+                continue
+            self._put_aside(list(damaged))
+            return restored
+        if damaged:
+            newest = max(damaged)
+            raise CheckpointError(
+                f"{self.directory}: none of its {len(damaged)} checkpoints can be read (step {newest}: "
+                f"{damaged[newest]}); repair one, or remove the folder to start again"
+            )
+        return None
+
+    def _read(self, step: int, abstract: Any) -> Restored:
+        """Reads one checkpoint without a barrier: a process that fails must not leave the others waiting for it."""
+        folder, problem, run, arrays = self.directory / str(step), "", {}, {}
+        targets = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for path, leaf in flat_paths(abstract).items()
+        }
+        try:
+            with _quiet():
+                stored = json.loads((folder / RUN / "metadata").read_text(encoding="utf-8"))
+                run = stored["run"]
+                if stored["sha256"] != _sha256(run) or run["step"] != step:
+                    raise ValueError(f"{RUN}/metadata is not what was written")
+                handler = ocp.PyTreeCheckpointHandler()
+                _check_same(folder, dict(handler.metadata(epath.Path(folder / ARRAYS)).tree), targets)
+                restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
+                arrays = handler.restore(
+                    epath.Path(folder / ARRAYS), args=ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
+                )
+        except CheckpointError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+            problem = f"{type(error).__name__}: {_first_line(error)}"
+        if np.any(multihost_utils.process_allgather(np.int32(bool(problem)))):
+            raise _DamagedError(problem or "another process cannot read it")
+        wrong = [path for path, value in fingerprints(arrays).items() if value != run["fingerprints"].get(path)]
+        if wrong:
+            raise _DamagedError(f"{wrong[0]} is not what was written")
+        leaves = [arrays[path] for path in targets]
+        return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract), leaves), run["position"], run["config"])
+
+    def _put_aside(self, steps: list[int]) -> None:
+        """So that the run can write those steps again."""
+        if steps and jax.process_index() == 0:
+            for step in steps:
+                aside = self.directory / f"damaged-{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+        if steps:
+            multihost_utils.sync_global_devices("damaged checkpoints put aside")
+            self._manager.reload()
+
+
+class _DamagedError(Exception):
+    pass
+
+
+@jax.jit
+def _fingerprints(arrays: dict[str, jax.Array]) -> jax.Array:
+    def one(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
+        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+    return jnp.stack([one(x) for x in arrays.values()])
+
+
+def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    """A number of 32 bits for each array: its bits, weighted by their places, summed; the same on every mesh.
+
+    Weights are odd, so that every change of one element changes the sum.
+    """
+    values = np.asarray(_fingerprints(arrays).addressable_data(0)) if arrays else []
+    return {path: int(value) for path, value in zip(sorted(arrays), values, strict=True)}
+
+
+def _check_same(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    def describe(arrays: dict[str, Any], path: str) -> str:
+        return f"{np.dtype(arrays[path].dtype).name}{list(arrays[path].shape)}" if path in arrays else "absent"
+
+    for path in [*wanted, *stored]:
+        there, asked = describe(stored, path), describe(wanted, path)
+        if there != asked:
+            raise CheckpointError(
+                f"{folder}: {path} is {there} there and {asked} in this run; go on with the configuration that the "
+                "checkpoint was made with, or give another output folder"
+            )
+
+
+def _from_process_0(steps: list[int]) -> list[int]:
+    """File systems of many hosts may list a folder differently for a while."""
+    padded = np.full(LISTED, -1, np.int32)
+    padded[: len(steps)] = steps[:LISTED]
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Orbax prints several hundred lines for one unreadable file: log records, and what its coroutines leave behind."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook

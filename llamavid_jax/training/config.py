@@ -1,0 +1,273 @@
+"""A training run as data: one YAML file, overridden on the command line by `section.key=value`.
+
+    model: configs/models/llamavid_7b_224_video.yaml     start: {model: DIR, adapter: DIR}     output: DIR
+    trainable: {PATTERN: true | false}                   data: ...   optimizer: ...   training: ...
+    mesh: fsdp=8                                         lora: {rank: 64, ...}
+
+The original's scripts are these fields (T1-T13); its stages differ in nothing else.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig, check_type, strict
+from llamavid_jax.data.batching import RowShape
+from llamavid_jax.data.conversation import template_named
+from llamavid_jax.lora import LoraConfig
+from llamavid_jax.models.stack import REMAT
+from llamavid_jax.sharding import parse_mesh
+
+TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which have points of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+    """Where the weights come from: a checkpoint folder (converted, or an earlier run's `model`), random if empty.
+
+    `adapter` is an earlier run's `adapter`, put over it: after stage 1, its projectors over the same base.
+    """
+
+    model: str = ""
+    adapter: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """`path`: LLaVA-format .json or .jsonl, or a folder of shards; `media`: what its files are relative to.
+
+    `media` empty is the folder of `path`.  `tokenizer`: a folder with the two tokenizers, empty for those of
+    `start.model`.  `buckets`: the row shapes, mappings of RowShape's fields.  `max_broken`: the part of the samples
+    that may be unreadable before the run stops.  `threads` and `processes` read ahead.
+    """
+
+    path: str = ""
+    media: str = ""
+    evaluation_path: str = ""
+    tokenizer: str = ""
+    template: str = "imgsp_v1"
+    fps: float = 1.0
+    buckets: list = dataclasses.field(
+        default_factory=lambda: [{"frames": 8, "pairs": 8, "questions": 4, "tokens": 512}]
+    )
+    question_tokens: int = 64
+    packing: bool = True
+    seed: int = 0
+    max_broken: float = 0.01
+    threads: int = 2
+    processes: int = 0
+
+    def __post_init__(self):
+        _check(
+            "data.", self, above=("fps", "question_tokens", "threads"), from_zero=("seed", "max_broken", "processes")
+        )
+        if self.max_broken > 1:
+            raise ConfigError(f"data.max_broken is {self.max_broken}; give a part of the samples, from 0 to 1")
+
+    @property
+    def shapes(self) -> list[RowShape]:
+        names = {field.name for field in dataclasses.fields(RowShape)}
+        for number, bucket in enumerate(self.buckets):
+            missing = sorted(names.difference(bucket)) if isinstance(bucket, dict) else []
+            if missing:
+                raise ConfigError(
+                    f"data.buckets[{number}] has no {missing[0]}; give frames, pairs, questions and tokens"
+                )
+        return [strict(RowShape, bucket, f"data.buckets[{number}].") for number, bucket in enumerate(self.buckets)]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; linear warm-up over `warmup` of the steps, cosine to zero (T13, P21).
+
+    Biases and norms do not decay.  `lr_factors` multiply the rate of the parameters that match a pattern, the
+    original's `lr_multi` (T6).
+    """
+
+    learning_rate: float = 2e-5
+    warmup: float = 0.03
+    betas: list = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_factors: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        _check("optimizer.", self, above=("learning_rate", "eps", "max_grad_norm"), from_zero=("weight_decay",))
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"optimizer.warmup is {self.warmup}; give the part of the steps, from 0 to below 1")
+        if len(self.betas) != 2 or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas is {self.betas}; give two numbers from 0 to below 1")
+        for pattern, factor in self.lr_factors.items():
+            if type(factor) not in (int, float) or not 0 <= factor < math.inf:
+                raise ConfigError(f"optimizer.lr_factors: {pattern!r} has {factor!r}; give a number of 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """`steps` 0 runs `epochs` whole epochs.  `batch_size` counts rows over all devices and hosts.
+
+    A step adds up `micro_batches` gradients; `loss_weighting` "tokens" gives each labelled token the same weight,
+    "micro_batch" is the original's mean of means (P20).  `dtype` is that of products and of frozen parameters;
+    trained ones are float32.  `remat`: what a layer keeps for the gradient.  A step whose loss or gradient is not
+    finite is skipped; `max_bad_steps` of them in a row end the run.
+    """
+
+    epochs: int = 1
+    steps: int = 0
+    batch_size: int = 128
+    micro_batches: int = 1
+    loss_weighting: str = "tokens"
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2
+    evaluate_every: int = 0
+    max_bad_steps: int = 10
+
+    def __post_init__(self):
+        positive = ("epochs", "batch_size", "micro_batches", "log_every", "save_every", "keep", "max_bad_steps")
+        _check("training.", self, above=positive, from_zero=("steps", "evaluate_every", "seed"))
+        _choice("training.loss_weighting", self.loss_weighting, ("tokens", "micro_batch"))
+        _choice("training.dtype", self.dtype, ("float32", "bfloat16"))
+        _choice("training.remat", self.remat, tuple(REMAT))
+        if self.batch_size % self.micro_batches:
+            raise ConfigError(
+                f"training.batch_size is {self.batch_size}, no multiple of micro_batches = {self.micro_batches}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The whole file.  `model` is one of `configs/models/`; empty takes the `config.json` of `start.model`."""
+
+    output: str = "runs/train"
+    model: str = ""
+    start: StartConfig = StartConfig()
+    trainable: dict = dataclasses.field(default_factory=dict)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    mesh: str = ""
+    lora: LoraConfig | None = None
+
+    def __post_init__(self):
+        if not self.model and not self.start.model:
+            raise ConfigError(
+                "model and start.model are both empty; give model=configs/models/NAME.yaml, or start.model=DIR"
+            )
+        parse_mesh(self.mesh)
+        template_named(self.data.template)
+        for number, shape in enumerate(self.data.shapes):
+            for name in ("frames", "pairs", "questions"):
+                if getattr(shape, name) < 0 or (getattr(shape, name) == 0) != (shape.frames == 0):
+                    raise ConfigError(
+                        f"data.buckets[{number}].{name} is {getattr(shape, name)}; all three are 0 or none"
+                    )
+            if shape.tokens < 2 or shape.pairs < shape.frames:
+                raise ConfigError(f"data.buckets[{number}] is {shape}; a row needs 2 tokens, and a pair for each frame")
+        if not self.data.shapes:
+            raise ConfigError("data.buckets is empty; give at least one {frames, pairs, questions, tokens}")
+
+    @property
+    def max_tokens(self) -> int:
+        return max(shape.tokens for shape in self.data.shapes)
+
+    def model_config(self) -> LLaMAVIDLlavaConfig:
+        """The model's configuration, its rotary factor raised where rows are longer than its positions (T5)."""
+        if self.model:
+            config = LLaMAVIDLlavaConfig.from_yaml(self.model)
+        else:
+            config = LLaMAVIDLlavaConfig.from_pretrained(self.start.model)
+        text = config.text_config
+        if self.max_tokens > text.max_length:
+            factor = float(math.ceil(self.max_tokens / text.max_position_embeddings))
+            config = dataclasses.replace(config, text_config=dataclasses.replace(text, rope_factor=factor))
+        return config
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads the YAML file and puts `section.key=value` over it, values written as in YAML.
+
+    Raises ConfigError that names the file or the override, the field and what it may be.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; the configurations are in configs/") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no mapping of fields")
+    for override in overrides:
+        _put(values, override)
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """A TrainConfig from nested mappings; strict, as every configuration here."""
+    values = dict(values)
+    lora = values.pop("lora", None)
+    config = strict(TrainConfig, _with_floats(values, TrainConfig), "")
+    if lora is None:
+        return config
+    return dataclasses.replace(config, lora=strict(LoraConfig, _with_floats(lora, LoraConfig), "lora."))
+
+
+def _put(values: dict, override: str) -> None:
+    name, sign, text = override.partition("=")
+    table = next((table for table in TABLES if name.startswith(f"{table}.")), None)
+    *sections, key = [*table.split("."), name[len(table) + 1 :]] if table else name.split(".")
+    if not sign or not all([*sections, key]):
+        raise ConfigError(f"{override!r} is no override; write section.key=value, such as data.path=chat.json")
+    for section in sections:
+        if values.get(section) is None:  # absent, or null
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(f"{override!r}: {section} has no fields below it")
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[key] = text
+    if values[key] is None and text.strip() not in ("null", "~"):
+        values[key] = ""
+
+
+def _with_floats(values: Any, kind: Any) -> Any:
+    """YAML 1.1 reads 2e-5 as text: it becomes a number where the field is one, and in tables and lists."""
+    if isinstance(values, dict):
+        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        kinds = {field.name: field.type for field in fields}
+        return {key: _with_floats(value, kinds.get(key, kind)) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_with_floats(value, kind) for value in values]
+    if isinstance(values, str) and kind in (float, list, dict):
+        try:
+            return float(values)
+        except ValueError:
+            return values
+    return values
+
+
+def _check(section: str, config: Any, above: Sequence[str], from_zero: Sequence[str]) -> None:
+    for field in dataclasses.fields(config):
+        check_type(section + field.name, getattr(config, field.name), field.type)
+    for name in (*above, *from_zero):
+        value = getattr(config, name)
+        if not 0 <= value < 2**31 or (value == 0 and name in above):
+            raise ConfigError(f"{section}{name} is {value}; a number {'above 0' if name in above else 'of 0 or more'}")
+
+
+def _choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; use {' or '.join(choices)}")

@@ -1,0 +1,129 @@
+"""What a run says about itself: {name: number} of a step ─▶ a line on the console, in `metrics.jsonl`, TensorBoard.
+
+Names are those of COLUMNS.  Only process 0 writes.  A resumed run cuts off what an earlier life logged from that step
+on, so that no curve runs twice.
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.training.flops import peak_flops
+
+FILE = "metrics.jsonl"
+
+COLUMNS: Mapping[str, tuple[str, str]] = {  # name -> on the console, and its format
+    "loss": ("loss", "7.4f"),
+    "token_accuracy": ("accuracy", "5.3f"),
+    "learning_rate": ("lr", "8.2e"),
+    "grad_norm": ("norm", "7.3g"),
+    "tokens_per_second": ("tokens/s", "9,.0f"),
+    "frames_per_second": ("frames/s", "7,.1f"),
+    "mfu": ("MFU", "5.1%"),
+    "memory_gib": ("GiB", "5.1f"),
+    "data_wait": ("data wait", "4.0%"),
+}
+
+
+class Metrics:
+    """Prints, and appends to `folder/metrics.jsonl` and `folder/tensorboard/`; `first_step` is the first to come."""
+
+    def __init__(self, folder: str | Path, first_step: int = 0, report: Callable[[str], None] = print):
+        self._report, self._writes = report, jax.process_index() == 0
+        if not self._writes:
+            return
+        kept = _lines_before(Path(folder) / FILE, first_step)
+        write_files(folder, {FILE: "".join(kept).encode()})
+        self._file = open(Path(folder) / FILE, "a", encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = SummaryWriter(  # its files are named by the second, which a quick resume would share
+            str(Path(folder) / "tensorboard"), purge_step=first_step, filename_suffix=f".{first_step}"
+        )
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers of any type that `float` takes; what is not finite is null in the file and missing in TensorBoard."""
+        if not self._writes:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._tensorboard.add_scalar(name, value, step)
+        self._report(console_line(step, values))
+
+    def close(self) -> None:
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()
+
+
+def console_line(step: int, values: Mapping[str, float]) -> str:
+    """One line whose columns stand under those of the line before."""
+    columns = ((*COLUMNS.get(name, (name, "8.4g")), value) for name, value in values.items())
+    return f"step {step:>6}  " + "  ".join(f"{label} {value:{form}}" for label, form, value in columns)
+
+
+def _lines_before(path: Path, first_step: int) -> list[str]:
+    """Lines of earlier steps; a line that a killed run left unfinished is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        try:
+            if json.loads(line)["step"] < first_step:
+                kept.append(line)
+        except ValueError:
+            continue
+    return kept
+
+
+class Throughput:
+    """Speed and its causes, summed over the steps since the last `read`."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self._start()
+
+    def _start(self) -> None:
+        self._since, self._tokens, self._frames, self._flops, self._waited = self._clock(), 0, 0, 0, 0.0
+
+    def add(self, tokens: int, frames: int, flops: int, wait: float) -> None:
+        """One step over all devices: real tokens and frames, `flops_per_step`, seconds spent waiting for its batch."""
+        self._tokens += tokens
+        self._frames += frames
+        self._flops += flops
+        self._waited += wait
+
+    def read(self) -> dict[str, float]:
+        """Tokens/s and frames/s over all devices, their utilisation where their peak is known, memory, data wait."""
+        seconds = max(self._clock() - self._since, 1e-9)
+        values = {"tokens_per_second": self._tokens / seconds, "frames_per_second": self._frames / seconds}
+        if self._peak:
+            values["mfu"] = self._flops / seconds / (self._peak * jax.device_count())
+        values |= {"memory_gib": peak_memory() / 2**30, "data_wait": self._waited / seconds}
+        self._start()
+        return values
+
+
+def peak_memory() -> int:
+    """The most bytes in use so far: of the first local device, or of this process where the device does not count."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

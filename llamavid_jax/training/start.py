@@ -1,0 +1,130 @@
+"""What a run starts from: the model's structure, its trained and frozen parameters on the mesh, and its tokenizers.
+
+Order: weights of `start.model` (or random ones from the seed), over them the adapter of `start.adapter`, over them the
+run's own newest checkpoint (`loop.py`).
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Container
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llamavid_jax.checkpoint import load_part, load_weights, parse_dtype, save_part, save_weights
+from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
+from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.data.tokenize import Tokenizer
+from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.lora import ADAPTERS, add_lora
+from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.processor import check_tokenizers, load_tokenizers
+from llamavid_jax.sharding import flat_paths, make_mesh, param_axes, parse_mesh, partition_spec
+from llamavid_jax.training.config import TrainConfig
+from llamavid_jax.training.structure import Structure
+from llamavid_jax.training.trainable import trainable_paths
+
+
+@dataclasses.dataclass
+class Start:
+    """The model of a run.  `trained` (float32) and `frozen` (in the type of products) are parameters by path."""
+
+    config: LLaMAVIDLlavaConfig
+    structure: Structure
+    trained: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+    tokenizer: Tokenizer
+    qformer_tokenizer: QFormerTokenizer
+
+    def save(self, output: Path, trained: dict[str, jax.Array]) -> None:
+        """Writes `output/model`, a whole checkpoint, and `output/adapter`, what was trained alone (T10)."""
+        params = self.frozen | trained
+        dtype = next(iter(self.frozen.values())).dtype if self.frozen else jnp.float32
+        folder = output / "model"
+        self.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.qformer_tokenizer.save_pretrained(folder)
+        vision = self.config.vision_tower_config
+        LLaMAVIDLlavaImageProcessor(
+            vision.image_size, image_aspect_ratio=self.config.image_aspect_ratio
+        ).save_pretrained(folder)
+        save_weights(folder, self.structure.nested({path: value.astype(dtype) for path, value in params.items()}))
+        if self.frozen:
+            save_part(output / "adapter", trained)
+
+
+def run_mesh(text: str) -> Mesh:
+    """The mesh of `fsdp=4,tensor=2`; all devices on `fsdp` where nothing is said."""
+    return make_mesh(**(parse_mesh(text) or {"fsdp": jax.device_count()}))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the copies of the model."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises ConfigError unless each micro-batch divides over the devices that hold rows."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.training.batch_size // config.training.micro_batches
+    if rows % ways:
+        raise ConfigError(
+            f"training.batch_size is {config.training.batch_size} in {config.training.micro_batches} micro-batches of "
+            f"{rows} rows, which data × fsdp = {ways} does not divide; use a multiple of "
+            f"{ways * config.training.micro_batches}, or another mesh"
+        )
+
+
+def load_start(config: TrainConfig, mesh: Mesh) -> Start:
+    """Raises ConfigError or WeightsError before anything is computed."""
+    model_config = config.model_config()
+    dtype = parse_dtype(config.training.dtype)
+
+    def make() -> LlamaVid:
+        rngs = nnx.Rngs(config.training.seed)
+        model = LlamaVid(model_config, rngs=rngs, dtype=dtype, remat=config.training.remat)
+        if config.lora:
+            add_lora(model, config.lora, rngs)
+        return model
+
+    structure = Structure(nnx.eval_shape(make))
+    adapters = {path for path in structure.shapes if fnmatch.fnmatchcase(path, ADAPTERS)}
+    trains = trainable_paths([path for path in structure.shapes if path not in adapters], config.trainable) | adapters
+    axes = param_axes({path: leaf.shape for path, leaf in structure.shapes.items()}, model_config)
+    shardings = {
+        path: NamedSharding(mesh, partition_spec(leaf.shape, axes[path], mesh))
+        for path, leaf in structure.shapes.items()
+    }
+    tokenizers = load_tokenizers(config.data.tokenizer or config.start.model)
+    check_tokenizers(model_config, *tokenizers, config.data.tokenizer or config.start.model)
+    if None in tokenizers:
+        raise ConfigError(
+            f"{config.data.tokenizer or 'start.model'} lacks the LLaMA or the Q-Former tokenizer; training needs both: "
+            "give a folder with data.tokenizer"
+        )
+    kinds = {path: jnp.float32 if path in trains else dtype for path in structure.shapes}
+
+    def random(paths: Container[str]) -> dict[str, jax.Array]:
+        def init() -> dict[str, jax.Array]:
+            params = flat_paths(nnx.state(make(), nnx.Param))
+            return {path: value.astype(kinds[path]) for path, value in params.items() if path in paths}
+
+        return jax.jit(init, out_shardings={path: shardings[path] for path in structure.shapes if path in paths})()
+
+    if config.start.model:
+        params = flat_paths(load_weights(config.start.model, model_config, dtype, mesh, float32=trains))
+        params |= random(adapters) if adapters else {}
+    else:
+        params = random(structure.shapes)
+    if config.start.adapter:
+        params |= load_part(config.start.adapter, params)
+    return Start(
+        model_config,
+        structure,
+        {path: params[path] for path in structure.shapes if path in trains},
+        {path: params[path] for path in structure.shapes if path not in trains},
+        *tokenizers,
+    )

@@ -1,0 +1,177 @@
+"""One optimiser step and one evaluation step, compiled: `Batch` of rows → new state and sums.
+
+    frames ─ vision tower ─▶ features ─ pairs (frame, question) ─▶ visual tokens [B, G·(n+1), D]
+    tokens, visual tokens ─ merge ─▶ [B, T, D] ─ llama ─▶ hidden ─ loss in chunks ─▶ sums ─▶ gradients ─ AdamW ─▶ state
+
+Parameters are dicts by path, the trained ones apart from the frozen ones: those have no gradient and no state.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from llamavid_jax.config import IGNORE_LABEL
+from llamavid_jax.data.batching import FRAME_CHUNK, Batch
+from llamavid_jax.data.images import CLIP_MEAN, CLIP_STD
+from llamavid_jax.lora import set_dropout
+from llamavid_jax.models import stack
+from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.sharding import constrain
+from llamavid_jax.training.config import LoopConfig, OptimizerConfig
+from llamavid_jax.training.loss import LossSums, next_token_sums
+from llamavid_jax.training.optimizer import clip, learning_rate, make_optimizer
+from llamavid_jax.training.structure import Structure
+
+PAIR_CHUNK = 64  # pairs of a row that are compressed at a time; the original's blocks of frames (Q11)
+
+
+class TrainState(NamedTuple):
+    """What a step changes.  `params` are the trained parameters by path, float32; the optimiser's state is theirs."""
+
+    step: Int[Array, ""]
+    params: dict[str, jax.Array]
+    optimizer: Any
+
+
+class StepMetrics(NamedTuple):
+    """`loss` and `token_accuracy` over the batch's labelled tokens, the gradient's norm before clipping, the rate.
+
+    `finite` is 0 where loss or norm was not, and the step changed nothing.
+    """
+
+    loss: Float[Array, ""]
+    token_accuracy: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    labelled_tokens: Float[Array, ""]
+    finite: Float[Array, ""]
+
+
+def pixels(frames: jax.Array) -> jax.Array:
+    """uint8 `[..., H, W, 3]` → normalised float32 `[..., 3, H, W]`; normalised pixels stay as they are."""
+    if frames.dtype != jnp.uint8:
+        return frames
+    scaled = (frames.astype(jnp.float32) / 255 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+    return jnp.moveaxis(scaled, -1, -3)
+
+
+@jax.named_scope("visual_table")
+def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Array, ""] | None) -> jax.Array:
+    """Each row's visual tokens `[B, G·(n+1), D]`; one empty place where the batch has no frames."""
+    if batch.frames.shape[1] == 0:
+        return jnp.zeros((1, 1, model.llama.config.hidden_size))
+    has_cls = batch.frames.ndim == 5  # pixels go through the tower; ready features come without CLS (D5)
+
+    def encode(frames: jax.Array) -> jax.Array:
+        features = model.vision(pixels(frames).reshape(-1, *pixels(frames).shape[2:]))
+        return features.reshape(*frames.shape[:2], *features.shape[1:])
+
+    features = _in_chunks(encode, FRAME_CHUNK, batch.frames) if has_cls else batch.frames
+    features = constrain(features, "batch", None, None, None)
+
+    def pair_tokens(features, ids, mask, frame, question, key=None):
+        return model.frame_tokens(features[frame], ids[question], mask[question], has_cls=has_cls, dropout_key=key)
+
+    keys = () if dropout_key is None else (jax.random.split(dropout_key, batch.pair_frame.shape),)
+    of_row = jax.vmap(stack.rematerialise(pair_tokens, remat), in_axes=(None, None, None, 0, 0, *(0 for _ in keys)))
+
+    def compress(frame: jax.Array, question: jax.Array, *key: jax.Array) -> jax.Array:
+        return jax.vmap(of_row)(features, batch.question_ids, batch.question_mask, frame, question, *key)
+
+    tokens = _in_chunks(compress, PAIR_CHUNK, batch.pair_frame, batch.pair_question, *keys)
+    return tokens.reshape(len(tokens), -1, tokens.shape[-1])
+
+
+def _in_chunks(function: Callable[..., jax.Array], size: int, *arrays: jax.Array) -> jax.Array:
+    """`function` over the second axis of `arrays`, `size` at a time one after another, to bound memory."""
+    length = arrays[0].shape[1]
+    if length <= size:
+        return function(*arrays)
+    number = -(-length // size)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.concatenate([x, *[x[:, -1:]] * (number * size - length)], axis=1)
+        return jnp.moveaxis(x.reshape(x.shape[0], number, size, *x.shape[2:]), 1, 0)
+
+    out = jnp.moveaxis(jax.lax.map(lambda parts: function(*parts), tuple(cut(x) for x in arrays)), 0, 1)
+    return out.reshape(out.shape[0], number * size, *out.shape[3:])[:, :length]
+
+
+def loss_sums(model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: Any = None) -> LossSums:
+    """The loss of a batch as sums over its labelled tokens; `dropout_key` switches dropout on (P19, T8)."""
+    if dropout_key is not None:
+        set_dropout(model, dropout_key)
+    visual = visual_table(model, batch, remat, dropout_key)
+    hidden = model.llama(model.merge(batch.token_ids, visual, batch.visual_index), batch.segment_ids, batch.positions)
+    return next_token_sums(hidden, model.llama.head_kernel(), batch.labels)
+
+
+def make_train_step(
+    structure: Structure,
+    optimizer: OptimizerConfig,
+    loop: LoopConfig,
+    factors: Mapping[str, Any],
+    steps: int,
+    dropout: bool = True,
+) -> Callable[[TrainState, dict[str, jax.Array], Batch], tuple[TrainState, StepMetrics]]:
+    """The compiled step `(state, frozen, batch) → (state, metrics)`; it takes the state's memory over.
+
+    `factors` are learning-rate factors by path, `steps` the length of the schedule.  The batch's rows are cut into
+    `loop.micro_batches`, whose gradients add up.
+    """
+    adam = make_optimizer(optimizer)
+
+    def train_step(state: TrainState, frozen: dict[str, jax.Array], batch: Batch) -> tuple[TrainState, StepMetrics]:
+        micros = jax.tree.map(lambda x: _cut_rows(x, loop.micro_batches), batch)
+        labelled = (micros.labels[..., 1:] != IGNORE_LABEL).sum(axis=(1, 2)).astype(jnp.float32)
+        if loop.loss_weighting == "tokens":
+            weights = jnp.full(loop.micro_batches, 1 / jnp.maximum(labelled.sum(), 1))
+        else:
+            weights = 1 / jnp.maximum(labelled, 1) / loop.micro_batches
+        step_key = jax.random.fold_in(jax.random.key(loop.seed), state.step)
+
+        def loss(params, micro: Batch, weight, number):
+            key = jax.random.fold_in(step_key, number) if dropout else None
+            sums = loss_sums(structure.model(params, frozen), micro, loop.remat, key)
+            return sums.loss * weight, sums
+
+        def add(total, part):
+            gradients, sums = jax.grad(loss, has_aux=True)(state.params, *part)
+            return jax.tree.map(jnp.add, total, (gradients, sums)), sums.loss * part[1]
+
+        parts = (micros, weights, jnp.arange(loop.micro_batches))
+        if loop.micro_batches == 1:
+            gradients, sums = jax.grad(loss, has_aux=True)(state.params, *jax.tree.map(lambda x: x[0], parts))
+            mean_loss = sums.loss * weights[0]
+        else:
+            nothing = jax.tree.map(jnp.zeros_like, state.params), LossSums(*jnp.zeros((3,)))
+            (gradients, sums), losses = jax.lax.scan(add, nothing, parts)
+            mean_loss = losses.sum()
+        gradients, norm = clip(gradients, optimizer.max_grad_norm)
+        directions, new_optimizer = adam.update(gradients, state.optimizer, state.params)
+        rate = learning_rate(optimizer, steps, state.step)
+        new_params = {path: p - rate * factors[path] * directions[path] for path, p in state.params.items()}
+        finite = jnp.isfinite(mean_loss) & jnp.isfinite(norm)
+        params, kept_optimizer = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (new_params, new_optimizer), (state.params, state.optimizer)
+        )
+        metrics = StepMetrics(
+            mean_loss, sums.correct / jnp.maximum(sums.tokens, 1), norm, rate, sums.tokens, finite.astype(jnp.float32)
+        )
+        return TrainState(state.step + 1, params, kept_optimizer), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_evaluate_step(structure: Structure) -> Callable[..., LossSums]:
+    """The compiled `(params, frozen, batch) → LossSums`, without dropout."""
+    return jax.jit(lambda params, frozen, batch: loss_sums(structure.model(params, frozen), batch))
+
+
+def _cut_rows(x: jax.Array, number: int) -> jax.Array:
+    """`[B, ...]` → `[number, B / number, ...]`: part i takes rows i, i + number, ..., so that every device keeps its own."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // number, number, *x.shape[1:]), 1, 0)

@@ -1,0 +1,83 @@
+"""Small samples for training tests: pictures, clips and text of random numbers, and the tiny model's structure."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llamavid_jax import LLaMAVIDLlavaConfig
+from llamavid_jax.data.batching import Batch, RowShape
+from llamavid_jax.data.examples import Example
+from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.data.rows import lay_out_row
+from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.training.config import LoopConfig, OptimizerConfig
+from llamavid_jax.training.optimizer import make_optimizer
+from llamavid_jax.training.step import TrainState
+from llamavid_jax.training.structure import Structure
+
+ROOT = Path(__file__).parent
+CONFIG = LLaMAVIDLlavaConfig.from_yaml(ROOT.parent / "configs" / "models" / "tiny.yaml")
+QUESTIONS = ["what is the man doing?", "where do they go", "what"]
+STAGES = {  # what trains in each stage of the paper
+    1: {"vision.*": False, "qformer.*": False, "visual_tokens.*": True, "llama.*": False},
+    2: {"vision.*": False, "qformer.*": True, "visual_tokens.*": True, "llama.*": True},
+    3: {
+        "vision.*": False,
+        "qformer.*": False,
+        "visual_tokens.projector.*": True,
+        "visual_tokens.*_projector.*": False,
+        "llama.*": True,
+    },
+}
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup=0.0)
+LOOP = LoopConfig(dtype="float32", remat="none", batch_size=8)
+
+
+@functools.cache
+def qformer_tokenizer() -> QFormerTokenizer:
+    return QFormerTokenizer(ROOT / "golden" / "short_video_mean" / "qformer_tokenizer")
+
+
+def example(seed: int, frames: int, length: int, questions: int = 1) -> Example:
+    """`frames` 0 is text alone; each question has one placeholder."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, CONFIG.text_config.vocab_size, length).astype(np.int32)
+    labels = np.where(np.arange(length) < 6, -100, ids).astype(np.int32)
+    if not frames:
+        return Example(f"text {seed}", ids, labels, [], None)
+    ids[2 : 2 + questions] = -200
+    side = CONFIG.vision_tower_config.image_size
+    pixels = rng.integers(0, 256, (frames, side, side, 3)).astype(np.uint8)
+    return Example(f"clip {seed}", ids, labels, QUESTIONS[:questions], pixels)
+
+
+def batch(rows: list[list[Example]], shape: RowShape) -> Batch:
+    side = CONFIG.vision_tower_config.image_size
+    laid_out = [
+        lay_out_row(row, shape, CONFIG.tokens_per_frame, qformer_tokenizer(), 16, (side, side, 3), np.uint8)
+        for row in rows
+    ]
+    assert not any(any(cut) for _, cut in laid_out)
+    return Batch(*(np.stack(arrays) for arrays in zip(*(arrays for arrays, _ in laid_out), strict=True)))
+
+
+@functools.cache
+def structure(remat: str = "none") -> Structure:
+    return Structure(nnx.eval_shape(lambda: LlamaVid(CONFIG, rngs=nnx.Rngs(0), remat=remat)))
+
+
+def random_params(seed: int = 0) -> dict[str, jax.Array]:
+    """Wide enough that every part matters."""
+    keys = jax.random.split(jax.random.key(seed), len(structure().shapes))
+    return {
+        path: 0.1 * jax.random.normal(key, leaf.shape) + (1.0 if path.endswith("scale") else 0.0)
+        for key, (path, leaf) in zip(keys, structure().shapes.items(), strict=True)
+    }
+
+
+def state(params: dict[str, jax.Array]) -> TrainState:
+    """Step 0 of training `params`."""
+    return TrainState(jax.numpy.int32(0), params, make_optimizer(OPTIMIZER).init(params))

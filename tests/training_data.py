@@ -1,0 +1,87 @@
+"""A small LLaVA-format data set in a folder, and `train.py` as a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from clips import index_frame, write_clip
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def write_data(folder: Path, count: int = 24) -> Path:
+    """Pictures, clips and texts by turns; returns the JSON file."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_clip(folder / "clip.mp4", [index_frame(index) for index in range(75)])  # three seconds
+    records = []
+    for number in range(count):
+        answer = " ".join(rng.choice(["a", "man", "walks", "in", "the", "park"], 4))
+        record = {"id": f"sample {number}", "conversations": conversation("what is the man doing?", answer)}
+        if number % 3 == 0:
+            name = f"{number}.png"
+            Image.fromarray(rng.integers(0, 256, (60, 70, 3)).astype(np.uint8)).save(folder / name)
+            record["image"] = name
+        elif number % 3 == 1:
+            record["video"] = "clip.mp4"
+        if number % 3 < 2:
+            record["conversations"][0]["value"] = "<image>\n" + record["conversations"][0]["value"]
+        records.append(record)
+    path = folder / "data.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def conversation(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def write_tokenizers(folder: Path) -> Path:
+    """The small tokenizers that the tiny model fits, in one folder."""
+    from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+    from llamavid_jax.data.tokenize import load_tokenizer
+
+    load_tokenizer(GOLDEN / "text").save_pretrained(folder)
+    QFormerTokenizer(GOLDEN / "short_video_mean" / "qformer_tokenizer").save_pretrained(folder)
+    return folder
+
+
+def command(config: str, data: Path, tokenizers: Path, output: Path, *extra: str) -> list[str]:
+    return [
+        sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / config),
+        f"data.path={data}", f"data.tokenizer={tokenizers}", f"output={output}",
+        "data.buckets=[{frames: 6, pairs: 8, questions: 6, tokens: 384}]", "data.question_tokens=16",
+        "training.batch_size=8", "training.log_every=1", *extra,
+    ]  # fmt: skip
+
+
+def environment(devices: int, cache: Path) -> dict[str, str]:
+    """`devices` simulated ones, and compiled programs kept in `cache` from one process to the next."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+
+
+def run(arguments: list[str], env: dict[str, str], code: int = 0) -> str:
+    done = subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def losses(output: Path) -> list[float]:
+    """Of the steps in order."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+

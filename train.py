@@ -1,0 +1,54 @@
+"""Trains LLaMA-VID, a stage at a time:
+
+    python train.py --config configs/stage2_instruct.yaml data.path=chat.json output=runs/stage2
+
+Every field of the file can be given as `section.key=value`.  The same command goes on where a run stopped.  On several
+hosts the same command runs on each; on TPU pods they find each other, elsewhere --coordinator, --processes and --process
+say who is who.
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from llamavid_jax.errors import InputError
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Trains LLaMA-VID, a stage at a time.", allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="one of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="put over the file")
+    parser.add_argument("--profile", action="store_true", help="write a trace of three steps to OUTPUT/profile")
+    parser.add_argument("--distributed", action="store_true", help="a TPU pod: find the other hosts by themselves")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where hosts do not find each other")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    parser.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    options = parser.parse_intermixed_args(arguments)
+    together = (options.coordinator, options.processes, options.process)
+    if any(value is not None for value in together) and None in together:
+        parser.error("--coordinator, --processes and --process go together; give all three")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        from llamavid_jax.training.config import read_config
+
+        config = read_config(options.config, options.overrides)
+        import jax
+
+        if options.coordinator or options.distributed:
+            jax.distributed.initialize(options.coordinator, options.processes, options.process)
+        from llamavid_jax.training.loop import train
+
+        return train(config, console, profile=options.profile)
+    except InputError as error:
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
