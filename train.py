@@ -3,8 +3,8 @@
     python train.py --config configs/stage2_instruct.yaml data.path=chat.json output=runs/stage2
 
 Every field of the file can be given as `section.key=value`.  The same command goes on where a run stopped.  On several
-hosts the same command runs on each; on TPU pods they find each other, elsewhere --coordinator, --processes and --process
-say who is who.
+hosts the same command runs on each: with --distributed on TPU pods, which know each other, elsewhere with
+--coordinator, --processes and --process.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
         from llamavid_jax.training.config import read_config
 

@@ -81,7 +81,7 @@ def load_weights(
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
             raise WeightsError(
-                f"{path} is damaged ({type(error).__name__}: {_first_line(error)}); convert again"
+                f"{path} is damaged ({type(error).__name__}: {first_line(error)}); convert again"
             ) from error
     return _integer_keys(restored)
 
@@ -103,13 +103,20 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
         try:
             stored = dict(checkpointer.metadata(path).item_metadata or {})
         except Exception as error:  # of many kinds, as in load_weights
-            raise WeightsError(f"{path} is damaged ({type(error).__name__}: {_first_line(error)}); copy it again") from error
+            raise WeightsError(
+                f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
+            ) from error
         check_params(path, flat_paths(stored), {name: onto[name] for name in stored if name in onto})
-        target = {name: jax.ShapeDtypeStruct(onto[name].shape, onto[name].dtype, sharding=onto[name].sharding) for name in stored}
+        target = {
+            name: jax.ShapeDtypeStruct(onto[name].shape, onto[name].dtype, sharding=onto[name].sharding)
+            for name in stored
+        }
         try:
             return checkpointer.restore(path, target)
         except Exception as error:
-            raise WeightsError(f"{path} is damaged ({type(error).__name__}: {_first_line(error)}); copy it again") from error
+            raise WeightsError(
+                f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
+            ) from error
 
 
 def string_keys(tree: Any) -> Any:
@@ -139,5 +146,5 @@ def check_params(source: Any, given: dict[str, Any], expected: dict[str, Any]) -
             )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0][:200]

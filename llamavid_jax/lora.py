@@ -37,7 +37,10 @@ TARGETS = {  # target → where it is in a layer
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """The update is `alpha / rank · A·B`.  Raises ConfigError for a field out of its range."""
+    """The update is `alpha / rank · A·B`; `base` holds the frozen kernels as they are, or in "nf4" or "int8" (T9).
+
+    Raises ConfigError for a field out of its range.
+    """
 
     rank: int = 64
     alpha: int = 16
@@ -48,6 +51,8 @@ class LoraConfig:
         check_fields(self, "lora.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}; use a number from 0 to below 1")
+        if self.base not in ("float", "nf4", "int8"):
+            raise ConfigError(f"lora.base is {self.base!r}; use 'float', 'nf4' or 'int8'")
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
             raise ConfigError(f"lora.targets is {self.targets}; use some of {', '.join(TARGETS)}, each once")

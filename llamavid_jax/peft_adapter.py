@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.flax
+import safetensors
 import safetensors.numpy
 from flax import nnx
-from safetensors import SafetensorError
 
 from llamavid_jax.checkpoint import WeightsError
 from llamavid_jax.config import ConfigError, LlamaConfig, strict
@@ -99,9 +98,9 @@ def load_adapter(directory: str | Path, text_config: LlamaConfig) -> tuple[LoraC
     folder = Path(directory)
     values = read_values(folder)
     try:
-        loaded = safetensors.flax.load((folder / WEIGHTS_FILE).read_bytes())  # safetensors.numpy knows no bfloat16
-        given = {name: np.asarray(tensor) for name, tensor in loaded.items()}
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        with safetensors.safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
+            given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save the adapter again") from None
     config = read_peft_config(values, given, folder)
     tensors = peft_tensors(config, text_config)

@@ -9,12 +9,12 @@ from flax import nnx
 
 from conversion.torch_to_jax import main as torch_to_jax
 from conversion.weight_table import weight_table
+from llamavid_jax.checkpoint import load_weights
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import Batch, RowShape, bucket
 from llamavid_jax.data.examples import Example
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.rows import lay_out_row
-from llamavid_jax.checkpoint import load_weights
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.sharding import flat_paths
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig

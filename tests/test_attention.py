@@ -98,6 +98,55 @@ def test_splash_gradients_equal_the_references(mesh):
         assert relative_error(ours, wanted) < BAR
 
 
+def segments(length: int) -> np.ndarray:
+    """Two rows of samples of several lengths, the second padded."""
+    first, second = length // 3, length // 2 + 5
+    row = np.arange(length)
+    return np.stack([1 + (row >= first) + (row >= second), np.where(row < second, 1, 0)]).astype(np.int32)
+
+
+def packed_torch_attention(q, k, v, ids):
+    causal = np.tril(np.ones((q.shape[1], q.shape[1]), bool))
+    return torch_attention(q, k, v, causal & (ids[:, None, :, None] == ids[:, None, None, :]))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("length", [11, QUERY_BLOCK + 77])
+def test_samples_that_share_a_row_see_themselves_alone(length):
+    """In one block of queries and in several, with gradients."""
+    q, k, v, weight = random((2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8), (2, length, 4, 8))
+    ids = segments(length)
+    got = attention(q, k, v, causal=True, segment_ids=jnp.asarray(ids))
+    assert relative_error(got, packed_torch_attention(q, k, v, ids)) < BAR
+    mask = jnp.asarray(np.tril(np.ones((length, length), bool)) & (ids[:, None, :, None] == ids[:, None, None, :]))
+
+    def gradient(**options):
+        return jax.grad(lambda q: jnp.sum(reference_attention(q, k, v, **options) * weight))(q)
+
+    assert relative_error(gradient(causal=True, segment_ids=jnp.asarray(ids)), gradient(mask=mask)) < BAR
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("mesh", ["one device", "tensor=4, data=2"])
+def test_splash_with_segments_equals_the_reference(mesh):
+    q, k, v, weight = random((2, 256, 4, 64), (2, 256, 4, 64), (2, 256, 4, 64), (2, 256, 4, 64))
+    ids = jnp.asarray(segments(256))
+
+    def value_and_gradient(attend):
+        return jax.value_and_grad(lambda q: jnp.sum(attend(q) * weight))(q)
+
+    got = on_mesh(mesh, lambda: value_and_gradient(lambda q: splash_attention(q, k, v, ids, interpret=True)))
+    wanted = value_and_gradient(lambda q: reference_attention(q, k, v, causal=True, segment_ids=ids))
+    assert abs(got[0] / wanted[0] - 1) < BAR
+    assert relative_error(got[1], wanted[1]) < BAR
+
+
+def test_segments_need_causality():
+    q = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="segment_ids go with causal=True"):
+        attention(q, q, q, segment_ids=jnp.ones((1, 4), jnp.int32))
+
+
 def on_mesh(name, call):
     if MESHES[name] is None:
         return jax.jit(call)()
@@ -147,7 +196,7 @@ def test_choice_of_the_backend(monkeypatch, device, dtype, size, mask, causal, c
 
 
 def test_a_named_backend_is_taken(monkeypatch):
-    monkeypatch.setattr(attention_file, "splash_attention", lambda q, k, v: q + 1)
+    monkeypatch.setattr(attention_file, "splash_attention", lambda q, k, v, segment_ids: q + 1)
     q = jnp.zeros((1, 128, 4, 64))
     assert attention(q, q, q, causal=True, backend="splash").max() == 1
     assert attention(q, q, q, causal=True, backend="reference").max() == 0

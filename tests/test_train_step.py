@@ -55,7 +55,6 @@ def test_learns_and_moves_every_trained_parameter(single):
     assert seen[-1, 0] < 0.8 * seen[0, 0]
     before, frozen = split(2)
     unused = {path for path in before if np.array_equal(before[path], after[path])}
-    # the text half of the Q-Former's last layer feeds nothing that is read; the whole stack of layers moves all the same
     assert not unused, unused
     assert all(path.startswith("vision.") for path in frozen)
 
@@ -163,7 +162,13 @@ def test_evaluation_has_no_dropout_and_the_same_loss(single):
 @pytest.mark.sharding
 @pytest.mark.parametrize(
     "sizes",
-    [{"fsdp": 8}, {"tensor": 4}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "sequence": 4}],
+    [
+        {"fsdp": 8},
+        {"tensor": 4},
+        {"data": 2, "fsdp": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 2, "sequence": 4},
+    ],
     ids=str,
 )
 def test_sharded_equals_single(sizes, single):

@@ -10,7 +10,6 @@ import socket
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from training_data import command, environment, losses, run, start, write_data, write_tokenizers
@@ -63,7 +62,9 @@ def assert_same(output: Path, expected: Path) -> None:
 
 def test_a_run_leaves_a_model_that_answers(whole, env):
     assert len(losses(whole)) == 6 and losses(whole)[-1] < losses(whole)[0]
-    assert {"config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "model", "adapter"} <= {p.name for p in whole.iterdir()}
+    assert {"config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "model", "adapter"} <= {
+        p.name for p in whole.iterdir()
+    }
     from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
 
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(whole / "model", dtype="float32")
@@ -127,10 +128,33 @@ def test_stages_follow_one_another(folder, env, whole):
     changed = {path for path in before if not np.array_equal(before[path], one[path])}
     assert changed and all(path.startswith("visual_tokens.") for path in changed)
     two = folder / "two"
-    run(command(STAGE2, data, tokenizers, two, *short, f"start.adapter={folder / 'one' / 'adapter'}", "optimizer.learning_rate=1e-30"), env)
+    run(
+        command(
+            STAGE2,
+            data,
+            tokenizers,
+            two,
+            *short,
+            f"start.adapter={folder / 'one' / 'adapter'}",
+            "optimizer.learning_rate=1e-30",
+        ),
+        env,
+    )
     for path, value in weights(two).items():
         np.testing.assert_allclose(value, one[path], rtol=1e-6, atol=1e-9, err_msg=path)
-    run(command(STAGE3, data, tokenizers, folder / "three", "training.steps=2", f"start.model={two / 'model'}", "model=", "data.tokenizer="), env)
+    run(
+        command(
+            STAGE3,
+            data,
+            tokenizers,
+            folder / "three",
+            "training.steps=2",
+            f"start.model={two / 'model'}",
+            "model=",
+            "data.tokenizer=",
+        ),
+        env,
+    )
     three = weights(folder / "three")
     changed = {path for path in three if not np.array_equal(three[path], weights(two)[path])}
     assert changed and all(path.startswith(("llama.", "visual_tokens.projector.")) for path in changed)
@@ -139,7 +163,19 @@ def test_stages_follow_one_another(folder, env, whole):
 def test_lora_trains_saves_and_resumes(folder, env, whole):
     data, tokenizers = folder / "data" / "data.json", folder / "tokenizers"
     output = folder / "lora"
-    run(command("tiny/lora.yaml", data, tokenizers, output, "training.steps=3", f"start.model={whole / 'model'}", "model=", "data.tokenizer="), env)
+    run(
+        command(
+            "tiny/lora.yaml",
+            data,
+            tokenizers,
+            output,
+            "training.steps=3",
+            f"start.model={whole / 'model'}",
+            "model=",
+            "data.tokenizer=",
+        ),
+        env,
+    )
     adapter = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert adapter["r"] == 4
     before, after = weights(whole), weights(output)
@@ -181,7 +217,15 @@ def test_two_processes_equal_one(folder, env):
         port = free.getsockname()[1]
     processes = [
         start(
-            [*six_steps(folder, together, *mesh), "--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(number)],
+            [
+                *six_steps(folder, together, *mesh),
+                "--coordinator",
+                f"localhost:{port}",
+                "--processes",
+                "2",
+                "--process",
+                str(number),
+            ],
             environment(4, folder / f"cache4-{number}"),
         )
         for number in range(2)

@@ -84,4 +84,3 @@ def losses(output: Path) -> list[float]:
     """Of the steps in order."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
-

@@ -48,7 +48,7 @@ def attention(
             same = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
             return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=causal, implementation="cudnn")
         case "splash":
-            return splash_attention(q, k, v, segment_ids)
+            return splash_attention(q, k, v, segment_ids=segment_ids)
         case _:
             return reference_attention(q, k, v, mask=mask, causal=causal, segment_ids=segment_ids)
 

@@ -101,8 +101,8 @@ class Batch(NamedTuple):
     token_ids: Any  # int32 [B, T]
     visual_index: Any  # int32 [B, T]: TEXT, or a place in the row's visual tokens
     labels: Any  # int32 [B, T], IGNORE_LABEL where there is no loss
-    segment_ids: Any  # int32 [B, T]: 1, 2, ... for the row's samples, 0 for padding
-    positions: Any  # int32 [B, T], from 0 in each sample
+    segment_ids: Any  # int32 [B, T]: 1, 2, ... for the row's samples, 0 for padding; None where each row is one sample
+    positions: Any  # int32 [B, T], from 0 in each sample; likewise
 
 
 def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], batch: int, length: int, value: int) -> Int[np.ndarray, "B T"]:

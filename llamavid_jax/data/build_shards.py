@@ -39,7 +39,7 @@ from llamavid_jax.data import features
 from llamavid_jax.data.media import MediaError, check_size
 from llamavid_jax.data.records import Record, count_frames, media_file, read_records
 from llamavid_jax.data.shards import FORMAT_VERSION, MANIFEST, MediaHeader, read_manifest
-from llamavid_jax.data.video import _open as open_video
+from llamavid_jax.data.video import open_video
 from llamavid_jax.errors import InputError
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written

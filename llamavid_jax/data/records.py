@@ -30,8 +30,7 @@ import numpy as np
 from llamavid_jax.data import features
 from llamavid_jax.data.images import open_image
 from llamavid_jax.data.media import MediaError, local_file
-from llamavid_jax.data.video import _open as open_video
-from llamavid_jax.data.video import frame_stride, iter_frames
+from llamavid_jax.data.video import frame_stride, iter_frames, open_video
 from llamavid_jax.errors import InputError
 
 MEDIA_KEYS = ("image", "video", "features")

@@ -8,6 +8,7 @@ text names every token's place).  The original cuts the text before expansion an
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
 from llamavid_jax.data.batching import TEXT, Batch, RowShape, merge_row, pad_to
@@ -22,7 +23,7 @@ def lay_out_row(
     qformer_tokenizer: QFormerTokenizer,
     question_tokens: int,
     frame_shape: tuple[int, ...],
-    frame_dtype: type,
+    frame_dtype: DTypeLike,
 ) -> tuple[Batch, list[bool]]:
     """One row, the arrays of `Batch` without their first axis, and for each example whether something was cut.
 
@@ -39,15 +40,15 @@ def lay_out_row(
     cut = []
     for segment, example in enumerate(examples, 1):
         own = 0 if example.frames is None else len(example.frames)
-        asked = len(example.questions)
-        if own and asked > shape.questions - len(questions):
-            cut.append(True)  # no room even for its questions: the place stays empty
-            continue
         input_ids, own_labels = example.input_ids, example.labels
+        asked = min(len(example.questions), shape.questions - len(questions), shape.pairs - used_pairs)
+        if own and asked < len(example.questions):  # its end is cut from the first question without room
+            end = np.flatnonzero(input_ids == IMAGE_TOKEN)[asked]
+            input_ids, own_labels = input_ids[:end], own_labels[:end]
         room = min(shape.frames - used_frames, (shape.pairs - used_pairs) // max(asked, 1)) if own else 0
         kept = _kept_frames(example, room, tokens_per_frame)
         if own and not len(kept):
-            cut.append(True)
+            cut.append(True)  # no room for a single frame: the place stays empty
             continue
         if own > len(kept) and _has_slots(example):
             places = np.flatnonzero(input_ids == IMAGE_TOKEN)
@@ -63,7 +64,7 @@ def lay_out_row(
         if own:
             frames[used_frames : used_frames + len(kept)] = example.frames[kept]
             used_frames += len(kept)
-            questions += example.questions
+            questions += example.questions[:asked]
         row = merge_row(input_ids, blocks, own_labels)
         length = min(len(row.token_ids), shape.tokens - used_tokens)
         place = slice(used_tokens, used_tokens + length)
@@ -71,7 +72,7 @@ def lay_out_row(
         labels[place], segment_ids[place], positions[place] = row.labels[:length], segment, np.arange(length)
         labels[place.start : place.start + 1] = IGNORE_LABEL  # nothing before it predicts a sample's first token
         used_tokens = place.stop
-        cut.append(length < len(row.token_ids) or len(kept) < own)
+        cut.append(length < len(row.token_ids) or len(kept) < own or asked < len(example.questions))
     question_ids, question_mask = np.zeros((2, shape.questions, question_tokens), np.int32)
     if questions:
         ids, mask = _cut_left(*qformer_tokenizer(questions), question_tokens)

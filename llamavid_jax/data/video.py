@@ -51,7 +51,7 @@ def read_video(
 
     Raises MediaError for a file that cannot be read whole, and for more than `max_frames` sampled frames.
     """
-    with _open(path) as (container, stream, average_fps):
+    with open_video(path) as (container, stream, average_fps):
         stride = frame_stride(average_fps, fps, path)
         times, frames = [], []
         for time, frame in _sample(path, container, stream, average_fps, stride, transform, progress):
@@ -69,7 +69,7 @@ def iter_frames(
 
     A file that is cut short is known as such only at its end: use what was yielded only when the loop ended normally.
     """
-    with _open(path) as (container, stream, average_fps):
+    with open_video(path) as (container, stream, average_fps):
         stride = frame_stride(average_fps, fps, path)
         yield from _sample(path, container, stream, average_fps, stride, transform, progress)
 
@@ -93,7 +93,7 @@ def frame_stride(average_fps: float, fps: float | int, name: object = "the video
 
 
 @contextlib.contextmanager
-def _open(path: str | Path) -> Iterator[tuple]:
+def open_video(path: str | Path) -> Iterator[tuple]:
     """The open container, its best video stream and the average frames a second."""
     import av  # here, so that importing the package loads no video library
 

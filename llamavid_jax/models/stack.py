@@ -29,9 +29,7 @@ def layer(layers: nnx.Module, index: int) -> nnx.Module:
     return part(layers, lambda parameter: parameter[index])
 
 
-def scan(
-    apply: Callable[[Any, Any], tuple[Any, Any]], layers: Any, carry: Any, remat: str = "none"
-) -> tuple[Any, Any]:
+def scan(apply: Callable[[Any, Any], tuple[Any, Any]], layers: Any, carry: Any, remat: str = "none") -> tuple[Any, Any]:
     """Runs `carry, output = apply(layer, carry)` through the stack; outputs come back stacked `[L, ...]`.
 
     `layers` may be a tuple of stacks of one length; `layer` is then a tuple too.  `remat` names what a gradient keeps

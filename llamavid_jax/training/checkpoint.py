@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llamavid_jax.checkpoint import _first_line
+from llamavid_jax.checkpoint import first_line
 from llamavid_jax.errors import InputError
 from llamavid_jax.sharding import flat_paths
 
@@ -77,7 +77,8 @@ class RunCheckpoints:
     def save(self, step: int, arrays: Any, position: dict[str, Any], config: dict[str, Any]) -> None:
         """Copies the arrays and returns; they are written in the background, after an earlier save is complete.
 
-        `arrays` is a pytree of jax arrays, in a run of many processes global ones; RNG keys come as their data.
+        `arrays` is a pytree of jax arrays on one mesh, global ones in a run of many processes; RNG keys come as their
+        data.
         `position` and `config` can be JSON; those of process 0 are kept.  A step that is there is not written again.
         Raises CheckpointError when this save cannot start or the one before failed.
         """
@@ -92,6 +93,10 @@ class RunCheckpoints:
         self._saving = step
         with self._write_errors():
             self._manager.save(step, args=items, force=True)
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints are complete."""
+        return list(self._manager.all_steps())
 
     def wait(self) -> None:
         """Returns when the save under way is complete.  Raises CheckpointError if it, or one before, has failed."""
@@ -118,7 +123,7 @@ class RunCheckpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             self._failure = CheckpointError(
                 f"{self.directory}: the checkpoint of step {self._saving} cannot be written "
-                f"({type(error).__name__}: {_first_line(error)}); free space there or give another folder"
+                f"({type(error).__name__}: {first_line(error)}); free space there or give another folder"
             )
             raise self._failure from error
 
@@ -171,7 +176,7 @@ class RunCheckpoints:
         except CheckpointError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            problem = f"{type(error).__name__}: {_first_line(error)}"
+            problem = f"{type(error).__name__}: {first_line(error)}"
         if np.any(multihost_utils.process_allgather(np.int32(bool(problem)))):
             raise _DamagedError(problem or "another process cannot read it")
         wrong = [path for path, value in fingerprints(arrays).items() if value != run["fingerprints"].get(path)]

@@ -137,6 +137,10 @@ class LoopConfig:
         _choice("training.loss_weighting", self.loss_weighting, ("tokens", "micro_batch"))
         _choice("training.dtype", self.dtype, ("float32", "bfloat16"))
         _choice("training.remat", self.remat, tuple(REMAT))
+        if self.keep < 2:
+            raise ConfigError(
+                f"training.keep is {self.keep}; use 2 or more, so that one is left when the newest is damaged"
+            )
         if self.batch_size % self.micro_batches:
             raise ConfigError(
                 f"training.batch_size is {self.batch_size}, no multiple of micro_batches = {self.micro_batches}"
@@ -161,6 +165,10 @@ class TrainConfig:
         if not self.model and not self.start.model:
             raise ConfigError(
                 "model and start.model are both empty; give model=configs/models/NAME.yaml, or start.model=DIR"
+            )
+        if self.training.evaluate_every and not self.data.evaluation_path:
+            raise ConfigError(
+                "training.evaluate_every is set, but data.evaluation_path is empty; give the held-out set"
             )
         parse_mesh(self.mesh)
         template_named(self.data.template)

@@ -10,49 +10,33 @@ A step's numbers are looked at one step later, so that the host never waits for 
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llamavid_jax.data.batching import Batch
 from llamavid_jax.data.examples import ExampleReader
-from llamavid_jax.data.loader import FrameLayout, LoadedBatch, Loader
-from llamavid_jax.data.plan import describe
-from llamavid_jax.data.records import DataError, read_records
+from llamavid_jax.data.loader import FrameLayout, Loader
+from llamavid_jax.data.records import read_records
 from llamavid_jax.data.sizes import read_sizes
 from llamavid_jax.data.tokenizer_files import write_files
-from llamavid_jax.errors import InputError
 from llamavid_jax.training.checkpoint import RunCheckpoints
 from llamavid_jax.training.config import TrainConfig
-from llamavid_jax.training.flops import PARTS, flops_per_step
+from llamavid_jax.training.journal import Journal, TrainingError, Upcoming
 from llamavid_jax.training.loss import LossSums
-from llamavid_jax.training.metrics import Metrics, Throughput
 from llamavid_jax.training.optimizer import lr_factors, make_optimizer
 from llamavid_jax.training.preemption import Preemption
 from llamavid_jax.training.start import Start, batch_sharding, check_rows, load_start, run_mesh
-from llamavid_jax.training.step import StepMetrics, TrainState, make_evaluate_step, make_train_step
+from llamavid_jax.training.step import TrainState, make_evaluate_step, make_train_step
 
 PREEMPTED = 143  # the exit code of a run that SIGTERM stopped: started again, it goes on
-
-
-class TrainingError(InputError):
-    """A run that cannot go on: says at which step, why, and what to do."""
-
-
-class Upcoming(NamedTuple):
-    """A batch on the devices, what was loaded for it, and the data position behind it."""
-
-    batch: Batch
-    loaded: LoadedBatch
-    position: dict[str, Any]
-    wait: float  # seconds that the loader needed
 
 
 def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
@@ -69,36 +53,43 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
     with jax.set_mesh(mesh), Preemption() as preemption:
         start = load_start(config, mesh)
         loader = make_loader(config, start, mesh)
+        check_same_data(loader)
         steps = loader.steps
         state = initial_state(config, start, mesh)
         with RunCheckpoints(output / "checkpoints", config.training.keep, report=console.print) as checkpoints:
-            restored = checkpoints.restore(state)
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            if checkpoints.steps():  # its arrays take the place of these
+                jax.tree.map(lambda x: x.delete(), state)
+            restored = checkpoints.restore(abstract)
             if restored is not None:
                 check_same_run(config, restored.config, output)
                 state = restored.arrays
                 loader.set_state(restored.position)
                 console.print(f"resuming {output} at step {restored.step} of {steps}")
             elif jax.process_index() == 0:
-                write_files(output, {"config.yaml": yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode()})
-            run = Run(config, start, mesh, loader, console, first_step=int(state.step))
+                write_files(
+                    output, {"config.yaml": yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode()}
+                )
+            journal = Journal(config, start, loader, console, first_step=int(state.step))
+            evaluate_step = make_evaluate_step(start.structure)
             train_step = make_train_step(
                 start.structure, config.optimizer, config.training, lr_factors(start.trained, config.optimizer), steps
             )
-            batches = upcoming(loader, mesh)
+            batches = upcoming(loader, mesh, config.data.packing)
             following = next(batches, None)
             for step in range(int(state.step), steps):
                 current = following
-                if profile and step == run.first_step + 2:
+                if profile and step == journal.first_step + 2:
                     jax.profiler.start_trace(output / "profile")
                 state, metrics = train_step(state, start.frozen, current.batch)
                 following = next(batches, None) if step + 1 < steps else None
-                run.finished(step, metrics, current)
-                if profile and step == run.first_step + 4:
+                journal.finished(step, metrics, current)
+                if profile and step == journal.first_step + 4:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
                 stop = preemption.requested()
                 if stop or (step + 1) % config.training.save_every == 0 or step + 1 == steps:
-                    run.flush()
+                    journal.flush()
                     checkpoints.save(step + 1, state, current.position, dataclasses.asdict(config))
                 if stop:
                     checkpoints.wait()
@@ -106,9 +97,10 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
                     return PREEMPTED
                 every = config.training.evaluate_every
                 if config.data.evaluation_path and every and ((step + 1) % every == 0 or step + 1 == steps):
-                    run.evaluate(step + 1, state.params)
+                    journal.flush()
+                    journal.metrics.log(step + 1, evaluate(evaluate_step, config, start, mesh, state.params))
         start.save(output, state.params)
-        console.print(f"{output / 'model'}: the model after {steps} steps. {run.summary()}")
+        console.print(f"{output / 'model'}: the model after {steps} steps. {journal.summary()}")
     return 0
 
 
@@ -154,6 +146,16 @@ def make_loader(config: TrainConfig, start: Start, mesh: Mesh, held_out: bool = 
     )
 
 
+def check_same_data(loader: Loader) -> None:
+    """Raises TrainingError where a process sees other samples than the rest: each would run another program."""
+    plans = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(loader.schedule.fingerprint()), np.uint8))
+    if np.any(plans.reshape(jax.process_count(), -1) != plans.reshape(jax.process_count(), -1)[0]):
+        raise TrainingError(
+            "the processes see different data: a file is missing or unreadable on some of them; "
+            "run `python -m llamavid_jax.data.validate` on each host"
+        )
+
+
 def row_group(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """Which part of a batch's rows this process loads, and into how many parts it is cut.
 
@@ -179,8 +181,11 @@ def initial_state(config: TrainConfig, start: Start, mesh: Mesh) -> TrainState:
     return TrainState(step, start.trained, jax.jit(optimizer.init, out_shardings=shardings)(start.trained))
 
 
-def upcoming(loader: Loader, mesh: Mesh) -> Iterator[Upcoming]:
-    """Batches on their way to the devices: the transfer runs while the step before computes."""
+def upcoming(loader: Loader, mesh: Mesh, packing: bool) -> Iterator[Upcoming]:
+    """Batches on their way to the devices: the transfer runs while the step before computes.
+
+    Rows of one sample need no segments: causality hides the padding behind it.
+    """
     sharding = batch_sharding(mesh)
     batches = iter(loader)
     while True:
@@ -188,7 +193,8 @@ def upcoming(loader: Loader, mesh: Mesh) -> Iterator[Upcoming]:
         loaded = next(batches, None)
         if loaded is None:
             return
-        batch = Batch(*(jax.make_array_from_process_local_data(sharding, array) for array in loaded.batch))
+        batch = loaded.batch if packing else loaded.batch._replace(segment_ids=None, positions=None)
+        batch = jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
         yield Upcoming(batch, loaded, loader.get_state(), time.perf_counter() - began)
 
 
@@ -211,104 +217,11 @@ def check_same_run(config: TrainConfig, before: dict[str, Any], output: Path) ->
                 )
 
 
-class Run:
-    """What a run has seen: logs, counts, and the reasons to stop it."""
-
-    def __init__(
-        self, config: TrainConfig, start: Start, mesh: Mesh, loader: Loader, console: Console, first_step: int
-    ):
-        self.config, self.start, self.mesh, self.console = config, start, mesh, console
-        self.steps, self.first_step, self.output = loader.steps, first_step, Path(config.output)
-        sizes = loader.schedule.sizes
-        self.allowed = config.data.max_broken * len(sizes.kind)
-        self.metrics = Metrics(self.output, first_step + 1, report=console.print)
-        self.throughput = Throughput()
-        self.trains = {part: any(path.startswith(part) for path in start.trained) for part in PARTS}
-        self.evaluate_step = make_evaluate_step(start.structure)
-        self.pending: list[tuple[int, StepMetrics, Upcoming]] = []
-        self.bad_steps = self.bad_in_a_row = self.skipped = self.truncated = self.samples = 0
-        console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, start.config.tokens_per_frame))
-        self._note_skipped(sizes.broken if first_step == 0 else [])
-
-    def finished(self, step: int, metrics: StepMetrics, current: Upcoming) -> None:
-        """Takes in a step that was just sent to the device and looks at the one before it."""
-        self.pending.append((step, metrics, current._replace(batch=None)))
-        if len(self.pending) > 1:
-            self._look(*self.pending.pop(0))
-
-    def flush(self) -> None:
-        """Looks at every step so far."""
-        while self.pending:
-            self._look(*self.pending.pop(0))
-
-    def _look(self, step: int, metrics: StepMetrics, seen: Upcoming) -> None:
-        values = {name: float(value) for name, value in metrics._asdict().items()}
-        self.samples, self.truncated = self.samples + seen.loaded.samples, self.truncated + seen.loaded.truncated
-        self._note_skipped(seen.loaded.skipped)
-        if values.pop("finite"):
-            self.bad_in_a_row = 0
-        else:
-            self._note_bad(step, values, seen.loaded.ids)
-        self._count(seen)
-        if (step + 1) % self.config.training.log_every == 0 or step + 1 == self.steps:
-            values |= {"skipped_steps": self.bad_steps, "skipped_samples": self.skipped, "truncated": self.truncated}
-            self.metrics.log(step + 1, values | self.throughput.read())
-
-    def _count(self, seen: Upcoming) -> None:
-        """Adds one step's work, over all processes."""
-        batch, rows = seen.loaded.batch, self.config.training.batch_size
-        share = rows // len(batch.token_ids)
-        frames, pairs = (rows * shape[1] for shape in (batch.frames.shape, batch.pair_frame.shape))
-        flops = flops_per_step(
-            self.start.config,
-            self.trains,
-            frames=frames if batch.frames.ndim == 5 else 0,
-            pairs=pairs,
-            question_tokens=batch.question_ids.shape[2],
-            rows=rows,
-            row_tokens=batch.token_ids.shape[1],
-        )
-        self.throughput.add(seen.loaded.tokens * share, seen.loaded.frames * share, flops, seen.wait)
-
-    def _note_skipped(self, skipped: Sequence[dict[str, str]]) -> None:
-        if not skipped:
-            return
-        self.skipped += len(skipped)
-        self._append("skipped", skipped)
-        if self.skipped > self.allowed:
-            raise DataError(
-                f"{self.skipped} samples cannot be read, more than data.max_broken = {self.config.data.max_broken:g} of "
-                f"them all; the last one is {skipped[-1]['id']}: {skipped[-1]['reason']}. All are named in "
-                f"{self.output / 'skipped.jsonl'}; mend them, or raise data.max_broken"
-            )
-
-    def _note_bad(self, step: int, values: dict[str, float], ids: list[list[str]]) -> None:
-        self.bad_steps, self.bad_in_a_row = self.bad_steps + 1, self.bad_in_a_row + 1
-        names = [name for row in ids for name in row]
-        self._append("not_finite", [{"step": step + 1, **values, "samples": names}])
-        self.console.print(f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: skipped; samples {names}")
-        if self.bad_in_a_row >= self.config.training.max_bad_steps:
-            raise TrainingError(
-                f"{self.bad_in_a_row} steps in a row, up to step {step + 1}, had no finite loss or gradient; look at the "
-                f"samples in {self.output / 'not_finite.jsonl'}, or lower optimizer.learning_rate"
-            )
-
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        suffix = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
-        with open(self.output / f"{name}{suffix}.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def evaluate(self, step: int, params: dict[str, jax.Array]) -> None:
-        """Loss and token accuracy over the held-out set."""
-        self.flush()
-        loader = make_loader(self.config, self.start, self.mesh, held_out=True)
-        sums = [self.evaluate_step(params, self.start.frozen, one.batch) for one in upcoming(loader, self.mesh)]
-        loss, correct, tokens = (float(sum(getattr(one, name) for one in sums)) for name in LossSums._fields)
-        self.metrics.log(step, {"evaluation_loss": loss / max(tokens, 1), "evaluation_token_accuracy": correct / max(tokens, 1)})
-
-    def summary(self) -> str:
-        """What was left out or cut, in a sentence."""
-        return (
-            f"{self.samples} samples; {self.skipped} unreadable ones skipped, {self.truncated} cut to fit their row, "
-            f"{self.bad_steps} steps without a finite loss"
-        )
+def evaluate(
+    evaluate_step: Any, config: TrainConfig, start: Start, mesh: Mesh, params: dict[str, jax.Array]
+) -> dict[str, float]:
+    """Loss and token accuracy over the held-out set."""
+    loader = make_loader(config, start, mesh, held_out=True)
+    sums = [evaluate_step(params, start.frozen, one.batch) for one in upcoming(loader, mesh, config.data.packing)]
+    loss, correct, tokens = (float(sum(getattr(one, name) for one in sums)) for name in LossSums._fields)
+    return {"evaluation_loss": loss / max(tokens, 1), "evaluation_token_accuracy": correct / max(tokens, 1)}

@@ -20,7 +20,9 @@ def learning_rate(config: OptimizerConfig, steps: int, step: Any) -> jax.Array:
     """The rate of `step` (from 0): linear from 0 over the first `warmup` of the steps, then a half cosine to 0."""
     warmup = math.ceil(config.warmup * steps)
     progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
-    return config.learning_rate * jnp.where(step < warmup, step / max(warmup, 1), 0.5 * (1 + jnp.cos(jnp.pi * progress)))
+    return config.learning_rate * jnp.where(
+        step < warmup, step / max(warmup, 1), 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    )
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

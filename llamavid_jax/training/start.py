@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamavid_jax.checkpoint import load_part, load_weights, parse_dtype, save_part, save_weights
@@ -19,12 +20,13 @@ from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.tokenize import Tokenizer
 from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.lora import ADAPTERS, add_lora
+from llamavid_jax.lora import ADAPTERS, add_lora, merge_lora
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.peft_adapter import save_adapter
 from llamavid_jax.processor import check_tokenizers, load_tokenizers
 from llamavid_jax.sharding import flat_paths, make_mesh, param_axes, parse_mesh, partition_spec
 from llamavid_jax.training.config import TrainConfig
-from llamavid_jax.training.structure import Structure
+from llamavid_jax.training.structure import Structure, nested
 from llamavid_jax.training.trainable import trainable_paths
 
 
@@ -38,22 +40,36 @@ class Start:
     frozen: dict[str, jax.Array]
     tokenizer: Tokenizer
     qformer_tokenizer: QFormerTokenizer
+    mesh: Mesh
+    run: TrainConfig
 
     def save(self, output: Path, trained: dict[str, jax.Array]) -> None:
-        """Writes `output/model`, a whole checkpoint, and `output/adapter`, what was trained alone (T10)."""
+        """Writes `output/model`, a whole checkpoint, and `output/adapter`: what was trained alone (T10).
+
+        With LoRA the model holds the updates merged, and the adapter is in PEFT's layout, with whatever else was
+        trained beside it in `adapter/weights`.
+        """
+        folder, adapter = output / "model", output / "adapter"
+        vision, ratio = self.config.vision_tower_config, self.config.image_aspect_ratio
+        if jax.process_index() == 0:
+            self.config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            self.qformer_tokenizer.save_pretrained(folder)
+            LLaMAVIDLlavaImageProcessor(vision.image_size, image_aspect_ratio=ratio).save_pretrained(folder)
+        dtype, lora = parse_dtype(self.run.training.dtype), self.run.lora
         params = self.frozen | trained
-        dtype = next(iter(self.frozen.values())).dtype if self.frozen else jnp.float32
-        folder = output / "model"
-        self.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.qformer_tokenizer.save_pretrained(folder)
-        vision = self.config.vision_tower_config
-        LLaMAVIDLlavaImageProcessor(
-            vision.image_size, image_aspect_ratio=self.config.image_aspect_ratio
-        ).save_pretrained(folder)
-        save_weights(folder, self.structure.nested({path: value.astype(dtype) for path, value in params.items()}))
-        if self.frozen:
-            save_part(output / "adapter", trained)
+        if lora:
+            if lora.base != "float":  # the updates go into the kernels as they were
+                params = flat_paths(load_weights(self.run.start.model, self.config, dtype, self.mesh)) | trained
+            params = flat_paths(merge_lora(nested(params), lora))
+            updates = {path: value for path, value in trained.items() if fnmatch.fnmatchcase(path, ADAPTERS)}
+            updates = multihost_utils.process_allgather(updates, tiled=True)
+            if jax.process_index() == 0:
+                save_adapter(adapter, updates, lora, self.config.text_config)
+            trained = {path: value for path, value in trained.items() if path not in updates}
+        save_weights(folder, nested({path: value.astype(dtype) for path, value in params.items()}))
+        if self.frozen and trained:
+            save_part(adapter, trained)
 
 
 def run_mesh(text: str) -> Mesh:
@@ -121,10 +137,23 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
         params = random(structure.shapes)
     if config.start.adapter:
         params |= load_part(config.start.adapter, params)
+    if config.lora and config.lora.base != "float":
+        structure, params = quantized(structure, params, config.lora.base)
     return Start(
         model_config,
         structure,
-        {path: params[path] for path in structure.shapes if path in trains},
-        {path: params[path] for path in structure.shapes if path not in trains},
+        {path: value for path, value in params.items() if path in trains},
+        {path: value for path, value in params.items() if path not in trains},
         *tokenizers,
+        mesh,
+        config,
     )
+
+
+def quantized(structure: Structure, params: dict[str, jax.Array], kind: str) -> tuple[Structure, dict[str, jax.Array]]:
+    """The same model with LLaMA's kernels in few bits (QLoRA, T9)."""
+    from llamavid_jax.quantize import quantize_base  # Qwix takes a second to import
+
+    model = structure.model(params)
+    quantize_base(model, kind)
+    return Structure(model), flat_paths(nnx.state(model, nnx.Param))

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int, Key
 
 from llamavid_jax.config import IGNORE_LABEL
@@ -47,7 +46,6 @@ class StepMetrics(NamedTuple):
     token_accuracy: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
-    labelled_tokens: Float[Array, ""]
     finite: Float[Array, ""]
 
 
@@ -104,7 +102,7 @@ def _in_chunks(function: Callable[..., jax.Array], size: int, *arrays: jax.Array
 def loss_sums(model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: Any = None) -> LossSums:
     """The loss of a batch as sums over its labelled tokens; `dropout_key` switches dropout on (P19, T8)."""
     if dropout_key is not None:
-        set_dropout(model, dropout_key)
+        set_dropout(model, jax.random.fold_in(dropout_key, 1))
     visual = visual_table(model, batch, remat, dropout_key)
     hidden = model.llama(model.merge(batch.token_ids, visual, batch.visual_index), batch.segment_ids, batch.positions)
     return next_token_sums(hidden, model.llama.head_kernel(), batch.labels)
@@ -160,7 +158,7 @@ def make_train_step(
             lambda new, old: jnp.where(finite, new, old), (new_params, new_optimizer), (state.params, state.optimizer)
         )
         metrics = StepMetrics(
-            mean_loss, sums.correct / jnp.maximum(sums.tokens, 1), norm, rate, sums.tokens, finite.astype(jnp.float32)
+            mean_loss, sums.correct / jnp.maximum(sums.tokens, 1), norm, rate, finite.astype(jnp.float32)
         )
         return TrainState(state.step + 1, params, kept_optimizer), metrics
 
@@ -173,5 +171,5 @@ def make_evaluate_step(structure: Structure) -> Callable[..., LossSums]:
 
 
 def _cut_rows(x: jax.Array, number: int) -> jax.Array:
-    """`[B, ...]` → `[number, B / number, ...]`: part i takes rows i, i + number, ..., so that every device keeps its own."""
+    """`[B, ...]` → `[number, B / number, ...]`: part i takes rows i, i + number, ...: devices keep theirs."""
     return jnp.moveaxis(x.reshape(x.shape[0] // number, number, *x.shape[1:]), 1, 0)

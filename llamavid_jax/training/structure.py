@@ -16,7 +16,7 @@ class Structure:
         """`model` may be abstract (`nnx.eval_shape`)."""
         self._graphdef, state = nnx.split(model, nnx.Param)
         self._tree = jax.tree.structure(state)
-        self.shapes: dict[str, jax.ShapeDtypeStruct] = flat_paths(state)
+        self.shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat_paths(state).items()}
 
     def model(self, *params: dict[str, jax.Array]) -> LlamaVid:
         """The model with the given parameters, all of which must be there."""
@@ -24,7 +24,14 @@ class Structure:
         leaves = [by_path[path] for path in self.shapes]
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, leaves))
 
-    def nested(self, by_path: dict[str, Any]) -> dict[str, Any]:
-        """The nested dict that checkpoints hold, of a dict by path with every parameter."""
-        state = jax.tree.unflatten(self._tree, [by_path[path] for path in self.shapes])
-        return nnx.to_pure_dict(state)
+
+def nested(by_path: dict[str, Any]) -> dict[str, Any]:
+    """`{"llama.norm.scale": x}` → `{"llama": {"norm": {"scale": x}}}`, as checkpoints hold it; numbers name layers."""
+    tree: dict[str, Any] = {}
+    for path, value in by_path.items():
+        *folders, name = (int(part) if part.isdigit() else part for part in path.split("."))
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = value
+    return tree

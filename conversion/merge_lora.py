@@ -1,0 +1,115 @@
+"""Base + LoRA → one checkpoint: `python -m conversion.merge_lora BASE ADAPTER OUT`.
+
+BASE is a converted checkpoint.  ADAPTER is a folder as PEFT, `train.py` or the original's training leaves it:
+adapter_config.json, adapter_model.safetensors or .bin, and, of the original, non_lora_trainables.bin, which holds the
+modules that it trains in full (T8).  The original cannot load these (B11).  OUT is BASE with B·A·α/r added to the
+kernels in float32, in BASE's types, and with the full modules in place of its own.  Memory holds one weight at a time.
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from conversion import folder, orbax_store
+from conversion.read_torch import StoredTensor, read_file
+from conversion.stored_tensor import CheckpointError
+from conversion.transforms import Weight, to_jax
+from conversion.weight_table import parameter_shapes, weight_table
+from llamavid_jax.config import LLaMAVIDLlavaConfig
+from llamavid_jax.errors import InputError
+from llamavid_jax.lora import LoraConfig
+from llamavid_jax.peft_adapter import check_tensors, peft_tensors, read_peft_config, read_values
+
+PREFIX = "base_model.model."  # PEFT's, before every name of the model that it wraps
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+FULL_MODULES = "non_lora_trainables.bin"
+
+
+def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, StoredTensor]]:
+    """An adapter's configuration and its tensors, `model....lora_A.weight` → tensor.
+
+    Raises CheckpointError without a file of weights, WeightsError where they are not of this model.
+    """
+    file = next((source / name for name in ADAPTER_FILES if (source / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{source} holds no {' or '.join(ADAPTER_FILES)}; give the folder of an adapter")
+    tensors = {name.replace(".default.", "."): tensor for name, tensor in read_file(file).items()}
+    lora = read_peft_config(read_values(source), tensors, source)
+    check_tensors(tensors, peft_tensors(lora, config.text_config), source)
+    return lora, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def read_full_modules(source: Path, table: list[Weight]) -> dict[str, StoredTensor]:
+    """The tensors of non_lora_trainables.bin under the names of the table; none where there is no such file."""
+    file, shapes = source / FULL_MODULES, {weight.name: weight.shape for weight in table}
+    tensors = read_file(file) if file.is_file() else {}
+    full = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    for name, tensor in full.items():
+        if shapes.get(name) != tensor.shape:
+            raise CheckpointError(
+                f"{file}: {name} has shape {tensor.shape}, the base {shapes.get(name, 'no such weight')}; "
+                "give the base that it was trained on"
+            )
+    return full
+
+
+def merged(
+    base: np.ndarray,
+    weight: Weight,
+    lora: LoraConfig,
+    updates: Mapping[str, StoredTensor],
+    full: Mapping[str, StoredTensor],
+) -> np.ndarray:
+    """One weight of the base, in our layout, with its update, or the full module's in its place."""
+    if weight.name in full:
+        return to_jax(full[weight.name].read(), weight, base.shape).astype(base.dtype)
+    name = weight.name.removesuffix(".weight")
+    if f"{name}.lora_A.weight" not in updates:
+        return base
+    a, b = (updates[f"{name}.lora_{part}.weight"].read().astype(np.float32) for part in "AB")
+    return (base.astype(np.float32) + to_jax(lora.scale * (b @ a), weight, base.shape)).astype(base.dtype)
+
+
+def merge(base: Path, adapter: Path, out: Path) -> None:
+    """Writes the folder `out`.  Raises InputError, and leaves nothing at `out` then."""
+    config = LLaMAVIDLlavaConfig.from_pretrained(base)
+    table, arrays = weight_table(config, "original"), orbax_store.Arrays(base / "weights")
+    lora, updates = read_adapter(adapter, config)
+    full = read_full_modules(adapter, table)
+    shapes = parameter_shapes(config)
+    if differing := set(shapes) ^ set(arrays.paths):
+        raise CheckpointError(f"{base} has other parameters than its config.json describes, such as {min(differing)}")
+    with folder.whole_folder(out) as partial:
+        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("weights"))
+        dtypes = {path: arrays[path].dtype.numpy_dtype for path in shapes}
+        stacked = {weight.path for weight in table if weight.index is not None}
+        orbax_store.create(partial / "weights", shapes, dtypes, stacked)
+        written = orbax_store.Arrays(partial / "weights")
+        for weight in table:
+            value = merged(arrays.read(weight.path, weight.index), weight, lora, updates, full)
+            written.write(weight.path, weight.index, value)
+    print(f"{out}: {len(updates) // 2} kernels updated, {len(full)} weights replaced")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m conversion.merge_lora", description=__doc__.split("\n\n")[0])
+    parser.add_argument("base", metavar="BASE", type=Path, help="a converted checkpoint")
+    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder of a LoRA adapter")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    options = parser.parse_args(arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
+    try:
+        merge(options.base, options.adapter, options.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Coloured handwritten digits on a dark frame: what the demo's pictures and clips show.
+
+    split -> events -> Scene -> frame(scene, seconds) uint8 [96, 96, 3]
+
+The digits are the 1,797 pictures of 8 x 8 pixels of `sklearn.datasets.load_digits`; a fixed fifth of them, of every
+digit, is kept for testing and never drawn in training.  Positions are pixels, x to the right and y down; times are
+seconds.  All draws come from the generator that is given.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+SIDE = 96
+COLOURS = {
+    "red": (235, 45, 45),
+    "green": (50, 205, 60),
+    "blue": (60, 100, 255),
+    "yellow": (240, 220, 50),
+    "white": (240, 240, 240),
+    "purple": (200, 60, 225),
+}
+DIRECTIONS = {"left to right": (1, 0), "right to left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+CLIP_SECONDS = 8
+SIZE = 32  # pixels of the square that a digit fills
+STEP = 16  # digits stand on a grid of so many pixels at every whole second: the patches of the demo's model
+CENTRES = range(SIZE // 2, SIDE - SIZE // 2 + 1, STEP)
+CROSSING = (2, 3, 5)  # seconds in which the four steps from edge to edge are whole ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One digit that is seen from `start` for `seconds` while it moves from `path[0]` to `path[1]`."""
+
+    digit: int
+    picture: int  # which one of load_digits
+    colour: str
+    rgb: tuple[int, int, int]  # a shade of `colour`
+    angle: float  # degrees
+    path: tuple[tuple[float, float], tuple[float, float]]  # centres
+    start: int = 0
+    seconds: int = 1
+    direction: str = ""  # a key of DIRECTIONS; empty for a digit that stands still
+
+    def centre(self, time: float) -> tuple[float, float] | None:
+        """Where the digit is at `time`; None while it is not to be seen."""
+        if not self.start <= time < self.start + self.seconds:
+            return None
+        (x0, y0), (x1, y1) = self.path
+        part = min((time - self.start) / max(self.seconds - 1, 1), 1)
+        return x0 + (x1 - x0) * part, y0 + (y1 - y0) * part
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Events in the order of their starts, no two digits or colours alike, before a background."""
+
+    events: tuple[Event, ...]
+    background: tuple[int, int, int]
+    seconds: int = 1
+
+
+@functools.cache
+def pictures() -> tuple[np.ndarray, np.ndarray]:
+    """Opacity float32 [1797, 8, 8] in 0..1 and digit [1797] of every picture."""
+    digits = load_digits()
+    return (digits.images / 16).astype(np.float32), digits.target
+
+
+@functools.cache
+def split(test: bool) -> Mapping[int, np.ndarray]:
+    """The pictures of every digit that training, or testing, draws from."""
+    order = np.random.default_rng(0).permutation(len(pictures()[1]))
+    order = [order[pictures()[1][order] == digit] for digit in range(10)]
+    return {digit: own[: len(own) // 5] if test else own[len(own) // 5 :] for digit, own in enumerate(order)}
+
+
+def frame(scene: Scene, time: float) -> np.ndarray:
+    """The scene at one time, uint8 [96, 96, 3]."""
+    canvas = np.empty((SIDE, SIDE, 3), np.float32)
+    canvas[:] = scene.background
+    for event in scene.events:
+        centre = event.centre(time)
+        if centre is None:
+            continue
+        opacity = _sprite(event.picture, event.angle)
+        half = len(opacity) // 2
+        left, top = round(centre[0]) - half, round(centre[1]) - half
+        x, y = slice(max(left, 0), min(left + 2 * half, SIDE)), slice(max(top, 0), min(top + 2 * half, SIDE))
+        seen = opacity[y.start - top : y.stop - top, x.start - left : x.stop - left, None]
+        canvas[y, x] += seen * (np.asarray(event.rgb, np.float32) - canvas[y, x])
+    return canvas.round().astype(np.uint8)
+
+
+@functools.lru_cache(64)
+def _sprite(picture: int, angle: float) -> np.ndarray:
+    """Opacity [s, s] of a picture scaled to SIZE pixels and turned; s is even and holds the corners."""
+    side = 2 * int(np.ceil(SIZE * 0.6))
+    image = Image.fromarray(pictures()[0][picture]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    canvas = Image.new("F", (side, side))
+    canvas.paste(image, ((side - SIZE) // 2, (side - SIZE) // 2))
+    return np.clip(1.25 * np.asarray(canvas.rotate(angle, Image.Resampling.BILINEAR)), 0, 1)
+
+
+def still(rng: np.random.Generator, test: bool) -> Scene:
+    """A picture of one digit, or of none in one of twenty."""
+    centre = tuple(rng.choice(CENTRES, 2).tolist())
+    looks = _looks(rng, test, int(rng.random() < 0.95))
+    return Scene(tuple(Event(**look, path=(centre, centre)) for look in looks), _background(rng))
+
+
+def clip(rng: np.random.Generator, test: bool, count: int) -> Scene:
+    """A clip of 8 s in which `count` digits (1 to 3) cross the frame one after another, each in 2, 3 or 5 s."""
+    while True:
+        lengths = rng.choice(CROSSING, count)
+        starts = np.sort(rng.choice(CLIP_SECONDS - 1, count, replace=False))
+        ends = starts + lengths
+        if ends[-1] <= CLIP_SECONDS and (ends[:-1] <= starts[1:]).all():
+            return _crossings(rng, test, starts.tolist(), lengths.tolist(), CLIP_SECONDS)
+
+
+def long_clip(rng: np.random.Generator, test: bool, seconds: int) -> Scene:
+    """Minutes of an empty frame that one digit crosses once, in 5 s."""
+    length = CROSSING[-1]
+    return _crossings(rng, test, [int(rng.integers(0, seconds - length + 1))], [length], seconds)
+
+
+def _crossings(rng, test: bool, starts: Sequence[int], lengths: Sequence[int], seconds: int) -> Scene:
+    """Sends a digit across the frame, any of four ways, for every start."""
+    events = []
+    for look, start, length in zip(_looks(rng, test, len(starts)), starts, lengths, strict=True):
+        direction, lane = list(DIRECTIONS)[rng.integers(4)], int(rng.choice(CENTRES))
+        x, y = DIRECTIONS[direction]
+        ends = CENTRES[:: 1 if x + y > 0 else -1]
+        path = tuple((end, lane) if x else (lane, end) for end in (ends[0], ends[-1]))
+        events.append(Event(**look, path=path, start=start, seconds=length, direction=direction))
+    return Scene(tuple(events), _background(rng), seconds)
+
+
+def _looks(rng, test: bool, count: int) -> list[dict]:
+    """Digits and colours, all different, with a picture, shade and angle for each."""
+    looks = []
+    for digit, colour in zip(rng.permutation(10)[:count], rng.permutation(list(COLOURS))[:count].tolist(), strict=True):
+        shade = np.clip(np.array(COLOURS[colour]) * rng.uniform(0.85, 1.05) + rng.uniform(-12, 12, 3), 0, 255)
+        looks.append(
+            {
+                "digit": int(digit),
+                "picture": int(rng.choice(split(test)[int(digit)])),
+                "colour": colour,
+                "rgb": tuple(shade.astype(int).tolist()),
+                "angle": float(rng.uniform(-12, 12)),
+            }
+        )
+    return looks
+
+
+def _background(rng) -> tuple[int, int, int]:
+    return tuple(rng.integers(0, 45, 3).tolist())

@@ -1,0 +1,82 @@
+"""Held-out accuracy of a trained demo model: the part of exact answers for every type of question.
+
+    python -m demo.evaluate MODEL DATA_JSON [--limit N] [--batch N] [--json OUT]
+
+Every question of every record is asked alone, greedily, in the template `vicuna_v1`; the record's `types` name them.
+"""
+
+import argparse
+import collections
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.data.conversation import IMAGE, prompt, template_named
+from llamavid_jax.data.tokenize import encode_with_images
+
+MAX_NEW_TOKENS = 8
+
+
+def questions_of(record: dict) -> Iterator[tuple[str, str, str]]:
+    """(type, question, answer) of every round of a record."""
+    turns = [turn["value"].replace(IMAGE, "").strip() for turn in record["conversations"]]
+    return zip(record["types"], turns[::2], turns[1::2], strict=True)
+
+
+def answers(
+    model, processor, records: list[dict], media: Path, batch: int
+) -> Iterator[tuple[dict, str, str, str, str]]:
+    """(record, type, question, truth, answer) of every question; the frames of a record are encoded once."""
+    template = template_named("vicuna_v1")
+    for start in range(0, len(records), batch):
+        asked, ids, features = [], [], []
+        for record in records[start : start + batch]:
+            images = media / record["image"] if "image" in record else None
+            videos = media / record["video"] if "video" in record else None
+            (pixels,) = processor.image_processor(images=images, videos=videos)["pixel_values"]
+            encoded = model.vision_features(pixels)
+            for kind, question, truth in questions_of(record):
+                asked.append((record, kind, question, truth))
+                ids.append(encode_with_images(processor.tokenizer, prompt(template, [f"{IMAGE}\n{question}"])))
+                features.append(encoded)
+        output = model.generate(
+            ids,
+            features=features,
+            features_have_cls=True,
+            prompts=[[question] for _, _, question, _ in asked],
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        for question, text in zip(asked, output.texts, strict=True):
+            yield *question, text.strip()
+
+
+def main() -> None:
+    """Prints a table, type by type, and writes it with every wrong answer where `--json` says."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="checkpoint folder, such as runs/demo/stage3/model")
+    parser.add_argument("data", type=Path, help="a *_test.json of demo/make_data.py")
+    parser.add_argument("--limit", type=int, default=None, help="records; all by default")
+    parser.add_argument("--batch", type=int, default=8, help="records answered together")
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(arguments.model, dtype="float32")
+    processor = LLaMAVIDLlavaProcessor.from_pretrained(arguments.model)
+    records = json.loads(arguments.data.read_text())[: arguments.limit]
+    right, wrong = collections.defaultdict(list), []
+    for record, kind, question, truth, answer in answers(
+        model, processor, records, arguments.data.parent, arguments.batch
+    ):
+        right[kind].append(answer == truth)
+        if answer != truth:
+            wrong.append({"id": record["id"], "question": question, "truth": truth, "answer": answer})
+    right["all"] = [value for values in right.values() for value in values]
+    table = {kind: {"exact": sum(values) / len(values), "questions": len(values)} for kind, values in right.items()}
+    for kind, row in table.items():
+        print(f"{kind:8} {row['exact']:7.1%} of {row['questions']}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"accuracy": table, "wrong": wrong}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

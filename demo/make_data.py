@@ -1,0 +1,131 @@
+"""Writes the demo's data: pictures, clips and long clips of digits, with questions, in LLaVA format.
+
+    python -m demo.make_data OUT [--pictures N] [--clips N] [--long N] [--tests N] [--seed S] [--processes P]
+
+    OUT/{images,clips,long}/*.png, *.mp4
+    OUT/{pretrain,align,instruct,long}.json             training
+    OUT/{pretrain,instruct,long}_test.json              held out: other digit pictures; `types` of questions
+
+Every sample has a generator of its own, from the seed and its name, so that the files do not depend on the number of
+processes.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import zlib
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from demo import digits, questions
+
+CLIP_FPS = 2  # of the files; the loader samples one frame a second
+LONG_FPS = 1
+STILL_SIDE = 48  # pixels: what the model sees of a frame, so that a picture is read fast
+LONG_SECONDS = (30, 60, 60, 120, 120, 240, 600)
+TURNS = {"instruct": 3, "instruct_test": 3, "long": 1, "long_test": 3}
+# How often a type of question is drawn beside the others: the harder, the oftener.
+WEIGHT = {"digit": 3.0, "count": 1.0, "colour": 1.0, "way": 1.5, "second": 3.0, "after": 3.0, "before": 3.0}
+
+
+def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
+    """Draws sample `number` of one JSON file, writes its medium and returns its record."""
+    name, number = task
+    kind, test = name.removesuffix("_test"), name.endswith("_test")
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), number])
+    if kind in ("pretrain", "align"):
+        scene = digits.still(rng, test)
+        asked = [questions.caption(rng, scene)]
+        path = f"images/{name}_{number:05}.png"
+        picture = Image.fromarray(digits.frame(scene, 0)).resize((STILL_SIDE, STILL_SIDE), Image.Resampling.BICUBIC)
+        picture.save(folder / path)
+    elif kind == "instruct":
+        scene = digits.clip(rng, test, int(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])))
+        asked = questions.clip_questions(rng, scene)
+        path = f"clips/{name}_{number:05}.mp4"
+        write_video(folder / path, scene, CLIP_FPS)
+    else:
+        seconds = LONG_SECONDS[-1] if test else int(rng.choice(LONG_SECONDS))
+        scene = digits.long_clip(rng, test, seconds)
+        asked = questions.long_questions(rng, scene)
+        path = f"long/{name}_{number:05}.mp4"
+        write_video(folder / path, scene, LONG_FPS)
+    weights = np.array([WEIGHT.get(question, 1.0) for question, _, _ in asked])
+    count = min(TURNS.get(name, 1), len(asked))
+    chosen = [asked[i] for i in rng.choice(len(asked), count, replace=False, p=weights / weights.sum())]
+    return record(f"{name}-{number}", path, chosen, test)
+
+
+def record(name: str, path: str, asked: list[questions.Question], test: bool) -> dict:
+    """A LLaVA record with a question and an answer a turn."""
+    turns = []
+    for index, (_, question, answer) in enumerate(asked):
+        turns.append({"from": "human", "value": question if index else "<image>\n" + question})
+        turns.append({"from": "gpt", "value": answer})
+    result = {"id": name, "image" if path.endswith("png") else "video": path, "conversations": turns}
+    return result | ({"types": [question for question, _, _ in asked]} if test else {})
+
+
+def write_video(path: Path, scene: digits.Scene, fps: int) -> None:
+    """The scene as H.264; equal frames cost next to nothing."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as output:
+        stream = output.add_stream("libx264", rate=fps)
+        stream.width = stream.height = digits.SIDE
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "18", "preset": "veryfast", "threads": "1", "g": "64"}
+        empty = None
+        for number in range(scene.seconds * fps):
+            time = number / fps
+            if any(event.centre(time) for event in scene.events):
+                pixels = digits.frame(scene, time)
+            else:
+                pixels = empty = digits.frame(scene, time) if empty is None else empty
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        output.mux(stream.encode())
+
+
+def main() -> None:
+    """Writes everything, with two processes unless told otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--pictures", type=int, default=30000, help="pictures of pretrain.json")
+    parser.add_argument("--align", type=int, default=6000, help="pictures of align.json")
+    parser.add_argument("--clips", type=int, default=8000, help="short clips of instruct.json")
+    parser.add_argument("--long", type=int, default=1500, help="long clips of long.json")
+    parser.add_argument(
+        "--tests", type=int, default=400, help="held-out short clips, as many pictures, a quarter as many long clips"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    for name in ("images", "clips", "long"):
+        (arguments.out / name).mkdir(parents=True, exist_ok=True)
+    counts = {
+        "pretrain": arguments.pictures,
+        "align": arguments.align,
+        "instruct": arguments.clips,
+        "long": arguments.long,
+        "pretrain_test": arguments.tests,
+        "instruct_test": arguments.tests,
+        "long_test": arguments.tests // 4,
+    }
+    records = {}
+    with multiprocessing.Pool(arguments.processes) as pool:
+        clips = []
+        for name, count in counts.items():
+            draw = functools.partial(sample, folder=arguments.out, seed=arguments.seed)
+            records = pool.map(draw, [(name, number) for number in range(count)], chunksize=16)
+            if name == "instruct":
+                clips = records
+            if name == "long":  # stage 3 goes on with a part of the short clips, so that nothing is forgotten
+                records += clips[:count]
+            (arguments.out / f"{name}.json").write_text(json.dumps(records) + "\n")
+            print(f"{name}: {len(records)} records", flush=True)
+
+
+if __name__ == "__main__":
+    main()

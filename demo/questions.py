@@ -1,0 +1,93 @@
+"""Questions about a scene and their short exact answers, in several phrasings.
+
+Scene -> [(type, question, answer)]; every answer follows from the scene's events alone.
+"""
+
+import numpy as np
+
+from demo.digits import CENTRES, COLOURS, DIRECTIONS, Event, Scene
+
+Question = tuple[str, str, str]
+
+# {who} tells a digit by its colour or its kind: "the red digit", "the 7"
+DIGIT = ("Which digit is {who}?", "What digit is the {who} one?", "Name the {who} digit.")
+CLIP_DIGIT = ("Which digit crosses the frame?", "Which digit appears?", "What digit is in the video?")
+ONLY_COLOUR = ("What colour is the digit?", "Which colour does the digit have?", "Name the colour of the digit.")
+COLOUR = ("What colour is the {who}?", "Which colour does the {who} have?", "Name the colour of the {who}.")
+CLIP_COUNT = ("How many digits appear?", "How many digits cross the frame?", "Count the digits in the video.")
+WAY = ("Which way does the {who} go?", "In which direction does the {who} move?", "Where does the {who} move?")
+SECOND = (
+    "At which second does the {who} appear?",
+    "When does the {who} appear?",
+    "At what second do we first see the {who}?",
+)
+AFTER = (
+    "Which digit comes after the {who}?",
+    "What digit follows the {who}?",
+    "After the {who}, which digit comes next?",
+)
+BEFORE = (
+    "Which digit comes before the {who}?",
+    "What digit precedes the {who}?",
+    "Which digit is seen just before the {who}?",
+)
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+CAPTION = ("Describe the picture.", "What is in the picture?", "Describe what you see.")
+
+
+def clip_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
+    """All that can be asked of a short clip: also way, order and second."""
+    events = scene.events
+    asked = [("count", _say(rng, CLIP_COUNT), str(len(events)))]
+    for index, event in enumerate(events):
+        if len(events) == 1:
+            asked.append(("digit", _say(rng, CLIP_DIGIT), str(event.digit)))
+            asked.append(("colour", _say(rng, ONLY_COLOUR), event.colour))
+        asked.append(("digit", _say(rng, DIGIT, event.colour), str(event.digit)))
+        asked.append(("colour", _say(rng, COLOUR, str(event.digit)), event.colour))
+        asked.append(("way", _say(rng, WAY, _who(rng, scene, event)), event.direction))
+        asked.append(("second", _say(rng, SECOND, _who(rng, scene, event)), str(event.start)))
+        if index + 1 < len(events):
+            asked.append(("after", _say(rng, AFTER, _who(rng, scene, event)), str(events[index + 1].digit)))
+            asked.append(("before", _say(rng, BEFORE, _who(rng, scene, events[index + 1])), str(event.digit)))
+    return asked
+
+
+def long_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
+    """What can be asked of the one event of a long clip."""
+    (event,) = scene.events
+    return [
+        ("digit", _say(rng, CLIP_DIGIT), str(event.digit)),
+        ("colour", _say(rng, ONLY_COLOUR), event.colour),
+        ("way", _say(rng, WAY, "digit"), event.direction),
+    ]
+
+
+def caption(rng: np.random.Generator, scene: Scene) -> Question:
+    """The words for a picture: colour, kind and which ninth of the picture the digit is in."""
+    words = "nothing"
+    for event in scene.events:
+        column, row = (3 * CENTRES.index(at) // len(CENTRES) for at in event.path[0])
+        words = f"{event.colour} {event.digit} {ROWS[row]} {COLUMNS[column]}"
+    return "caption", _say(rng, CAPTION), words
+
+
+def corpus() -> list[str]:
+    """Every phrasing with every word that it may hold, and every answer: what the tokenizers are made from."""
+    digits, colours = [str(n) for n in range(10)], list(COLOURS)
+    forms = [f for v in globals().values() if isinstance(v, tuple) and v not in (ROWS, COLUMNS) for f in v]
+    names = digits + [f"{c} digit" for c in colours] + ["digit"]
+    lines = [form.format(who=who) for form in forms for who in names]
+    answers = digits + colours + list(DIRECTIONS) + ["nothing"]
+    captions = [f"{c} {d} {y} {x}" for c in colours for d in digits for y in ROWS for x in COLUMNS]
+    return lines + answers + captions
+
+
+def _say(rng: np.random.Generator, phrasings: tuple[str, ...], who: str = "") -> str:
+    return phrasings[rng.integers(len(phrasings))].format(who=who)
+
+
+def _who(rng: np.random.Generator, scene: Scene, event: Event) -> str:
+    """A way to tell this digit from the others."""
+    names = [f"{event.colour} digit", str(event.digit)] + ["digit"] * (len(scene.events) == 1)
+    return names[rng.integers(len(names))]
