@@ -18,21 +18,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from conversion.stored_tensor import CheckpointError
+from llamavid_jax.checkpoint import nest
 
 CHUNK_BYTES = 32 << 20
 GATHER_BYTES = 4 << 20
-
-
-def nest(leaves: Mapping[str, object]) -> dict:
-    """`{"a.b": x}` → `{"a": {"b": x}}`."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split(".")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
 
 
 def create(

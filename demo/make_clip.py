@@ -1,4 +1,4 @@
-"""Makes `space.mp4`, the clip of `make demo`: three shots with slow pans and zooms over public-domain photographs.
+"""Makes `space.mp4`, a clip with real pictures: three shots with slow pans and zooms over public-domain photographs.
 
     pip install --no-deps scikit-image==0.26.0 && python demo/make_clip.py
 

@@ -119,6 +119,18 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
             ) from error
 
 
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a.b": x}` → `{"a": {"b": x}}`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
+
+
 def string_keys(tree: Any) -> Any:
     """Orbax keeps string keys only; lists of layers have integers."""
     return {str(key): string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from llamavid_jax.checkpoint import check_params, load_weights, parse_dtype, save_weights
 from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import TEXT, Row, bucket, merge_row, pad_rows
+from llamavid_jax.data.batching import FRAME_CHUNK, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.tokenize import Tokenizer
 from llamavid_jax.generation.encode import encode_visuals, frame_features, token_places
@@ -35,7 +35,7 @@ from llamavid_jax.generation.request import (
 )
 from llamavid_jax.generation.sampling import Sampling
 from llamavid_jax.generation.stopping import RowText
-from llamavid_jax.models.llama_vid import LlamaVid, forward, next_token_loss
+from llamavid_jax.models.llama_vid import LlamaVid, attend_frames, forward, next_token_loss
 from llamavid_jax.processor import check_tokenizers, load_tokenizers
 from llamavid_jax.sharding import flat_paths, param_shardings
 
@@ -134,6 +134,25 @@ class LLaMAVIDLlavaForConditionalGeneration:
         if not chunks:
             raise RequestError("pixel_values hold no frame; give at least one")
         return np.concatenate(chunks)
+
+    def context_attention(self, pixel_values: Frames, prompt: str) -> np.ndarray:
+        """Where in each frame the question looks: float32 `[F, S, S]` over the S × S patches, summing to 1 a frame.
+
+        The weights of the paper's context token (section 3.2), averaged over the queries.
+        """
+        if self.qformer_tokenizer is None:
+            raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
+        features = self.vision_features(pixel_values)
+        text_ids, text_mask = (array[0] for array in self.qformer_tokenizer([prompt]))
+        chunks = []
+        with self._on_mesh():
+            for start in range(0, len(features), FRAME_CHUNK):
+                chunk = features[start : start + FRAME_CHUNK]
+                padded = pad_to(chunk, chunk_size(len(chunk)))
+                weights = attend_frames(self.graphdef, self.params, padded, text_ids, text_mask)
+                chunks.append(np.asarray(weights)[: len(chunk)])
+        side = self.config.vision_tower_config.side
+        return np.concatenate(chunks).reshape(-1, side, side)
 
     def visual_tokens(
         self,

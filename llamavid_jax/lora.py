@@ -46,6 +46,7 @@ class LoraConfig:
     alpha: int = 16
     dropout: float = 0.05
     targets: list = dataclasses.field(default_factory=lambda: list(TARGETS))
+    base: str = "float"
 
     def __post_init__(self):
         check_fields(self, "lora.")

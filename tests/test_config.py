@@ -163,6 +163,7 @@ BAD = {
     "text_config.tie_word_embeddings is 1": {**OWN, "text_config": {"tie_word_embeddings": 1}},
     "text_config is 3; a mapping": {**OWN, "text_config": 3},
     "compress_type is 'median'": {**OWN, "compress_type": "median"},
+    "frame_tokens is 'none'": {**OWN, "frame_tokens": "none"},
     "compress_type is 'grid:1'": {**OWN, "compress_type": "grid:1"},
     "compress_type is 'grid:17'": {**OWN, "compress_type": "grid:17"},
     "mm_projector_type is 'mlp0x_gelu'": {**OWN, "mm_projector_type": "mlp0x_gelu"},

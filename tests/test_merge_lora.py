@@ -7,9 +7,10 @@ import pytest
 import torch
 from converted import CONFIG, ORIGINAL, convert, restore
 
-from conversion import merge_lora, orbax_store
+from conversion import merge_lora
 from conversion.weight_table import weight_table
 from llamavid_jax import lora
+from llamavid_jax.checkpoint import nest
 from llamavid_jax.conditional_generation import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.peft_adapter import peft_tensors, save_adapter
 from llamavid_jax.sharding import flat_paths
@@ -72,7 +73,7 @@ def test_our_own_adapter_merges_as_in_memory(base, updates, tmp_path):
     for name, tensor in peft_tensors(LORA, CONFIG.text_config).items():
         stack = params.setdefault(tensor.path, np.zeros((layers, *tensor.ours), np.float32))
         stack[tensor.layer] = updates[name].T.reshape(tensor.ours)
-    tree = orbax_store.nest(params)
+    tree = nest(params)
     save_adapter(tmp_path / "adapter", tree, LORA, CONFIG.text_config)
     merge_lora.merge(base, tmp_path / "adapter", tmp_path / "out")
     after, wanted = restore(tmp_path / "out"), flat_paths(lora.merge_lora(tree, LORA))

@@ -38,8 +38,8 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
         "(x.astype(jnp.float32)[..., ::2], x.astype(jnp.float32)[..., 1::2])",
     ),
     "rotation the other way": (llama_error, ROTARY, "jnp.sin(angles)", "-jnp.sin(angles)"),
-    "no rotation": (llama_error, LLAMA, "rotate(self.q(x), angles), rotate(self.k(x), angles)", "self.q(x), self.k(x)"),
-    "rotated values": (llama_error, LLAMA, "self.v(x)\n", "rotate(self.v(x), angles)\n"),
+    "no rotation": (llama_error, LLAMA, "rotate(self.q(x), rotation), rotate(self.k(x), rotation)", "self.q(x), self.k(x)"),
+    "rotated values": (llama_error, LLAMA, "self.v(x)\n", "rotate(self.v(x), rotation)\n"),
     "no 1/sqrt(H)": (llama_error, ATTENTION, " * size**-0.5", ""),
     "1/sqrt(D)": (llama_error, ATTENTION, "size**-0.5", "(size * heads) ** -0.5"),
     "key-value heads in turn": (
@@ -64,8 +64,8 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
     "parallel halves": (
         llama_error,
         LLAMA,
-        "x = x + self.attn(self.attn_norm(x), angles, attend)\n        return x +",
-        "return x + self.attn(self.attn_norm(x), angles, attend) +",
+        "x = x + self.attn(self.attn_norm(x), rotation, attend)\n        return x +",
+        "return x + self.attn(self.attn_norm(x), rotation, attend) +",
     ),
     # the vision tower
     "vision epsilon 1e-5": (vision_error, VISION, "epsilon=config.layer_norm_eps", "epsilon=1e-5"),

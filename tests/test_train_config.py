@@ -80,7 +80,7 @@ def test_every_recipe_builds(file):
     assert file.parent != CONFIGS or config.training.batch_size // config.training.micro_batches % ways == 0
     for shape in config.data.shapes:  # a visual token for each pair fits the row, and the attention kernel takes it
         assert shape.pairs * model_config.tokens_per_frame <= shape.tokens * (1 if shape.frames > 1 else 2)
-        assert shape.tokens % 128 == 0
+        assert shape.tokens % 128 == 0 or file.parent.name == "demo"  # which is for a CPU
 
 
 def test_every_script_has_a_recipe_and_its_numbers():

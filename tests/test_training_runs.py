@@ -160,9 +160,11 @@ def test_stages_follow_one_another(folder, env, whole):
     assert changed and all(path.startswith(("llama.", "visual_tokens.projector.")) for path in changed)
 
 
-def test_lora_trains_saves_and_resumes(folder, env, whole):
+@pytest.mark.parametrize("base", ["float", "nf4"])
+def test_lora_trains_and_saves(base, folder, env, whole):
+    """Updates over kernels as they are, or in four bits, which go into the whole kernels at the end."""
     data, tokenizers = folder / "data" / "data.json", folder / "tokenizers"
-    output = folder / "lora"
+    output = folder / f"lora-{base}"
     run(
         command(
             "tiny/lora.yaml",
@@ -170,6 +172,7 @@ def test_lora_trains_saves_and_resumes(folder, env, whole):
             tokenizers,
             output,
             "training.steps=3",
+            f"lora.base={base}",
             f"start.model={whole / 'model'}",
             "model=",
             "data.tokenizer=",

@@ -77,6 +77,16 @@ def test_the_context_token_comes_first():
     assert relative_error(tokens[0], patches.mean(0)) > 0.1
 
 
+@pytest.mark.parametrize("compress_type", ["mean", "grid:2"])
+def test_one_kind_of_token_alone_is_that_part_of_both(compress_type):
+    patches = jnp.asarray(features_of(CONFIG, 1.0, has_cls=False)[0])
+    both = ours(configured(compress_type), 0.2).visual_tokens(patches, random_queries())
+    for kind, part in (("context", both[:1]), ("content", both[1:])):
+        config = configured(compress_type, frame_tokens=kind)
+        assert config.tokens_per_frame == len(part)
+        np.testing.assert_array_equal(ours(config, 0.2).visual_tokens(patches, random_queries()), part)
+
+
 def test_context_attention_is_what_the_context_token_saw():
     visual_tokens = ours(CONFIG, 0.2).visual_tokens
     patches = jnp.asarray(features_of(CONFIG, 1.0, has_cls=False)[0])

@@ -18,7 +18,7 @@ from llamavid_jax.config import LlamaConfig
 from llamavid_jax.models import stack
 from llamavid_jax.models.kv_cache import KVCache
 from llamavid_jax.models.linear import Linear
-from llamavid_jax.models.rotary import rotary_angles, rotate
+from llamavid_jax.models.rotary import rotary, rotate
 from llamavid_jax.sharding import constrain
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of the new positions → attended
@@ -34,9 +34,9 @@ class Attention(nnx.Module):
         self.out = linear((config.num_attention_heads, size), width, axis=(-2, -1))
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Float[Array, "#B T h"], attend: Attend
+        self, x: Float[Array, "B T D"], rotation: Float[Array, "2 #B T h"], attend: Attend
     ) -> Float[Array, "B T D"]:
-        q, k, v = rotate(self.q(x), angles), rotate(self.k(x), angles), self.v(x)
+        q, k, v = rotate(self.q(x), rotation), rotate(self.k(x), rotation), self.v(x)
         return self.out(attend(q, k, v))
 
 
@@ -60,10 +60,10 @@ class Layer(nnx.Module):
         self.mlp = GatedMlp(config, **dtypes, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Float[Array, "#B T h"], attend: Attend
+        self, x: Float[Array, "B T D"], rotation: Float[Array, "2 #B T h"], attend: Attend
     ) -> Float[Array, "B T D"]:
         x = constrain(x, "batch", "sequence", None)
-        x = x + self.attn(self.attn_norm(x), angles, attend)
+        x = x + self.attn(self.attn_norm(x), rotation, attend)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -78,8 +78,8 @@ class Llama(nnx.Module):
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **dtypes, rngs=rngs)
         self.config, self.remat = config, remat
 
-    def angles(self, positions: Int[Array, "B T"]) -> Float[Array, "B T h"]:
-        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_factor)
+    def rotation(self, positions: Int[Array, "B T"]) -> Float[Array, "2 B T h"]:
+        return rotary(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_factor)
 
     @jax.named_scope("llama")
     def __call__(
@@ -101,7 +101,7 @@ class Llama(nnx.Module):
         return hidden, KVCache.from_prefill(k, v, cache_length)
 
     def _causal(self, x, segment_ids, positions, *, keep_cache: bool):
-        angles = self.angles(jnp.arange(x.shape[1])[None] if positions is None else positions)
+        rotation = self.rotation(jnp.arange(x.shape[1])[None] if positions is None else positions)
 
         def apply(layer: Layer, x: jax.Array):
             seen = None
@@ -111,7 +111,7 @@ class Llama(nnx.Module):
                 seen = (k, v) if keep_cache else None
                 return attention(q, k, v, causal=True, segment_ids=segment_ids)
 
-            return layer(x, angles, attend), seen
+            return layer(x, rotation, attend), seen
 
         x, seen = stack.scan(apply, self.layers, x, self.remat)
         return self.norm(x), seen
@@ -121,7 +121,7 @@ class Llama(nnx.Module):
         self, x: Float[Array, "B 1 D"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
         """One new position of every row: row b's stands at `positions[b]` and sees the slots up to it."""
-        angles = self.angles(positions[:, None])
+        rotation = self.rotation(positions[:, None])
         visible = jnp.arange(cache.k.shape[2])[None, :] <= positions[:, None]
         for index in range(self.config.num_hidden_layers):
 
@@ -130,7 +130,7 @@ class Llama(nnx.Module):
                 cache = cache.write(index, positions, k, v)
                 return attention(q, cache.k[index], cache.v[index], mask=visible[:, None, None, :])
 
-            x = stack.layer(self.layers, index)(x, angles, attend)
+            x = stack.layer(self.layers, index)(x, rotation, attend)
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

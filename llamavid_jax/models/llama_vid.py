@@ -115,6 +115,19 @@ def compress_frames(
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def attend_frames(
+    graphdef, params, features: Float[Array, "F P E"], text_ids: Int[Array, " T"], text_mask: Bool[Array, " T"]
+) -> Float[Array, "F p"]:
+    """Where in each frame the question looks: the context token's weights over the patches.  CLS first, not weighed."""
+    model = nnx.merge(graphdef, params)
+
+    def attend(features: jax.Array) -> jax.Array:
+        return model.visual_tokens.context_attention(features[1:], model.qformer(features, text_ids, text_mask))
+
+    return jax.vmap(attend)(features)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def forward(graphdef, params, token_ids, visual, visual_index) -> Float[Array, "B T V"]:
     """Logits of whole rows."""
     return nnx.merge(graphdef, params)(token_ids, visual, visual_index)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llamavid_jax.checkpoint import load_part, load_weights, parse_dtype, save_part, save_weights
+from llamavid_jax.checkpoint import load_part, load_weights, nest, parse_dtype, save_part, save_weights
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.tokenize import Tokenizer
@@ -26,7 +26,7 @@ from llamavid_jax.peft_adapter import save_adapter
 from llamavid_jax.processor import check_tokenizers, load_tokenizers
 from llamavid_jax.sharding import flat_paths, make_mesh, param_axes, parse_mesh, partition_spec
 from llamavid_jax.training.config import TrainConfig
-from llamavid_jax.training.structure import Structure, nested
+from llamavid_jax.training.structure import Structure
 from llamavid_jax.training.trainable import trainable_paths
 
 
@@ -61,13 +61,13 @@ class Start:
         if lora:
             if lora.base != "float":  # the updates go into the kernels as they were
                 params = flat_paths(load_weights(self.run.start.model, self.config, dtype, self.mesh)) | trained
-            params = flat_paths(merge_lora(nested(params), lora))
+            params = flat_paths(merge_lora(nest(params), lora))
             updates = {path: value for path, value in trained.items() if fnmatch.fnmatchcase(path, ADAPTERS)}
             updates = multihost_utils.process_allgather(updates, tiled=True)
             if jax.process_index() == 0:
                 save_adapter(adapter, updates, lora, self.config.text_config)
             trained = {path: value for path, value in trained.items() if path not in updates}
-        save_weights(folder, nested({path: value.astype(dtype) for path, value in params.items()}))
+        save_weights(folder, nest({path: value.astype(dtype) for path, value in params.items()}))
         if self.frozen and trained:
             save_part(adapter, trained)
 
@@ -114,12 +114,13 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
         path: NamedSharding(mesh, partition_spec(leaf.shape, axes[path], mesh))
         for path, leaf in structure.shapes.items()
     }
-    tokenizers = load_tokenizers(config.data.tokenizer or config.start.model)
-    check_tokenizers(model_config, *tokenizers, config.data.tokenizer or config.start.model)
-    if None in tokenizers:
+    folder = config.data.tokenizer or config.start.model
+    tokenizers = load_tokenizers(folder)
+    check_tokenizers(model_config, *tokenizers, folder)
+    if not folder or None in tokenizers:
         raise ConfigError(
-            f"{config.data.tokenizer or 'start.model'} lacks the LLaMA or the Q-Former tokenizer; training needs both: "
-            "give a folder with data.tokenizer"
+            f"{folder or 'the run'} has not both tokenizers, LLaMA's and the Q-Former's; give a folder with them: "
+            "start.model, or data.tokenizer"
         )
     kinds = {path: jnp.float32 if path in trains else dtype for path in structure.shapes}
 

@@ -1,6 +1,5 @@
 """The model's structure without its parameters, which training keeps as dicts by path: trained ones and frozen ones."""
 
-from typing import Any
 
 import jax
 from flax import nnx
@@ -23,15 +22,3 @@ class Structure:
         by_path = {path: value for some in params for path, value in some.items()}
         leaves = [by_path[path] for path in self.shapes]
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, leaves))
-
-
-def nested(by_path: dict[str, Any]) -> dict[str, Any]:
-    """`{"llama.norm.scale": x}` → `{"llama": {"norm": {"scale": x}}}`, as checkpoints hold it; numbers name layers."""
-    tree: dict[str, Any] = {}
-    for path, value in by_path.items():
-        *folders, name = (int(part) if part.isdigit() else part for part in path.split("."))
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = value
-    return tree
