@@ -121,8 +121,8 @@ def main() -> None:
             records = pool.map(draw, [(name, number) for number in range(count)], chunksize=16)
             if name == "instruct":
                 clips = records
-            if name == "long":  # stage 3 goes on with the short clips beside them
-                records += clips
+            if name == "long":  # stage 3 goes on with a part of the short clips, so that nothing is forgotten
+                records += clips[:count]
             (arguments.out / f"{name}.json").write_text(json.dumps(records) + "\n")
             print(f"{name}: {len(records)} records", flush=True)
 
