@@ -57,6 +57,8 @@ def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
     weights = np.array([WEIGHT.get(question, 1.0) for question, _, _ in asked])
     count = min(TURNS.get(name, 1), len(asked))
     chosen = [asked[i] for i in rng.choice(len(asked), count, replace=False, p=weights / weights.sum())]
+    if name == "instruct":  # a clip's whole story teaches more than single words do
+        chosen[-1:] = [questions.clip_caption(rng, scene)]
     return record(f"{name}-{number}", path, chosen, test)
 
 
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=30000, help="pictures of pretrain.json")
     parser.add_argument("--align", type=int, default=6000, help="pictures of align.json")
     parser.add_argument("--clips", type=int, default=8000, help="short clips of instruct.json")
-    parser.add_argument("--long", type=int, default=1500, help="long clips of long.json")
+    parser.add_argument("--long", type=int, default=800, help="long clips of long.json")
     parser.add_argument(
         "--tests", type=int, default=400, help="held-out short clips, as many pictures, a quarter as many long clips"
     )

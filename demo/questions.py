@@ -32,6 +32,7 @@ BEFORE = (
     "Which digit is seen just before the {who}?",
 )
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+CLIP_CAPTION = ("Describe the video.", "What happens in the video?")
 CAPTION = ("Describe the picture.", "What is in the picture?", "Describe what you see.")
 
 
@@ -51,6 +52,12 @@ def clip_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
             asked.append(("after", _say(rng, AFTER, _who(rng, scene, event)), str(events[index + 1].digit)))
             asked.append(("before", _say(rng, BEFORE, _who(rng, scene, events[index + 1])), str(event.digit)))
     return asked
+
+
+def clip_caption(rng: np.random.Generator, scene: Scene) -> Question:
+    """All that happens in a short clip: when, colour, kind and way of every digit, in order."""
+    words = [f"second {event.start} {event.colour} {event.digit} {event.direction}" for event in scene.events]
+    return "caption", _say(rng, CLIP_CAPTION), " ".join(words)
 
 
 def long_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:

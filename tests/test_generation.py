@@ -364,3 +364,16 @@ def _replace(config, **values):
     import dataclasses
 
     return dataclasses.replace(config, **values)
+
+
+def test_where_a_question_looks(tiny_model):
+    """One map a frame, in chunks as in one piece, that another question changes."""
+    side = tiny_model.config.vision_tower_config.image_size
+    pixels = np.random.default_rng(0).normal(size=(9, 3, side, side)).astype(np.float32)
+    weights = tiny_model.context_attention(pixels, "what is the man doing?")
+    assert weights.shape == (9, 4, 4) and weights.min() >= 0
+    np.testing.assert_allclose(weights.sum((1, 2)), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        tiny_model.context_attention(pixels[:1], "what is the man doing?"), weights[:1], rtol=1e-4
+    )
+    assert np.abs(tiny_model.context_attention(pixels, "where") - weights).max() > 1e-4

@@ -38,7 +38,12 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
         "(x.astype(jnp.float32)[..., ::2], x.astype(jnp.float32)[..., 1::2])",
     ),
     "rotation the other way": (llama_error, ROTARY, "jnp.sin(angles)", "-jnp.sin(angles)"),
-    "no rotation": (llama_error, LLAMA, "rotate(self.q(x), rotation), rotate(self.k(x), rotation)", "self.q(x), self.k(x)"),
+    "no rotation": (
+        llama_error,
+        LLAMA,
+        "rotate(self.q(x), rotation), rotate(self.k(x), rotation)",
+        "self.q(x), self.k(x)",
+    ),
     "rotated values": (llama_error, LLAMA, "self.v(x)\n", "rotate(self.v(x), rotation)\n"),
     "no 1/sqrt(H)": (llama_error, ATTENTION, " * size**-0.5", ""),
     "1/sqrt(D)": (llama_error, ATTENTION, "size**-0.5", "(size * heads) ** -0.5"),

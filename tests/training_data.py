@@ -61,10 +61,14 @@ def command(config: str, data: Path, tokenizers: Path, output: Path, *extra: str
 
 
 def environment(devices: int, cache: Path) -> dict[str, str]:
-    """`devices` simulated ones, and compiled programs kept in `cache` from one process to the next."""
+    """`devices` simulated ones, and compiled programs kept in `cache` from one process to the next.
+
+    Programs are compiled without optimisation: that is most of the time of runs so small.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }

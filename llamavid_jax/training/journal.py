@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from llamavid_jax.data.batching import Batch
@@ -45,6 +46,7 @@ class Journal:
         self.throughput = Throughput()
         self.trains = {part: any(path.startswith(part) for path in start.trained) for part in PARTS}
         self.pending: list[tuple[int, StepMetrics, Upcoming]] = []
+        self.since_log: list[dict[str, float]] = []  # the steps that the next line of the log is the mean of
         self.bad_steps = self.bad_in_a_row = self.skipped = self.truncated = self.samples = 0
         console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, start.config.tokens_per_frame))
         self._note_skipped(sizes.broken if first_step == 0 else [])
@@ -66,10 +68,13 @@ class Journal:
         self._note_skipped(seen.loaded.skipped)
         if values.pop("finite"):
             self.bad_in_a_row = 0
+            self.since_log.append(values)
         else:
             self._note_bad(step, values, seen.loaded.ids)
         self._count(seen)
         if (step + 1) % self.config.training.log_every == 0 or step + 1 == self.steps:
+            means = {name: float(np.mean([one[name] for one in self.since_log or [values]])) for name in values}
+            values, self.since_log = means | {"learning_rate": values["learning_rate"]}, []
             counts = {"skipped_steps": self.bad_steps, "skipped_samples": self.skipped, "truncated": self.truncated}
             self.metrics.log(step + 1, values | {k: n for k, n in counts.items() if n} | self.throughput.read())
 

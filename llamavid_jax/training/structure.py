@@ -1,6 +1,5 @@
 """The model's structure without its parameters, which training keeps as dicts by path: trained ones and frozen ones."""
 
-
 import jax
 from flax import nnx
 
