@@ -19,7 +19,7 @@ demo: .venv/ready
 	  --max-new-tokens 16 --dtype float32
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest -n 2 -m "not real"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real"
 
 test-real: .venv/ready-real
 	$(BIN)/python -m pytest tests/real

@@ -75,11 +75,6 @@ def test_accumulation_changes_nothing(micro_batches, single):
     close(run(dataclasses.replace(LOOP, micro_batches=micro_batches)), single, rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full"])
-def test_rematerialisation_changes_nothing(remat, single):
-    close(run(dataclasses.replace(LOOP, remat=remat)), single, rtol=1e-5)
-
-
 def test_packed_rows_equal_separate_rows():
     """Losses and gradients of three samples in one row and in three."""
     samples = [example(20, 2, 17), example(21, 0, 12), example(22, 1, 15, questions=2)]

@@ -200,15 +200,6 @@ def test_broken_samples_are_named_and_too_many_stop_the_run(folder, env):
     assert {row["id"] for row in skipped} == {"sample 0"}
 
 
-def test_held_out_set_and_profile(folder, env):
-    output, data = folder / "evaluated", folder / "data" / "data.json"
-    arguments = command(STAGE2, data, folder / "tokenizers", output, "training.steps=6", "training.evaluate_every=3")
-    run([*arguments, f"data.evaluation_path={data}", "--profile"], env)
-    lines = [line for line in metrics_lines(output) if "evaluation_loss" in line]
-    assert [line["step"] for line in lines] == [3, 6] and lines[1]["evaluation_loss"] < lines[0]["evaluation_loss"]
-    assert list((output / "profile").rglob("*.xplane.pb"))
-
-
 @pytest.mark.sharding
 def test_two_processes_equal_one(folder, env):
     """Two processes of four devices each, over loopback, give one process of eight's losses; so does another mesh."""
