@@ -29,14 +29,16 @@ def test_the_flag_and_the_handlers(number):
 
 
 LOOP = """
-import sys, time
+import signal, time
 from llamavid_jax.training.preemption import Preemption
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 with Preemption() as preemption:
     print("ready", flush=True)
     while not preemption.requested():
         time.sleep(0.001)
     print("requested", flush=True)
-    time.sleep(30)
+    while True:  # Python acts on a signal between two statements: one long sleep could miss it
+        time.sleep(0.001)
 """
 
 
