@@ -12,11 +12,15 @@ BIN := .venv/bin
 	sh tests/real/install.sh $(BIN)/pip
 	touch $@
 
-.PHONY: demo test test-real lint clean
+.PHONY: demo demo-model test test-real lint clean
 demo: .venv/ready
-	$(BIN)/python -m demo.untrained_checkpoint build/untrained
-	$(BIN)/python infer.py --model build/untrained --video demo/space.mp4 --question "What is in the video?" \
-	  --max-new-tokens 16 --dtype float32
+	$(BIN)/python -m demo.show build/demo.png
+
+# Draws the data and trains the shipped model anew: about an hour and a half on two cores.
+demo-model: .venv/ready
+	$(BIN)/python -m demo.make_data build/demo_data
+	for stage in stage0_pretrain stage1_align stage2_instruct stage3_long_video; do \
+	  $(BIN)/python train.py --config configs/demo/$$stage.yaml || exit 1; done
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real"

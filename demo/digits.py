@@ -106,11 +106,16 @@ def _sprite(picture: int, angle: float) -> np.ndarray:
     return np.clip(1.25 * np.asarray(canvas.rotate(angle, Image.Resampling.BILINEAR)), 0, 1)
 
 
-def still(rng: np.random.Generator, test: bool) -> Scene:
-    """A picture of one digit, or of none in one of twenty."""
-    centre = tuple(rng.choice(CENTRES, 2).tolist())
-    looks = _looks(rng, test, int(rng.random() < 0.95))
-    return Scene(tuple(Event(**look, path=(centre, centre)) for look in looks), _background(rng))
+def still(rng: np.random.Generator, test: bool, count: int = 1) -> Scene:
+    """A picture of `count` digits that do not touch, or of none in one of twenty."""
+    places = []
+    while len(places) < count:
+        x, y = rng.choice(CENTRES, 2).tolist()
+        if all(max(abs(x - other[0]), abs(y - other[1])) >= SIZE for other in places):
+            places.append((x, y))
+    looks = _looks(rng, test, count if rng.random() < 0.95 else 0)
+    events = tuple(Event(**look, path=(place, place)) for look, place in zip(looks, places, strict=False))
+    return Scene(events, _background(rng))
 
 
 def clip(rng: np.random.Generator, test: bool, count: int) -> Scene:

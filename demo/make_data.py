@@ -1,10 +1,10 @@
 """Writes the demo's data: pictures, clips and long clips of digits, with questions, in LLaVA format.
 
-    python -m demo.make_data OUT [--pictures N] [--clips N] [--long N] [--tests N] [--seed S] [--processes P]
+    python -m demo.make_data OUT [--pictures N] [--align N] [--clips N] [--long N] [--tests N] [--seed S]
 
     OUT/{images,clips,long}/*.png, *.mp4
-    OUT/{pretrain,align,instruct,long}.json             training
-    OUT/{pretrain,instruct,long}_test.json              held out: other digit pictures; `types` of questions
+    OUT/{pretrain,refer,align,instruct,long}.json       training
+    OUT/{pretrain,refer,instruct,long}_test.json        held out: other digit pictures; `types` of questions
 
 Every sample has a generator of its own, from the seed and its name, so that the files do not depend on the number of
 processes.
@@ -37,9 +37,13 @@ def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
     name, number = task
     kind, test = name.removesuffix("_test"), name.endswith("_test")
     rng = np.random.default_rng([seed, zlib.crc32(name.encode()), number])
-    if kind in ("pretrain", "align"):
-        scene = digits.still(rng, test)
-        asked = [questions.caption(rng, scene)]
+    if kind in ("pretrain", "refer", "align"):
+        if kind == "pretrain":
+            scene = digits.still(rng, test)
+            asked = [questions.caption(rng, scene)]
+        else:
+            scene = digits.still(rng, test, int(rng.integers(1, 4)))
+            asked = [questions.reference(rng, scene)]
         path = f"images/{name}_{number:05}.png"
         picture = Image.fromarray(digits.frame(scene, 0)).resize((STILL_SIDE, STILL_SIDE), Image.Resampling.BICUBIC)
         picture.save(folder / path)
@@ -57,8 +61,8 @@ def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
     weights = np.array([WEIGHT.get(question, 1.0) for question, _, _ in asked])
     count = min(TURNS.get(name, 1), len(asked))
     chosen = [asked[i] for i in rng.choice(len(asked), count, replace=False, p=weights / weights.sum())]
-    if name == "instruct":  # a clip's whole story teaches more than single words do
-        chosen[-1:] = [questions.clip_caption(rng, scene)]
+    if name == "instruct":  # a clip's whole story teaches more than single words do; seldom it is asked for earlier
+        chosen[rng.integers(count) if rng.random() < 0.25 else -1] = questions.clip_caption(rng, scene)
     return record(f"{name}-{number}", path, chosen, test)
 
 
@@ -94,7 +98,7 @@ def main() -> None:
     """Writes everything, with two processes unless told otherwise."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pictures", type=int, default=30000, help="pictures of pretrain.json")
+    parser.add_argument("--pictures", type=int, default=30000, help="pictures of pretrain.json, and of refer.json")
     parser.add_argument("--align", type=int, default=6000, help="pictures of align.json")
     parser.add_argument("--clips", type=int, default=8000, help="short clips of instruct.json")
     parser.add_argument("--long", type=int, default=800, help="long clips of long.json")
@@ -108,10 +112,12 @@ def main() -> None:
         (arguments.out / name).mkdir(parents=True, exist_ok=True)
     counts = {
         "pretrain": arguments.pictures,
+        "refer": arguments.pictures,
         "align": arguments.align,
         "instruct": arguments.clips,
         "long": arguments.long,
         "pretrain_test": arguments.tests,
+        "refer_test": arguments.tests,
         "instruct_test": arguments.tests,
         "long_test": arguments.tests // 4,
     }

@@ -71,12 +71,33 @@ def long_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> Question:
-    """The words for a picture: colour, kind and which ninth of the picture the digit is in."""
-    words = "nothing"
-    for event in scene.events:
-        column, row = (3 * CENTRES.index(at) // len(CENTRES) for at in event.path[0])
-        words = f"{event.colour} {event.digit} {ROWS[row]} {COLUMNS[column]}"
-    return "caption", _say(rng, CAPTION), words
+    """The words for a picture of one digit: colour, kind and which ninth of the picture it is in."""
+    return "caption", _say(rng, CAPTION), _words(scene.events[0]) if scene.events else "nothing"
+
+
+def reference(rng: np.random.Generator, scene: Scene) -> Question:
+    """Any question that names a digit by colour or kind; the answer is that digit's caption, or nothing, if absent.
+
+    What the model sees first of questions: which part of a picture they are about.
+    """
+    if scene.events and rng.random() < 0.8:
+        event = scene.events[rng.integers(len(scene.events))]
+        colour, digit, words = event.colour, str(event.digit), _words(event)
+    else:
+        colour = rng.choice([colour for colour in COLOURS if all(event.colour != colour for event in scene.events)])
+        digit = str(rng.choice([n for n in range(10) if all(event.digit != n for event in scene.events)]))
+        words = "nothing"
+    phrasings, who = (
+        (DIGIT, colour),
+        (COLOUR, digit),
+        *((phrasings, who) for phrasings in (WAY, SECOND, AFTER, BEFORE) for who in (f"{colour} digit", digit)),
+    )[rng.integers(10)]
+    return "reference", _say(rng, phrasings, who), words
+
+
+def _words(event: Event) -> str:
+    column, row = (3 * CENTRES.index(at) // len(CENTRES) for at in event.path[0])
+    return f"{event.colour} {event.digit} {ROWS[row]} {COLUMNS[column]}"
 
 
 def corpus() -> list[str]:

@@ -162,14 +162,14 @@ def test_position_in_other_data_is_refused(data, reader):
         make_loader(data, reader, seed=6).set_state(state)
 
 
-def test_one_worker_process(data, reader):
+def test_worker_processes(data, reader):
     """The rows of threads, from the middle on; in a process of its own, as workers import the main module."""
     code = f"""
 import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
 if __name__ == "__main__":
     import test_loader as t
     reader = t.ExampleReader(t.load_tokenizer(t.GOLDEN / "text"), "imgsp_v1", 8, "pad", 2, 1.0, 0)
-    here, there = (t.make_loader({str(data)!r}, reader, processes=n) for n in (0, 1))
+    here, there = (t.make_loader({str(data)!r}, reader, processes=n) for n in (0, 2))
     batches = list(here)
     passes = iter(here); next(passes), next(passes)
     there.set_state(here.get_state())
@@ -239,15 +239,17 @@ def test_sizes_are_cached_until_something_changes(tmp_path, reader, monkeypatch)
     size = ExampleReader.size
     monkeypatch.setattr(ExampleReader, "size", lambda self, *record: measured.append(record[1]) or size(self, *record))
 
-    def read(reader=reader):
+    def read(reader=reader, media="", **options):
         measured.clear()
-        return read_sizes(read_records(path), reader, path, cache)
+        return read_sizes(read_records(path, media), reader, path, cache, **options)
 
     first = read()
     assert sorted(measured) == list(range(30)) and [one["id"] for one in first.broken] == ["sample5"]
     again = read()
     assert measured == [5] and len(again.broken) == 1 and again.fingerprint() == first.fingerprint()
-    (tmp_path / "away.npz").rename(tmp_path / "5.npz")  # what was missing has come
+    (tmp_path / "away.npz").rename(tmp_path / "5.npz")  # what was missing has come: not for a run that goes on
+    resumed = read(retry=False)
+    assert measured == [] and resumed.broken == first.broken and resumed.fingerprint() == first.fingerprint()
     whole = read()
     assert measured == [5] and len(whole.broken) == 0 and whole.fingerprint() != first.fingerprint()
     assert read().fingerprint() == whole.fingerprint() and measured == []
@@ -256,6 +258,8 @@ def test_sizes_are_cached_until_something_changes(tmp_path, reader, monkeypatch)
     assert len(measured) == 30
     cache.write_bytes(cache.read_bytes()[:100])
     read()
+    assert len(measured) == 30
+    read(media=tmp_path / "elsewhere")
     assert len(measured) == 30
     path.write_text(path.read_text() + "\n")
     read()

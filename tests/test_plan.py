@@ -88,10 +88,29 @@ def test_smallest_bucket_that_holds_a_sample():
         SampleSize("features", 1, 1, 513),
     ]
     home, need, cut = fit(Sizes.of(sizes), shapes, TOKENS_PER_FRAME)
-    assert home.tolist() == [3, 1, 0, 0, 3, 2, 0, 0]
+    assert home.tolist() == [3, 1, 0, 0, 3, 2, 3, 0]
     assert cut.tolist() == [0, 0, 0, 1, 0, 0, 1, 0]
     assert need[:, 3].tolist() == [4096, 0, 0, 0]
     assert need[:, 6].tolist() == [512 - 3 * TOKENS_PER_FRAME, 2, 6, 3]
+
+
+def test_a_sample_larger_than_every_bucket():
+    """It goes where most of it stays, and frames give way before text does."""
+    shapes = [RowShape(1, 32, 32, 2048), RowShape(320, 320, 8, 2048)]
+    turns, film, clip = (
+        SampleSize("pixels", 1, 40, 1500),  # a picture asked about forty times
+        SampleSize("features", 1200, 1, 1200 * TOKENS_PER_FRAME + 500),
+        SampleSize("pixels", 100, 1, 100 * TOKENS_PER_FRAME + 2100),  # its text alone is too long
+    )
+    home, need, cut = fit(Sizes.of([turns, film, clip]), shapes, TOKENS_PER_FRAME)
+    assert home.tolist() == [0, 1, 1] and cut.tolist() == [1, 1, 1]
+    assert need[1:, 0].tolist() == [1, 32, 32]
+    shorter = [RowShape(1000, 1000, 8, 2048)]
+    _, need, _ = fit(Sizes.of([film]), shorter, TOKENS_PER_FRAME)
+    frames = (2048 - 500) // TOKENS_PER_FRAME
+    assert need[:, 0].tolist() == [500 + frames * TOKENS_PER_FRAME, frames, frames, 1]
+    _, need, cut = fit(Sizes.of([SampleSize("pixels", 2, 6, 200)]), [RowShape(4, 4, 8, 512)], TOKENS_PER_FRAME)
+    assert need[1:, 0].tolist() == [1, 4, 4] and cut.tolist() == [1]
 
 
 def test_frames_need_a_bucket():
@@ -153,7 +172,7 @@ def test_windows_lose_nothing(monkeypatch):
     assert counts[0] > counts[1]
 
 
-def test_schedule_runs_through_the_epochs():
+def test_schedule_runs_through_the_epochs(monkeypatch):
     sizes = mixed(200)
     schedule = Schedule(sizes, SHAPES, 8, TOKENS_PER_FRAME, 3, True)
     epochs = [plan(sizes, epoch=epoch) for epoch in range(4)]
@@ -162,6 +181,14 @@ def test_schedule_runs_through_the_epochs():
     order = np.random.default_rng(0).permutation(steps).tolist()  # any order of asking
     batches = [batch for epoch in epochs for batch in epoch]
     assert all(schedule[step] == batches[step] for step in order)
+    planned = []
+    monkeypatch.setattr(
+        "llamavid_jax.data.plan.plan_epoch", lambda *_, epoch, **__: planned.append(epoch) or epochs[epoch]
+    )
+    boundary = len(epochs[0])
+    for step in [boundary - 1, boundary, boundary - 2, boundary + 1, boundary - 1, boundary]:
+        assert schedule[step] == batches[step]  # readers around the end of an epoch do not plan it again and again
+    assert len(planned) <= 2
     assert collections.Counter(sample for step in range(steps) for row in schedule[step].rows for sample in row) == (
         dict.fromkeys(range(200), 4)
     )

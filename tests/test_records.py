@@ -91,6 +91,7 @@ def test_records_go_to_other_processes_without_their_content(tmp_path):
         ("a.json", b'[{"id": 1}, {"id"', "not a readable list.*column"),
         ("a.json", b'[{"id": 1} {"id": 2}]', "Expecting ','"),
         ("a.json", b'[{"id": 1}', "Expecting ','"),
+        ("a.json", b'[{"id": 1}]\n[{"id": 2}]', "Text after the list: line 2"),
         ("a.json", b'[{"id": "\xff"}]', "not a readable list.*utf-8"),
         ("a.json", b"[" * 100_000, "not a readable list"),
         ("a.json", b"\x80\x04]q\x00", "not a readable list"),

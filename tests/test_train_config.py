@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,7 @@ def test_overrides_are_yaml():
     assert recipe("lora", "lora=null").lora is None
     assert recipe("lora", "lora=null", "lora.dropout=5e-2").lora.rank == 64
     assert recipe("stage2_instruct", "output=1e5").output == "1e5"  # a folder's name is no number
+    assert recipe("stage2_instruct", "data.path=~/chat.json").data.path == os.path.expanduser("~/chat.json")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from training_cases import CONFIG, LOOP, OPTIMIZER, STAGES, batch, example, rand
 
 from llamavid_jax.data.batching import RowShape
 from llamavid_jax.sharding import make_mesh, param_axes, partition_spec
+from llamavid_jax.training import step
 from llamavid_jax.training.config import LoopConfig
 from llamavid_jax.training.start import batch_sharding
-from llamavid_jax.training.step import loss_sums, make_train_step
+from llamavid_jax.training.step import loss_sums, make_evaluate_step, make_train_step
 from llamavid_jax.training.trainable import trainable_paths
 
 SHAPE = RowShape(frames=3, pairs=6, questions=2, tokens=48)
@@ -57,7 +58,14 @@ def close(first, second, rtol):
     np.testing.assert_allclose(first[0], second[0], rtol=rtol)
 
 
-@pytest.mark.parametrize("stage", [1])
+def test_learns_and_moves_every_trained_parameter():
+    seen, after = run(steps=6)
+    assert seen[-1, 0] < 0.8 * seen[0, 0]
+    unmoved = {path for path, value in split(2)[0].items() if np.array_equal(value, after[path])}
+    assert not unmoved, unmoved
+
+
+@pytest.mark.parametrize("stage", [1, 3])
 def test_frozen_parameters_stay_as_they_are(stage):
     trained, frozen = split(stage)
     copies = {path: np.array(value) for path, value in frozen.items()}
@@ -70,9 +78,49 @@ def test_frozen_parameters_stay_as_they_are(stage):
     assert sum(leaf.size for leaf in arrays) == 2 * sum(value.size for value in trained.values())
 
 
-@pytest.mark.parametrize("micro_batches", [4])
+@pytest.mark.parametrize("micro_batches", [2, 4])
 def test_accumulation_changes_nothing(micro_batches, single):
     close(run(dataclasses.replace(LOOP, micro_batches=micro_batches)), single, rtol=1e-5)
+
+
+def test_mean_of_micro_batch_means(single):
+    """P20: rows with few labels weigh as much as rows with many."""
+    seen, _ = run(dataclasses.replace(LOOP, micro_batches=4, loss_weighting="micro_batch"), steps=1)
+    sums = make_evaluate_step(structure())
+    parts = [sums(*split(2), jax.tree.map(lambda x, n=n: x[n::4], batch(ROWS, SHAPE))) for n in range(4)]
+    assert float(seen[0, 0]) == pytest.approx(np.mean([part.loss / part.tokens for part in parts]), rel=1e-5)
+    assert abs(seen[0, 0] / single[0][0, 0] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_nothing(remat, single):
+    close(run(dataclasses.replace(LOOP, remat=remat)), single, rtol=1e-5)
+
+
+def test_dropout_differs_by_step_and_repeats():
+    """The same step draws the same again, another step other ones."""
+    trained, frozen = split(2)
+    seen = []
+    for number in (0, 0, 1):
+        now = state(trained)._replace(step=jnp.int32(number))
+        seen.append(float(compiled(dropout=True)(now, frozen, batch(ROWS, SHAPE))[1].loss))
+        trained, frozen = split(2)  # the step takes the state's memory over
+    assert seen[0] == seen[1] and abs(seen[2] - seen[0]) > 1e-4
+
+
+def test_chunks_of_frames_and_pairs(monkeypatch):
+    """Long videos go through the tower and the Q-Former in chunks, with the same numbers."""
+    long = batch([[example(30, 11, 20)], [example(31, 7, 20)]], RowShape(11, 11, 1, 64))
+    whole = make_evaluate_step(structure())(*split(2), long)
+    monkeypatch.setattr(step, "FRAME_CHUNK", 4)
+    monkeypatch.setattr(step, "PAIR_CHUNK", 4)
+    np.testing.assert_allclose(make_evaluate_step(structure())(*split(2), long).loss, whole.loss, rtol=1e-6)
+
+
+def test_evaluation_is_the_loss_of_the_step(single):
+    sums = make_evaluate_step(structure())(*split(2), batch(ROWS, SHAPE))
+    assert float(sums.loss / sums.tokens) == pytest.approx(single[0][0, 0], rel=1e-6)
+    assert 0 <= float(sums.correct) <= float(sums.tokens) == (batch(ROWS, SHAPE).labels[:, 1:] != -100).sum()
 
 
 def test_packed_rows_equal_separate_rows():
@@ -110,6 +158,14 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert int(after.optimizer[0].count) == 0
 
 
+def test_rows_without_labels_give_no_loss():
+    data = batch(ROWS, SHAPE)
+    data = data._replace(labels=np.full_like(data.labels, -100))
+    params, frozen = split(2)
+    _, metrics = compiled()(state(params), frozen, data)
+    assert float(metrics.loss) == 0 and float(metrics.grad_norm) == 0 and metrics.finite
+
+
 @pytest.mark.sharding
 @pytest.mark.parametrize(
     "sizes",
@@ -117,6 +173,8 @@ def test_a_step_that_is_not_finite_changes_nothing():
         {"fsdp": 8},
         {"tensor": 4},
         {"data": 2, "fsdp": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 2, "sequence": 4},
     ],
     ids=str,
 )

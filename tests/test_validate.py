@@ -18,6 +18,7 @@ def talk(*values):
     return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
 
 
+FEATURES = (3, 17, 64)  # frames, CLS and patches, width: those of the golden checkpoint
 ASKED = talk("<image>\nWhat?", "This.")
 
 
@@ -31,9 +32,9 @@ def media(tmp_path):
     Image.new("RGB", (400, 2)).save(folder / "strip.png")
     whole = write_clip(folder / "v.mp4", [index_frame(i) for i in range(90)], 10, container={"movflags": "faststart"})
     cut(whole, 0.6).rename(folder / "cut.mp4")
-    np.savez(folder / "f.npz", feats=np.ones((3, 5, 2), np.float16), inputs="<image>a" * 3)
-    np.savez(folder / "short.npz", feats=np.ones((3, 5, 2), np.float16), inputs="<image>a" * 2)
-    bad = np.ones((3, 5, 2), np.float16)
+    np.savez(folder / "f.npz", feats=np.ones(FEATURES, np.float16), inputs="<image>a" * 3)
+    np.savez(folder / "short.npz", feats=np.ones(FEATURES, np.float16), inputs="<image>a" * 2)
+    bad = np.ones(FEATURES, np.float16)
     bad[2] = np.inf
     np.savez(folder / "inf.npz", feats=bad)
     return folder
@@ -123,6 +124,23 @@ def test_decoding_finds_what_headers_hide(tmp_path, media):
     code, report = run(tmp_path, media, rows, "--decode")
     assert code == 1 and [check["index"] for check in report["broken"]] == [0, 1, 2]
     assert report["problems"] == {"unreadable": 3}
+
+
+def test_features_of_another_tower(tmp_path, media, model):
+    """Only a model can tell; in a run every such sample would be unreadable."""
+    np.savez(media / "other.npz", feats=np.ones((3, 17, 32), np.float16))
+    rows = [*GOOD, {"video": "other.npz", "conversations": ASKED}]
+    assert run(tmp_path, media, rows)[0] == 0
+    code, report = run(tmp_path, media, rows, "--model", model)
+    assert code == 1 and [check["problem"] for check in report["broken"]] == ["malformed"]
+    assert "16 patches of 32 numbers a frame, the model takes 16 of 64" in report["broken"][0]["reason"]
+
+
+def test_too_long_for_the_model(tmp_path, media, model):
+    long = {"conversations": talk("Hello.", "word " * 600 + "end")}
+    assert run(tmp_path, media, [*GOOD, long])[0] == 0
+    code, report = run(tmp_path, media, [*GOOD, long], "--model", model)
+    assert code == 1 and report["problems"] == {"oversized": 1} and "limit of 512" in report["broken"][0]["reason"]
 
 
 def test_oversized_and_untrained_samples(tmp_path, media, model):

@@ -35,8 +35,8 @@ from llamavid_jax.data.conversation import (
 )
 from llamavid_jax.data.images import pad_to_square, resize_and_crop
 from llamavid_jax.data.labels import TextExample, training_example
-from llamavid_jax.data.media import MediaError
-from llamavid_jax.data.records import DataError, Record, count_frames, decode, media_file, media_size
+from llamavid_jax.data.media import MediaError, local_file
+from llamavid_jax.data.records import DataError, Record, count_frames, decode, find_media, media_file, media_size
 from llamavid_jax.data.shards import MediaHeader
 from llamavid_jax.data.tokenize import Tokenizer, encode_with_images
 from llamavid_jax.data.video import check_fps, frame_stride
@@ -164,6 +164,8 @@ class ExampleReader:
 
     def _header(self, record: Record) -> MediaHeader:
         """Its frames are those sampled at `fps`."""
+        if record.kind == "image" and record.data is None:  # nothing in it matters here, but it must be there
+            local_file(find_media(record))
         if record.kind != "features":
             return MediaHeader(media_size(record, self.fps))
         with media_file(record) as path:

@@ -9,6 +9,7 @@ the row empty and is reported; the original puts a random other one there (D6).
 """
 
 import atexit
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ from llamavid_jax.data.plan import Schedule, fit
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.records import DataError
 from llamavid_jax.data.rows import lay_out_row
-from llamavid_jax.data.sizes import Sizes
+from llamavid_jax.data.sizes import KINDS, Sizes
 from llamavid_jax.errors import InputError
+
+READ_AHEAD = 2**34  # bytes of frames that wait at most, beside the batch in use; two batches where they are less
 
 
 class FrameLayout(NamedTuple):
@@ -176,23 +179,27 @@ class Loader:
             )
         self.schedule = Schedule(sizes, shapes, batch_size, reader.tokens_per_frame, seed, packing, shuffle)
         self.steps = steps or self.schedule.steps(epochs)
-        self._count, self._threads, self._processes = batch_size // process_count, threads, processes
-        self._rows = _Rows(self.schedule, process_index * self._count, self._count, self.steps)
+        self.rows, self._threads, self._processes = batch_size // process_count, threads, processes
+        self._source = _Rows(self.schedule, process_index * self.rows, self.rows, self.steps)
         room = fit(sizes, shapes, reader.tokens_per_frame)[1][1]
         self._read = _ReadRow(records, reader, qformer_tokenizer, question_tokens, frames, sizes, room)
+        kinds = {KINDS[kind] for kind in np.unique(sizes.kind)} & frames.keys()
+        frame_bytes = max((np.dtype(frames[k].dtype).itemsize * math.prod(frames[k].shape) for k in kinds), default=0)
+        row_bytes = frame_bytes * max(shape.frames for shape in shapes)
+        self._ahead = int(np.clip(READ_AHEAD // max(row_bytes, 1), 1, max(2 * self.rows, threads)))
         self._next = self._start = 0
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         self._next, self._start = self._start, 0
-        rows = grain.MapDataset.source(self._rows).slice(slice(self._next * self._count, None)).map(self._read)
-        ahead = max(2 * self._count, self._threads)  # two batches in memory beside the one in use
-        rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead))
+        rows = grain.MapDataset.source(self._source).slice(slice(self._next * self.rows, None)).map(self._read)
+        threads = min(self._threads, self._ahead)
+        rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._ahead))
         if self._processes:
             if not absl.flags.FLAGS.is_parsed():  # Grain reads its flags, which only an absl program parses
                 absl.flags.FLAGS.mark_as_parsed()
-            buffered = -(-ahead // self._processes)
+            buffered = -(-self._ahead // self._processes)
             rows = rows.mp_prefetch(grain.MultiprocessingOptions(self._processes, per_worker_buffer_size=buffered))
-        batches = iter(rows.batch(self._count, batch_fn=_stack))
+        batches = iter(rows.batch(self.rows, batch_fn=_stack))
         atexit.register(batches.close)  # of a pass that is still open at the end: Grain's workers hold shared memory
         try:
             for batch in batches:

@@ -4,10 +4,11 @@ Every row of a batch has the shape of one bucket (`RowShape`), so that all proce
 Packing fills rows by first fit, largest first, over windows of the shuffled samples: pictures and videos open rows of
 the smallest bucket that holds them, texts fill the room these leave and then open rows themselves.  Without packing a
 row is one sample, and the buckets do what the original's sampler does by length and modality (T7): rows of one batch
-are alike.
+cost the same.
 
-Deviations (P22): lengths are tokens, not words; one modality alone will do (B15); no batch mixes the remainders of two
-modalities.  The last batches are filled with empty rows, so that every sample is seen once an epoch.
+Deviations (P22): lengths are tokens, not words; one modality alone will do (B15); a text takes the cheapest bucket that
+holds it, which may be one of pictures, as its row costs no more there; rows of the last, incomplete batch of a bucket
+may join a larger one's.  The last batches are filled with empty rows, so that every sample is seen once an epoch.
 """
 
 import hashlib
@@ -52,11 +53,12 @@ def fit(
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, "4 N"], Int[np.ndarray, " N"]]:
     """Each sample's bucket, the (tokens, frames, pairs, questions) it takes there, and whether (1) it is cut to that.
 
-    The bucket is the cheapest that holds the sample, else the largest of its kind, which cuts it (P14).
+    The bucket is the one that keeps most of the sample, of equals the cheapest: the cheapest that holds it all, or for
+    a sample larger than every bucket the one that cuts least (P14).
     Raises InputError where there are frames but no bucket has room for any.
     """
-    home = np.full(len(sizes.kind), -1)
-    need = np.stack([sizes.tokens, sizes.frames, sizes.frames * sizes.questions, sizes.questions])
+    home, best = np.full((2, len(sizes.kind)), -1, np.int64)
+    taken = np.zeros((4, len(sizes.kind)), np.int32)
     for kind in np.unique(sizes.kind[sizes.kind != BROKEN]):
         of_kind = sizes.kind == kind
         fitting = [i for i, shape in enumerate(shapes) if kind == TEXT_ONLY or shape.frames]
@@ -64,16 +66,27 @@ def fit(
             raise InputError(
                 f"{of_kind.sum()} samples have {KINDS[kind]} but no bucket has frames; add one to data.buckets"
             )
-        fitting.sort(key=lambda i: _cost(shapes[i]), reverse=True)
-        home[of_kind] = max(fitting, key=lambda i: shapes[i].tokens) if kind == TEXT_ONLY else fitting[0]
-        for i in fitting:  # the cheapest comes last and wins
-            home[of_kind & (need <= _room(shapes[i])[:, None]).all(0)] = i
-    limit = np.stack([_room(shape) for shape in shapes], 1)[:, home]
-    questions = np.minimum(sizes.questions, limit[3])
-    frames = np.minimum(np.minimum(sizes.frames, limit[1]), limit[2] // np.maximum(questions, 1))
-    tokens = sizes.tokens - (sizes.frames - frames) * sizes.questions * tokens_per_frame
-    taken = np.stack([np.minimum(tokens, limit[0]), frames, frames * questions, questions])
+        for i in sorted(fitting, key=lambda i: _cost(shapes[i]), reverse=True):  # of equals the last one wins
+            kept = _kept(sizes, shapes[i], tokens_per_frame)
+            score = (kept[2].astype(np.int64) << 32) + kept[0]
+            better = of_kind & (score >= best)
+            home[better], best[better], taken[:, better] = i, score[better], kept[:, better]
+    need = np.stack([sizes.tokens, sizes.frames, sizes.frames * sizes.questions, sizes.questions])
     return home, taken, ((taken < need).any(0) & (sizes.kind != BROKEN)).astype(np.int8)
+
+
+def _kept(sizes: Sizes, shape: RowShape, tokens_per_frame: int) -> np.ndarray:
+    """The (tokens, frames, pairs, questions) of each sample that a row of `shape` has room for.
+
+    Frames give way before text does: a long film keeps its question and its answer, and loses frames.
+    """
+    asked = np.minimum(sizes.questions, min(shape.questions, shape.pairs))
+    frames = np.minimum(np.minimum(sizes.frames, shape.frames), shape.pairs // np.maximum(asked, 1))
+    text = sizes.tokens - sizes.frames * sizes.questions * tokens_per_frame
+    spared = np.maximum((shape.tokens - text) // np.maximum(sizes.questions * tokens_per_frame, 1), 1)
+    frames = np.where(text < shape.tokens, np.minimum(frames, spared), frames)
+    tokens = sizes.tokens - (sizes.frames - frames) * sizes.questions * tokens_per_frame
+    return np.stack([np.minimum(tokens, shape.tokens), frames, frames * asked, asked])
 
 
 def plan_epoch(
@@ -207,7 +220,7 @@ class Schedule:
             raise InputError(f"none of the {len(sizes.kind)} samples can be read; check the data's path and media")
         self.sizes, self.shapes, self.tokens_per_frame = sizes, shapes, tokens_per_frame
         self._settings = {"seed": seed, "packing": packing, "shuffle": shuffle, "batch_size": batch_size}
-        self._plans: dict[int, list[PlannedBatch]] = {}  # of two epochs at most
+        self._plans: dict[int, list[PlannedBatch]] = {}  # of the epochs on either side of a boundary, two at most
         self._starts = [0]  # first step of each epoch known so far
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
@@ -215,7 +228,7 @@ class Schedule:
         with _PLANNING:
             if epoch not in self._plans:
                 while len(self._plans) > 1:
-                    del self._plans[min(self._plans)]
+                    del self._plans[max(self._plans, key=lambda known: abs(known - epoch))]
                 self._plans[epoch] = plan_epoch(
                     self.sizes, self.shapes, tokens_per_frame=self.tokens_per_frame, epoch=epoch, **self._settings
                 )

@@ -59,9 +59,9 @@ class JsonRows(Sequence):
     """The values of a .json list or the lines of a .jsonl, parsed one at a time: `rows[i]` raises DataError."""
 
     def __init__(self, path: str | Path):
-        self.path = str(path)
         try:
-            content = local_file(path).read_bytes()
+            self.path = str(local_file(path))
+            content = Path(self.path).read_bytes()
             spans = _line_spans(content) if self.path.endswith(".jsonl") else _list_spans(content.decode())
         except MediaError as error:
             raise DataError(str(error)) from None
@@ -124,6 +124,8 @@ def _list_spans(text: str) -> list[tuple[int, int]]:
             at = skip(at + 1)
         elif not text.startswith("]", at):
             raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+    if skip(at + 1) < len(text):
+        raise json.JSONDecodeError("Text after the list", text, skip(at + 1))
     return spans
 
 

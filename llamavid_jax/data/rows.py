@@ -1,8 +1,9 @@
 """Examples that share a row -> the arrays of one row of a `Batch`: packing with segment ids, static shapes.
 
-Truncation happens here and nowhere else (P14): after expansion, a sample that is longer than the room left in its row
-loses its end; of a video with more frames than there is room for, evenly spaced frames stay (the first ones where its
-text names every token's place).  The original cuts the text before expansion and lets rows grow without limit.
+Truncation has one policy (P14): a video with more frames than its row has room for beside its text keeps evenly spaced
+ones (`plan.fit` says how many; here the first ones where the text names every token's place), and a sample whose text
+alone is too long loses its end, after expansion.  The original cuts the text before expansion and lets rows grow
+without limit.
 """
 
 from collections.abc import Sequence

@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import io
+import json
 import pickle
 import zipfile
 from collections.abc import Sequence
@@ -59,18 +60,19 @@ def read_sizes(
     data_path: str | Path | None = None,
     cache: str | Path | None = None,
     threads: int = 2,
+    retry: bool = True,
 ) -> Sizes:
     """Measures every record, or reads `cache` (an .npz file) where that was made from the same `data_path` and reader.
 
-    Records that were broken are measured again every time, as their media may have come since.  Raises InputError when
-    the cache cannot be written; what the reader raises for other reasons than bad input names the record.
+    Records that were broken are measured again, as their media may have come since; not with `retry` False: a run that
+    goes on keeps its plan.  Raises InputError when the cache cannot be written; what the reader raises for other
+    reasons than bad input names the record.
     """
     key = _key(records, reader, data_path) if cache is not None else b""
-    table = _cached(cache, key)
-    if table is None:
-        table = np.full((4, len(records)), BROKEN, np.int32)
-    missing = np.flatnonzero(table[0] == BROKEN)
-    broken = []
+    table, broken = _cached(cache, key) or (np.full((4, len(records)), BROKEN, np.int32), None)
+    missing = np.flatnonzero(table[0] == BROKEN) if retry or broken is None else np.array([], int)
+    if len(missing):
+        broken = []
     with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:
         chunks = [missing[start : start + _CHUNK].tolist() for start in range(0, len(missing), _CHUNK)]
         for chunk, sizes in zip(chunks, pool.map(lambda chunk: _measure(records, reader, chunk), chunks), strict=True):
@@ -79,12 +81,13 @@ def read_sizes(
                     broken.append(size)
                 else:
                     table[:, index] = KINDS.index(size.kind), size.frames, size.questions, size.tokens
-    if cache is not None and len(missing) > len(broken):
+    if cache is not None and len(missing):
         content = io.BytesIO()
-        np.savez(content, table=table, key=np.frombuffer(key, np.uint8))
+        reasons = json.dumps(broken).encode()
+        np.savez(content, table=table, key=np.frombuffer(key, np.uint8), broken=np.frombuffer(reasons, np.uint8))
         write_files(Path(cache).parent, {Path(cache).name: content.getvalue()})
     kind, frames, questions, tokens = table
-    return Sizes(kind.astype(np.int8), frames, questions, tokens, broken)
+    return Sizes(kind.astype(np.int8), frames, questions, tokens, broken or ())
 
 
 def _measure(records: Sequence, reader: ExampleReader, indices: Sequence[int]) -> list[SampleSize | dict]:
@@ -106,19 +109,21 @@ def _measure(records: Sequence, reader: ExampleReader, indices: Sequence[int]) -
 
 
 def _key(records: Sequence, reader: ExampleReader, data_path: str | Path | None) -> bytes:
-    """Changes with the data's files, the tokenizer, the template, fps, ...: all that a size depends on."""
+    """Changes with the data's files, the media's folder, the tokenizer, the template, ...: all that sizes depend on."""
     path = Path(data_path or "")
     files = sorted(path.iterdir()) if path.is_dir() and data_path else [path] if data_path else []
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((len(records), stats)).encode() + pickle.dumps(reader)).digest()
+    media = getattr(records, "media", "")  # shards hold their own
+    return hashlib.sha256(repr((len(records), stats, media)).encode() + pickle.dumps(reader)).digest()
 
 
-def _cached(cache: str | Path | None, key: bytes) -> np.ndarray | None:
-    """The table in the file, None where there is none, it is damaged, or made from something else."""
+def _cached(cache: str | Path | None, key: bytes) -> tuple[np.ndarray, list[dict[str, str]]] | None:
+    """Table and broken records in the file, None where there is none, it is damaged, or made from something else."""
     try:
         if cache is not None:
             with np.load(cache) as content:
-                return content["table"] if content["key"].tobytes() == key else None
+                if content["key"].tobytes() == key:
+                    return content["table"], json.loads(content["broken"].tobytes())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass
     return None

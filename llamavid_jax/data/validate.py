@@ -5,11 +5,11 @@
     missing     the medium's file is not there
     unreadable  it is there, but cannot be opened (or, with --decode, decoded to its end)
     malformed   the record or its conversation cannot be used, or gives nothing to train on
-    oversized   it has more than --max-tokens tokens after expansion: its end would be cut in training
+    oversized   it has more tokens after expansion than --max-tokens, by default than the model has positions
 
 A summary by kind follows: samples, frames, seconds, tokens.  Exit code 1 where something is broken, 2 for wrong
-arguments.  Without --model the conversations are checked but not tokenised.  Records are checked by threads, a few
-hundred at a time, so that memory does not grow with the data.
+arguments.  Without --model the conversations are checked but not tokenised, and features not compared with a model's.
+Records are checked by threads, a few hundred at a time, so that memory does not grow with the data.
 """
 
 import argparse
@@ -33,8 +33,9 @@ from rich.text import Text
 from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
 from llamavid_jax.data.conversation import ConversationError, template_named, training_turns
 from llamavid_jax.data.examples import ExampleReader, check_places, file_header, thinned_inputs
+from llamavid_jax.data.features import read_header
 from llamavid_jax.data.media import MediaError, check_size
-from llamavid_jax.data.records import Record, decode, find_media, media_file, media_size, read_records
+from llamavid_jax.data.records import DataError, Record, decode, find_media, media_file, media_size, read_records
 from llamavid_jax.data.tokenize import load_tokenizer
 from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.data.video import check_fps
@@ -59,13 +60,13 @@ class Check:
 
 
 class Validator:
-    """Checks single records.  `reader` None: conversations are checked without a tokenizer."""
+    """Checks single records.  What a model would take is checked where `reader` and what goes with it are set."""
 
-    def __init__(
-        self, template: str, fps: float, reader: ExampleReader | None, max_tokens: int | None, decode_all: bool
-    ):
-        self.template, self.fps, self.reader = template_named(template), fps, reader
-        self.max_tokens, self.decode_all = max_tokens, decode_all
+    def __init__(self, template: str, fps: float, decode_all: bool):
+        self.template, self.fps, self.decode_all = template_named(template), fps, decode_all
+        self.reader: ExampleReader | None = None
+        self.frame_shape: tuple[int, int] | None = None  # (P, E) of ready features
+        self.max_tokens: int | None = None
 
     def __call__(self, records: Sequence, index: int) -> Check:
         """Never raises for a bad sample."""
@@ -97,6 +98,13 @@ class Validator:
                     pass
             elif record.kind == "image":
                 _check_picture(path)
+            if record.kind == "features" and self.frame_shape:
+                header = read_header(path)
+                if (header.patches, header.width) != self.frame_shape:
+                    raise DataError(
+                        f"{path} holds {header.patches} patches of {header.width} numbers a frame, the model takes "
+                        f"{self.frame_shape[0]} of {self.frame_shape[1]}; make the features with its own tower"
+                    )
 
     def _check_text(self, record: Record, index: int) -> tuple[int, int]:
         """Frames of the medium, and tokens after expansion where there is a tokenizer."""
@@ -202,7 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--template", default="imgsp_v1", help="conversation format (imgsp_v1)")
     parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
     parser.add_argument("--model", metavar="DIR", help="a checkpoint folder: its tokenizer counts the tokens")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="longer samples are oversized; needs --model")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longer samples are oversized (the model's positions)"
+    )
     parser.add_argument("--decode", action="store_true", help="decode all media to their end, not their headers alone")
     parser.add_argument("--json", metavar="FILE", help="write summary and problems there")
     try:
@@ -210,8 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_fps(options.fps, "the data")
         if options.max_tokens is not None and (options.model is None or options.max_tokens < 1):
             parser.error(f"--max-tokens {options.max_tokens} needs a number above 0 and --model, to count tokens")
-        reader = _reader(options) if options.model else None
-        validator = Validator(options.template, options.fps, reader, options.max_tokens, options.decode)
+        config = LLaMAVIDLlavaConfig.from_pretrained(options.model) if options.model else None
+        validator = Validator(options.template, options.fps, options.decode)
+        if config is not None:
+            vision = config.vision_tower_config
+            validator.reader = _reader(options, config)
+            validator.frame_shape = (vision.num_patches, vision.hidden_size)
+            validator.max_tokens = options.max_tokens or config.text_config.max_length
         records = read_records(options.path, options.media)
         report = Report(options.fps)
         with warnings.catch_warnings():
@@ -230,8 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(report.problems))
 
 
-def _reader(options: argparse.Namespace) -> ExampleReader:
-    config = LLaMAVIDLlavaConfig.from_pretrained(options.model)
+def _reader(options: argparse.Namespace, config: LLaMAVIDLlavaConfig) -> ExampleReader:
     return ExampleReader(
         load_tokenizer(options.model),
         options.template,

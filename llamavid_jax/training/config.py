@@ -9,6 +9,7 @@ The original's scripts are these fields (T1-T13); its stages differ in nothing e
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -216,9 +217,16 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     for override in overrides:
         _put(values, override)
     try:
-        return from_dict(values)
+        return from_dict(_in_home(values))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _in_home(values: Any) -> Any:
+    """`~/chat.json` as a full path: a shell expands it at the beginning of a word only, not after `data.path=`."""
+    if isinstance(values, dict):
+        return {key: _in_home(value) for key, value in values.items()}
+    return os.path.expanduser(values) if isinstance(values, str) else values
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:

@@ -1,12 +1,13 @@
 """What a run has seen: speed and loss to the log, samples and steps left out, and the reasons to stop it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from llamavid_jax.data.batching import Batch
@@ -47,9 +48,16 @@ class Journal:
         self.trains = {part: any(path.startswith(part) for path in start.trained) for part in PARTS}
         self.pending: list[tuple[int, StepMetrics, Upcoming]] = []
         self.since_log: list[dict[str, float]] = []  # the steps that the next line of the log is the mean of
-        self.bad_steps = self.bad_in_a_row = self.skipped = self.truncated = self.samples = 0
+        self.bad_steps = self.bad_in_a_row = self.truncated = self.samples = 0
+        self.groups = config.training.batch_size // loader.rows  # processes that load different rows
         console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, start.config.tokens_per_frame))
-        self._note_skipped(sizes.broken if first_step == 0 else [])
+        self.broken = {(one["id"], one["reason"]) for one in sizes.broken}  # known to all processes, never planned
+        if first_step == 0:
+            self._file("skipped").unlink(missing_ok=True)
+        noted = self._noted()
+        self.unreadable = noted - self.broken  # of this process's rows
+        self._append("skipped", _rows(self.broken - noted))
+        self._check_unreadable()
 
     def finished(self, step: int, metrics: StepMetrics, current: Upcoming) -> None:
         """Takes in a step that was just sent to the device and looks at the one before it."""
@@ -65,7 +73,7 @@ class Journal:
     def _look(self, step: int, metrics: StepMetrics, seen: Upcoming) -> None:
         values = {name: float(value) for name, value in metrics._asdict().items()}
         self.samples, self.truncated = self.samples + seen.loaded.samples, self.truncated + seen.loaded.truncated
-        self._note_skipped(seen.loaded.skipped)
+        self.note_unreadable(seen.loaded.skipped)
         if values.pop("finite"):
             self.bad_in_a_row = 0
             self.since_log.append(values)
@@ -75,7 +83,8 @@ class Journal:
         if (step + 1) % self.config.training.log_every == 0 or step + 1 == self.steps:
             means = {name: float(np.mean([one[name] for one in self.since_log or [values]])) for name in values}
             values, self.since_log = means | {"learning_rate": values["learning_rate"]}, []
-            counts = {"skipped_steps": self.bad_steps, "skipped_samples": self.skipped, "truncated": self.truncated}
+            unreadable = self._check_unreadable()
+            counts = {"skipped_steps": self.bad_steps, "skipped_samples": unreadable, "truncated": self.truncated}
             self.metrics.log(step + 1, values | {k: n for k, n in counts.items() if n} | self.throughput.read())
 
     def _count(self, seen: Upcoming) -> None:
@@ -94,17 +103,33 @@ class Journal:
         )
         self.throughput.add(seen.loaded.tokens * share, seen.loaded.frames * share, flops, seen.wait)
 
-    def _note_skipped(self, skipped: Sequence[dict[str, str]]) -> None:
-        if not skipped:
-            return
-        self.skipped += len(skipped)
-        self._append("skipped", skipped)
-        if self.skipped > self.allowed:
+    def note_unreadable(self, skipped: Sequence[dict[str, str]]) -> None:
+        """Names samples in the log, each once, and stops a run of one process where they are too many."""
+        new = {(one["id"], one["reason"]) for one in skipped} - self.unreadable
+        self.unreadable |= new
+        self._append("skipped", _rows(new))
+        if new and jax.process_count() == 1:
+            self._check_unreadable()
+
+    def _check_unreadable(self) -> int:
+        """How many samples cannot be read.  Many processes ask together, so that all stop after the same step."""
+        own = multihost_utils.process_allgather(np.int32(len(self.unreadable)))
+        count = len(self.broken) + int(np.sum(own)) * self.groups // jax.process_count()
+        if count > self.allowed:
+            name, reason = max(self.unreadable or self.broken)
             raise DataError(
-                f"{self.skipped} samples cannot be read, more than data.max_broken = {self.config.data.max_broken:g} "
-                f"of them all; the last one is {skipped[-1]['id']}: {skipped[-1]['reason']}. All are named in "
-                f"{self.output / 'skipped.jsonl'}; mend them, or raise data.max_broken"
+                f"{count} samples cannot be read, more than data.max_broken = {self.config.data.max_broken:g} of them "
+                f"all; one is {name}: {reason}. All are named in {self.output / 'skipped.jsonl'}; mend them, or raise "
+                "data.max_broken"
             )
+        return count
+
+    def _noted(self) -> set[tuple[str, str]]:
+        """What the log names already, when a run goes on."""
+        file = self._file("skipped")
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        return {(row["id"], row["reason"]) for row in rows}
 
     def _note_bad(self, step: int, values: dict[str, float], ids: list[list[str]]) -> None:
         self.bad_steps, self.bad_in_a_row = self.bad_steps + 1, self.bad_in_a_row + 1
@@ -119,14 +144,22 @@ class Journal:
                 f"at the samples in {self.output / 'not_finite.jsonl'}, or lower optimizer.learning_rate"
             )
 
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def _file(self, name: str) -> Path:
         suffix = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
-        with open(self.output / f"{name}{suffix}.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return self.output / f"{name}{suffix}.jsonl"
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if rows:
+            with open(self._file(name), "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def summary(self) -> str:
         """What was left out or cut, in a sentence."""
         return (
-            f"{self.samples} samples; {self.skipped} unreadable ones skipped, {self.truncated} cut to fit their row, "
-            f"{self.bad_steps} steps without a finite loss"
+            f"{self.samples} samples; {self._check_unreadable()} unreadable ones skipped, {self.truncated} cut to fit "
+            f"their row, {self.bad_steps} steps without a finite loss"
         )
+
+
+def _rows(unreadable: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"id": name, "reason": reason} for name, reason in sorted(unreadable)]

@@ -10,7 +10,7 @@ A step's numbers are looked at one step later, so that the host never waits for 
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from rich.console import Console
 
 from llamavid_jax.data.examples import ExampleReader
 from llamavid_jax.data.loader import FrameLayout, Loader
-from llamavid_jax.data.records import read_records
+from llamavid_jax.data.records import DataError, read_records
 from llamavid_jax.data.sizes import read_sizes
 from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.training.checkpoint import RunCheckpoints
-from llamavid_jax.training.config import TrainConfig
+from llamavid_jax.training.config import ConfigError, TrainConfig
 from llamavid_jax.training.journal import Journal, TrainingError, Upcoming
 from llamavid_jax.training.loss import LossSums
 from llamavid_jax.training.optimizer import lr_factors, make_optimizer
@@ -50,13 +50,19 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
     output = Path(config.output)
     if jax.process_index():
         console = Console(quiet=True)
+    records, held_out_records = open_data(config)  # before the weights, which take minutes
     with jax.set_mesh(mesh), Preemption() as preemption:
         start = load_start(config, mesh)
-        loader = make_loader(config, start, mesh)
-        check_same_data(loader)
-        steps = loader.steps
-        state = initial_state(config, start, mesh)
         with RunCheckpoints(output / "checkpoints", config.training.keep, report=console.print) as checkpoints:
+            loader = make_loader(records, config, start, mesh, resumed=bool(checkpoints.steps()))
+            held_out = None
+            if held_out_records is not None:
+                held_out = make_loader(held_out_records, config, start, mesh, held_out=True)
+            check_same_data(loader, held_out)
+            steps = loader.steps
+            if start.config.text_config.rope_factor > 1:
+                console.print(f"rotary positions are divided by {start.config.text_config.rope_factor:g} (T5)")
+            state = initial_state(config, start, mesh)
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             if checkpoints.steps():  # its arrays take the place of these
                 jax.tree.map(lambda x: x.delete(), state)
@@ -95,16 +101,34 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
                     checkpoints.wait()
                     console.print(f"stopped by a signal after step {step + 1} of {steps}; the same command goes on")
                     return PREEMPTED
-                every = config.training.evaluate_every
-                if config.data.evaluation_path and every and ((step + 1) % every == 0 or step + 1 == steps):
+                every = config.training.evaluate_every or steps
+                if held_out is not None and ((step + 1) % every == 0 or step + 1 == steps):
                     journal.flush()
-                    journal.metrics.log(step + 1, evaluate(evaluate_step, config, start, mesh, state.params))
+                    batches_held_out = upcoming(held_out, mesh, config.data.packing)
+                    values = evaluate(evaluate_step, state.params, start.frozen, batches_held_out, journal)
+                    journal.metrics.log(step + 1, values)
         start.save(output, state.params)
         console.print(f"{output / 'model'}: the model after {steps} steps. {journal.summary()}")
     return 0
 
 
-def make_loader(config: TrainConfig, start: Start, mesh: Mesh, held_out: bool = False) -> Loader:
+def open_data(config: TrainConfig) -> tuple[Sequence, Sequence | None]:
+    """The records to train on and the held-out ones.  Raises ConfigError or DataError for a path that is wrong."""
+    if not config.data.path:
+        raise ConfigError("data.path is empty; give a LLaVA-format .json or .jsonl, or a folder of shards")
+    opened = []
+    for name in ("path", "evaluation_path"):
+        path = getattr(config.data, name)
+        try:
+            opened.append(read_records(path, config.data.media) if path else None)
+        except DataError as error:
+            raise DataError(f"data.{name}: {error}") from None
+    return tuple(opened)
+
+
+def make_loader(
+    records: Sequence, config: TrainConfig, start: Start, mesh: Mesh, held_out: bool = False, resumed: bool = False
+) -> Loader:
     """The rows of this process, of the training data or of one pass over the held-out set."""
     data, vision = config.data, start.config.vision_tower_config
     reader = ExampleReader(
@@ -117,9 +141,8 @@ def make_loader(config: TrainConfig, start: Start, mesh: Mesh, held_out: bool = 
         data.seed,
     )
     path = data.evaluation_path if held_out else data.path
-    records = read_records(path, data.media)
     cache = Path(config.output) / ("sizes-evaluation.npz" if held_out else "sizes.npz")
-    sizes = read_sizes(records, reader, path, cache, threads=max(data.threads, data.processes))
+    sizes = read_sizes(records, reader, path, cache, max(data.threads, data.processes), retry=not resumed)
     dtype = jnp.dtype(config.training.dtype)
     group, groups = row_group(mesh, config.training.batch_size)
     return Loader(
@@ -146,9 +169,10 @@ def make_loader(config: TrainConfig, start: Start, mesh: Mesh, held_out: bool = 
     )
 
 
-def check_same_data(loader: Loader) -> None:
+def check_same_data(*loaders: Loader | None) -> None:
     """Raises TrainingError where a process sees other samples than the rest: each would run another program."""
-    plans = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(loader.schedule.fingerprint()), np.uint8))
+    plan = b"".join(bytes.fromhex(loader.schedule.fingerprint()) for loader in loaders if loader is not None)
+    plans = multihost_utils.process_allgather(np.frombuffer(plan, np.uint8))
     if np.any(plans.reshape(jax.process_count(), -1) != plans.reshape(jax.process_count(), -1)[0]):
         raise TrainingError(
             "the processes see different data: a file is missing or unreadable on some of them; "
@@ -218,10 +242,16 @@ def check_same_run(config: TrainConfig, before: dict[str, Any], output: Path) ->
 
 
 def evaluate(
-    evaluate_step: Any, config: TrainConfig, start: Start, mesh: Mesh, params: dict[str, jax.Array]
+    evaluate_step: Callable[..., LossSums],
+    params: dict[str, jax.Array],
+    frozen: dict[str, jax.Array],
+    batches: Iterator[Upcoming],
+    journal: Journal,
 ) -> dict[str, float]:
     """Loss and token accuracy over the held-out set."""
-    loader = make_loader(config, start, mesh, held_out=True)
-    sums = [evaluate_step(params, start.frozen, one.batch) for one in upcoming(loader, mesh, config.data.packing)]
+    sums = []
+    for one in batches:
+        journal.note_unreadable(one.loaded.skipped)
+        sums.append(evaluate_step(params, frozen, one.batch))
     loss, correct, tokens = (float(sum(getattr(one, name) for one in sums)) for name in LossSums._fields)
     return {"evaluation_loss": loss / max(tokens, 1), "evaluation_token_accuracy": correct / max(tokens, 1)}

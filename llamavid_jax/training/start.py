@@ -98,6 +98,11 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
     """Raises ConfigError or WeightsError before anything is computed."""
     model_config = config.model_config()
     dtype = parse_dtype(config.training.dtype)
+    if config.start.adapter and not Path(config.start.adapter).is_dir():
+        raise ConfigError(
+            f"start.adapter is {config.start.adapter}, which does not exist; run the stage that leaves it, or give "
+            "another folder, or start.adapter= for none"
+        )
 
     def make() -> LlamaVid:
         rngs = nnx.Rngs(config.training.seed)

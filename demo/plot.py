@@ -1,0 +1,34 @@
+"""Draws the demo model's training: the loss of every stage, and held-out accuracy beside it.
+
+python -m demo.plot docs/demo_training.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+STAGES = ("stage0", "stage1", "stage2", "stage3")
+RUNS = Path(__file__).parent.parent / "runs" / "demo"
+
+
+def main(picture: str) -> None:
+    matplotlib.use("agg")
+    figure, axes = plt.subplots(1, len(STAGES), figsize=(13, 3.2), sharey=True, layout="constrained")
+    for axis, stage in zip(axes, STAGES, strict=True):
+        lines = [json.loads(line) for line in (RUNS / stage / "metrics.jsonl").read_text().splitlines()]
+        for name, style in (("loss", {}), ("evaluation_loss", {"marker": "o"})):
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+        axis.set(title=stage, xlabel="step", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("cross-entropy, nats a token")
+    axes[0].legend()
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
