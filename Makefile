@@ -19,7 +19,9 @@ demo: .venv/ready
 # Draws the data and trains the shipped model anew: about an hour and a half on two cores.
 demo-model: .venv/ready
 	$(BIN)/python -m demo.make_data build/demo_data
-	for stage in stage0_pretrain stage1_align stage2_instruct stage3_long_video; do \
+	$(BIN)/python train.py --config configs/demo/stage0_pretrain.yaml
+	$(BIN)/python -m demo.fresh_qformer runs/demo/stage0/model runs/demo/stage0_fresh
+	for stage in stage0_refer stage1_align stage2_instruct stage3_long_video; do \
 	  $(BIN)/python train.py --config configs/demo/$$stage.yaml || exit 1; done
 
 test: .venv/ready lint

@@ -21,6 +21,7 @@ from flax import nnx
 
 from benchmarks.timing import WARM_UP, seconds
 from benchmarks.torch_llama import torch_seconds
+from llamavid_jax.checkpoint import nest
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import TEXT, Batch, RowShape
 from llamavid_jax.errors import InputError
@@ -76,7 +77,7 @@ def jax_seconds(config: LLaMAVIDLlavaConfig, shape: RowShape, options: argparse.
     with jax.set_mesh(mesh):
         structure = Structure(nnx.eval_shape(make))
         trains = {path for path in structure.shapes if trained_parts(options.llama_only)[path.split(".")[0]]}
-        shardings = flat_paths(param_shardings(structure.nested(structure.shapes), config, mesh))
+        shardings = flat_paths(param_shardings(nest(structure.shapes), config, mesh))
         params = jax.jit(init, out_shardings=shardings)()
         trained = {path: params.pop(path) for path in trains}
         optimizer = OptimizerConfig()

@@ -1,9 +1,10 @@
 """Base + LoRA → one checkpoint: `python -m conversion.merge_lora BASE ADAPTER OUT`.
 
 BASE is a converted checkpoint.  ADAPTER is a folder as PEFT, `train.py` or the original's training leaves it:
-adapter_config.json, adapter_model.safetensors or .bin, and, of the original, non_lora_trainables.bin, which holds the
-modules that it trains in full (T8).  The original cannot load these (B11).  OUT is BASE with B·A·α/r added to the
-kernels in float32, in BASE's types, and with the full modules in place of its own.  Memory holds one weight at a time.
+adapter_config.json, adapter_model.safetensors or .bin, and what was trained in full beside the updates (T8): `weights`
+of `train.py`, non_lora_trainables.bin of the original, which cannot load these itself (B11).  OUT is BASE with B·A·α/r
+added to the kernels in float32, in BASE's types, and with the full modules in place of its own.  Memory holds one
+weight at a time.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from conversion.read_torch import StoredTensor, read_file
 from conversion.stored_tensor import CheckpointError
 from conversion.transforms import Weight, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
+from llamavid_jax.checkpoint import WEIGHTS
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
 from llamavid_jax.lora import LoraConfig
@@ -58,6 +60,21 @@ def read_full_modules(source: Path, table: list[Weight]) -> dict[str, StoredTens
     return full
 
 
+def read_full_parameters(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> orbax_store.Arrays | None:
+    """The parameters that `train.py` trained in full; None where there are none."""
+    directory = source / WEIGHTS
+    if not directory.is_dir():
+        return None
+    arrays = orbax_store.Arrays(directory)
+    for path in arrays.paths:
+        given, wanted = arrays[path].shape, shapes.get(path, "no such parameter")
+        if given != wanted:
+            raise CheckpointError(
+                f"{directory}: {path} has shape {given}, the base {wanted}; give the base that it was trained on"
+            )
+    return arrays
+
+
 def merged(
     base: np.ndarray,
     weight: Weight,
@@ -80,8 +97,9 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     config = LLaMAVIDLlavaConfig.from_pretrained(base)
     table, arrays = weight_table(config, "original"), orbax_store.Arrays(base / "weights")
     lora, updates = read_adapter(adapter, config)
-    full = read_full_modules(adapter, table)
     shapes = parameter_shapes(config)
+    full, own = read_full_modules(adapter, table), read_full_parameters(adapter, shapes)
+    replaced = set(own.paths) if own else set()
     if differing := set(shapes) ^ set(arrays.paths):
         raise CheckpointError(f"{base} has other parameters than its config.json describes, such as {min(differing)}")
     with folder.whole_folder(out) as partial:
@@ -91,9 +109,11 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
         orbax_store.create(partial / "weights", shapes, dtypes, stacked)
         written = orbax_store.Arrays(partial / "weights")
         for weight in table:
-            value = merged(arrays.read(weight.path, weight.index), weight, lora, updates, full)
+            start = (own if weight.path in replaced else arrays).read(weight.path, weight.index)
+            value = merged(start.astype(dtypes[weight.path]), weight, lora, updates, full)
             written.write(weight.path, weight.index, value)
-    print(f"{out}: {len(updates) // 2} kernels updated, {len(full)} weights replaced")
+    count = len(full) + sum(weight.path in replaced for weight in table)
+    print(f"{out}: {len(updates) // 2} kernels updated, {count} weights replaced")
 
 
 def main(arguments: list[str] | None = None) -> int:

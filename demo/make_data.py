@@ -36,7 +36,7 @@ def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
     """Draws sample `number` of one JSON file, writes its medium and returns its record."""
     name, number = task
     kind, test = name.removesuffix("_test"), name.endswith("_test")
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), number])
+    rng = generator(name, number, seed)
     if kind in ("pretrain", "refer", "align"):
         if kind == "pretrain":
             scene = digits.still(rng, test)
@@ -48,7 +48,7 @@ def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
         picture = Image.fromarray(digits.frame(scene, 0)).resize((STILL_SIDE, STILL_SIDE), Image.Resampling.BICUBIC)
         picture.save(folder / path)
     elif kind == "instruct":
-        scene = digits.clip(rng, test, int(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])))
+        scene = short_clip(rng, test)
         asked = questions.clip_questions(rng, scene)
         path = f"clips/{name}_{number:05}.mp4"
         write_video(folder / path, scene, CLIP_FPS)
@@ -58,12 +58,33 @@ def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
         asked = questions.long_questions(rng, scene)
         path = f"long/{name}_{number:05}.mp4"
         write_video(folder / path, scene, LONG_FPS)
-    weights = np.array([WEIGHT.get(question, 1.0) for question, _, _ in asked])
-    count = min(TURNS.get(name, 1), len(asked))
-    chosen = [asked[i] for i in rng.choice(len(asked), count, replace=False, p=weights / weights.sum())]
+    chosen = choose(rng, asked, TURNS.get(name, 1))
     if name == "instruct":  # a clip's whole story teaches more than single words do; seldom it is asked for earlier
-        chosen[rng.integers(count) if rng.random() < 0.25 else -1] = questions.clip_caption(rng, scene)
+        chosen[rng.integers(len(chosen)) if rng.random() < 0.25 else -1] = questions.clip_caption(rng, scene)
     return record(f"{name}-{number}", path, chosen, test)
+
+
+def review(number: int, seed: int) -> dict:
+    """Other questions about a clip of instruct.json: stage 3 goes on with them, so that nothing is forgotten."""
+    scene = short_clip(generator("instruct", number, seed), test=False)
+    rng = generator("review", number, seed)
+    asked = choose(rng, questions.clip_questions(rng, scene), TURNS["instruct"])
+    return record(f"review-{number}", f"clips/instruct_{number:05}.mp4", asked, test=False)
+
+
+def generator(name: str, number: int, seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(name.encode()), number])
+
+
+def short_clip(rng: np.random.Generator, test: bool) -> digits.Scene:
+    return digits.clip(rng, test, int(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])))
+
+
+def choose(rng: np.random.Generator, asked: list[questions.Question], count: int) -> list[questions.Question]:
+    """`count` of the questions, or all if they are fewer."""
+    weights = np.array([WEIGHT.get(question, 1.0) for question, _, _ in asked])
+    count = min(count, len(asked))
+    return [asked[i] for i in rng.choice(len(asked), count, replace=False, p=weights / weights.sum())]
 
 
 def record(name: str, path: str, asked: list[questions.Question], test: bool) -> dict:
@@ -102,6 +123,7 @@ def main() -> None:
     parser.add_argument("--align", type=int, default=6000, help="pictures of align.json")
     parser.add_argument("--clips", type=int, default=8000, help="short clips of instruct.json")
     parser.add_argument("--long", type=int, default=800, help="long clips of long.json")
+    parser.add_argument("--review", type=int, default=6400, help="short clips of long.json, which are of instruct.json")
     parser.add_argument(
         "--tests", type=int, default=400, help="held-out short clips, as many pictures, a quarter as many long clips"
     )
@@ -121,16 +143,13 @@ def main() -> None:
         "instruct_test": arguments.tests,
         "long_test": arguments.tests // 4,
     }
-    records = {}
     with multiprocessing.Pool(arguments.processes) as pool:
-        clips = []
         for name, count in counts.items():
             draw = functools.partial(sample, folder=arguments.out, seed=arguments.seed)
             records = pool.map(draw, [(name, number) for number in range(count)], chunksize=16)
-            if name == "instruct":
-                clips = records
-            if name == "long":  # stage 3 goes on with a part of the short clips, so that nothing is forgotten
-                records += clips[:count]
+            if name == "long":
+                short = range(min(arguments.review, arguments.clips))
+                records += pool.map(functools.partial(review, seed=arguments.seed), short)
             (arguments.out / f"{name}.json").write_text(json.dumps(records) + "\n")
             print(f"{name}: {len(records)} records", flush=True)
 

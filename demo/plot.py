@@ -1,4 +1,4 @@
-"""Draws the demo model's training: the loss of every stage, and held-out accuracy beside it.
+"""Draws the demo model's training: the loss of every stage, and of the held-out set beside it.
 
 python -m demo.plot docs/demo_training.png
 """
@@ -10,13 +10,13 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-STAGES = ("stage0", "stage1", "stage2", "stage3")
+STAGES = ("stage0", "stage0_refer", "stage1", "stage2", "stage3")
 RUNS = Path(__file__).parent.parent / "runs" / "demo"
 
 
 def main(picture: str) -> None:
     matplotlib.use("agg")
-    figure, axes = plt.subplots(1, len(STAGES), figsize=(13, 3.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(STAGES), figsize=(15, 3.2), sharey=True, layout="constrained")
     for axis, stage in zip(axes, STAGES, strict=True):
         lines = [json.loads(line) for line in (RUNS / stage / "metrics.jsonl").read_text().splitlines()]
         for name, style in (("loss", {}), ("evaluation_loss", {"marker": "o"})):

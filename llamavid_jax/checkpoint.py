@@ -106,7 +106,8 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
             raise WeightsError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
             ) from error
-        check_params(path, flat_paths(stored), {name: onto[name] for name in stored if name in onto})
+        known = {name: onto[name] for name in stored if name in onto}
+        check_params(path, flat_paths(stored), known, "give the adapter of a run of this model")
         target = {
             name: jax.ShapeDtypeStruct(onto[name].shape, onto[name].dtype, sharding=onto[name].sharding)
             for name in stored
@@ -142,19 +143,18 @@ def _integer_keys(tree: Any) -> Any:
     return {int(key) if key.isdigit() else key: _integer_keys(value) for key, value in tree.items()}
 
 
-def check_params(source: Any, given: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_params(source: Any, given: dict[str, Any], expected: dict[str, Any], remedy: str = "convert again") -> None:
     """Raises WeightsError unless the arrays of `source` have the paths and shapes of the configuration's."""
     missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or extra:
         raise WeightsError(
             f"{source} does not hold the weights of the configuration: {len(missing)} missing "
-            f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}); convert again"
+            f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}); {remedy}"
         )
     for name, leaf in expected.items():
         if tuple(given[name].shape) != leaf.shape:
             raise WeightsError(
-                f"{source}: {name} is {tuple(given[name].shape)}, but the configuration asks for {leaf.shape}; "
-                "convert again"
+                f"{source}: {name} is {tuple(given[name].shape)}, but the configuration asks for {leaf.shape}; {remedy}"
             )
 
 

@@ -90,6 +90,10 @@ def save_adapter(
     write_files(directory, files | {CONFIG_FILE: (json.dumps(values, indent=1) + "\n").encode()})
 
 
+def is_adapter(directory: str | Path) -> bool:
+    return (Path(directory) / CONFIG_FILE).exists()
+
+
 def load_adapter(directory: str | Path, text_config: LlamaConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """An adapter's configuration and its stacked parameters by dotted path, in the stored type.
 

@@ -5,12 +5,14 @@ The mesh has four axes: `data` (copies of the model; across slices), `fsdp` (par
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llamavid_jax.config import LLaMAVIDLlavaConfig
@@ -57,17 +59,13 @@ AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "hidden": "tensor",
 }
 
-_NORM = ("scale", "bias")
+_NORM, _QFORMER_LAYERS = ("scale", "bias"), ("qformer_layers", "qformer_cross_layers")
 PARAM_AXES: dict[str, str] = {
     "vision.patch_embed.kernel": "patch_row patch_column channels vision_embed",
     "vision.patch_embed.bias": "vision_embed",
     "vision.cls_token": "vision_embed",
     "vision.position": "positions vision_embed",
-    **{
-        f"vision.blocks.{norm}.{part}": "vision_layers vision_embed"
-        for norm in ("attn_norm", "mlp_norm")
-        for part in _NORM
-    },
+    **{f"vision.blocks.{of}_norm.{part}": "vision_layers vision_embed" for of in ("attn", "mlp") for part in _NORM},
     "vision.blocks.attn.qkv.kernel": "vision_layers vision_embed qkv vision_heads vision_head_dim",
     "vision.blocks.attn.q_bias": "vision_layers vision_heads vision_head_dim",
     "vision.blocks.attn.v_bias": "vision_layers vision_heads vision_head_dim",
@@ -82,26 +80,20 @@ PARAM_AXES: dict[str, str] = {
     "qformer.word_embeddings.embedding": "qformer_vocab qformer_embed",
     "qformer.position_embeddings.embedding": "qformer_positions qformer_embed",
     **{f"qformer.embeddings_norm.{part}": "qformer_embed" for part in _NORM},
-    "qformer.layers.self_attention.query.kernel": "qformer_layers qformer_embed qformer_heads qformer_head_dim",
     "qformer.layers.self_attention.key.kernel": "qformer_layers qformer_embed qformer_heads qformer_head_dim",
     "qformer.layers.self_attention.value.kernel": "qformer_layers qformer_embed qformer_heads qformer_head_dim",
-    **{
-        f"qformer.layers.self_attention.{part}.bias": "qformer_layers qformer_heads qformer_head_dim"
-        for part in ("query", "key", "value")
-    },
-    "qformer.layers.self_attention.out.kernel": "qformer_layers qformer_heads qformer_head_dim qformer_embed",
-    "qformer.layers.self_attention.out.bias": "qformer_layers qformer_embed",
-    **{f"qformer.layers.self_attention.norm.{part}": "qformer_layers qformer_embed" for part in _NORM},
-    "qformer.cross_attention.query.kernel": "qformer_cross_layers qformer_embed qformer_heads qformer_head_dim",
     "qformer.cross_attention.key.kernel": "qformer_cross_layers vision_embed qformer_heads qformer_head_dim",
     "qformer.cross_attention.value.kernel": "qformer_cross_layers vision_embed qformer_heads qformer_head_dim",
     **{
-        f"qformer.cross_attention.{part}.bias": "qformer_cross_layers qformer_heads qformer_head_dim"
-        for part in ("query", "key", "value")
+        f"qformer.{attention}.{part}": f"{layers} {axes}"
+        for attention, layers in zip(("layers.self_attention", "cross_attention"), _QFORMER_LAYERS, strict=True)
+        for part, axes in {
+            "query.kernel": "qformer_embed qformer_heads qformer_head_dim",
+            **{f"{part}.bias": "qformer_heads qformer_head_dim" for part in ("query", "key", "value")},
+            "out.kernel": "qformer_heads qformer_head_dim qformer_embed",
+            **{part: "qformer_embed" for part in ("out.bias", "norm.scale", "norm.bias")},
+        }.items()
     },
-    "qformer.cross_attention.out.kernel": "qformer_cross_layers qformer_heads qformer_head_dim qformer_embed",
-    "qformer.cross_attention.out.bias": "qformer_cross_layers qformer_embed",
-    **{f"qformer.cross_attention.norm.{part}": "qformer_cross_layers qformer_embed" for part in _NORM},
     **{
         f"qformer.layers.{mlp}.{part}": axes
         for mlp in ("query_mlp", "text_mlp")
@@ -124,11 +116,9 @@ PARAM_AXES: dict[str, str] = {
     "visual_tokens.projector.*.kernel": "embed hidden",  # the second layer and on
     "visual_tokens.projector.*.bias": "hidden",
     "llama.embed.embedding": "vocab embed",
-    "llama.layers.attn_norm.scale": "layers embed",
-    "llama.layers.mlp_norm.scale": "layers embed",
+    **{f"llama.layers.{of}_norm.scale": "layers embed" for of in ("attn", "mlp")},
     "llama.layers.attn.q.kernel": "layers embed heads head_dim",
-    "llama.layers.attn.k.kernel": "layers embed kv_heads head_dim",
-    "llama.layers.attn.v.kernel": "layers embed kv_heads head_dim",
+    **{f"llama.layers.attn.{part}.kernel": "layers embed kv_heads head_dim" for part in ("k", "v")},
     "llama.layers.attn.out.kernel": "layers heads head_dim embed",
     "llama.layers.mlp.gate.kernel": "layers embed mlp",
     "llama.layers.mlp.up.kernel": "layers embed mlp",
@@ -218,7 +208,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
-    """A mesh of the four axes; axes that are not named have size 1."""
+    """A mesh of the four axes; axes that are not named have size 1.  `data` and then `fsdp` go across slices."""
     unknown = sorted(set(sizes) - set(MESH_AXES))
     if unknown:
         raise ShardingError(f"{unknown[0]!r} is no mesh axis; the axes are {', '.join(MESH_AXES)}")
@@ -227,11 +217,22 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
             raise ShardingError(f"mesh axis {axis} has size {size!r}; use a whole number of 1 or more")
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    needed = math.prod(shape)
+    needed, asked = math.prod(shape), ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if needed > len(devices):
-        asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ShardingError(f"a mesh of {asked} needs {needed} devices; {len(devices)} are there")
-    return jax.make_mesh(shape, MESH_AXES, devices=devices[:needed], axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    types, used = (AxisType.Auto,) * len(MESH_AXES), devices[:needed]
+    slices = Counter(getattr(device, "slice_index", 0) for device in used)
+    if len(slices) == 1:
+        return jax.make_mesh(shape, MESH_AXES, devices=used, axis_types=types)
+    ways: list[int] = []
+    for size in shape:  # slices of TPUs, or hosts of GPUs, go over the outermost axes
+        ways.append(math.gcd(size, len(slices) // math.prod(ways)))
+    if len(set(slices.values())) > 1:
+        raise ShardingError(
+            f"a mesh of {asked} takes {sorted(slices.values())} devices of the slices; use whole slices"
+        )
+    inner = [size // outer for size, outer in zip(shape, ways, strict=True)]
+    return Mesh(create_hybrid_device_mesh(inner, ways, used, allow_split_physical_axes=True), MESH_AXES, types)
 
 
 def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str, ...]]:
@@ -269,11 +270,10 @@ def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: 
 
 def flat_paths(state: Any) -> dict[str, Any]:
     """`{"llama.norm.scale": leaf}` of a state or a nested dict."""
+    tree = nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state
     return {
         ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path): leaf
-        for path, leaf in jax.tree.flatten_with_path(
-            nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state
-        )[0]
+        for path, leaf in jax.tree.flatten_with_path(tree)[0]
     }
 
 

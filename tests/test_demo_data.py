@@ -61,12 +61,28 @@ def test_answers_agree_with_what_the_video_file_shows(tmp_path: Path, seed: int)
         assert (last[0] - first[0]) * x + (last[1] - first[1]) * y > 10
 
 
+def test_references_name_one_of_several_digits():
+    seen = set()
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        scene = digits.still(rng, test=True, count=3)
+        centres = [event.path[0] for event in scene.events]
+        apart = [max(abs(a[0] - b[0]), abs(a[1] - b[1])) for a in centres for b in centres if a is not b]
+        assert all(distance >= digits.SIZE for distance in apart)
+        _, question, answer = questions.reference(rng, scene)
+        (name,) = re.findall("|".join([*digits.COLOURS, "[0-9]"]), question)
+        meant = [event for event in scene.events if name in (event.colour, str(event.digit))]
+        assert answer.split()[:2] == [meant[0].colour, str(meant[0].digit)] if meant else answer == "nothing"
+        seen.add((len(meant), name.isdigit()))
+    assert seen == {(0, True), (0, False), (1, True), (1, False)}
+
+
 def test_samples_follow_from_the_seed_alone(tmp_path: Path):
     for folder in ("a", "b"):
         for kind in ("images", "clips", "long"):
             (tmp_path / folder / kind).mkdir(parents=True)
     draw = functools.partial(make_data.sample, seed=3)
-    for task in [("pretrain", 0), ("instruct_test", 1), ("align", 2)]:
+    for task in [("pretrain", 0), ("instruct_test", 1), ("refer", 2)]:
         a, b = (draw(task, folder=tmp_path / folder) for folder in ("a", "b"))
         assert a == b
         assert draw((task[0], 7), folder=tmp_path / "a") != a

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo import digits, questions, show
+from demo import digits, fresh_qformer, questions, show
 from demo.evaluate import answers
 from demo.make_data import sample
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.sharding import flat_paths
 
 DEMO = Path(show.__file__).parent
 
@@ -50,14 +51,32 @@ def test_the_demo_answers_and_draws(tmp_path, capsys):
     assert picture.shape[1] > 8 * show.TILE and picture.std() > 20
 
 
-def test_the_context_token_looks_at_the_digit(shipped):
-    """Asked for it, the attention lies on the four patches of a digit more than anywhere else."""
+def test_the_context_token_looks_where_the_question_points(shipped):
+    """Of three digits in a picture, at the one that is asked for."""
     model, processor = shipped
-    scenes = [digits.still(np.random.default_rng(seed), test=True) for seed in range(12)]
-    scenes = [scene for scene in scenes if scene.events]
-    pixels = processor.image_processor(videos=np.stack([digits.frame(scene, 0) for scene in scenes]))["pixel_values"][0]
-    weights = model.context_attention(pixels, questions.CLIP_DIGIT[0])
-    np.testing.assert_allclose(weights.sum((1, 2)), 1, rtol=1e-5)
-    for scene, attention in zip(scenes, weights, strict=True):
-        column, row = (round(at / digits.STEP) - 1 for at in scene.events[0].path[0])
-        assert attention[row : row + 2, column : column + 2].mean() > 2 * attention.mean()
+    right = []
+    for seed in range(6):
+        scene = digits.still(np.random.default_rng(seed), test=True, count=3)
+        frame = digits.frame(scene, 0)[None]
+        (pixels,) = processor.image_processor(videos=frame)["pixel_values"]
+        for event in scene.events:
+            weights = model.context_attention(pixels, questions.DIGIT[0].format(who=event.colour))[0]
+            places = [[round(at / digits.STEP) - 1 for at in other.path[0]] for other in scene.events]
+            looks = [weights[row : row + 2, column : column + 2].sum() for column, row in places]
+            right.append(scene.events[int(np.argmax(looks))] is event)
+    assert np.mean(right) >= 0.8
+
+
+def test_a_fresh_qformer_is_all_that_changes(shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["fresh_qformer", str(DEMO / "model"), str(tmp_path / "fresh")])
+    fresh_qformer.main()
+    fresh = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(tmp_path / "fresh", dtype="float32")
+    before, after = (flat_paths(model.params) for model in (shipped[0], fresh))
+    changed = {
+        path.split(".kernel")[0].split(".bias")[0] for path in before if not np.array_equal(before[path], after[path])
+    }
+    assert {path for path in changed if not path.startswith("qformer.")} == {
+        "visual_tokens.query_projector",
+        "visual_tokens.key_projector",
+    }
+    assert LLaMAVIDLlavaProcessor.from_pretrained(tmp_path / "fresh").image_processor.image_size == 48

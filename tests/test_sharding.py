@@ -154,6 +154,33 @@ def test_a_mesh_without_devices(size):
         make_mesh(data=size)
 
 
+class Chip:
+    """A device as the mesh sees it: four on each slice, or GPU host."""
+
+    platform, device_kind, client = "gpu", "NVIDIA H100", None
+
+    def __init__(self, number: int):
+        self.id, self.slice_index = number, number // 4
+        self.process_index = self.slice_index
+
+
+def slices_along(sizes: dict[str, int], chips: int = 8) -> np.ndarray:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: [Chip(number) for number in range(chips)])
+        mesh = make_mesh(**sizes)
+    return np.vectorize(lambda chip: chip.slice_index)(mesh.devices).reshape(-1, mesh.devices.shape[-2])
+
+
+def test_meshes_over_several_slices():
+    """`data` goes across slices, else `fsdp`; `tensor` stays within one as long as it can."""
+    np.testing.assert_array_equal(slices_along({"data": 2, "tensor": 4}), [[0] * 4, [1] * 4])
+    np.testing.assert_array_equal(slices_along({"data": 2, "fsdp": 2, "tensor": 2}), [[0, 0]] * 2 + [[1, 1]] * 2)
+    np.testing.assert_array_equal(slices_along({"fsdp": 12}, chips=12)[:, 0], [0] * 4 + [1] * 4 + [2] * 4)
+    np.testing.assert_array_equal(slices_along({"fsdp": 4}), [[0]] * 4)
+    with pytest.raises(ShardingError, match=r"a mesh of fsdp=6 takes \[2, 4\] devices of the slices; use whole slices"):
+        slices_along({"fsdp": 6})
+
+
 def test_constrain_is_nothing_without_a_mesh():
     x = jax.numpy.ones((2, 3))
     assert sharding.constrain(x, "batch", None) is x

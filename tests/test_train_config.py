@@ -166,6 +166,7 @@ def test_overrides_are_yaml():
     assert config.start.model == recipe("stage2_instruct").start.model  # the rest of a section stays
     assert config.trainable == recipe("stage2_instruct").trainable | {"llama.*": False}
     assert config.optimizer.lr_factors == {"qformer.query": 2}
+    assert recipe("stage2_instruct", "optimizer.betas=[0, 0.99]").optimizer.betas == [0, 0.99]
     assert recipe("lora").lora is not None
     assert recipe("lora", "lora=null").lora is None
     assert recipe("lora", "lora=null", "lora.dropout=5e-2").lora.rank == 64
@@ -193,6 +194,7 @@ def test_overrides_are_yaml():
         ("optimizer.learning_rate=.nan", ("optimizer.learning_rate is nan", "above 0")),
         ("optimizer.warmup=1", ("optimizer.warmup is 1", "below 1")),
         ("optimizer.betas=[0.9]", ("optimizer.betas is [0.9]", "two numbers")),
+        ("optimizer.betas=[0.9, true]", ("optimizer.betas is [0.9, True]", "two numbers")),
         ("optimizer.lr_factors={a: x}", ("optimizer.lr_factors: 'a' has 'x'", "number of 0 or more")),
         ("data.template=v9", ("v9", "imgsp_v1")),
         ("data.fps=0", ("data.fps is 0", "above 0")),
@@ -227,6 +229,7 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match="does not exist; the configurations are in configs/"):
         read_config(file)
     for text, says in (
+        ("model: m\nlora: {base: nf4}", "lora.base is 'nf4', but start.model is empty; give start.model=DIR"),
         ("a: [", "x.yaml"),
         ("- 1", "no mapping"),
         ("", "model and start.model are both"),

@@ -108,6 +108,40 @@ def test_dropout_differs_by_step_and_repeats():
     assert seen[0] == seen[1] and abs(seen[2] - seen[0]) > 1e-4
 
 
+def test_no_random_key_serves_twice(monkeypatch):
+    """Those of the pairs are the first key's splits; the updates' is none of them."""
+    drawn = {}
+
+    def table(model, batch, remat, key):
+        drawn["pairs"] = jax.random.split(key, 64)
+        raise InterruptedError
+
+    monkeypatch.setattr(step, "set_dropout", lambda model, key: drawn.update(updates=key))
+    monkeypatch.setattr(step, "visual_table", table)
+    with pytest.raises(InterruptedError):
+        loss_sums(structure().model(random_params()), batch(ROWS, SHAPE), "none", jax.random.key(0))
+    assert not (jax.random.key_data(drawn["pairs"]) == jax.random.key_data(drawn["updates"])).all(-1).any()
+
+
+def test_the_compiler_cannot_undo_rematerialisation():
+    """Outside a loop, where it would find the forward's products again, stands a guard."""
+    model = structure("full").model(random_params())
+    traced = jax.make_jaxpr(lambda rows: loss_sums(model, rows, "full").loss)(batch(ROWS, SHAPE))
+    guards = set()
+
+    def walk(jaxpr, in_loop):
+        for equation in jaxpr.eqns:
+            if "prevent_cse" in equation.params:
+                guards.add((in_loop, equation.params["prevent_cse"]))
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    walk(inner, in_loop or equation.primitive.name in ("scan", "while"))
+
+    walk(traced.jaxpr, in_loop=False)
+    assert (False, True) in guards and (False, False) not in guards
+
+
 def test_chunks_of_frames_and_pairs(monkeypatch):
     """Long videos go through the tower and the Q-Former in chunks, with the same numbers."""
     long = batch([[example(30, 11, 20)], [example(31, 7, 20)]], RowShape(11, 11, 1, 64))
@@ -118,7 +152,7 @@ def test_chunks_of_frames_and_pairs(monkeypatch):
 
 
 def test_evaluation_is_the_loss_of_the_step(single):
-    sums = make_evaluate_step(structure())(*split(2), batch(ROWS, SHAPE))
+    sums = make_evaluate_step(structure(), micro_batches=4)(*split(2), batch(ROWS, SHAPE))
     assert float(sums.loss / sums.tokens) == pytest.approx(single[0][0, 0], rel=1e-6)
     assert 0 <= float(sums.correct) <= float(sums.tokens) == (batch(ROWS, SHAPE).labels[:, 1:] != -100).sum()
 

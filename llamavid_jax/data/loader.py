@@ -3,13 +3,14 @@
     Schedule (which samples, which bucket) ─ row i of this process ─▶ read and lay out (threads, worker processes) ─▶
     LoadedBatch of the process's rows
 
-Process p of n reads rows p·B/n to (p+1)·B/n of every batch.  The position is the number of batches handed out, so that
-a run may go on with other numbers of threads, workers and processes.  A sample that cannot be read leaves its place in
-the row empty and is reported; the original puts a random other one there (D6).
+A process reads the rows of every batch that its devices hold.  The position is the number of batches handed out, so
+that a run may go on with other numbers of threads, workers and processes.  A sample that cannot be read leaves its
+place in the row empty and is reported; the original puts a random other one there (D6).
 """
 
 import atexit
 import math
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -60,16 +61,16 @@ class _PlannedRow(NamedTuple):
 class _Rows:
     """The rows of one process, of all steps one after another: what Grain takes as a data source."""
 
-    def __init__(self, schedule: Schedule, first: int, count: int, steps: int):
-        self.schedule, self.first, self.count, self.steps = schedule, first, count, steps
+    def __init__(self, schedule: Schedule, rows: Sequence[int], steps: int):
+        self.schedule, self.rows, self.steps = schedule, rows, steps
 
     def __len__(self) -> int:
-        return self.steps * self.count
+        return self.steps * len(self.rows)
 
     def __getitem__(self, index: int) -> _PlannedRow:
-        step, row = divmod(int(index), self.count)
+        step, row = divmod(int(index), len(self.rows))
         planned = self.schedule[step]
-        return _PlannedRow(self.schedule.shapes[planned.shape_index], planned.kind, planned.rows[self.first + row])
+        return _PlannedRow(self.schedule.shapes[planned.shape_index], planned.kind, planned.rows[self.rows[row]])
 
 
 class _ReadRow:
@@ -138,10 +139,17 @@ def _stack(rows: Sequence[LoadedBatch]) -> LoadedBatch:
     return LoadedBatch(batch, list(chain(*ids)), list(chain(*skipped)), *map(sum, counts))
 
 
+def _outlive_signals(worker: int, workers: int) -> None:
+    """Ctrl-C and many schedulers signal workers too: the run saves first, and Grain kills its workers at the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Loader:
     """Iterates the batches of `steps` steps, or of `epochs` epochs where `steps` is 0.
 
     batch_size       rows of a step on all processes together
+    rows             which of them this process loads, None for all
     frames           layout of the frames of each kind, {"pixels": ..., "features": ...}
     question_tokens  Q-Former ids of a question at most
     threads          read rows ahead, in each of the worker processes or, where `processes` is 0, in this one
@@ -169,37 +177,33 @@ class Loader:
         steps: int = 0,
         threads: int = 2,
         processes: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
-        if batch_size % process_count:
-            raise DataError(
-                f"batch_size {batch_size} is not divisible by the {process_count} processes; "
-                f"use {-(-batch_size // process_count) * process_count}"
-            )
         self.schedule = Schedule(sizes, shapes, batch_size, reader.tokens_per_frame, seed, packing, shuffle)
         self.steps = steps or self.schedule.steps(epochs)
-        self.rows, self._threads, self._processes = batch_size // process_count, threads, processes
-        self._source = _Rows(self.schedule, process_index * self.rows, self.rows, self.steps)
+        self.rows = range(batch_size) if rows is None else rows
+        self._threads, self._processes = threads, processes
+        self._source = _Rows(self.schedule, self.rows, self.steps)
         room = fit(sizes, shapes, reader.tokens_per_frame)[1][1]
         self._read = _ReadRow(records, reader, qformer_tokenizer, question_tokens, frames, sizes, room)
         kinds = {KINDS[kind] for kind in np.unique(sizes.kind)} & frames.keys()
         frame_bytes = max((np.dtype(frames[k].dtype).itemsize * math.prod(frames[k].shape) for k in kinds), default=0)
-        row_bytes = frame_bytes * max(shape.frames for shape in shapes)
-        self._ahead = int(np.clip(READ_AHEAD // max(row_bytes, 1), 1, max(2 * self.rows, threads)))
+        self.row_bytes = frame_bytes * max(shape.frames for shape in shapes)  # of frames, in the largest bucket
+        self._ahead = int(np.clip(READ_AHEAD // max(self.row_bytes, 1), 1, max(2 * len(self.rows), threads)))
         self._next = self._start = 0
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         self._next, self._start = self._start, 0
-        rows = grain.MapDataset.source(self._source).slice(slice(self._next * self.rows, None)).map(self._read)
+        rows = grain.MapDataset.source(self._source).slice(slice(self._next * len(self.rows), None)).map(self._read)
         threads = min(self._threads, self._ahead)
         rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._ahead))
         if self._processes:
             if not absl.flags.FLAGS.is_parsed():  # Grain reads its flags, which only an absl program parses
                 absl.flags.FLAGS.mark_as_parsed()
             buffered = -(-self._ahead // self._processes)
-            rows = rows.mp_prefetch(grain.MultiprocessingOptions(self._processes, per_worker_buffer_size=buffered))
-        batches = iter(rows.batch(self.rows, batch_fn=_stack))
+            workers = grain.MultiprocessingOptions(self._processes, per_worker_buffer_size=buffered)
+            rows = rows.mp_prefetch(workers, worker_init_fn=_outlive_signals)
+        batches = iter(rows.batch(len(self.rows), batch_fn=_stack))
         atexit.register(batches.close)  # of a pass that is still open at the end: Grain's workers hold shared memory
         try:
             for batch in batches:

@@ -50,6 +50,9 @@ REMAT = {  # what the forward pass keeps for the gradient; the rest is computed 
 }
 
 
-def rematerialise(function: Callable, remat: str) -> Callable:
-    """`function` under the policy that `remat` names; prevent_cse is for loops, which need no such guard."""
-    return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat], prevent_cse=False)
+def rematerialise(function: Callable, remat: str, in_loop: bool = True) -> Callable:
+    """`function` under the policy that `remat` names.
+
+    Outside a loop the compiler would find the same product twice and keep the first after all: a guard prevents it.
+    """
+    return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat], prevent_cse=not in_loop)

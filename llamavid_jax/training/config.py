@@ -30,7 +30,8 @@ TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which
 class StartConfig:
     """Where the weights come from: a checkpoint folder (converted, or an earlier run's `model`), random if empty.
 
-    `adapter` is an earlier run's `adapter`, put over it: after stage 1, its projectors over the same base.
+    `adapter` is an earlier run's `adapter`, put over it: after stage 1, its projectors over the same base; after a run
+    with LoRA, the updates that this one trains on.
     """
 
     model: str = ""
@@ -101,7 +102,7 @@ class OptimizerConfig:
         _check("optimizer.", self, above=("learning_rate", "eps", "max_grad_norm"), from_zero=("weight_decay",))
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"optimizer.warmup is {self.warmup}; give the part of the steps, from 0 to below 1")
-        if len(self.betas) != 2 or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2 or not all(type(beta) in (int, float) and 0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas is {self.betas}; give two numbers from 0 to below 1")
         for pattern, factor in self.lr_factors.items():
             if type(factor) not in (int, float) or not 0 <= factor < math.inf:
@@ -166,6 +167,11 @@ class TrainConfig:
         if not self.model and not self.start.model:
             raise ConfigError(
                 "model and start.model are both empty; give model=configs/models/NAME.yaml, or start.model=DIR"
+            )
+        if self.lora and self.lora.base != "float" and not self.start.model:
+            raise ConfigError(
+                f"lora.base is {self.lora.base!r}, but start.model is empty; give start.model=DIR, whose whole kernels "
+                "take the updates at the end, or lora.base=float"
             )
         if self.training.evaluate_every and not self.data.evaluation_path:
             raise ConfigError(

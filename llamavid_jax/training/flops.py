@@ -21,6 +21,7 @@ def flops_per_step(
     question_tokens: int,
     rows: int,
     row_tokens: int,
+    updates: int = 0,
 ) -> int:
     """FLOPs of one train step over all devices.
 
@@ -34,6 +35,8 @@ def flops_per_step(
 
     `frames` go through the vision tower (0: ready features); `pairs` of a frame and a question of `question_tokens`
     through the Q-Former; `rows` of `row_tokens` through LLaMA, packed samples counted as if they saw each other.
+    `updates`: the parameters of LLaMA's low-rank updates (`lora.py`), each a multiply-add a token.  They train, and the
+    kernels below them need no gradient of their own.
     """
     work = {
         "vision": _times(frames, _vision(config)),
@@ -41,9 +44,9 @@ def flops_per_step(
         "visual_tokens": _times(pairs, _visual_tokens(config)),
         "llama": _times(rows, _llama(config, row_tokens)),
     }
-    total, through = 0, False
+    total, through = 6 * rows * row_tokens * updates, False
     for part in PARTS:
-        through = through or trains[part]
+        through = through or trains[part] or (part == "llama" and updates > 0)
         weighted, attention = work[part]
         total += 2 * (weighted * (1 + through + trains[part]) + attention * (1 + 2 * through))
     return total
@@ -64,6 +67,8 @@ def _vision(config: LLaMAVIDLlavaConfig) -> tuple[int, int]:
 
 def _qformer(config: LLaMAVIDLlavaConfig, question_tokens: int, has_cls: bool) -> tuple[int, int]:
     """(M, A) of one pair: self-attention of all, cross-attention of the queries, a feed-forward for each token."""
+    if config.frame_tokens == "content":
+        return 0, 0  # what nobody asks for is not computed
     qformer, queries = config.qformer_config, config.num_query
     width, memory_width = qformer.hidden_size, config.vision_tower_config.hidden_size
     tokens, memory = queries + question_tokens, config.vision_tower_config.num_patches + has_cls
@@ -80,9 +85,12 @@ def _visual_tokens(config: LLaMAVIDLlavaConfig) -> tuple[int, int]:
     """(M, A) of one pair."""
     vision, text = config.vision_tower_config.hidden_size, config.text_config.hidden_size
     patches, depth = config.vision_tower_config.num_patches, projector_depth(config.mm_projector_type)
-    context = config.num_query * config.qformer_config.hidden_size * vision + patches * vision * vision + vision * text
-    content = (config.tokens_per_frame - 1) * (vision * text + (depth - 1) * text * text if depth else 0)
-    return context + content, config.num_query * patches * vision + patches * vision
+    context = config.frame_tokens != "content"
+    queries = context * config.num_query
+    attend = queries * config.qformer_config.hidden_size * vision
+    attend += context * (patches * vision * vision + vision * text)
+    content = (config.tokens_per_frame - context) * (vision * text + (depth - 1) * text * text if depth else 0)
+    return attend + content, (queries + context) * patches * vision
 
 
 def _llama(config: LLaMAVIDLlavaConfig, tokens: int) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """What a run has seen: speed and loss to the log, samples and steps left out, and the reasons to stop it."""
 
+import contextlib
+import fnmatch
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from llamavid_jax.data.loader import LoadedBatch, Loader
 from llamavid_jax.data.plan import describe
 from llamavid_jax.data.records import DataError
 from llamavid_jax.errors import InputError
+from llamavid_jax.lora import ADAPTERS
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.flops import PARTS, flops_per_step
 from llamavid_jax.training.metrics import Metrics, Throughput
@@ -29,14 +32,14 @@ class TrainingError(InputError):
 class Upcoming(NamedTuple):
     """A batch on the devices, what was loaded for it, and the data position behind it."""
 
-    batch: Batch
+    batch: Batch | None  # None once its step is under way
     loaded: LoadedBatch
     position: dict[str, Any]
     wait: float  # seconds that the loader needed
 
 
 class Journal:
-    """What a run has seen: logs, counts, and the reasons to stop it."""
+    """What a run has seen: logs, counts, and the reasons to stop it.  A context, which closes its files."""
 
     def __init__(self, config: TrainConfig, start: Start, loader: Loader, console: Console, first_step: int):
         self.config, self.start, self.console = config, start, console
@@ -44,24 +47,33 @@ class Journal:
         sizes = loader.schedule.sizes
         self.allowed = config.data.max_broken * len(sizes.kind)
         self.metrics = Metrics(self.output, first_step + 1, report=console.print)
-        self.throughput = Throughput()
-        self.trains = {part: any(path.startswith(part) for path in start.trained) for part in PARTS}
+        self.throughput = Throughput(start.mesh.size)
+        updates = {path for path in start.trained if fnmatch.fnmatchcase(path, ADAPTERS)}
+        self.updates = sum(start.trained[path].size for path in updates)
+        self.trains = {part: any(path.startswith(part) for path in start.trained.keys() - updates) for part in PARTS}
         self.pending: list[tuple[int, StepMetrics, Upcoming]] = []
         self.since_log: list[dict[str, float]] = []  # the steps that the next line of the log is the mean of
         self.bad_steps = self.bad_in_a_row = self.truncated = self.samples = 0
-        self.groups = config.training.batch_size // loader.rows  # processes that load different rows
+        self.rows = len(loader.rows)  # of a batch, on this process
         console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, start.config.tokens_per_frame))
         self.broken = {(one["id"], one["reason"]) for one in sizes.broken}  # known to all processes, never planned
         if first_step == 0:
             self._file("skipped").unlink(missing_ok=True)
         noted = self._noted()
-        self.unreadable = noted - self.broken  # of this process's rows
-        self._append("skipped", _rows(self.broken - noted))
-        self._check_unreadable()
+        self.held_out = noted["evaluation"]
+        self.unreadable = noted["training"] - self.broken  # of this process's rows
+        self._append("skipped", _rows(self.broken - noted["training"]))
+        self._totals()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.metrics.close()
 
     def finished(self, step: int, metrics: StepMetrics, current: Upcoming) -> None:
         """Takes in a step that was just sent to the device and looks at the one before it."""
-        self.pending.append((step, metrics, current._replace(batch=None)))
+        self.pending.append((step, metrics, current))
         if len(self.pending) > 1:
             self._look(*self.pending.pop(0))
 
@@ -83,14 +95,14 @@ class Journal:
         if (step + 1) % self.config.training.log_every == 0 or step + 1 == self.steps:
             means = {name: float(np.mean([one[name] for one in self.since_log or [values]])) for name in values}
             values, self.since_log = means | {"learning_rate": values["learning_rate"]}, []
-            unreadable = self._check_unreadable()
-            counts = {"skipped_steps": self.bad_steps, "skipped_samples": unreadable, "truncated": self.truncated}
+            _, truncated, unreadable = self._totals()
+            counts = {"skipped_steps": self.bad_steps, "skipped_samples": unreadable, "truncated": truncated}
             self.metrics.log(step + 1, values | {k: n for k, n in counts.items() if n} | self.throughput.read())
 
     def _count(self, seen: Upcoming) -> None:
         """Adds one step's work, over all processes."""
         batch, rows = seen.loaded.batch, self.config.training.batch_size
-        share = rows // len(batch.token_ids)
+        share = rows / len(batch.token_ids)
         frames, pairs = (rows * shape[1] for shape in (batch.frames.shape, batch.pair_frame.shape))
         flops = flops_per_step(
             self.start.config,
@@ -100,8 +112,10 @@ class Journal:
             question_tokens=batch.question_ids.shape[2],
             rows=rows,
             row_tokens=batch.token_ids.shape[1],
+            updates=self.updates,
         )
-        self.throughput.add(seen.loaded.tokens * share, seen.loaded.frames * share, flops, seen.wait)
+        tokens, slots, real_frames = (share * getattr(seen.loaded, name) for name in ("tokens", "slots", "frames"))
+        self.throughput.add(tokens, slots, real_frames, flops, seen.wait)
 
     def note_unreadable(self, skipped: Sequence[dict[str, str]]) -> None:
         """Names samples in the log, each once, and stops a run of one process where they are too many."""
@@ -109,12 +123,23 @@ class Journal:
         self.unreadable |= new
         self._append("skipped", _rows(new))
         if new and jax.process_count() == 1:
-            self._check_unreadable()
+            self._totals()
 
-    def _check_unreadable(self) -> int:
-        """How many samples cannot be read.  Many processes ask together, so that all stop after the same step."""
-        own = multihost_utils.process_allgather(np.int32(len(self.unreadable)))
-        count = len(self.broken) + int(np.sum(own)) * self.groups // jax.process_count()
+    def note_held_out(self, skipped: Sequence[dict[str, str]]) -> None:
+        """Names samples of the held-out set, which stop no run."""
+        new = {(one["id"], one["reason"]) for one in skipped} - self.held_out
+        self.held_out |= new
+        self._append("skipped", [row | {"set": "evaluation"} for row in _rows(new)])
+
+    def _totals(self) -> tuple[int, int, int]:
+        """How many samples were read and cut, and how many cannot be read, on all processes.
+
+        They ask together, so that all stop after the same step; several may read the same rows.
+        """
+        own = np.array([self.samples, self.truncated, len(self.unreadable), self.rows], np.int32)
+        *counts, rows = multihost_utils.process_allgather(own).reshape(-1, len(own)).sum(0, dtype=int).tolist()
+        samples, truncated, unreadable = (count * self.config.training.batch_size // rows for count in counts)
+        count = len(self.broken) + unreadable
         if count > self.allowed:
             name, reason = max(self.unreadable or self.broken)
             raise DataError(
@@ -122,14 +147,16 @@ class Journal:
                 f"all; one is {name}: {reason}. All are named in {self.output / 'skipped.jsonl'}; mend them, or raise "
                 "data.max_broken"
             )
-        return count
+        return samples, truncated, count
 
-    def _noted(self) -> set[tuple[str, str]]:
-        """What the log names already, when a run goes on."""
-        file = self._file("skipped")
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
-        return {(row["id"], row["reason"]) for row in rows}
+    def _noted(self) -> dict[str, set[tuple[str, str]]]:
+        """What the log names already, when a run goes on, of either set."""
+        file, noted = self._file("skipped"), {"training": set(), "evaluation": set()}
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else ():
+            with contextlib.suppress(ValueError, KeyError):  # a killed run leaves half a line, the next goes on in it
+                row = json.loads(line)
+                noted[row.get("set", "training")].add((row["id"], row["reason"]))
+        return noted
 
     def _note_bad(self, step: int, values: dict[str, float], ids: list[list[str]]) -> None:
         self.bad_steps, self.bad_in_a_row = self.bad_steps + 1, self.bad_in_a_row + 1
@@ -155,9 +182,10 @@ class Journal:
 
     def summary(self) -> str:
         """What was left out or cut, in a sentence."""
+        samples, truncated, unreadable = self._totals()
         return (
-            f"{self.samples} samples; {self._check_unreadable()} unreadable ones skipped, {self.truncated} cut to fit "
-            f"their row, {self.bad_steps} steps without a finite loss"
+            f"{samples} samples; {unreadable} unreadable ones skipped, {truncated} cut to fit their row, "
+            f"{self.bad_steps} steps without a finite loss"
         )
 
 

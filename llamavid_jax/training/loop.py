@@ -4,9 +4,11 @@
     output/model/       a whole checkpoint, which infer.py and the next stage read   at its end
     output/adapter/     the trained parameters alone (T10), or LoRA's in PEFT's layout
 
-A step's numbers are looked at one step later, so that the host never waits for the device with nothing queued.
+A step's numbers are looked at one step later, so that the host never waits for the device with nothing queued; rows of
+long videos are the exception, as two batches of them may not fit.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -27,6 +29,7 @@ from llamavid_jax.data.loader import FrameLayout, Loader
 from llamavid_jax.data.records import DataError, read_records
 from llamavid_jax.data.sizes import read_sizes
 from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.sharding import ShardingError
 from llamavid_jax.training.checkpoint import RunCheckpoints
 from llamavid_jax.training.config import ConfigError, TrainConfig
 from llamavid_jax.training.journal import Journal, TrainingError, Upcoming
@@ -36,6 +39,7 @@ from llamavid_jax.training.preemption import Preemption
 from llamavid_jax.training.start import Start, batch_sharding, check_rows, load_start, run_mesh
 from llamavid_jax.training.step import TrainState, make_evaluate_step, make_train_step
 
+FETCHED_AHEAD = 2**30  # bytes of frames a device: larger batches wait on the host until the step before is done
 PREEMPTED = 143  # the exit code of a run that SIGTERM stopped: started again, it goes on
 
 
@@ -47,69 +51,108 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
     """
     mesh = run_mesh(config.mesh)
     check_rows(config, mesh)
-    output = Path(config.output)
+    rows, output = own_rows(mesh, config.training.batch_size), Path(config.output)
     if jax.process_index():
         console = Console(quiet=True)
-    records, held_out_records = open_data(config)  # before the weights, which take minutes
-    with jax.set_mesh(mesh), Preemption() as preemption:
+    if mesh.size < jax.device_count():
+        console.print(f"mesh={config.mesh} leaves {jax.device_count() - mesh.size} devices idle")
+    records, held_out_data = open_data(config)  # before the weights, which take minutes
+    with contextlib.ExitStack() as exits:
+        exits.enter_context(jax.set_mesh(mesh))
+        preemption = exits.enter_context(Preemption())
         start = load_start(config, mesh)
-        with RunCheckpoints(output / "checkpoints", config.training.keep, report=console.print) as checkpoints:
-            loader = make_loader(records, config, start, mesh, resumed=bool(checkpoints.steps()))
-            held_out = None
-            if held_out_records is not None:
-                held_out = make_loader(held_out_records, config, start, mesh, held_out=True)
-            check_same_data(loader, held_out)
-            steps = loader.steps
-            if start.config.text_config.rope_factor > 1:
-                console.print(f"rotary positions are divided by {start.config.text_config.rope_factor:g} (T5)")
-            state = initial_state(config, start, mesh)
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            if checkpoints.steps():  # its arrays take the place of these
-                jax.tree.map(lambda x: x.delete(), state)
-            restored = checkpoints.restore(abstract)
-            if restored is not None:
-                check_same_run(config, restored.config, output)
-                state = restored.arrays
-                loader.set_state(restored.position)
-                console.print(f"resuming {output} at step {restored.step} of {steps}")
-            elif jax.process_index() == 0:
-                write_files(
-                    output, {"config.yaml": yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode()}
-                )
-            journal = Journal(config, start, loader, console, first_step=int(state.step))
-            evaluate_step = make_evaluate_step(start.structure)
-            train_step = make_train_step(
-                start.structure, config.optimizer, config.training, lr_factors(start.trained, config.optimizer), steps
+        checkpoints = RunCheckpoints(output / "checkpoints", config.training.keep, report=console.print)
+        exits.enter_context(checkpoints)
+        loader = make_loader(records, config, start, rows, resumed=bool(checkpoints.steps()))
+        held_out = None if held_out_data is None else make_loader(held_out_data, config, start, rows, held_out=True)
+        check_same_data(loader, held_out)
+        steps = loader.steps
+        text = start.config.text_config
+        if text.rope_factor > 1:
+            console.print(
+                f"rotary positions are divided by {text.rope_factor:g} (T5): the largest bucket has "
+                f"{config.max_tokens} tokens, the model {text.max_position_embeddings} positions"
             )
-            batches = upcoming(loader, mesh, config.data.packing)
-            following = next(batches, None)
-            for step in range(int(state.step), steps):
-                current = following
-                if profile and step == journal.first_step + 2:
-                    jax.profiler.start_trace(output / "profile")
-                state, metrics = train_step(state, start.frozen, current.batch)
-                following = next(batches, None) if step + 1 < steps else None
-                journal.finished(step, metrics, current)
-                if profile and step == journal.first_step + 4:
-                    jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
-                stop = preemption.requested()
-                if stop or (step + 1) % config.training.save_every == 0 or step + 1 == steps:
-                    journal.flush()
-                    checkpoints.save(step + 1, state, current.position, dataclasses.asdict(config))
-                if stop:
-                    checkpoints.wait()
-                    console.print(f"stopped by a signal after step {step + 1} of {steps}; the same command goes on")
-                    return PREEMPTED
-                every = config.training.evaluate_every or steps
-                if held_out is not None and ((step + 1) % every == 0 or step + 1 == steps):
-                    journal.flush()
-                    batches_held_out = upcoming(held_out, mesh, config.data.packing)
-                    values = evaluate(evaluate_step, state.params, start.frozen, batches_held_out, journal)
+        state = initial_state(config, start, mesh)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        if checkpoints.steps():  # its arrays take the place of these
+            jax.tree.map(lambda x: x.delete(), state)
+        restored = checkpoints.restore(abstract)
+        if restored is not None:
+            check_same_run(config, restored.config, output)
+            state = restored.arrays
+            loader.set_state(restored.position)
+            console.print(f"resuming {output} at step {restored.step} of {steps}")
+        elif jax.process_index() == 0:
+            write_files(output, {"config.yaml": yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode()})
+        journal = exits.enter_context(Journal(config, start, loader, console, first_step=int(state.step)))
+        if held_out is not None:
+            journal.note_held_out(held_out.schedule.sizes.broken)
+        evaluate_step = make_evaluate_step(start.structure, config.training.micro_batches)
+        train_step = make_train_step(
+            start.structure, config.optimizer, config.training, lr_factors(start.trained, config.optimizer), steps
+        )
+
+        def save(step: int, position: dict[str, Any]) -> None:
+            journal.flush()
+            with journal.throughput.pause():
+                checkpoints.save(step, state, position, dataclasses.asdict(config))
+
+        tracing = exits.enter_context(contextlib.ExitStack())
+        device_rows = batch_sharding(mesh).shard_shape((config.training.batch_size,))[0]
+        ahead = loader.row_bytes * device_rows <= FETCHED_AHEAD
+        every = config.training.evaluate_every or steps
+        batches, following = upcoming(loader, mesh, config), None
+        for step in range(journal.first_step, steps):
+            current = following or next(batches)
+            if profile and step == journal.first_step + 2:
+                tracing.enter_context(jax.profiler.trace(output / "profile"))
+            state, metrics = train_step(state, start.frozen, current.batch)
+            current, following = current._replace(batch=None), None  # the step alone holds it now
+            if not ahead:
+                jax.block_until_ready(metrics)
+            elif step + 1 < steps:
+                following = next(batches)
+            journal.finished(step, metrics, current)
+            if profile and step == journal.first_step + 4:
+                jax.block_until_ready(state)
+                tracing.close()
+            stop, last = preemption.requested(), step + 1 == steps
+            if stop or last or (step + 1) % config.training.save_every == 0:
+                save(step + 1, current.position)
+            if held_out is not None and not stop and (last or (step + 1) % every == 0):
+                journal.flush()
+                once = upcoming(held_out, mesh, config)
+                with journal.throughput.pause():
+                    values = evaluate(evaluate_step, state.params, start.frozen, once, journal, preemption.requested)
+                if values is not None:
                     journal.metrics.log(step + 1, values)
+                else:
+                    stop = True
+                    save(step + 1, current.position)
+            if stop:
+                checkpoints.wait()
+                console.print(f"stopped by a signal after step {step + 1} of {steps}; the same command goes on")
+                return PREEMPTED
+        checkpoints.wait()
         start.save(output, state.params)
         console.print(f"{output / 'model'}: the model after {steps} steps. {journal.summary()}")
     return 0
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this process's devices hold, in order.
+
+    They need not be neighbours: meshes follow the chips' wiring.  Along `tensor` and `sequence` several processes may
+    hold the same.  Raises ShardingError, on all processes, where one has no device in the mesh.
+    """
+    idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if idle:
+        raise ShardingError(
+            f"a mesh of {mesh.size} devices leaves process {min(idle)} without one; use all {jax.device_count()}"
+        )
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for place in places for row in range(*place[0].indices(batch_size))})
 
 
 def open_data(config: TrainConfig) -> tuple[Sequence, Sequence | None]:
@@ -127,9 +170,14 @@ def open_data(config: TrainConfig) -> tuple[Sequence, Sequence | None]:
 
 
 def make_loader(
-    records: Sequence, config: TrainConfig, start: Start, mesh: Mesh, held_out: bool = False, resumed: bool = False
+    records: Sequence,
+    config: TrainConfig,
+    start: Start,
+    rows: Sequence[int],
+    held_out: bool = False,
+    resumed: bool = False,
 ) -> Loader:
-    """The rows of this process, of the training data or of one pass over the held-out set."""
+    """The batches of the training data or of one pass over the held-out set, this process's `rows` of them."""
     data, vision = config.data, start.config.vision_tower_config
     reader = ExampleReader(
         start.tokenizer,
@@ -144,7 +192,6 @@ def make_loader(
     cache = Path(config.output) / ("sizes-evaluation.npz" if held_out else "sizes.npz")
     sizes = read_sizes(records, reader, path, cache, max(data.threads, data.processes), retry=not resumed)
     dtype = jnp.dtype(config.training.dtype)
-    group, groups = row_group(mesh, config.training.batch_size)
     return Loader(
         records,
         sizes,
@@ -164,8 +211,7 @@ def make_loader(
         steps=0 if held_out else config.training.steps,
         threads=data.threads,
         processes=0 if held_out else data.processes,
-        process_index=group,
-        process_count=groups,
+        rows=rows,
     )
 
 
@@ -178,17 +224,6 @@ def check_same_data(*loaders: Loader | None) -> None:
             "the processes see different data: a file is missing or unreadable on some of them; "
             "run `python -m llamavid_jax.data.validate` on each host"
         )
-
-
-def row_group(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Which part of a batch's rows this process loads, and into how many parts it is cut.
-
-    Processes whose devices hold the same rows, along `tensor` or `sequence`, load the same part.
-    """
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    starts, stops = zip(*(place[0].indices(batch_size)[:2] for place in places), strict=True)
-    size = max(stops) - min(starts)
-    return min(starts) // size, batch_size // size
 
 
 def initial_state(config: TrainConfig, start: Start, mesh: Mesh) -> TrainState:
@@ -205,21 +240,24 @@ def initial_state(config: TrainConfig, start: Start, mesh: Mesh) -> TrainState:
     return TrainState(step, start.trained, jax.jit(optimizer.init, out_shardings=shardings)(start.trained))
 
 
-def upcoming(loader: Loader, mesh: Mesh, packing: bool) -> Iterator[Upcoming]:
-    """Batches on their way to the devices: the transfer runs while the step before computes.
+def upcoming(loader: Loader, mesh: Mesh, config: TrainConfig) -> Iterator[Upcoming]:
+    """Batches on their way to the devices, from each process its own rows.
 
     Rows of one sample need no segments: causality hides the padding behind it.
     """
-    sharding = batch_sharding(mesh)
+
+    def place(array: np.ndarray) -> jax.Array:
+        whole = (config.training.batch_size, *array.shape[1:])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh), array, whole)
+
     batches = iter(loader)
     while True:
         began = time.perf_counter()
         loaded = next(batches, None)
         if loaded is None:
             return
-        batch = loaded.batch if packing else loaded.batch._replace(segment_ids=None, positions=None)
-        batch = jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
-        yield Upcoming(batch, loaded, loader.get_state(), time.perf_counter() - began)
+        batch = loaded.batch if config.data.packing else loaded.batch._replace(segment_ids=None, positions=None)
+        yield Upcoming(jax.tree.map(place, batch), loaded, loader.get_state(), time.perf_counter() - began)
 
 
 def check_same_run(config: TrainConfig, before: dict[str, Any], output: Path) -> None:
@@ -247,11 +285,15 @@ def evaluate(
     frozen: dict[str, jax.Array],
     batches: Iterator[Upcoming],
     journal: Journal,
-) -> dict[str, float]:
-    """Loss and token accuracy over the held-out set."""
+    stopped: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Loss and token accuracy over the held-out set, one batch on the devices at a time; None once `stopped()`."""
     sums = []
     for one in batches:
-        journal.note_unreadable(one.loaded.skipped)
-        sums.append(evaluate_step(params, frozen, one.batch))
+        if stopped():
+            return None
+        journal.note_held_out(one.loaded.skipped)
+        sums.append(jax.device_get(evaluate_step(params, frozen, one.batch)))
+        del one
     loss, correct, tokens = (float(sum(getattr(one, name) for one in sums)) for name in LossSums._fields)
     return {"evaluation_loss": loss / max(tokens, 1), "evaluation_token_accuracy": correct / max(tokens, 1)}

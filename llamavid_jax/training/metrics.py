@@ -9,7 +9,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ COLUMNS: Mapping[str, tuple[str, str]] = {  # name -> on the console, and its fo
     "mfu": ("MFU", "5.1%"),
     "memory_gib": ("GiB", "5.1f"),
     "data_wait": ("data wait", "4.0%"),
+    "padding": ("padding", "4.0%"),
 }
 
 
@@ -94,28 +96,39 @@ def _lines_before(path: Path, first_step: int) -> list[str]:
 class Throughput:
     """Speed and its causes, summed over the steps since the last `read`."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self._clock = clock
+    def __init__(self, devices: int, clock: Callable[[], float] = time.perf_counter):
+        """`devices` are those of the mesh; others stand idle."""
+        self._devices, self._clock = devices, clock
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._start()
 
     def _start(self) -> None:
-        self._since, self._tokens, self._frames, self._flops, self._waited = self._clock(), 0, 0, 0, 0.0
+        self._since = self._clock()
+        self._tokens = self._slots = self._frames = self._flops = self._waited = 0
 
-    def add(self, tokens: int, frames: int, flops: int, wait: float) -> None:
-        """One step over all devices: real tokens and frames, `flops_per_step`, seconds spent waiting for its batch."""
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What runs inside, with no step under way, takes none of the steps' time."""
+        began = self._clock()
+        yield
+        self._since += self._clock() - began
+
+    def add(self, tokens: float, slots: float, frames: float, flops: int, wait: float) -> None:
+        """One step over all devices: tokens, the room for them, frames, FLOPs, seconds spent waiting for its batch."""
         self._tokens += tokens
+        self._slots += slots
         self._frames += frames
         self._flops += flops
         self._waited += wait
 
     def read(self) -> dict[str, float]:
-        """Tokens/s and frames/s over all devices, their utilisation where their peak is known, memory, data wait."""
+        """Tokens/s, frames/s of all devices, their utilisation where their peak is known, and what else COLUMNS has."""
         seconds = max(self._clock() - self._since, 1e-9)
         values = {"tokens_per_second": self._tokens / seconds, "frames_per_second": self._frames / seconds}
         if self._peak:
-            values["mfu"] = self._flops / seconds / (self._peak * jax.device_count())
+            values["mfu"] = self._flops / seconds / (self._peak * self._devices)
         values |= {"memory_gib": peak_memory() / 2**30, "data_wait": self._waited / seconds}
+        values["padding"] = 1 - self._tokens / max(self._slots, 1)
         self._start()
         return values
 

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llamavid_jax.checkpoint import load_part, load_weights, nest, parse_dtype, save_part, save_weights
+from llamavid_jax.checkpoint import WEIGHTS, load_part, load_weights, nest, parse_dtype, save_part, save_weights
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.tokenize import Tokenizer
 from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.lora import ADAPTERS, add_lora, merge_lora
+from llamavid_jax.lora import ADAPTERS, TARGETS, LoraConfig, add_lora, merge_lora
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.peft_adapter import save_adapter
+from llamavid_jax.peft_adapter import is_adapter, load_adapter, save_adapter
 from llamavid_jax.processor import check_tokenizers, load_tokenizers
 from llamavid_jax.sharding import flat_paths, make_mesh, param_axes, parse_mesh, partition_spec
 from llamavid_jax.training.config import TrainConfig
@@ -47,7 +48,7 @@ class Start:
         """Writes `output/model`, a whole checkpoint, and `output/adapter`: what was trained alone (T10).
 
         With LoRA the model holds the updates merged, and the adapter is in PEFT's layout, with whatever else was
-        trained beside it in `adapter/weights`.
+        trained beside it in `adapter/weights`.  The adapter, which is small, comes first.
         """
         folder, adapter = output / "model", output / "adapter"
         vision, ratio = self.config.vision_tower_config, self.config.image_aspect_ratio
@@ -57,19 +58,31 @@ class Start:
             self.qformer_tokenizer.save_pretrained(folder)
             LLaMAVIDLlavaImageProcessor(vision.image_size, image_aspect_ratio=ratio).save_pretrained(folder)
         dtype, lora = parse_dtype(self.run.training.dtype), self.run.lora
-        params = self.frozen | trained
+        updates = {path: value for path, value in trained.items() if fnmatch.fnmatchcase(path, ADAPTERS)}
+        beside = {path: value for path, value in trained.items() if path not in updates}
         if lora:
-            if lora.base != "float":  # the updates go into the kernels as they were
-                params = flat_paths(load_weights(self.run.start.model, self.config, dtype, self.mesh)) | trained
-            params = flat_paths(merge_lora(nest(params), lora))
-            updates = {path: value for path, value in trained.items() if fnmatch.fnmatchcase(path, ADAPTERS)}
             updates = multihost_utils.process_allgather(updates, tiled=True)
             if jax.process_index() == 0:
-                save_adapter(adapter, updates, lora, self.config.text_config)
-            trained = {path: value for path, value in trained.items() if path not in updates}
+                save_adapter(adapter, updates, lora, self.config.text_config, base=self.run.start.model)
+        if self.frozen and beside:
+            save_part(adapter, beside)
+        if lora and lora.base != "float":
+            params = self._merged_on_host(updates) | beside
+        else:
+            params = self.frozen | trained
+            params = flat_paths(merge_lora(nest(params), lora)) if lora else params
         save_weights(folder, nest({path: value.astype(dtype) for path, value in params.items()}))
-        if self.frozen and trained:
-            save_part(adapter, trained)
+
+    def _merged_on_host(self, updates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the run started from, read again, with the updates in its whole kernels.
+
+        QLoRA's devices may have no room for it beside the kernels in few bits; every process makes all of it.
+        """
+        start, mesh = self.run.start, host_mesh()
+        with jax.set_mesh(mesh):
+            params = flat_paths(load_weights(start.model, self.config, self.run.training.dtype, mesh))
+            merged = merge_lora(nest(with_adapter(params, start.adapter) | updates), self.run.lora)
+        return {path: np.asarray(value) for path, value in flat_paths(merged).items()}  # process 0 writes these
 
 
 def run_mesh(text: str) -> Mesh:
@@ -94,6 +107,52 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
+def host_mesh() -> Mesh:
+    """This process's CPU."""
+    try:
+        return make_mesh(jax.local_devices(backend="cpu"))
+    except RuntimeError:
+        raise ConfigError(
+            f"JAX_PLATFORMS is {jax.config.jax_platforms}, but lora.base other than 'float' is merged on the CPU; "
+            f"use {jax.config.jax_platforms},cpu"
+        ) from None
+
+
+def with_adapter(params: dict[str, jax.Array], adapter: str) -> dict[str, jax.Array]:
+    """`params` with those of a run's `adapter` folder in their places; LoRA's updates are not among them."""
+    if not adapter or (is_adapter(adapter) and not (Path(adapter) / WEIGHTS).is_dir()):
+        return params
+    return params | load_part(adapter, params)
+
+
+def read_updates(config: TrainConfig, model_config: LLaMAVIDLlavaConfig) -> dict[str, np.ndarray]:
+    """The updates in the folder `start.adapter`; none where a run without LoRA left it."""
+    folder, lora = config.start.adapter, config.lora
+    if not folder or not is_adapter(folder):
+        return {}
+    if lora is None:
+        raise ConfigError(
+            f"start.adapter is {folder}, which holds LoRA updates, but lora is null; set lora as it was there, or "
+            "merge them with `python -m conversion.merge_lora BASE ADAPTER OUT` and start from OUT"
+        )
+    found, updates = load_adapter(folder, model_config.text_config)
+    for name in ("rank", "alpha", "targets"):
+        there, here = getattr(found, name), getattr(lora, name)
+        if there != here and (name != "targets" or set(there) != set(here)):
+            raise ConfigError(f"lora.{name} is {here}, but {there} in start.adapter, {folder}; set it so")
+    return updates
+
+
+def check_lora_trains(lora: LoraConfig, trains: Container[str]) -> None:
+    """Raises ConfigError for a kernel that would train itself under its update, or in few bits."""
+    for target in lora.targets if lora.base == "float" else TARGETS:
+        kernel = f"llama.layers.{TARGETS[target]}.kernel"
+        if kernel in trains:
+            raise ConfigError(
+                f"trainable: {kernel} trains, but lora holds it fixed; set its pattern to false, such as llama.*: false"
+            )
+
+
 def load_start(config: TrainConfig, mesh: Mesh) -> Start:
     """Raises ConfigError or WeightsError before anything is computed."""
     model_config = config.model_config()
@@ -103,6 +162,7 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
             f"start.adapter is {config.start.adapter}, which does not exist; run the stage that leaves it, or give "
             "another folder, or start.adapter= for none"
         )
+    updates = read_updates(config, model_config)
 
     def make() -> LlamaVid:
         rngs = nnx.Rngs(config.training.seed)
@@ -114,6 +174,10 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
     structure = Structure(nnx.eval_shape(make))
     adapters = {path for path in structure.shapes if fnmatch.fnmatchcase(path, ADAPTERS)}
     trains = trainable_paths([path for path in structure.shapes if path not in adapters], config.trainable) | adapters
+    if config.lora:
+        check_lora_trains(config.lora, trains)
+        if config.lora.base != "float":
+            host_mesh()  # for the end
     axes = param_axes({path: leaf.shape for path, leaf in structure.shapes.items()}, model_config)
     shardings = {
         path: NamedSharding(mesh, partition_spec(leaf.shape, axes[path], mesh))
@@ -141,8 +205,8 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
         params |= random(adapters) if adapters else {}
     else:
         params = random(structure.shapes)
-    if config.start.adapter:
-        params |= load_part(config.start.adapter, params)
+    params = with_adapter(params, config.start.adapter)
+    params |= {path: jax.device_put(value.astype(jnp.float32), shardings[path]) for path, value in updates.items()}
     if config.lora and config.lora.base != "float":
         structure, params = quantized(structure, params, config.lora.base)
     return Start(
@@ -157,9 +221,13 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
 
 
 def quantized(structure: Structure, params: dict[str, jax.Array], kind: str) -> tuple[Structure, dict[str, jax.Array]]:
-    """The same model with LLaMA's kernels in few bits (QLoRA, T9)."""
+    """The same model with LLaMA's kernels in few bits (QLoRA, T9).
+
+    Empties `params`: a whole kernel goes when its few bits are there, so that the two models are never both whole.
+    """
     from llamavid_jax.quantize import quantize_base  # Qwix takes a second to import
 
     model = structure.model(params)
+    params.clear()
     quantize_base(model, kind)
     return Structure(model), flat_paths(nnx.state(model, nnx.Param))

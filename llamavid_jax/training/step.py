@@ -75,7 +75,8 @@ def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Arr
         return model.frame_tokens(features[frame], ids[question], mask[question], has_cls=has_cls, dropout_key=key)
 
     keys = () if dropout_key is None else (jax.random.split(dropout_key, batch.pair_frame.shape),)
-    of_row = jax.vmap(stack.rematerialise(pair_tokens, remat), in_axes=(None, None, None, 0, 0, *(0 for _ in keys)))
+    kept = stack.rematerialise(pair_tokens, remat, in_loop=False)
+    of_row = jax.vmap(kept, in_axes=(None, None, None, 0, 0, *(0 for _ in keys)))
 
     def compress(frame: jax.Array, question: jax.Array, *key: jax.Array) -> jax.Array:
         return jax.vmap(of_row)(features, batch.question_ids, batch.question_mask, frame, question, *key)
@@ -101,9 +102,11 @@ def _in_chunks(function: Callable[..., jax.Array], size: int, *arrays: jax.Array
 
 def loss_sums(model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: Any = None) -> LossSums:
     """The loss of a batch as sums over its labelled tokens; `dropout_key` switches dropout on (P19, T8)."""
+    pairs_key = None
     if dropout_key is not None:
-        set_dropout(model, jax.random.fold_in(dropout_key, 1))
-    visual = visual_table(model, batch, remat, dropout_key)
+        pairs_key, lora_key = jax.random.split(dropout_key)
+        set_dropout(model, lora_key)
+    visual = visual_table(model, batch, remat, pairs_key)
     hidden = model.llama(model.merge(batch.token_ids, visual, batch.visual_index), batch.segment_ids, batch.positions)
     return next_token_sums(hidden, model.llama.head_kernel(), batch.labels)
 
@@ -165,9 +168,15 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_evaluate_step(structure: Structure) -> Callable[..., LossSums]:
-    """The compiled `(params, frozen, batch) → LossSums`, without dropout."""
-    return jax.jit(lambda params, frozen, batch: loss_sums(structure.model(params, frozen), batch))
+def make_evaluate_step(structure: Structure, micro_batches: int = 1) -> Callable[..., LossSums]:
+    """The compiled `(params, frozen, batch) → LossSums`, without dropout, on as many rows at a time as a step."""
+
+    def evaluate_step(params: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: Batch) -> LossSums:
+        micros = jax.tree.map(lambda x: _cut_rows(x, micro_batches), batch)
+        parts = jax.lax.map(lambda micro: loss_sums(structure.model(params, frozen), micro), micros)
+        return jax.tree.map(jnp.sum, parts)
+
+    return jax.jit(evaluate_step)
 
 
 def _cut_rows(x: jax.Array, number: int) -> jax.Array:

@@ -1,0 +1,33 @@
+"""Gives a checkpoint a Q-Former that has learnt nothing, with the projectors that make the context token's attention.
+
+    python -m demo.fresh_qformer MODEL OUT
+
+Pictures of a single digit ask nothing of the question.  What attention learns from them is to look at one patch only,
+whatever is asked, so surely that no gradient is left to learn anything else; so it begins anew before it is needed.
+"""
+
+import argparse
+from pathlib import Path
+
+from flax import nnx
+
+from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="checkpoint folder, such as runs/demo/stage0/model")
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32")
+    trained, fresh = (nnx.to_pure_dict(m.params) for m in (model, LLaMAVIDLlavaForConditionalGeneration(model.config)))
+    trained["qformer"] = fresh["qformer"]
+    for name in ("query_projector", "key_projector"):
+        trained["visual_tokens"][name] = fresh["visual_tokens"][name]
+    tokenizers = {"tokenizer": model.tokenizer, "qformer_tokenizer": model.qformer_tokenizer}
+    LLaMAVIDLlavaForConditionalGeneration(model.config, trained, **tokenizers).save_pretrained(options.out)
+    LLaMAVIDLlavaProcessor.from_pretrained(options.model).image_processor.save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    main()
