@@ -79,4 +79,7 @@ def test_a_fresh_qformer_is_all_that_changes(shipped, tmp_path, monkeypatch):
         "visual_tokens.query_projector",
         "visual_tokens.key_projector",
     }
-    assert LLaMAVIDLlavaProcessor.from_pretrained(tmp_path / "fresh").image_processor.image_size == 48
+    frame = np.random.default_rng(0).integers(0, 256, (1, 60, 80, 3)).astype(np.uint8)
+    processors = shipped[1], LLaMAVIDLlavaProcessor.from_pretrained(tmp_path / "fresh")
+    first, second = (processor.image_processor(videos=frame)["pixel_values"][0] for processor in processors)
+    np.testing.assert_array_equal(first, second)

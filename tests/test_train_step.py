@@ -89,7 +89,7 @@ def test_mean_of_micro_batch_means(single):
     sums = make_evaluate_step(structure())
     parts = [sums(*split(2), jax.tree.map(lambda x, n=n: x[n::4], batch(ROWS, SHAPE))) for n in range(4)]
     assert float(seen[0, 0]) == pytest.approx(np.mean([part.loss / part.tokens for part in parts]), rel=1e-5)
-    assert abs(seen[0, 0] / single[0][0, 0] - 1) > 1e-3
+    assert abs(seen[0, 0] / single[0][0, 0] - 1) > 1e-4  # another mean than the tokens'
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
