@@ -8,12 +8,14 @@ Every question of every record is asked alone, greedily, in the template `vicuna
 import argparse
 import collections
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
 from llamavid_jax.data.conversation import IMAGE, prompt, template_named
 from llamavid_jax.data.tokenize import encode_with_images
+from llamavid_jax.errors import InputError
 
 MAX_NEW_TOKENS = 8
 
@@ -79,4 +81,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
