@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--pictures", type=int, default=30000, help="pictures of pretrain.json, and of refer.json")
     parser.add_argument("--align", type=int, default=6000, help="pictures of align.json")
-    parser.add_argument("--clips", type=int, default=8000, help="short clips of instruct.json")
+    parser.add_argument("--clips", type=int, default=16000, help="short clips of instruct.json")
     parser.add_argument("--long", type=int, default=800, help="long clips of long.json")
     parser.add_argument("--review", type=int, default=6400, help="short clips of long.json, which are of instruct.json")
     parser.add_argument(

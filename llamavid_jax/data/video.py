@@ -151,8 +151,8 @@ def _sample(path, container, stream, average_fps, stride, transform, progress) -
             check_size(frame.width, frame.height, path)
             size = {"width": frame.width, "height": frame.height}
         seconds = index / average_fps if frame.time is None else frame.time - start
-        try:
-            pixels = _upright(frame.to_ndarray(format="rgb24", **size), frame)
+        try:  # by default each frame starts as many threads as there are cores, and keeps them as long as it lives
+            pixels = _upright(frame.to_ndarray(format="rgb24", threads=1, **size), frame)
         except (av.FFmpegError, ValueError) as error:
             raise MediaError(
                 f"{path} has {frame.format.name} pixels, which cannot be shown ({error}); convert it to H.264 .mp4"
