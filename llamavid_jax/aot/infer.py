@@ -36,10 +36,9 @@ REMEDY = "try a mesh with a larger tensor axis, fewer frames, or a generation wi
 def check_inference(
     config: LLaMAVIDLlavaConfig,
     topology: str,
-    mesh: str = "",
-    *,
+    mesh: str,
     tokens: int,
-    new_tokens: int = 512,
+    new_tokens: int,
     dtype: str = "bfloat16",
     name: str = "",
 ) -> list[Report]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -108,6 +110,20 @@ def compile_report(
         collectives={kind: dataclasses.asdict(one) for kind, one in moved.items()},
         **best._asdict(),
     )
+
+
+def show(reports: Sequence[Report]) -> int:
+    """Prints each report, as text and as a line of JSON; returns the exit code, 1 where one does not fit."""
+    for report in reports:
+        print("\n".join(f"{name:34} {cell}" for name, cell in zip(COLUMNS, report.row(), strict=True)))
+        for path, size in report.replicated_mib.items():
+            print(f"{'whole on every device':34} {path}: {size:.1f} MiB")
+        print(report.json(), flush=True)
+    too_large = [report for report in reports if not report.fits]
+    for report in too_large:
+        needed = f"{report.peak_gib:.1f} GiB needed, {report.hbm_gib:g} GiB there"
+        print(f"{report.program}: {needed}: {report.remedy}", file=sys.stderr)
+    return 1 if too_large else 0
 
 
 def versions() -> dict[str, str]:
