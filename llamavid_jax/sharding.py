@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
+from llamavid_jax.slices import device_grid
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -231,7 +232,7 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     if needed > len(devices):
         asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ShardingError(f"a mesh of {asked} needs {needed} devices; {len(devices)} are there")
-    return jax.make_mesh(shape, MESH_AXES, devices=devices[:needed], axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(device_grid(shape, devices[:needed]), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str, ...]]:

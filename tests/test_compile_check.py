@@ -91,6 +91,8 @@ def test_roofline_by_hand():
     assert (best.seconds, best.bound, best.utilisation) == (1.0, "network between slices", 0.5)
     best = estimate(chip, flops=50e12, hbm_bytes=4000e9, ici_bytes=0)
     assert (best.seconds, best.bound, best.utilisation) == (4.0, "memory", 0.125)
+    best = estimate(chip, flops=50e12, recomputed=50e12, hbm_bytes=0, ici_bytes=0)  # 1 s, of which half counts
+    assert (best.seconds, best.bound, best.utilisation) == (1.0, "compute", 0.5)
 
 
 def test_a_7b_step_by_hand():

@@ -78,7 +78,7 @@ class Report:
 
 
 def compile_report(
-    lowered: jax.stages.Lowered, chip: Chip, slices: int, flops: int, remedy: str, **known: Any
+    lowered: jax.stages.Lowered, chip: Chip, slices: int, flops: int, remedy: str, recomputed: int = 0, **known: Any
 ) -> Report:
     """Compiles and reads what there is to read; `remedy` is what to change where it does not fit."""
     began = time.perf_counter()
@@ -96,6 +96,7 @@ def compile_report(
     best = estimate(
         chip,
         flops=flops / devices,
+        recomputed=recomputed / devices,
         hbm_bytes=used[0] + 2 * used[1] + used[2],  # each at least once; temporaries are written and read
         ici_bytes=sum(one.bytes for one in moved.values()) - between,
         dcn_bytes=between,

@@ -51,6 +51,7 @@ def check_training(
             num_slices,
             step_flops(config, layout, shape, features),
             remedy(config, device_mesh, shape),
+            recomputed_flops(config, layout, shape),
             program=f"{name}: {loop.batch_size} rows of {shape.frames} frames and {shape.tokens} tokens, "
             f"{loop.micro_batches} micro-batches, remat={loop.remat}",
             topology=topology if num_slices == 1 else f"{num_slices} × {topology}",
@@ -95,6 +96,7 @@ def abstract_batch(
 
 
 def step_flops(config: TrainConfig, layout: Layout, shape: RowShape, features: bool) -> int:
+    """FLOPs of a step over all devices, by the formula of `flops.py`."""
     rows = config.training.batch_size
     return flops_per_step(
         layout.config,
@@ -104,6 +106,16 @@ def step_flops(config: TrainConfig, layout: Layout, shape: RowShape, features: b
         question_tokens=config.data.question_tokens,
         rows=rows,
         row_tokens=shape.tokens,
+    )
+
+
+def recomputed_flops(config: TrainConfig, layout: Layout, shape: RowShape) -> int:
+    """FLOPs that remat=full does again: one forward pass of LLaMA; what "dots" does again is no product."""
+    if config.training.remat != "full":
+        return 0
+    rows, nothing = config.training.batch_size, dict.fromkeys(PARTS, False)
+    return flops_per_step(
+        layout.config, nothing, frames=0, pairs=0, question_tokens=0, rows=rows, row_tokens=shape.tokens
     )
 
 

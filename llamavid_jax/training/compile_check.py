@@ -27,12 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(config: "TrainConfig", options: argparse.Namespace, mesh: str = "") -> int:
     """Compiles in a process of its own, prints the report and returns the exit code.  Raises InputErrors."""
+    from llamavid_jax.aot.plan import plan
     from llamavid_jax.aot.report import show
     from llamavid_jax.aot.topology import in_own_process
     from llamavid_jax.aot.train import check_training
 
     if not options.topology:
         raise InputError("there is no slice to compile for; give --topology, such as v5e:8x8")
+    if getattr(options, "plan", False):
+        reports = plan(config, options.topology, options.num_slices, options.features, options.config)
+        return show(reports) if any(report.fits for report in reports) else 1
     arguments = config, options.topology, mesh, options.num_slices, options.features, options.config
     return show([in_own_process(check_training, *arguments)])
 
@@ -42,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="one of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="put over the file")
     parser.add_argument("--mesh", default="", metavar="AXIS=N,...", help="put over the file's")
+    parser.add_argument("--plan", action="store_true", help="try meshes and remat for the slice; the best first")
     add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
     try:

@@ -79,8 +79,7 @@ def test_a_tiny_step_for_four_chips():
     assert 0 < report.utilisation < 1
 
 
-def test_the_command(tmp_path):
-    """A row and a line of JSON, and one line for what is wrong."""
+def test_what_train_py_says():
     run = [
         sys.executable,
         str(ROOT / "train.py"),
