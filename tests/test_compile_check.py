@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import os
-import signal
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from training_cases import CONFIG, ROOT, batch, example
 from training_data import write_tokenizers
 
+from llamavid_jax.aot import plan as plans
 from llamavid_jax.aot import report as reports
 from llamavid_jax.aot.chips import CHIPS, Chip
 from llamavid_jax.aot.collectives import Moved, collectives
+from llamavid_jax.aot.plan import rank
 from llamavid_jax.aot.roofline import estimate
 from llamavid_jax.aot.topology import (
     CompileError,
@@ -154,7 +156,7 @@ def test_collectives_of_a_tpu_program():
     assert found["reduce-scatter"] == Moved(32, 0, 32 * 8 * 16 * 4 * 3 / 4)
     assert found["all-reduce"] == Moved(1, 0, 2 * (10 * 4 + 20 * 2) * 3 / 4)
     assert found["all-to-all"] == Moved(1, 0, 4 * 4 * 4 * 3 / 4)
-    assert found["collective-permute"] == Moved(1, 1, 400)
+    assert found["collective-permute"] == Moved(1, 1, 400.0)
 
 
 def test_what_crosses_from_slice_to_slice():
@@ -216,7 +218,7 @@ def test_no_libtpu_and_no_such_slice(monkeypatch, raised, said):
         slice_devices("v5e:3x7")
 
 
-class Lowered:
+class Lowered(jax.stages.Lowered):
     """Its compile fails with `message`."""
 
     def __init__(self, message: str):
@@ -233,7 +235,8 @@ class Lowered:
         "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (65.20G) exceeds available HBM (15.75G).",
     ],
 )
-def test_a_program_that_does_not_fit(message):
+def test_a_program_that_does_not_fit(monkeypatch, message):
+    monkeypatch.setattr(reports, "versions", dict)  # libtpu is not there
     with pytest.raises(OutOfMemoryError, match=r"65\.2 GiB needed, 15\.8 GiB there"):
         compile_lowered(Lowered(message))
     report = reports.compile_report(
@@ -258,21 +261,14 @@ def test_a_program_that_the_compiler_refuses():
 
 def test_a_compile_that_the_system_ends():
     with pytest.raises(CompileError, match="ended by the system, most likely for want of memory: this machine has"):
-        in_own_process(_end)
-
-
-def _end():
-    os.kill(os.getpid(), signal.SIGKILL)
+        in_own_process(os._exit, 9)
 
 
 def test_errors_cross_the_process_as_they_are():
-    with pytest.raises(OutOfMemoryError, match=r"65\.2 GiB needed") as caught:
-        in_own_process(_out_of_memory)
-    assert caught.value.needed == 65.2
-
-
-def _out_of_memory():
-    raise OutOfMemoryError(65.2, 16)
+    with pytest.raises(CompileError, match="'v9:2x2' is no topology"):
+        in_own_process(chip_of, "v9:2x2")
+    error = pickle.loads(pickle.dumps(OutOfMemoryError(65.2, 16.0)))
+    assert (error.needed, error.there) == (65.2, 16.0)
 
 
 def test_remedies():
@@ -283,3 +279,29 @@ def test_remedies():
     long = dataclasses.replace(SHAPE, tokens=65536)
     assert remedy(tiny("training.remat=full"), make_mesh(fsdp=8), long) == "try sequence=2"
     assert remedy(tiny("training.remat=full"), make_mesh(fsdp=8), SHAPE).startswith("try a larger slice")
+
+
+def test_plan_ranks_what_can_fit():
+    """7B, 16,384 tokens, 64 chips of 16 GiB: nothing that keeps all activations, and one row a chip at most."""
+    long = ["data.buckets=[{frames: 0, pairs: 0, questions: 0, tokens: 16384}]"]
+    config = read_config(ROOT.parent / "configs" / "stage2_instruct.yaml", long)
+    layout = lay_out(config, make_mesh())
+    tries = rank(config, layout, "v5e:8x8", devices=64)
+    fitting = [one for one in tries if one.gib <= 16]
+    assert tries[: len(fitting)] == fitting and [one.seconds for one in fitting] == sorted(
+        one.seconds for one in fitting
+    )
+    assert all(one.mesh["fsdp"] * one.mesh["tensor"] * one.mesh["sequence"] == 64 for one in tries)
+    whole = next(one for one in tries if one.text == "fsdp=64" and one.remat == "full")
+    assert whole.micro_batches == 2 and whole.gib == pytest.approx(16 * 6.9 / 64 * 1e9 / 2**30 + 4, rel=0.1)
+    assert not any(one.remat == "none" and one.text == "fsdp=64" for one in fitting)
+
+
+def test_plan_says_what_is_missing(monkeypatch):
+    """13B on one chip."""
+    config = read_config(ROOT.parent / "configs" / "stage2_instruct_13b.yaml")
+    monkeypatch.setattr(plans, "in_own_process", lambda *_: (lay_out(config, make_mesh()), 1))
+    with pytest.raises(
+        CompileError, match=r"^\d+\.\d GiB needed at least, 16 GiB there, with .* on v5e:1x1: try a larger"
+    ):
+        plans.plan(config, "v5e:1x1")

@@ -29,11 +29,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {  # by the name of a topology's generation
-    "v2": Chip("TPU v2", 22.5, 8, 350, 124, 3.1, devices=2),
-    "v3": Chip("TPU v3", 61.5, 16, 450, 140, 3.1, devices=2),
-    "v4": Chip("TPU v4", 275, 32, 1200, 300, 6.2),
-    "v5e": Chip("TPU v5 lite", 197, 16, 819, 200, 3.1),
-    "v5p": Chip("TPU v5", 459, 95, 2765, 600, 6.2),
-    "v6e": Chip("TPU v6 lite", 918, 32, 1638, 400, 12.5),
-    "tpu7x": Chip("TPU7x", 1153.5, 96, 3690, 300, 6.2, devices=2),
+    "v2": Chip("TPU v2", 22.5, 8.0, 350.0, 124.0, 3.1, devices=2),
+    "v3": Chip("TPU v3", 61.5, 16.0, 450.0, 140.0, 3.1, devices=2),
+    "v4": Chip("TPU v4", 275.0, 32.0, 1200.0, 300.0, 6.2),
+    "v5e": Chip("TPU v5 lite", 197.0, 16.0, 819.0, 200.0, 3.1),
+    "v5p": Chip("TPU v5", 459.0, 95.0, 2765.0, 600.0, 6.2),
+    "v6e": Chip("TPU v6 lite", 918.0, 32.0, 1638.0, 400.0, 12.5),
+    "tpu7x": Chip("TPU7x", 1153.5, 96.0, 3690.0, 300.0, 6.2, devices=2),
 }

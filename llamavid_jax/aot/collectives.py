@@ -31,8 +31,8 @@ class Moved:
 
     count: int = 0
     asynchronous: int = 0
-    bytes: float = 0
-    bytes_between_slices: float = 0  # part of `bytes`
+    bytes: float = 0.0
+    bytes_between_slices: float = 0.0  # part of `bytes`
 
 
 def collectives(text: str, slice_devices: int | None = None) -> dict[str, Moved]:
@@ -129,7 +129,9 @@ def _received(kind: str, opcode: str, output: str, rest: str, slice_devices: int
 
 def _bytes(kind: str, shape: str) -> float:
     bits = re.search(r"\d+", kind)
-    return BYTES.get(kind, int(bits[0]) / 8 if bits else 0) * math.prod(int(size) for size in shape.split(",") if size)
+    return float(BYTES.get(kind, int(bits[0]) / 8 if bits else 0)) * math.prod(
+        int(size) for size in shape.split(",") if size
+    )
 
 
 def _groups(rest: str) -> np.ndarray:

@@ -123,7 +123,7 @@ def _try(
     rows = config.training.batch_size // micro_batches // (mesh["data"] * mesh["fsdp"])
     tokens = rows * shape.tokens // mesh["sequence"]  # of a device at a time
     state, gathered = _parameters(layout, mesh)
-    run = Try(mesh, remat, micro_batches, 0, 0).overrides(config)
+    run = Try(mesh, remat, micro_batches, 0.0, 0.0).overrides(config)
     best = estimate(
         chip_of(topology),
         flops=step_flops(run, layout, shape, features=False) / math.prod(mesh.values()),
@@ -164,6 +164,6 @@ def _kept(text: LlamaConfig, mesh: dict[str, int], tokens: int, remat: str) -> f
 def _exchanged(text: LlamaConfig, mesh: dict[str, int], rows: int, row_tokens: int) -> float:
     """Bytes that a device receives in a micro-batch for `tensor` (4 sums a layer) and `sequence` (keys and values)."""
     tensor, sequence = mesh["tensor"], mesh["sequence"]
-    sums = 4 * 2 * (tensor - 1) / tensor * rows * row_tokens / sequence * text.hidden_size
+    sums = 4.0 * 2 * (tensor - 1) / tensor * rows * row_tokens / sequence * text.hidden_size
     memory = 3 * (sequence - 1) / sequence * rows * row_tokens * 2 * text.num_key_value_heads / tensor * text.head_dim
     return 2 * text.num_hidden_layers * (sums + memory)

@@ -38,13 +38,13 @@ class Report:
     peak_gib: float
     compile_seconds: float
     remedy: str = ""
-    arguments_gib: float = 0
-    temporaries_gib: float = 0
-    output_gib: float = 0
+    arguments_gib: float = 0.0
+    temporaries_gib: float = 0.0
+    output_gib: float = 0.0
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    seconds: float = 0
+    seconds: float = 0.0
     bound: str = ""
-    utilisation: float = 0
+    utilisation: float = 0.0
     replicated_mib: dict[str, float] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
