@@ -282,7 +282,7 @@ def test_remedies():
 
 
 def test_plan_ranks_what_can_fit():
-    """7B, 16,384 tokens, 64 chips of 16 GiB: nothing that keeps all activations, and one row a chip at most."""
+    """7B, 16,384 tokens, 64 chips of 16 GiB: nothing that keeps all activations."""
     long = ["data.buckets=[{frames: 0, pairs: 0, questions: 0, tokens: 16384}]"]
     config = read_config(ROOT.parent / "configs" / "stage2_instruct.yaml", long)
     layout = lay_out(config, make_mesh())
@@ -293,7 +293,8 @@ def test_plan_ranks_what_can_fit():
     )
     assert all(one.mesh["fsdp"] * one.mesh["tensor"] * one.mesh["sequence"] == 64 for one in tries)
     whole = next(one for one in tries if one.text == "fsdp=64" and one.remat == "full")
-    assert whole.micro_batches == 2 and whole.gib == pytest.approx(16 * 6.9 / 64 * 1e9 / 2**30 + 4, rel=0.1)
+    assert whole.micro_batches == 1  # two rows a chip: 32 layers · 2 · 16,384 · 4096 numbers of 16 bits are 8 GiB
+    assert whole.gib == pytest.approx(16 * 6.9e9 / 64 / 2**30 + 8, rel=0.05)
     assert not any(one.remat == "none" and one.text == "fsdp=64" for one in fitting)
 
 

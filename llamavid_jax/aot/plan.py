@@ -158,7 +158,7 @@ def _kept(text: LlamaConfig, mesh: dict[str, int], tokens: int, remat: str) -> f
         (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim + 2 * text.intermediate_size
     ) / mesh["tensor"]  # fmt: skip
     kept = {"full": whole, "dots": whole + products, "none": whole + 1.5 * products}[remat]
-    return 2 * text.num_hidden_layers * tokens * kept
+    return 2.0 * text.num_hidden_layers * tokens * kept
 
 
 def _exchanged(text: LlamaConfig, mesh: dict[str, int], rows: int, row_tokens: int) -> float:
@@ -166,4 +166,4 @@ def _exchanged(text: LlamaConfig, mesh: dict[str, int], rows: int, row_tokens: i
     tensor, sequence = mesh["tensor"], mesh["sequence"]
     sums = 4.0 * 2 * (tensor - 1) / tensor * rows * row_tokens / sequence * text.hidden_size
     memory = 3 * (sequence - 1) / sequence * rows * row_tokens * 2 * text.num_key_value_heads / tensor * text.head_dim
-    return 2 * text.num_hidden_layers * (sums + memory)
+    return 2.0 * text.num_hidden_layers * (sums + memory)
