@@ -54,7 +54,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
     )
     parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
+    parser.add_argument("--compile-only", action="store_true", help="compile for --topology and stop")
+    parser.add_argument("--topology", metavar="NAME", help="such as v5e:1x1: a generation of TPU, and chips")
+    parser.add_argument("--tokens", type=int, default=7400, metavar="N", help="of the compiled prompt, frames and all")
     options = parser.parse_args(arguments)
+    if options.compile_only != bool(options.topology):
+        parser.error("--compile-only and --topology go together, such as --compile-only --topology v5e:1x1")
+    if options.compile_only:
+        return options
     options.question = (options.question or "").strip()
     if not options.question and not options.chat:
         parser.error("there is no question; give --question TEXT or --chat")
@@ -67,6 +74,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.stop
     )
     return options
+
+
+def compile_only(options: argparse.Namespace) -> int:
+    """Compiles the programs for a slice that need not be there.  `--model` may be one of configs/models/."""
+    from llamavid_jax import LLaMAVIDLlavaConfig
+    from llamavid_jax.aot.infer import check_inference
+    from llamavid_jax.aot.report import show
+    from llamavid_jax.aot.topology import in_own_process
+
+    read = LLaMAVIDLlavaConfig.from_yaml if options.model.endswith(".yaml") else LLaMAVIDLlavaConfig.from_pretrained
+    arguments = options.topology, options.mesh, options.tokens, options.max_new_tokens, options.dtype, options.model
+    return show(in_own_process(check_inference, read(options.model), *arguments))
 
 
 class Session:
@@ -199,6 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     code = 0
     try:
         options = parse_arguments(arguments)
+        if options.compile_only:
+            return compile_only(options)
         session = Session(options, Console(stderr=True))
         for question in questions(options):
             try:

@@ -13,6 +13,7 @@ import sys
 from rich.console import Console
 
 from llamavid_jax.errors import InputError
+from llamavid_jax.training import compile_check
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -20,6 +21,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="one of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="put over the file")
     parser.add_argument("--profile", action="store_true", help="write a trace of three steps to OUTPUT/profile")
+    parser.add_argument("--compile-only", action="store_true", help="compile the step for --topology and stop")
+    compile_check.add_arguments(parser)
     parser.add_argument("--distributed", action="store_true", help="a TPU pod: find the other hosts by themselves")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where hosts do not find each other")
     parser.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
@@ -38,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         from llamavid_jax.training.config import read_config
 
         config = read_config(options.config, options.overrides)
+        if options.compile_only:
+            return compile_check.check(config, options)
         import jax
 
         if options.coordinator or options.distributed:

@@ -21,7 +21,8 @@ from flax.nnx.nn.dtypes import promote_dtype
 from llamavid_jax.config import ConfigError
 from llamavid_jax.lora import linears
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.sharding import PARAM_AXES, constrain
+from llamavid_jax.param_axes import PARAM_AXES
+from llamavid_jax.sharding import constrain
 
 KINDS = ("nf4", "int8")
 BLOCK = 64

@@ -1,4 +1,4 @@
-"""Where every array lives on a device mesh: one table from parameter path to axis names, one from axis to mesh axes.
+"""Where every array lives on a device mesh: `param_axes.py` names dimensions, one table here maps names to mesh axes.
 
 The mesh has four axes: `data` (copies of the model; across slices), `fsdp` (parameters cut along their width),
 `tensor` (heads and MLP cut) and `sequence` (long rows cut).  Modules know nothing of it but `constrain`.
@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
+from llamavid_jax.param_axes import ADAPTER_AXES, OPTIONAL_ROWS, PARAM_AXES, axis_sizes
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -59,139 +60,9 @@ AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "hidden": "tensor",
 }
 
-_NORM, _QFORMER_LAYERS = ("scale", "bias"), ("qformer_layers", "qformer_cross_layers")
-PARAM_AXES: dict[str, str] = {
-    "vision.patch_embed.kernel": "patch_row patch_column channels vision_embed",
-    "vision.patch_embed.bias": "vision_embed",
-    "vision.cls_token": "vision_embed",
-    "vision.position": "positions vision_embed",
-    **{f"vision.blocks.{of}_norm.{part}": "vision_layers vision_embed" for of in ("attn", "mlp") for part in _NORM},
-    "vision.blocks.attn.qkv.kernel": "vision_layers vision_embed qkv vision_heads vision_head_dim",
-    "vision.blocks.attn.q_bias": "vision_layers vision_heads vision_head_dim",
-    "vision.blocks.attn.v_bias": "vision_layers vision_heads vision_head_dim",
-    "vision.blocks.attn.out.kernel": "vision_layers vision_heads vision_head_dim vision_embed",
-    "vision.blocks.attn.out.bias": "vision_layers vision_embed",
-    "vision.blocks.mlp.fc1.kernel": "vision_layers vision_embed vision_mlp",
-    "vision.blocks.mlp.fc1.bias": "vision_layers vision_mlp",
-    "vision.blocks.mlp.fc2.kernel": "vision_layers vision_mlp vision_embed",
-    "vision.blocks.mlp.fc2.bias": "vision_layers vision_embed",
-    "qformer.query": "queries qformer_embed",
-    **{f"qformer.memory_norm.{part}": "vision_embed" for part in _NORM},
-    "qformer.word_embeddings.embedding": "qformer_vocab qformer_embed",
-    "qformer.position_embeddings.embedding": "qformer_positions qformer_embed",
-    **{f"qformer.embeddings_norm.{part}": "qformer_embed" for part in _NORM},
-    "qformer.layers.self_attention.key.kernel": "qformer_layers qformer_embed qformer_heads qformer_head_dim",
-    "qformer.layers.self_attention.value.kernel": "qformer_layers qformer_embed qformer_heads qformer_head_dim",
-    "qformer.cross_attention.key.kernel": "qformer_cross_layers vision_embed qformer_heads qformer_head_dim",
-    "qformer.cross_attention.value.kernel": "qformer_cross_layers vision_embed qformer_heads qformer_head_dim",
-    **{
-        f"qformer.{attention}.{part}": f"{layers} {axes}"
-        for attention, layers in zip(("layers.self_attention", "cross_attention"), _QFORMER_LAYERS, strict=True)
-        for part, axes in {
-            "query.kernel": "qformer_embed qformer_heads qformer_head_dim",
-            **{f"{part}.bias": "qformer_heads qformer_head_dim" for part in ("query", "key", "value")},
-            "out.kernel": "qformer_heads qformer_head_dim qformer_embed",
-            **{part: "qformer_embed" for part in ("out.bias", "norm.scale", "norm.bias")},
-        }.items()
-    },
-    **{
-        f"qformer.layers.{mlp}.{part}": axes
-        for mlp in ("query_mlp", "text_mlp")
-        for part, axes in {
-            "fc1.kernel": "qformer_layers qformer_embed qformer_mlp",
-            "fc1.bias": "qformer_layers qformer_mlp",
-            "fc2.kernel": "qformer_layers qformer_mlp qformer_embed",
-            "fc2.bias": "qformer_layers qformer_embed",
-            "norm.scale": "qformer_layers qformer_embed",
-            "norm.bias": "qformer_layers qformer_embed",
-        }.items()
-    },
-    "visual_tokens.query_projector.kernel": "qformer_embed context",
-    "visual_tokens.query_projector.bias": "context",
-    "visual_tokens.key_projector.kernel": "vision_embed context",
-    "visual_tokens.key_projector.bias": "context",
-    "visual_tokens.value_projector.kernel": "vision_embed hidden",
-    "visual_tokens.value_projector.bias": "hidden",
-    "visual_tokens.projector.0.kernel": "vision_embed hidden",
-    "visual_tokens.projector.*.kernel": "embed hidden",  # the second layer and on
-    "visual_tokens.projector.*.bias": "hidden",
-    "llama.embed.embedding": "vocab embed",
-    **{f"llama.layers.{of}_norm.scale": "layers embed" for of in ("attn", "mlp")},
-    "llama.layers.attn.q.kernel": "layers embed heads head_dim",
-    **{f"llama.layers.attn.{part}.kernel": "layers embed kv_heads head_dim" for part in ("k", "v")},
-    "llama.layers.attn.out.kernel": "layers heads head_dim embed",
-    "llama.layers.mlp.gate.kernel": "layers embed mlp",
-    "llama.layers.mlp.up.kernel": "layers embed mlp",
-    "llama.layers.mlp.down.kernel": "layers mlp embed",
-    "llama.norm.scale": "embed",
-    "llama.lm_head.kernel": "embed vocab",
-}
-
-
-def _adapter_axes(path: str, axes: str) -> dict[str, str]:
-    """The rows of a kernel's low-rank update (`lora.py`): the axes on either side of the product, and the rank.
-
-    One side of every product is the hidden state: "embed" alone.
-    """
-    layers, *inner = axes.split()
-    cut, place = 1 if inner[0] == "embed" else -1, path.removesuffix("kernel") + "lora"
-    return {
-        f"{place}.a": " ".join([layers, *inner[:cut], "rank"]),
-        f"{place}.b": " ".join([layers, "rank", *inner[cut:]]),
-    }
-
-
-ADAPTER_AXES = {
-    row: axes
-    for path, kernel_axes in PARAM_AXES.items()
-    if path.startswith("llama.layers.") and path.endswith(".kernel")
-    for row, axes in _adapter_axes(path, kernel_axes).items()
-}
-OPTIONAL_ROWS = {  # tied embeddings have no head, an identity projector no layers, a linear one no second layer
-    "llama.lm_head.kernel",
-    "visual_tokens.projector.0.kernel",
-    "visual_tokens.projector.*.kernel",
-    "visual_tokens.projector.*.bias",
-}
-
 
 class ShardingError(InputError):
     """A mesh or a table row that does not fit: names it, the sizes and the remedy."""
-
-
-def axis_sizes(config: LLaMAVIDLlavaConfig) -> dict[str, int]:
-    """The size of every axis name that a parameter may carry."""
-    vision, qformer, text = config.vision_tower_config, config.qformer_config, config.text_config
-    return {
-        "layers": text.num_hidden_layers,
-        "embed": text.hidden_size,
-        "hidden": text.hidden_size,
-        "heads": text.num_attention_heads,
-        "kv_heads": text.num_key_value_heads,
-        "head_dim": text.head_dim,
-        "mlp": text.intermediate_size,
-        "vocab": text.vocab_size,
-        "vision_layers": vision.num_hidden_layers,
-        "vision_embed": vision.hidden_size,
-        "context": vision.hidden_size,
-        "vision_heads": vision.num_attention_heads,
-        "vision_head_dim": vision.hidden_size // vision.num_attention_heads,
-        "vision_mlp": vision.intermediate_size,
-        "qkv": 3,
-        "patch_row": vision.patch_size,
-        "patch_column": vision.patch_size,
-        "channels": 3,
-        "positions": 1 + vision.num_patches,
-        "qformer_layers": qformer.num_hidden_layers,
-        "qformer_cross_layers": qformer.num_cross_attention_layers,
-        "qformer_embed": qformer.hidden_size,
-        "qformer_heads": qformer.num_attention_heads,
-        "qformer_head_dim": qformer.hidden_size // qformer.num_attention_heads,
-        "qformer_mlp": qformer.intermediate_size,
-        "qformer_vocab": qformer.vocab_size,
-        "qformer_positions": qformer.max_position_embeddings,
-        "queries": config.num_query,
-    }
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -222,17 +93,19 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
         raise ShardingError(f"a mesh of {asked} needs {needed} devices; {len(devices)} are there")
     types, used = (AxisType.Auto,) * len(MESH_AXES), devices[:needed]
     slices = Counter(getattr(device, "slice_index", 0) for device in used)
-    if len(slices) == 1:
-        return jax.make_mesh(shape, MESH_AXES, devices=used, axis_types=types)
-    ways: list[int] = []
-    for size in shape:  # slices of TPUs, or hosts of GPUs, go over the outermost axes
-        ways.append(math.gcd(size, len(slices) // math.prod(ways)))
     if len(set(slices.values())) > 1:
         raise ShardingError(
             f"a mesh of {asked} takes {sorted(slices.values())} devices of the slices; use whole slices"
         )
+    ways: list[int] = []
+    for size in shape:  # slices of TPUs, or hosts of GPUs, go over the outermost axes
+        ways.append(math.gcd(size, len(slices) // math.prod(ways)))
     inner = [size // outer for size, outer in zip(shape, ways, strict=True)]
-    return Mesh(create_hybrid_device_mesh(inner, ways, used, allow_split_physical_axes=True), MESH_AXES, types)
+    if len(slices) == 1:
+        grid = create_device_mesh(shape, used, allow_split_physical_axes=True)
+    else:
+        grid = create_hybrid_device_mesh(inner, ways, used, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str, ...]]:

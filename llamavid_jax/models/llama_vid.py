@@ -20,7 +20,7 @@ from llamavid_jax.models.eva_vit import EvaViT
 from llamavid_jax.models.llama import Llama
 from llamavid_jax.models.qformer import QFormer
 from llamavid_jax.models.visual_tokens import VisualTokens
-from llamavid_jax.sharding import constrain
+from llamavid_jax.sharding import activation_spec, constrain
 
 
 class LlamaVid(nnx.Module):
@@ -38,9 +38,8 @@ class LlamaVid(nnx.Module):
         """`remat` names what the gradient keeps of a layer (`stack.REMAT`)."""
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.vision = EvaViT(config.vision_tower_config, **dtypes, rngs=rngs)
-        self.qformer = QFormer(
-            config.qformer_config, config.num_query, config.vision_tower_config.hidden_size, **dtypes, rngs=rngs
-        )
+        memory_width = config.vision_tower_config.hidden_size
+        self.qformer = QFormer(config.qformer_config, config.num_query, memory_width, **dtypes, rngs=rngs, remat=remat)
         self.visual_tokens = VisualTokens(config, **dtypes, rngs=rngs)
         self.llama = Llama(config.text_config, **dtypes, rngs=rngs, remat=remat)
 
@@ -109,7 +108,8 @@ def compress_frames(
     `frame` and `text` index `features` and `text_ids`: the tower runs once a frame, the Q-Former once a pair (Q10).
     """
     model = nnx.merge(graphdef, params)
-    return jax.vmap(functools.partial(model.frame_tokens, has_cls=has_cls))(
+    cut = activation_spec(frame.shape, "frames")[0]
+    return jax.vmap(functools.partial(model.frame_tokens, has_cls=has_cls), spmd_axis_name=cut)(
         constrain(features[frame], "frames", None, None), text_ids[text], text_mask[text]
     )
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llamavid_jax.attention.reference import reference_attention
 from llamavid_jax.config import LLaMAVIDLlavaQFormerConfig
 from llamavid_jax.models import stack
+from llamavid_jax.sharding import constrain
 
 MEMORY_NORM_EPS = 1e-5  # InstructBLIP's ln_vision keeps torch's default, unlike every other norm here (Q4, P2)
 
@@ -99,7 +100,9 @@ class QFormer(nnx.Module):
         dtype,
         param_dtype,
         rngs: nnx.Rngs,
+        remat: str = "none",
     ):
+        """`remat` names what the gradient keeps of a group of layers (`stack.REMAT`)."""
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         width = config.hidden_size
         embed = functools.partial(
@@ -114,7 +117,7 @@ class QFormer(nnx.Module):
         self.cross_attention = stack.stack(
             lambda rngs: Attention(config, memory_width, **dtypes, rngs=rngs), config.num_cross_attention_layers, rngs
         )
-        self.config = config
+        self.config, self.remat = config, remat
         self.dtype = dtype
 
     @jax.named_scope("qformer")
@@ -142,7 +145,7 @@ class QFormer(nnx.Module):
             """The layers from one cross-attention to the next."""
             (layers, cross), (x, key) = modules, carry
             for index in range(size):
-                layer = stack.layer(layers, index)
+                layer, x = stack.layer(layers, index), constrain(x, None, None)  # whole, though the kernels are cut
                 key, key_self, key_cross, key_query, key_text = split(key, 5)
                 x = layer.self_attention(x, x, mask, key_self)
                 queries, text = x[:number], x[number:]
@@ -158,7 +161,7 @@ class QFormer(nnx.Module):
             stack.part(self.layers, lambda p: p[: whole * size].reshape(whole, size, *p.shape[1:])),
             stack.part(self.cross_attention, lambda p: p[:whole]),
         )
-        carry, _ = stack.scan(functools.partial(group, size=size), groups, (x, key))
+        carry, _ = stack.scan(functools.partial(group, size=size), groups, (x, key), self.remat)
         if rest:
             last = stack.part(self.layers, lambda p: p[whole * size :]), stack.layer(self.cross_attention, whole)
             carry, _ = group(last, carry, size=rest)

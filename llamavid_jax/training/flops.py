@@ -7,6 +7,7 @@ neither rematerialisation nor the embedding's gather nor element-wise operations
 import re
 from collections.abc import Mapping
 
+from llamavid_jax.aot.chips import CHIPS
 from llamavid_jax.config import LLaMAVIDLlavaConfig, projector_depth
 
 PARTS = ("vision", "qformer", "visual_tokens", "llama")  # in the order in which values flow
@@ -103,20 +104,11 @@ def _llama(config: LLaMAVIDLlavaConfig, tokens: int) -> tuple[int, int]:
     return weighted, text.num_hidden_layers * tokens * tokens * heads
 
 
-# bfloat16 products with float32 sums, dense, of one JAX device in 10¹² FLOP/s.  Sources: the system architecture
-# pages of Google's Cloud TPU documentation; NVIDIA's data sheets, without sparsity.  A name that begins with another
-# stands before it.
+# bfloat16 products with float32 sums, dense, of one JAX device in 10¹² FLOP/s.  Sources: `chips.py`; NVIDIA's data
+# sheets, without sparsity.  A name that begins with another stands before it.
 PEAK_TFLOPS: Mapping[str, float] = {
-    "TPU v2": 22.5,  # a device is one of the chip's two cores
-    "TPU v3": 61.5,  # likewise
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v5": 459,
-    "TPU v5p": 459,
-    "TPU v6 lite": 918,
-    "TPU v6e": 918,
-    "TPU7x": 1153.5,  # a device is one of the chip's two halves
+    **{chip.kind: chip.tflops for chip in sorted(CHIPS.values(), key=lambda chip: chip.kind, reverse=True)},
+    "TPU v5e": CHIPS["v5e"].tflops,
     "A100": 312,
     "A10": 125,
     "A10G": 70,

@@ -36,7 +36,7 @@ from llamavid_jax.training.journal import Journal, TrainingError, Upcoming
 from llamavid_jax.training.loss import LossSums
 from llamavid_jax.training.optimizer import lr_factors, make_optimizer
 from llamavid_jax.training.preemption import Preemption
-from llamavid_jax.training.start import Start, batch_sharding, check_rows, load_start, run_mesh
+from llamavid_jax.training.start import Start, batch_sharding, check_rows, load_start, run_mesh, state_layout
 from llamavid_jax.training.step import TrainState, make_evaluate_step, make_train_step
 
 FETCHED_AHEAD = 2**30  # bytes of frames a device: larger batches wait on the host until the step before is done
@@ -228,16 +228,9 @@ def check_same_data(*loaders: Loader | None) -> None:
 
 def initial_state(config: TrainConfig, start: Start, mesh: Mesh) -> TrainState:
     """Step 0, the optimiser's state sharded as its parameters."""
-    optimizer = make_optimizer(config.optimizer)
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    places = {path: value.sharding for path, value in start.trained.items()}
-
-    def place(path: tuple, _: Any) -> jax.sharding.NamedSharding:
-        return places.get(getattr(path[-1], "key", None), replicated)
-
-    shardings = jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, start.trained))
-    step = jax.device_put(np.int32(0), replicated)
-    return TrainState(step, start.trained, jax.jit(optimizer.init, out_shardings=shardings)(start.trained))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_layout(config.optimizer, start.trained, mesh))
+    init = jax.jit(make_optimizer(config.optimizer).init, out_shardings=shardings.optimizer)
+    return TrainState(jax.device_put(np.int32(0), shardings.step), start.trained, init(start.trained))
 
 
 def upcoming(loader: Loader, mesh: Mesh, config: TrainConfig) -> Iterator[Upcoming]:

@@ -6,8 +6,9 @@ run's own newest checkpoint (`loop.py`).
 
 import dataclasses
 import fnmatch
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,9 @@ from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.peft_adapter import is_adapter, load_adapter, save_adapter
 from llamavid_jax.processor import check_tokenizers, load_tokenizers
 from llamavid_jax.sharding import flat_paths, make_mesh, param_axes, parse_mesh, partition_spec
-from llamavid_jax.training.config import TrainConfig
+from llamavid_jax.training.config import OptimizerConfig, TrainConfig
+from llamavid_jax.training.optimizer import make_optimizer
+from llamavid_jax.training.step import TrainState
 from llamavid_jax.training.structure import Structure
 from llamavid_jax.training.trainable import trainable_paths
 
@@ -153,25 +156,20 @@ def check_lora_trains(lora: LoraConfig, trains: Container[str]) -> None:
             )
 
 
-def load_start(config: TrainConfig, mesh: Mesh) -> Start:
-    """Raises ConfigError or WeightsError before anything is computed."""
-    model_config = config.model_config()
-    dtype = parse_dtype(config.training.dtype)
-    if config.start.adapter and not Path(config.start.adapter).is_dir():
-        raise ConfigError(
-            f"start.adapter is {config.start.adapter}, which does not exist; run the stage that leaves it, or give "
-            "another folder, or start.adapter= for none"
-        )
-    updates = read_updates(config, model_config)
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A run's model before it has any values: `trained` and `frozen` are ShapeDtypeStructs with shardings, by path."""
 
-    def make() -> LlamaVid:
-        rngs = nnx.Rngs(config.training.seed)
-        model = LlamaVid(model_config, rngs=rngs, dtype=dtype, remat=config.training.remat)
-        if config.lora:
-            add_lora(model, config.lora, rngs)
-        return model
+    config: LLaMAVIDLlavaConfig
+    structure: Structure
+    trained: dict[str, jax.ShapeDtypeStruct]
+    frozen: dict[str, jax.ShapeDtypeStruct]
 
-    structure = Structure(nnx.eval_shape(make))
+
+def lay_out(config: TrainConfig, mesh: Mesh) -> Layout:
+    """The model of a run on `mesh`.  Raises ConfigError or ShardingError; allocates nothing."""
+    model_config, dtype = config.model_config(), parse_dtype(config.training.dtype)
+    structure = Structure(nnx.eval_shape(lambda: make_model(config, model_config)))
     adapters = {path for path in structure.shapes if fnmatch.fnmatchcase(path, ADAPTERS)}
     trains = trainable_paths([path for path in structure.shapes if path not in adapters], config.trainable) | adapters
     if config.lora:
@@ -179,41 +177,91 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
         if config.lora.base != "float":
             host_mesh()  # for the end
     axes = param_axes({path: leaf.shape for path, leaf in structure.shapes.items()}, model_config)
-    shardings = {
-        path: NamedSharding(mesh, partition_spec(leaf.shape, axes[path], mesh))
+    leaves = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape,
+            jnp.float32 if path in trains else dtype,
+            sharding=NamedSharding(mesh, partition_spec(leaf.shape, axes[path], mesh)),
+        )
         for path, leaf in structure.shapes.items()
     }
+    return Layout(
+        model_config,
+        structure,
+        {path: leaf for path, leaf in leaves.items() if path in trains},
+        {path: leaf for path, leaf in leaves.items() if path not in trains},
+    )
+
+
+def make_model(config: TrainConfig, model_config: LLaMAVIDLlavaConfig) -> LlamaVid:
+    """The model with random float32 parameters."""
+    rngs = nnx.Rngs(config.training.seed)
+    model = LlamaVid(model_config, rngs=rngs, dtype=parse_dtype(config.training.dtype), remat=config.training.remat)
+    if config.lora:
+        add_lora(model, config.lora, rngs)
+    return model
+
+
+def state_layout(optimizer: OptimizerConfig, trained: Mapping[str, Any], mesh: Mesh) -> TrainState:
+    """The train state of parameters that are placed, or that have shardings: the optimiser's sharded as they are."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        parameter = trained.get(getattr(path[-1], "key", None))
+        sharding = replicated if parameter is None else parameter.sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    params = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in trained.items()}
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(make_optimizer(optimizer).init, params)
+    )
+    return jax.tree.map_with_path(place, state)
+
+
+def load_start(config: TrainConfig, mesh: Mesh) -> Start:
+    """Raises ConfigError or WeightsError before anything is computed."""
+    if config.start.adapter and not Path(config.start.adapter).is_dir():
+        raise ConfigError(
+            f"start.adapter is {config.start.adapter}, which does not exist; run the stage that leaves it, or give "
+            "another folder, or start.adapter= for none"
+        )
+    layout = lay_out(config, mesh)
+    updates = read_updates(config, layout.config)
     folder = config.data.tokenizer or config.start.model
     tokenizers = load_tokenizers(folder)
-    check_tokenizers(model_config, *tokenizers, folder)
+    check_tokenizers(layout.config, *tokenizers, folder)
     if not folder or None in tokenizers:
         raise ConfigError(
             f"{folder or 'the run'} has not both tokenizers, LLaMA's and the Q-Former's; give a folder with them: "
             "start.model, or data.tokenizer"
         )
-    kinds = {path: jnp.float32 if path in trains else dtype for path in structure.shapes}
+    leaves, structure = layout.trained | layout.frozen, layout.structure
 
     def random(paths: Container[str]) -> dict[str, jax.Array]:
         def init() -> dict[str, jax.Array]:
-            params = flat_paths(nnx.state(make(), nnx.Param))
-            return {path: value.astype(kinds[path]) for path, value in params.items() if path in paths}
+            params = flat_paths(nnx.state(make_model(config, layout.config), nnx.Param))
+            return {path: value.astype(leaves[path].dtype) for path, value in params.items() if path in paths}
 
-        return jax.jit(init, out_shardings={path: shardings[path] for path in structure.shapes if path in paths})()
+        return jax.jit(init, out_shardings={path: leaves[path].sharding for path in leaves if path in paths})()
 
     if config.start.model:
-        params = flat_paths(load_weights(config.start.model, model_config, dtype, mesh, float32=trains))
+        dtype = parse_dtype(config.training.dtype)
+        params = flat_paths(load_weights(config.start.model, layout.config, dtype, mesh, float32=layout.trained))
+        adapters = {path for path in leaves if fnmatch.fnmatchcase(path, ADAPTERS)}
         params |= random(adapters) if adapters else {}
     else:
-        params = random(structure.shapes)
+        params = random(leaves)
     params = with_adapter(params, config.start.adapter)
-    params |= {path: jax.device_put(value.astype(jnp.float32), shardings[path]) for path, value in updates.items()}
+    params |= {
+        path: jax.device_put(value.astype(jnp.float32), leaves[path].sharding) for path, value in updates.items()
+    }
     if config.lora and config.lora.base != "float":
         structure, params = quantized(structure, params, config.lora.base)
     return Start(
-        model_config,
+        layout.config,
         structure,
-        {path: value for path, value in params.items() if path in trains},
-        {path: value for path, value in params.items() if path not in trains},
+        {path: value for path, value in params.items() if path in layout.trained},
+        {path: value for path, value in params.items() if path not in layout.trained},
         *tokenizers,
         mesh,
         config,

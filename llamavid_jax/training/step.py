@@ -19,7 +19,7 @@ from llamavid_jax.data.images import CLIP_MEAN, CLIP_STD
 from llamavid_jax.lora import set_dropout
 from llamavid_jax.models import stack
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.sharding import constrain
+from llamavid_jax.sharding import activation_spec, constrain
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.loss import LossSums, next_token_sums
 from llamavid_jax.training.optimizer import clip, learning_rate, make_optimizer
@@ -79,7 +79,8 @@ def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Arr
     of_row = jax.vmap(kept, in_axes=(None, None, None, 0, 0, *(0 for _ in keys)))
 
     def compress(frame: jax.Array, question: jax.Array, *key: jax.Array) -> jax.Array:
-        return jax.vmap(of_row)(features, batch.question_ids, batch.question_mask, frame, question, *key)
+        arrays = features, batch.question_ids, batch.question_mask, frame, question, *key
+        return jax.vmap(of_row, spmd_axis_name=activation_spec(frame.shape[:1], "batch")[0])(*arrays)
 
     tokens = _in_chunks(compress, PAIR_CHUNK, batch.pair_frame, batch.pair_question, *keys)
     return tokens.reshape(len(tokens), -1, tokens.shape[-1])

@@ -1,0 +1,39 @@
+"""What each generation of TPU can do: one row a generation, of one JAX device.
+
+A JAX device is a chip, but half a chip where its two cores are devices of their own: v2, v3 and tpu7x.  Sources, by
+column (all of them Google's):
+
+    tflops, hbm_gib, hbm_gbs   docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}, a chip's figures
+    ici_gbs                    the same pages for v5e, v5p, v6e and tpu7x, which state the sum of both directions; v4
+                               and v3: "TPU v4: An Optically Reconfigurable Supercomputer" (arXiv:2304.01433), 6 links
+                               of 50 GB/s and 4 of 70; v2: "A Domain-Specific Supercomputer for Training Deep Neural
+                               Networks" (CACM 2020), 4 links of 62 GB/s, which no page of the documentation confirms
+    dcn_gbs                    tpu7x's page for v5p, v6e and tpu7x; v5e's page, which states it for a pod.  That of
+                               v2, v3 and v4 is nowhere stated: a host's usual 25 GB/s (jax-ml.github.io/scaling-book)
+                               over its devices
+"""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """One JAX device: dense bfloat16 products, memory, and what it can send and receive at the same time."""
+
+    kind: str  # as JAX names it
+    tflops: float  # 10¹² FLOP/s in bfloat16
+    hbm_gib: float
+    hbm_gbs: float  # 10⁹ bytes/s
+    ici_gbs: float  # 10⁹ bytes/s in one direction over all links to chips of its slice
+    dcn_gbs: float  # 10⁹ bytes/s to other slices
+    devices: int = 1  # of a chip
+
+
+CHIPS = {  # by the name of a topology's generation
+    "v2": Chip("TPU v2", 22.5, 8.0, 350.0, 124.0, 3.1, devices=2),
+    "v3": Chip("TPU v3", 61.5, 16.0, 450.0, 140.0, 3.1, devices=2),
+    "v4": Chip("TPU v4", 275.0, 32.0, 1200.0, 300.0, 6.2),
+    "v5e": Chip("TPU v5 lite", 197.0, 16.0, 819.0, 200.0, 3.1),
+    "v5p": Chip("TPU v5", 459.0, 95.0, 2765.0, 600.0, 6.2),
+    "v6e": Chip("TPU v6 lite", 918.0, 32.0, 1638.0, 400.0, 12.5),
+    "tpu7x": Chip("TPU7x", 1153.5, 96.0, 3690.0, 300.0, 6.2, devices=2),
+}

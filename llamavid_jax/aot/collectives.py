@@ -1,0 +1,158 @@
+"""What a compiled program sends between devices: its text (XLA's HLO) → bytes that one device receives, by kind.
+
+    all-gather      out · (n-1)/n            all-to-all            out · (n-1)/n
+    all-reduce  2 · out · (n-1)/n            collective-permute    out
+    reduce-scatter   in · (n-1)/n            of groups of n devices: what the best algorithms need
+
+Loops count as often as they run: their trip count stands in their condition.  The TPU compiler cuts an asynchronous
+collective into pieces, which it puts into the fusions that run beside it, all with one channel: they count once.
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # other types end in their bits
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+
+
+@dataclasses.dataclass
+class Moved:
+    """Of one kind of collective in one step: how many run, how many of them beside other work, bytes a device gets."""
+
+    count: int = 0
+    asynchronous: int = 0
+    bytes: float = 0.0
+    bytes_between_slices: float = 0.0  # part of `bytes`
+
+
+def collectives(text: str, slice_devices: int | None = None) -> dict[str, Moved]:
+    """The collectives of `compiled.as_text()`, those of which there are any.
+
+    `slice_devices` is the number of devices of a slice, where there are several.
+    """
+    computations, entry = _computations(text)
+    moved = defaultdict(Moved)
+    for name, times in _contexts(computations, entry):
+        found: dict[str, list[tuple[str, float, bool, bool]]] = defaultdict(list)
+        for inner in _inlined(computations, name):
+            for output, opcode, rest in computations[inner]:
+                kind = opcode.removesuffix("-start")
+                if kind not in KINDS:
+                    continue
+                if kind == "all-reduce" and inner.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                channel = re.search(r"channel_id=(\d+)", rest)
+                is_async = opcode.endswith("-start") or "chain_id=" in rest or "async_collective_name=" in rest
+                size, between = _received(kind, opcode, output, rest, slice_devices)
+                place = f"{kind} {channel[1]}" if channel else f"{kind} of {inner}: {rest}"
+                found[place].append((kind, size, is_async, between))
+        for pieces in found.values():
+            kind, size, _, between = pieces[0]
+            total = moved[kind]
+            total.count += times
+            total.asynchronous += times * any(piece[2] for piece in pieces)
+            total.bytes += times * size
+            total.bytes_between_slices += times * size * between
+    return dict(sorted(moved.items()))
+
+
+def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
+    """Instructions `(type, opcode, rest of the line)` of every computation, and the name of the entry."""
+    computations, entry, current = {}, "", []
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = computations[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif instruction := _INSTRUCTION.match(line):
+            current.append(instruction.groups())
+    return computations, entry
+
+
+def _contexts(computations: dict, name: str, times: int = 1) -> Iterator[tuple[str, int]]:
+    """The entry, the bodies of its loops, theirs, and so on, with how often each runs in a step."""
+    yield name, times
+    for inner in _inlined(computations, name):
+        for _, opcode, rest in computations[inner]:
+            if opcode == "while":
+                condition, body = (re.search(rf"{part}=%([\w.\-]+)", rest)[1] for part in ("condition", "body"))
+                yield from _contexts(computations, body, times * _trip_count(computations, condition, rest))
+
+
+def _inlined(computations: dict, name: str) -> Iterator[str]:
+    """The computation and those that it calls, but for loops: fusions, calls and branches."""
+    yield name
+    for _, opcode, rest in computations[name]:
+        if opcode == "while" or opcode.startswith(("all-", "reduce")):
+            continue
+        for called in _CALLED.findall(rest):
+            for inner in re.findall(r"%([\w.\-]+)", called):
+                yield from _inlined(computations, inner)
+
+
+def _trip_count(computations: dict, condition: str, rest: str) -> int:
+    """How often a loop runs: of one that counts to a constant; 1 where only the data know."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', rest):
+        return int(known[1])
+    bounds = [
+        int(operands.split(")")[0])
+        for inner in _inlined(computations, condition)
+        for output, opcode, operands in computations[inner]
+        if opcode == "constant" and output.startswith("s32[]")
+    ]
+    return bounds[0] if len(bounds) == 1 else 1
+
+
+def _received(kind: str, opcode: str, output: str, rest: str, slice_devices: int | None) -> tuple[float, bool]:
+    """Bytes that a device gets, and whether they cross from slice to slice."""
+    size = sum(_bytes(*array) for array in _ARRAY.findall(output))
+    if kind == "collective-permute":
+        pairs = np.array(re.findall(r"\{(\d+),(\d+)\}", rest), int)
+        return (size / 2 if opcode.endswith("-start") else size), _crosses(pairs, slice_devices)
+    groups = _groups(rest)
+    ways = groups.shape[1]
+    if opcode == "all-gather-start":  # its output holds its input too
+        size *= ways / (ways + 1)
+    if opcode == "reduce-scatter":
+        size *= ways
+    return size * (ways - 1) / ways * (2 if kind == "all-reduce" else 1), _crosses(groups, slice_devices)
+
+
+def _bytes(kind: str, shape: str) -> float:
+    bits = re.search(r"\d+", kind)
+    return float(BYTES.get(kind, int(bits[0]) / 8 if bits else 0)) * math.prod(
+        int(size) for size in shape.split(",") if size
+    )
+
+
+def _groups(rest: str) -> np.ndarray:
+    """`[groups, devices]` of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` or `mesh['x'=2,'y'=4] {'y'}`."""
+    text = rest.split("replica_groups=", 1)[1]
+    if text.startswith("{{"):
+        return np.array([group.split(",") for group in re.findall(r"\{([\d,]+)\}", text.split("}}")[0] + "}")], int)
+    if text.startswith("["):
+        shape, dims, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+        devices = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
+        return devices.transpose(_ints(order) if order else None).reshape(_ints(shape))
+    mesh, cut = re.match(r"mesh\[(.*?)\] \{(.*?)\}", text).groups()
+    sizes, names = zip(*((int(size), axis) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh)), strict=True)
+    own = [names.index(axis) for axis in re.findall(r"'(\w+)'", cut)]
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    return np.moveaxis(devices, own, range(-len(own), 0)).reshape(-1, math.prod(sizes[axis] for axis in own))
+
+
+def _ints(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _crosses(groups: np.ndarray, slice_devices: int | None) -> bool:
+    return slice_devices is not None and bool(np.any(groups // slice_devices != groups[:, :1] // slice_devices))
