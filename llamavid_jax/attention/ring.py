@@ -174,7 +174,7 @@ def _zigzag_home(half: int, ways: int) -> int:
 
 
 def _to_zigzag(x: jax.Array) -> jax.Array:
-    """Chip i's halves 2i and 2i+1 of the row → halves i and 2n-1-i.  What arrives first is the second one's if i is odd."""
+    """Chip i's halves 2i and 2i+1 of the row → halves i and 2n-1-i."""
     ways = jax.lax.axis_size(AXIS)
     arrived = [
         jax.lax.ppermute(x[:, :, part], AXIS, [(i, _zigzag_home(2 * i + place, ways)) for i in range(ways)])
