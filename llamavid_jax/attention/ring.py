@@ -21,14 +21,12 @@ from jaxtyping import Array, Float, Int
 
 from llamavid_jax.attention.splash import LANES, split_heads
 from llamavid_jax.attention.tile import LAX_TILE, Tile, splash_tile
-
-AXIS = "sequence"
+from llamavid_jax.sequence import AXIS, send, ways
 
 
 def ring_supports(q: jax.Array, k: jax.Array) -> bool:
     """Whether the mesh in context cuts rows, and these divide into two halves a chip."""
-    ways = jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
-    return ways > 1 and q.shape[1] == k.shape[1] and q.shape[1] % (2 * ways) == 0
+    return ways() > 1 and q.shape[1] == k.shape[1] and q.shape[1] % (2 * ways()) == 0
 
 
 def ring_attention(
@@ -45,7 +43,7 @@ def ring_attention(
     `splash` computes the tiles with the Pallas kernel, where their length is a multiple of 128.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    half = q.shape[1] // mesh.shape[AXIS] // 2
+    half = q.shape[1] // ways() // 2
     tile = splash_tile(interpret) if splash and half % LANES == 0 else LAX_TILE
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     k, v, spec, kv_spec = split_heads(q, k, v, AXIS)
@@ -89,13 +87,12 @@ def _forward(tile: Tile, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Arra
 
     def step(carry, number):
         visiting, merged = carry
-        return (_send(visiting), look(merged, visiting, number)), None
+        return (send(visiting), look(merged, visiting, number)), None
 
     out, lse = tile.forward(queries, keys, True)
-    start = _send(keys), (out.astype(jnp.float32), lse)
-    ways = jax.lax.axis_size(AXIS)
-    (visiting, merged), _ = jax.lax.scan(step, start, jnp.arange(1, ways - 1))
-    out, lse = look(merged, visiting, ways - 1)
+    start = send(keys), (out.astype(jnp.float32), lse)
+    (visiting, merged), _ = jax.lax.scan(step, start, jnp.arange(1, ways() - 1))
+    out, lse = look(merged, visiting, ways() - 1)
     out = out.astype(q.dtype)
     return out, (q, k, v, ids, out, lse)
 
@@ -118,16 +115,15 @@ def _backward(tile: Tile, kept: tuple, d_out: jax.Array):
 
     def step(carry, number):
         visiting, sums, d_q = carry
-        following, sums = _send(visiting), _send(sums)  # the sums follow their keys round, one step behind
+        following, sums = send(visiting), send(sums)  # the sums follow their keys round, one step behind
         d_q_part, parts = look(visiting, number)
         return (following, jax.tree.map(jnp.add, sums, parts), d_q + d_q_part), None
 
     d_q, *sums = _float32(tile.backward(queries, keys, row, True))
-    ways = jax.lax.axis_size(AXIS)
-    start = _send(keys), tuple(sums), d_q
-    (visiting, sums, d_q), _ = jax.lax.scan(step, start, jnp.arange(1, ways - 1))
-    d_q_part, parts = look(visiting, ways - 1)
-    d_k, d_v = _send(jax.tree.map(jnp.add, _send(sums), parts))
+    start = send(keys), tuple(sums), d_q
+    (visiting, sums, d_q), _ = jax.lax.scan(step, start, jnp.arange(1, ways() - 1))
+    d_q_part, parts = look(visiting, ways() - 1)
+    d_k, d_v = send(jax.tree.map(jnp.add, send(sums), parts))
     return (d_q + d_q_part).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
@@ -139,12 +135,6 @@ def _merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array])
     (one_out, one_lse), (other_out, other_lse) = one, other
     lse = jnp.logaddexp(one_lse, other_lse)
     return one_out * jnp.exp(one_lse - lse)[..., None] + other_out * jnp.exp(other_lse - lse)[..., None], lse
-
-
-def _send(tree: Any) -> Any:
-    """To the next chip of the ring."""
-    ways = jax.lax.axis_size(AXIS)
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, [(i, (i + 1) % ways) for i in range(ways)]), tree)
 
 
 # ---- halves: axis 2 of every array
@@ -169,26 +159,22 @@ def _float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def _zigzag_home(half: int, ways: int) -> int:
-    return min(half, 2 * ways - 1 - half)
+def _zigzag_homes(place: int) -> list[tuple[int, int]]:
+    """(i, the chip that half 2i + `place` of the row goes to): half h to chip h, or 2n-1-h where that is less."""
+    return [(i, min(2 * i + place, 2 * ways() - 1 - 2 * i - place)) for i in range(ways())]
 
 
 def _to_zigzag(x: jax.Array) -> jax.Array:
     """Chip i's halves 2i and 2i+1 of the row → halves i and 2n-1-i."""
-    ways = jax.lax.axis_size(AXIS)
-    arrived = [
-        jax.lax.ppermute(x[:, :, part], AXIS, [(i, _zigzag_home(2 * i + place, ways)) for i in range(ways)])
-        for place, part in enumerate(_halves(x))
-    ]
+    arrived = [jax.lax.ppermute(x[:, :, part], AXIS, _zigzag_homes(place)) for place, part in enumerate(_halves(x))]
     return _in_order(*arrived)
 
 
 def _from_zigzag(x: jax.Array) -> jax.Array:
-    ways = jax.lax.axis_size(AXIS)
-    even, odd = jnp.split(_in_order(*jnp.split(x, 2, axis=2)), 2, axis=2)
+    even_then_odd = jnp.split(_in_order(*jnp.split(x, 2, axis=2)), 2, axis=2)
     back = [
-        jax.lax.ppermute(part, AXIS, [(_zigzag_home(2 * i + place, ways), i) for i in range(ways)])
-        for place, part in enumerate((even, odd))
+        jax.lax.ppermute(part, AXIS, [(home, i) for i, home in _zigzag_homes(place)])
+        for place, part in enumerate(even_then_odd)
     ]
     return jnp.concatenate(back, axis=2)
 

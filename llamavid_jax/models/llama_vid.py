@@ -20,6 +20,7 @@ from llamavid_jax.models.eva_vit import EvaViT
 from llamavid_jax.models.llama import Llama
 from llamavid_jax.models.qformer import QFormer
 from llamavid_jax.models.visual_tokens import VisualTokens
+from llamavid_jax.sequence import take_slots
 from llamavid_jax.sharding import constrain
 
 
@@ -70,7 +71,7 @@ class LlamaVid(nnx.Module):
         `visual_index` is the place in it of every position, TEXT where the position holds `token_ids`.
         """
         text = self.llama.embed(token_ids)
-        seen = jnp.take_along_axis(visual, jnp.maximum(visual_index, 0)[..., None], axis=1).astype(text.dtype)
+        seen = take_slots(visual, visual_index).astype(text.dtype)
         return constrain(jnp.where((visual_index == TEXT)[..., None], text, seen), "batch", "sequence", None)
 
     def __call__(
