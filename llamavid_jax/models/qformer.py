@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llamavid_jax.attention.reference import reference_attention
 from llamavid_jax.config import LLaMAVIDLlavaQFormerConfig
 from llamavid_jax.models import stack
+from llamavid_jax.sharding import constrain
 
 MEMORY_NORM_EPS = 1e-5  # InstructBLIP's ln_vision keeps torch's default, unlike every other norm here (Q4, P2)
 
@@ -143,6 +144,7 @@ class QFormer(nnx.Module):
             (layers, cross), (x, key) = modules, carry
             for index in range(size):
                 layer = stack.layer(layers, index)
+                x = constrain(x, None, None)
                 key, key_self, key_cross, key_query, key_text = split(key, 5)
                 x = layer.self_attention(x, x, mask, key_self)
                 queries, text = x[:number], x[number:]
