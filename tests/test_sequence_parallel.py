@@ -25,7 +25,7 @@ from llamavid_jax.config import (
 from llamavid_jax.data.batching import TEXT, Batch
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.sequence import take_slots
-from llamavid_jax.sharding import PARAM_AXES, make_mesh, partition_spec
+from llamavid_jax.sharding import make_mesh, param_axes, partition_spec
 from llamavid_jax.training.step import loss_sums, visual_table
 from llamavid_jax.training.structure import Structure
 
@@ -182,10 +182,10 @@ def batch():
     )
 
 
-def on_mesh(sizes, params, batch, function):
+def on_mesh(sizes, structure, params, batch, function):
     """The program compiled for the mesh and what it returns."""
     mesh = make_mesh(**sizes)
-    axes = {path: tuple(PARAM_AXES[path].split()) for path in params}
+    axes = param_axes({path: leaf.shape for path, leaf in structure.shapes.items()}, CONFIG)
     placed = {
         path: jax.device_put(value, NamedSharding(mesh, partition_spec(value.shape, axes[path], mesh)))
         for path, value in params.items()
@@ -207,7 +207,7 @@ def test_no_device_holds_a_row_or_its_table_whole(structure, params, batch):
         return jax.value_and_grad(loss)(trained)
 
     value, gradients = jax.jit(step)(trains, batch)
-    compiled, (got, got_gradients) = on_mesh({"fsdp": 2, "sequence": 4}, trains, batch, step)
+    compiled, (got, got_gradients) = on_mesh({"fsdp": 2, "sequence": 4}, structure, trains, batch, step)
     assert abs(got / value - 1) < BAR
     for path, gradient in gradients.items():
         assert relative_error(got_gradients[path], gradient) < BAR, path
@@ -218,13 +218,12 @@ def test_no_device_holds_a_row_or_its_table_whole(structure, params, batch):
 
 
 def test_the_vision_part_uses_all_devices(structure, params, batch):
-    """Equal tokens, and a device does little more than its eighth of the products: of chips on `tensor` and `sequence`
-    too."""
+    """Equal tokens, and a device does little more than its eighth of the products, on `tensor` and `sequence` too."""
 
     def tokens(params, batch):
         return visual_table(structure.model(params), batch, "none", None)
 
     single = jax.jit(tokens).lower(params, batch).compile()
-    compiled, got = on_mesh({"fsdp": 2, "tensor": 2, "sequence": 2}, params, batch, tokens)
+    compiled, got = on_mesh({"fsdp": 2, "tensor": 2, "sequence": 2}, structure, params, batch, tokens)
     assert relative_error(got, single(params, batch)) < BAR
     assert compiled.cost_analysis()["flops"] < 1.15 * single.cost_analysis()["flops"] / 8
