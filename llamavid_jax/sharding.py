@@ -235,10 +235,9 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
 
 
 def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str, ...]]:
-    """Axis names of every parameter path.
+    """Axis names of every parameter path.  Updates of the linear layers may be there or not, all of one rank.
 
-    Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes than the
-    parameter are errors.  Updates of the linear layers may be there or not, all of one rank.
+    Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes are errors.
     """
     sizes, rows, unused, axes = axis_sizes(config), PARAM_AXES | ADAPTER_AXES, set(PARAM_AXES) - OPTIONAL_ROWS, {}
     sizes["rank"] = next((shape[-1] for path, shape in shapes.items() if path.endswith(".lora.a")), 0)
