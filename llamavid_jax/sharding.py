@@ -24,7 +24,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
-    "frames": ("data", "fsdp"),
+    "frames": ("data", "fsdp", "tensor", "sequence"),
     "sequence": "sequence",
     # llama
     "layers": None,
@@ -109,10 +109,9 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
 
 
 def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str, ...]]:
-    """Axis names of every parameter path.
+    """Axis names of every parameter path.  Updates of the linear layers may be there or not, all of one rank.
 
-    Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes than the
-    parameter are errors.  Updates of the linear layers may be there or not, all of one rank.
+    Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes are errors.
     """
     sizes, rows, unused, axes = axis_sizes(config), PARAM_AXES | ADAPTER_AXES, set(PARAM_AXES) - OPTIONAL_ROWS, {}
     sizes["rank"] = next((shape[-1] for path, shape in shapes.items() if path.endswith(".lora.a")), 0)
@@ -132,12 +131,15 @@ def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfi
 
 
 def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> PartitionSpec:
-    """Mesh axes of an array; a dimension that its mesh axes do not divide stays whole."""
+    """Mesh axes of an array; a dimension is cut by those of its mesh axes, first to last, that divide it."""
     spec = []
     for size, name in zip(shape, names, strict=True):
-        axes = AXIS_RULES[name] if name else None
-        ways = math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes)) if axes else 1
-        spec.append(axes if ways > 1 and size % ways == 0 else None)
+        axes = []
+        for axis in np.atleast_1d(AXIS_RULES[name] or []) if name else []:
+            if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0:
+                axes.append(str(axis))
+                size //= mesh.shape[axis]
+        spec.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*spec)
 
 

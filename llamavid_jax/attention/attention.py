@@ -7,6 +7,7 @@
 | splash    | TPU                  | causal self-attention; Pallas kernel, no scores in memory         |
 
 Rows that hold several samples (`segment_ids`) run on all three; cuDNN then gets the mask as an array `[B, 1, T, T]`.
+Causal rows that the mesh cuts over `sequence` go to `ring.ring_attention`, whose tiles splash computes on TPU.
 
 Every backend is compared with `reference_attention` in `tests/test_attention.py`.
 """
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llamavid_jax.attention.reference import reference_attention
+from llamavid_jax.attention.ring import ring_attention, ring_supports
 from llamavid_jax.attention.splash import splash_attention, splash_supports
 
 Backend = Literal["reference", "cudnn", "splash"]
@@ -43,7 +45,10 @@ def attention(
         raise ValueError("mask and causal exclude each other; put causality into the mask")
     if segment_ids is not None and not causal:
         raise ValueError("segment_ids go with causal=True; put the segments into the mask")
-    match backend or _fastest(q, k, mask, causal):
+    backend = backend or _fastest(q, k, mask, causal)
+    if causal and ring_supports(q, k):
+        return ring_attention(q, k, v, segment_ids, splash=backend == "splash")
+    match backend:
         case "cudnn":
             same = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
             return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=causal, implementation="cudnn")

@@ -1,10 +1,10 @@
 """Causal self-attention on TPU by JAX's own Pallas splash-attention kernel.
 
 Tokamax wraps the same kernel; taken from JAX itself, it needs no further dependency.  Under a mesh it runs per shard:
-rows over the batch axes, heads over `tensor`; a row cut over `sequence` is gathered for it.
+rows over the batch axes, heads over `tensor`.  Rows that are cut over `sequence` are `ring.py`'s.
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,40 +24,60 @@ def splash_supports(q: jax.Array, k: jax.Array) -> bool:
     return q.shape[1] == k.shape[1] and q.shape[1] % LANES == 0 and q.shape[-1] % 64 == 0
 
 
+def make_kernel(
+    heads: int, queries: int, keys: int, *, causal: bool = True, save_residuals: bool = False, interpret: Any = False
+) -> kernel.SplashAttentionKernel:
+    """JAX's kernel, `(q [N, T, H], k [K, S, H], v [K, S, H], segments)`; `save_residuals` adds the log-sum-exp."""
+    q_block, kv_block = (next(b for b in (BLOCK, 256, LANES) if length % b == 0) for length in (queries, keys))
+    sizes = kernel.BlockSizes(
+        block_q=q_block, block_kv=kv_block, block_kv_compute=kv_block,
+        block_q_dkv=q_block, block_kv_dkv=kv_block, block_kv_dkv_compute=kv_block,
+        block_q_dq=q_block, block_kv_dq=kv_block,
+    )  # fmt: skip
+    mask = (masks.CausalMask if causal else masks.FullMask)((queries, keys))
+    return kernel.make_splash_mha_single_device(
+        mask=masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        save_residuals=save_residuals,
+        interpret=interpret,
+    )
+
+
 def splash_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
     *,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "B T N H"]:
     """Causal softmax(q kᵀ / √H) v, within segments where they are given.  `interpret` runs it on a CPU, for tests."""
-    length, heads, size = q.shape[1:]
+    length, _, size = q.shape[1:]
     if not splash_supports(q, k):
         raise ValueError(f"splash attention takes T a multiple of {LANES} and H of 64, not q {q.shape} and k {k.shape}")
 
     def one_shard(q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:
-        block = next(b for b in (BLOCK, 256, LANES) if length % b == 0)
-        sizes = kernel.BlockSizes(
-            block_q=block, block_kv=block, block_kv_compute=block,
-            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
-        )  # fmt: skip
-        mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * q.shape[1])
-        groups = q.shape[1] // k.shape[1]
-        k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
-        run = kernel.make_splash_mha_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+        run = make_kernel(q.shape[1], length, length, interpret=interpret)
         return jax.vmap(run)(q * size**-0.5, k, v, *(kernel.SegmentIds(s, s) for s in segments))
 
     segments = () if segment_ids is None else (segment_ids,)
-    spec = activation_spec((q.shape[0], heads, length, size), "batch", "heads", None, None)
-    kv_spec = activation_spec((k.shape[0], k.shape[2], length, size), "batch", "kv_heads", None, None)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        if spec[1] != kv_spec[1]:  # key-value heads do not divide over the mesh: give each query head its own
-            k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
-            kv_spec = spec
+        k, v, spec, kv_spec = split_heads(q, k, v, None)
         specs = (spec, kv_spec, kv_spec, *(PartitionSpec(spec[0], None) for _ in segments))
         one_shard = jax.shard_map(one_shard, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    swap = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
-    return swap(one_shard(swap(q), swap(k), swap(v), *segments))
+    return jnp.swapaxes(one_shard(q, k, v, *segments), 1, 2)
+
+
+def split_heads(
+    q: Float[Array, "B N T H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], sequence: str | None
+) -> tuple[jax.Array, jax.Array, PartitionSpec, PartitionSpec]:
+    """Keys, values and the specs of queries and keys on the mesh in context: rows over the batch axes, heads over
+    `tensor`.  Key-value heads that do not divide over it are repeated, so that each query head has its own."""
+    spec = activation_spec(q.shape, "batch", "heads", sequence, None)
+    kv_spec = activation_spec(k.shape, "batch", "kv_heads", sequence, None)
+    if spec[1] != kv_spec[1]:
+        k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+        kv_spec = spec
+    return k, v, spec, kv_spec

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from llamavid_jax.attention.attention import attention
 from llamavid_jax.config import LLaMAVIDLlavaVisionConfig
 from llamavid_jax.models import stack
+from llamavid_jax.sharding import constrain
 
 
 class PatchEmbed(nnx.Module):
@@ -74,6 +75,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(config.hidden_size, config.intermediate_size, **dtypes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P E"]:
+        x = constrain(x, "frames", None, None)
         x = x + self.attn(self.attn_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 

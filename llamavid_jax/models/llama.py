@@ -78,6 +78,12 @@ class Llama(nnx.Module):
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **dtypes, rngs=rngs)
         self.config, self.remat = config, remat
 
+    def embed_row(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The embeddings of whole rows; what `fsdp` cuts of the table is gathered, rather than the rows."""
+        table = constrain(self.embed.embedding.astype(self.embed.dtype), "vocab", None)
+        rows = jnp.take(table, constrain(token_ids, "batch", "sequence"), axis=0)
+        return constrain(rows, "batch", "sequence", None)
+
     def rotation(self, positions: Int[Array, "B T"]) -> Float[Array, "2 B T h"]:
         return rotary(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_factor)
 

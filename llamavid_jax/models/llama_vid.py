@@ -20,6 +20,7 @@ from llamavid_jax.models.eva_vit import EvaViT
 from llamavid_jax.models.llama import Llama
 from llamavid_jax.models.qformer import QFormer
 from llamavid_jax.models.visual_tokens import VisualTokens
+from llamavid_jax.sequence import take_slots
 from llamavid_jax.sharding import activation_spec, constrain
 
 
@@ -60,6 +61,25 @@ class LlamaVid(nnx.Module):
         queries = self.qformer(features, text_ids, text_mask, dropout_key)
         return self.visual_tokens(features[1:] if has_cls else features, queries)
 
+    def frames_tokens(
+        self,
+        features: Float[Array, "G P E"],
+        text_ids: Int[Array, "G T"],
+        text_mask: Bool[Array, "G T"],
+        dropout_keys: Key[Array, " G"] | None = None,
+        *,
+        has_cls: bool,
+    ) -> Float[Array, "G n D"]:
+        """`frame_tokens` of G pairs of a frame and a question, which are cut over all axes of the mesh."""
+        features = constrain(features, "frames", None, None)
+        axes = activation_spec(features.shape, "frames", None, None)[0]  # for constraints on a single frame's arrays
+
+        def one(features, ids, mask, key=None):
+            return self.frame_tokens(features, ids, mask, has_cls=has_cls, dropout_key=key)
+
+        keys = () if dropout_keys is None else (dropout_keys,)
+        return jax.vmap(one, spmd_axis_name=axes)(features, text_ids, text_mask, *keys)
+
     def merge(
         self, token_ids: Int[Array, "B T"], visual: Float[Array, "#B N D"], visual_index: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
@@ -68,9 +88,9 @@ class LlamaVid(nnx.Module):
         `visual` holds each row's visual tokens, or has a first axis of 1 where all rows share one table.
         `visual_index` is the place in it of every position, TEXT where the position holds `token_ids`.
         """
-        text = self.llama.embed(token_ids)
-        seen = jnp.take_along_axis(visual, jnp.maximum(visual_index, 0)[..., None], axis=1).astype(text.dtype)
-        return constrain(jnp.where((visual_index == TEXT)[..., None], text, seen), "batch", "sequence", None)
+        text = self.llama.embed_row(token_ids)
+        seen = take_slots(visual, visual_index).astype(text.dtype)
+        return jnp.where((visual_index == TEXT)[..., None], text, constrain(seen, "batch", "sequence", None))
 
     def __call__(
         self, token_ids: Int[Array, "B T"], visual: Float[Array, "#B N D"], visual_index: Int[Array, "B T"]
@@ -108,10 +128,7 @@ def compress_frames(
     `frame` and `text` index `features` and `text_ids`: the tower runs once a frame, the Q-Former once a pair (Q10).
     """
     model = nnx.merge(graphdef, params)
-    cut = activation_spec(frame.shape, "frames")[0]
-    return jax.vmap(functools.partial(model.frame_tokens, has_cls=has_cls), spmd_axis_name=cut)(
-        constrain(features[frame], "frames", None, None), text_ids[text], text_mask[text]
-    )
+    return model.frames_tokens(features[frame], text_ids[text], text_mask[text], has_cls=has_cls)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -19,7 +19,7 @@ from llamavid_jax.data.images import CLIP_MEAN, CLIP_STD
 from llamavid_jax.lora import set_dropout
 from llamavid_jax.models import stack
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.sharding import activation_spec, constrain
+from llamavid_jax.sharding import constrain
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.loss import LossSums, next_token_sums
 from llamavid_jax.training.optimizer import clip, learning_rate, make_optimizer
@@ -65,23 +65,25 @@ def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Arr
     has_cls = batch.frames.ndim == 5  # pixels go through the tower; ready features come without CLS (D5)
 
     def encode(frames: jax.Array) -> jax.Array:
-        features = model.vision(pixels(frames).reshape(-1, *pixels(frames).shape[2:]))
+        flat = constrain(frames.reshape(-1, *frames.shape[2:]), "frames", None, None, None)
+        features = model.vision(pixels(flat))
         return features.reshape(*frames.shape[:2], *features.shape[1:])
 
     features = _in_chunks(encode, FRAME_CHUNK, batch.frames) if has_cls else batch.frames
     features = constrain(features, "batch", None, None, None)
 
-    def pair_tokens(features, ids, mask, frame, question, key=None):
-        return model.frame_tokens(features[frame], ids[question], mask[question], has_cls=has_cls, dropout_key=key)
+    def of_pairs(table: jax.Array, index: jax.Array) -> jax.Array:
+        picked = jax.vmap(lambda own, places: own[places])(table, index)
+        return picked.reshape(-1, *table.shape[2:])
+
+    def compress(frame: jax.Array, question: jax.Array, *keys: jax.Array) -> jax.Array:
+        texts = of_pairs(batch.question_ids, question), of_pairs(batch.question_mask, question)
+        flat_keys = (key.reshape(-1) for key in keys)
+        tokens = model.frames_tokens(of_pairs(features, frame), *texts, *flat_keys, has_cls=has_cls)
+        return tokens.reshape(*frame.shape, *tokens.shape[1:])
 
     keys = () if dropout_key is None else (jax.random.split(dropout_key, batch.pair_frame.shape),)
-    kept = stack.rematerialise(pair_tokens, remat, in_loop=False)
-    of_row = jax.vmap(kept, in_axes=(None, None, None, 0, 0, *(0 for _ in keys)))
-
-    def compress(frame: jax.Array, question: jax.Array, *key: jax.Array) -> jax.Array:
-        arrays = features, batch.question_ids, batch.question_mask, frame, question, *key
-        return jax.vmap(of_row, spmd_axis_name=activation_spec(frame.shape[:1], "batch")[0])(*arrays)
-
+    compress = stack.rematerialise(compress, remat, in_loop=False)
     tokens = _in_chunks(compress, PAIR_CHUNK, batch.pair_frame, batch.pair_question, *keys)
     return tokens.reshape(len(tokens), -1, tokens.shape[-1])
 
