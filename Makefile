@@ -16,7 +16,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python -m demo.show build/demo.png
 
-# Draws the data and trains the shipped model anew: about 70 minutes on two cores.
+# Draws the data and trains the shipped model anew: about 100 minutes on two cores.
 demo-model: .venv/ready
 	$(BIN)/python -m demo.make_data build/demo_data
 	$(BIN)/python train.py --config configs/demo/stage0_pretrain.yaml

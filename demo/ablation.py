@@ -1,6 +1,6 @@
 """The paper's claim at the demo's size: a frame as content token, context token, both, or four content and context.
 
-    python -m demo.ablation OUT [--steps N] [--limit N]        # writes OUT.json, OUT.md and OUT.png
+    python -m demo.ablation PICTURE [--steps N] [--limit N]        # prints the table
 
 Each variant starts from the same stage 1 and trains stage 2 with the same data, seed and steps; then it answers the
 held-out questions.  Stages 0 and 1 are shared and had both tokens: what the other variants lack, they learned with.
@@ -47,31 +47,28 @@ def accuracy(name: str, steps: int, limit: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Prints nothing of its own: the table and the picture are what it makes."""
+    """Prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--limit", type=int, default=400, help="held-out clips")
     options = parser.parse_args()
     found = {name: accuracy(name, options.steps, options.limit) for name in VARIANTS}
-    result = {"steps": options.steps, "accuracy": found}
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-
     kinds = sorted(found["both"], key=lambda kind: (kind == "all", kind))
     lines = ["| tokens of a frame | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for name, parts in found.items():
         cells = [f"{parts[kind]['exact']:.1%}" for kind in kinds]
         lines.append(f"| {name} ({VARIANTS[name][1]}) | " + " | ".join(cells) + " |")
-    options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
     matplotlib.use("agg")
     figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
     for number, (name, parts) in enumerate(found.items()):
         places = [place + 0.2 * (number - 1.5) for place in range(len(kinds))]
         axis.bar(places, [100 * parts[kind]["exact"] for kind in kinds], 0.2, label=name)
-    axis.set(xticks=range(len(kinds)), xticklabels=kinds, ylabel="exact answers, %", title=f"{options.steps} steps")
-    axis.legend(title="tokens of a frame", ncols=4)
-    figure.savefig(options.out.with_suffix(".png"), dpi=110)
+    axis.set(xticks=range(len(kinds)), xticklabels=kinds, ylabel="exact answers, %")
+    figure.legend(title=f"tokens of a frame, {options.steps} steps of training", ncols=4, loc="outside upper center")
+    figure.savefig(options.picture, dpi=110)
 
 
 if __name__ == "__main__":

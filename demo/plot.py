@@ -18,6 +18,8 @@ def main(picture: str) -> None:
     matplotlib.use("agg")
     figure, axes = plt.subplots(1, len(STAGES), figsize=(15, 3.2), sharey=True, layout="constrained")
     for axis, stage in zip(axes, STAGES, strict=True):
+        if not (RUNS / stage / "metrics.jsonl").is_file():
+            sys.exit(f"{RUNS / stage} holds no run; train it first: make demo-model")
         lines = [json.loads(line) for line in (RUNS / stage / "metrics.jsonl").read_text().splitlines()]
         for name, style in (("loss", {}), ("evaluation_loss", {"marker": "o"})):
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]

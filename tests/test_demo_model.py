@@ -35,7 +35,7 @@ def test_held_out_clips(shipped, tmp_path):
         (tmp_path / folder).mkdir()
     clips = [sample(("instruct_test", 100_000 + number), tmp_path, seed=1) for number in range(24)]
     found = [answer == truth for *_, truth, answer in answers(*shipped, clips, tmp_path, batch=8)]
-    assert np.mean(found) >= 0.8, f"{np.mean(found):.0%} of {len(found)}"
+    assert np.mean(found) >= 0.85, f"{np.mean(found):.0%} of {len(found)}"
     movie = sample(("long_test", 100_000), tmp_path, seed=1)
     asked = {kind: (truth, answer) for _, kind, _, truth, answer in answers(*shipped, [movie], tmp_path, batch=1)}
     assert asked["colour"][0] == asked["colour"][1]
