@@ -24,7 +24,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
-    "frames": ("data", "fsdp", "tensor", "sequence"),
+    "frames": ("data", "fsdp", "sequence", "tensor"),
     "sequence": "sequence",
     # llama
     "layers": None,

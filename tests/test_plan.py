@@ -36,8 +36,8 @@ def mixed(samples: int, seed: int = 0, features: float = 0.1) -> Sizes:
     return Sizes.of(sizes)
 
 
-def plan(sizes: Sizes, shapes=SHAPES, batch_size=8, seed=3, epoch=0, packing=True, shuffle=True):
-    return plan_epoch(sizes, shapes, batch_size, TOKENS_PER_FRAME, seed, epoch, packing, shuffle)
+def plan(sizes: Sizes, shapes=SHAPES, batch_size=8, seed=3, epoch=0, packing=True, shuffle=True, shares=1):
+    return plan_epoch(sizes, shapes, batch_size, TOKENS_PER_FRAME, seed, epoch, packing, shuffle, shares)
 
 
 def samples_of(batches) -> list[int]:
@@ -60,6 +60,20 @@ def test_every_sample_is_in_one_row_that_holds_it(packing, batch_size):
             assert pairs <= shape.pairs and questions <= shape.questions
             assert {KINDS[kind] for kind in sizes.kind[row]} <= {"text", batch.kind}
             assert packing or len(row) <= 1
+
+
+def test_every_chip_that_shares_a_row_holds_its_part_of_every_sample():
+    sizes, shares = mixed(1500), 4
+    _, (_, frames, _, questions), _ = fit(sizes, SHAPES, TOKENS_PER_FRAME, shares)
+    crowded = 0
+    for batch in plan(sizes, shares=shares):
+        shape = SHAPES[batch.shape_index]
+        for row in batch.rows:
+            share = -(-frames[row] // shares)
+            assert share.sum() <= shape.frames // shares
+            assert (share * questions[row]).sum() <= shape.pairs // shares
+            crowded += len(row) > 6
+    assert crowded >= 10  # rows in which rounding matters
 
 
 def test_padding_of_a_mixed_set_is_under_ten_percent():

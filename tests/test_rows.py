@@ -10,8 +10,8 @@ from llamavid_jax.data.rows import lay_out_row
 SIDE = CONFIG.vision_tower_config.image_size
 
 
-def row(examples, shape, question_tokens=16, frame_shape=(SIDE, SIDE, 3), frame_dtype=np.uint8):
-    return lay_out_row(examples, shape, 2, qformer_tokenizer(), question_tokens, frame_shape, frame_dtype)
+def row(examples, shape, question_tokens=16, frame_shape=(SIDE, SIDE, 3), frame_dtype=np.uint8, shares=1):
+    return lay_out_row(examples, shape, 2, qformer_tokenizer(), question_tokens, frame_shape, frame_dtype, shares)
 
 
 def test_two_clips_and_a_text_in_one_row():
@@ -30,6 +30,26 @@ def test_two_clips_and_a_text_in_one_row():
     start = lengths[0]
     np.testing.assert_array_equal(batch.token_ids[start : start + 7], text.input_ids)
     assert batch.question_mask.any(axis=1).tolist() == [True] * 3
+
+
+def test_frames_that_several_chips_share():
+    """The row says the same, every pair is beside its frame, and each chip has as many of a sample."""
+    samples = [example(1, 5, 10, questions=2), example(2, 0, 7), example(3, 6, 9), example(4, 1, 9)]
+    shape = RowShape(frames=20, pairs=28, questions=4, tokens=80)
+    (whole, _), (cut_up, cut) = row(samples, shape), row(samples, shape, shares=4)
+    assert cut == [False] * 4
+    for name in ("token_ids", "labels", "segment_ids", "positions", "question_ids"):
+        np.testing.assert_array_equal(getattr(cut_up, name), getattr(whole, name))
+
+    def seen(batch):  # the frame, the question and which of its two tokens stands at every visual position
+        place = batch.visual_index[batch.visual_index != TEXT]
+        pair = place // 2
+        return batch.frames[batch.pair_frame[pair]], batch.pair_question[pair], place % 2
+
+    for ours, wanted in zip(seen(cut_up), seen(whole), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+    np.testing.assert_array_equal(cut_up.pair_frame // 5, np.arange(28) // 7)
+    assert cut_up.frames.reshape(4, 5, -1).any(axis=-1).sum(axis=1).tolist() == [5, 3, 2, 2]
 
 
 def test_the_end_is_cut_where_tokens_do_not_fit():

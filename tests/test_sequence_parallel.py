@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from test_attention import random, relative_error, segments
 
 from llamavid_jax.attention import tile as tile_file
@@ -26,6 +26,7 @@ from llamavid_jax.data.batching import TEXT, Batch
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.sequence import take_slots
 from llamavid_jax.sharding import make_mesh, param_axes, partition_spec
+from llamavid_jax.training.start import batch_sharding
 from llamavid_jax.training.step import loss_sums, visual_table
 from llamavid_jax.training.structure import Structure
 
@@ -160,7 +161,7 @@ def params(structure):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Two rows; their pairs look at the frames in no order."""
+    """Two rows; their pairs look at the frames of their quarter in no order."""
     generator = np.random.default_rng(1)
 
     def integers(high, *shape):
@@ -170,7 +171,7 @@ def batch():
     index = np.where(generator.random(ids.shape) < 0.3, integers(TABLE, *ids.shape), TEXT).astype(np.int32)
     return Batch(
         frames=generator.integers(0, 256, (2, FRAMES, 8, 8, 3)).astype(np.uint8),
-        pair_frame=integers(FRAMES, 2, PAIRS),
+        pair_frame=integers(FRAMES // 4, 2, PAIRS) + np.repeat(np.arange(4) * (FRAMES // 4), PAIRS // 4),
         pair_question=integers(2, 2, PAIRS),
         question_ids=integers(126, 2, 2, 6),
         question_mask=np.arange(6) < np.array([[[6], [4]], [[3], [5]]]),
@@ -191,7 +192,7 @@ def on_mesh(sizes, structure, params, batch, function):
         for path, value in params.items()
     }
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+        batch = Batch(*(jax.device_put(x, batch_sharding(mesh, name)) for name, x in batch._asdict().items()))
         compiled = jax.jit(function).lower(placed, batch).compile()
         return compiled, compiled(placed, batch)
 

@@ -233,23 +233,30 @@ import sys
 import jax, numpy as np
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from types import SimpleNamespace as Some
+from llamavid_jax.data.batching import Batch
 from llamavid_jax.sharding import MESH_AXES, ShardingError
 from llamavid_jax.training.loop import own_rows, upcoming
 
-def mesh(*order):
-    return jax.sharding.Mesh(np.array(jax.devices())[list(order)].reshape(1, -1, 1, 1), MESH_AXES)
+def mesh(*order, sequence=1):
+    return jax.sharding.Mesh(np.array(jax.devices())[list(order)].reshape(1, -1, 1, sequence), MESH_AXES)
 
 crossed = mesh(0, 4, 1, 5, 6, 2, 7, 3)
 rows = own_rows(crossed, 16)
 assert rows == [[0, 1, 4, 5, 10, 11, 14, 15], [2, 3, 6, 7, 8, 9, 12, 13]][jax.process_index()], rows
 class Loader(list):
     get_state = dict
-batch = Some(_replace=None)
 config = Some(data=Some(packing=True), training=Some(batch_size=16))
-(one,) = upcoming(Loader([Some(batch=np.array(rows)[:, None])]), crossed, config)
-assert one.batch.shape == (16, 1)
-for shard in one.batch.addressable_shards:
-    assert (np.asarray(shard.data)[:, 0] == np.arange(16)[shard.index[0]]).all()
+shared = mesh(0, 4, 1, 5, 6, 2, 7, 3, sequence=2)  # each process holds a half of every row's frames
+assert own_rows(shared, 16) == list(range(16))
+for here in (crossed, shared):
+    rows = np.array(own_rows(here, 16))[:, None]
+    loaded = Some(batch=Batch(*[rows] * len(Batch._fields))._replace(frames=100 * rows + np.arange(4)))
+    (one,) = upcoming(Loader([loaded]), here, config)
+    assert one.batch.frames.shape == (16, 4) and one.batch.labels.shape == (16, 1)
+    every = np.arange(16)[:, None]
+    for array, whole in ((one.batch.frames, 100 * every + np.arange(4)), (one.batch.labels, every)):
+        for shard in array.addressable_shards:
+            assert (np.asarray(shard.data) == whole[shard.index]).all()
 try:
     own_rows(mesh(0, 1, 2, 3), 16)
 except ShardingError as error:

@@ -70,15 +70,15 @@ def abstract_batch(
     config: TrainConfig, model: LLaMAVIDLlavaConfig, shape: RowShape, mesh: Mesh, features: bool
 ) -> Batch:
     """What the loader hands to a step, as shapes."""
-    vision, places = model.vision_tower_config, batch_sharding(mesh)
+    vision = model.vision_tower_config
 
-    def rows(kind: Any, *sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((config.training.batch_size, *sizes), kind, sharding=places)
+    def rows(kind: Any, *sizes: int, field: str = "") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.training.batch_size, *sizes), kind, sharding=batch_sharding(mesh, field))
 
     if features:
-        frames = rows(config.training.dtype, shape.frames, vision.num_patches, vision.hidden_size)
+        frames = rows(config.training.dtype, shape.frames, vision.num_patches, vision.hidden_size, field="frames")
     else:
-        frames = rows(jnp.uint8, shape.frames, vision.image_size, vision.image_size, 3)
+        frames = rows(jnp.uint8, shape.frames, vision.image_size, vision.image_size, 3, field="frames")
     of_pairs, of_tokens = rows(jnp.int32, shape.pairs), rows(jnp.int32, shape.tokens)
     segments = of_tokens if config.data.packing else None
     return Batch(

@@ -85,8 +85,9 @@ class _ReadRow:
         frames: Mapping[str, FrameLayout],
         sizes: Sizes,
         room: np.ndarray,
+        shares: int,
     ):
-        self.records, self.reader, self.room, self.sizes = records, reader, room, sizes
+        self.records, self.reader, self.room, self.sizes, self.shares = records, reader, room, sizes, shares
         self.qformer_tokenizer, self.question_tokens, self.frames = qformer_tokenizer, question_tokens, frames
 
     def __call__(self, row: _PlannedRow) -> LoadedBatch:
@@ -117,6 +118,7 @@ class _ReadRow:
                 self.question_tokens,
                 layout.shape,
                 layout.dtype,
+                self.shares,
             )
         except Exception as error:
             raise RuntimeError(f"samples {ids} cannot be laid out: {type(error).__name__}: {error}") from error
@@ -150,6 +152,7 @@ class Loader:
 
     batch_size       rows of a step on all processes together
     rows             which of them this process loads, None for all
+    shares           chips that hold one row's frames, the mesh's `sequence`
     frames           layout of the frames of each kind, {"pixels": ..., "features": ...}
     question_tokens  Q-Former ids of a question at most
     threads          read rows ahead, in each of the worker processes or, where `processes` is 0, in this one
@@ -178,14 +181,15 @@ class Loader:
         threads: int = 2,
         processes: int = 0,
         rows: Sequence[int] | None = None,
+        shares: int = 1,
     ):
-        self.schedule = Schedule(sizes, shapes, batch_size, reader.tokens_per_frame, seed, packing, shuffle)
+        self.schedule = Schedule(sizes, shapes, batch_size, reader.tokens_per_frame, seed, packing, shuffle, shares)
         self.steps = steps or self.schedule.steps(epochs)
         self.rows = range(batch_size) if rows is None else rows
         self._threads, self._processes = threads, processes
         self._source = _Rows(self.schedule, self.rows, self.steps)
-        room = fit(sizes, shapes, reader.tokens_per_frame)[1][1]
-        self._read = _ReadRow(records, reader, qformer_tokenizer, question_tokens, frames, sizes, room)
+        room = fit(sizes, shapes, reader.tokens_per_frame, shares)[1][1]
+        self._read = _ReadRow(records, reader, qformer_tokenizer, question_tokens, frames, sizes, room, shares)
         kinds = {KINDS[kind] for kind in np.unique(sizes.kind)} & frames.keys()
         frame_bytes = max((np.dtype(frames[k].dtype).itemsize * math.prod(frames[k].shape) for k in kinds), default=0)
         self.row_bytes = frame_bytes * max(shape.frames for shape in shapes)  # of frames, in the largest bucket
@@ -221,7 +225,7 @@ class Loader:
         """Raises DataError for a position in other data, or in the same under other settings."""
         if state["plan"] != self.schedule.fingerprint():
             raise DataError(
-                "the saved position is in another order of samples: the data, the buckets, batch_size, seed or packing "
-                "changed since; restore them, or start a new run from the saved model"
+                "the saved position is in another order of samples: the data, the buckets, batch_size, seed, packing, "
+                "or a packed run's sequence=N changed since; restore them, or start a new run from the saved model"
             )
         self._next = self._start = int(state["step"])

@@ -49,12 +49,12 @@ class _Row(NamedTuple):
 
 
 def fit(
-    sizes: Sizes, shapes: Sequence[RowShape], tokens_per_frame: int
+    sizes: Sizes, shapes: Sequence[RowShape], tokens_per_frame: int, shares: int = 1
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, "4 N"], Int[np.ndarray, " N"]]:
     """Each sample's bucket, the (tokens, frames, pairs, questions) it takes there, and whether (1) it is cut to that.
 
     The bucket is the one that keeps most of the sample, of equals the cheapest: the cheapest that holds it all, or for
-    a sample larger than every bucket the one that cuts least (P14).
+    a sample larger than every bucket the one that cuts least (P14).  `shares`: chips that hold a row's frames.
     Raises InputError where there are frames but no bucket has room for any.
     """
     home, best = np.full((2, len(sizes.kind)), -1, np.int64)
@@ -67,7 +67,7 @@ def fit(
                 f"{of_kind.sum()} samples have {KINDS[kind]} but no bucket has frames; add one to data.buckets"
             )
         for i in sorted(fitting, key=lambda i: _cost(shapes[i]), reverse=True):  # of equals the last one wins
-            kept = _kept(sizes, shapes[i], tokens_per_frame)
+            kept = _kept(sizes, shapes[i], tokens_per_frame, shares)
             score = (kept[2].astype(np.int64) << 32) + kept[0]
             better = of_kind & (score >= best)
             home[better], best[better], taken[:, better] = i, score[better], kept[:, better]
@@ -75,13 +75,14 @@ def fit(
     return home, taken, ((taken < need).any(0) & (sizes.kind != BROKEN)).astype(np.int8)
 
 
-def _kept(sizes: Sizes, shape: RowShape, tokens_per_frame: int) -> np.ndarray:
+def _kept(sizes: Sizes, shape: RowShape, tokens_per_frame: int, shares: int) -> np.ndarray:
     """The (tokens, frames, pairs, questions) of each sample that a row of `shape` has room for.
 
     Frames give way before text does: a long film keeps its question and its answer, and loses frames.
     """
-    asked = np.minimum(sizes.questions, min(shape.questions, shape.pairs))
-    frames = np.minimum(np.minimum(sizes.frames, shape.frames), shape.pairs // np.maximum(asked, 1))
+    asked = np.minimum(sizes.questions, min(shape.questions, shape.pairs // shares))
+    room = shape.pairs // shares // np.maximum(asked, 1) * shares
+    frames = np.minimum(np.minimum(sizes.frames, shape.frames), room)
     text = sizes.tokens - sizes.frames * sizes.questions * tokens_per_frame
     spared = np.maximum((shape.tokens - text) // np.maximum(sizes.questions * tokens_per_frame, 1), 1)
     frames = np.where(text < shape.tokens, np.minimum(frames, spared), frames)
@@ -98,13 +99,17 @@ def plan_epoch(
     epoch: int,
     packing: bool,
     shuffle: bool = True,
+    shares: int = 1,
 ) -> list[PlannedBatch]:
     """The batches of one epoch, `batch_size` rows each; every sample that is not broken is in exactly one row.
 
     The order depends on `seed` and `epoch` alone; without `shuffle` samples keep theirs as far as buckets allow.
-    `tokens_per_frame`: visual tokens of a frame read with one question.  Raises InputError as `fit` does.
+    `tokens_per_frame`: visual tokens of a frame read with one question; `shares`: chips that hold a row's frames, each
+    as many of a sample.  Raises InputError as `fit` does.
     """
-    home, need, _ = fit(sizes, shapes, tokens_per_frame)
+    home, need, _ = fit(sizes, shapes, tokens_per_frame, shares)
+    need[1] = -(-need[1] // shares) * shares
+    need[2] = need[1] * need[3]
     random = np.random.default_rng([seed, epoch])
     samples = np.flatnonzero(sizes.kind != BROKEN)
     if shuffle:
@@ -215,11 +220,14 @@ class Schedule:
         seed: int,
         packing: bool,
         shuffle: bool = True,
+        shares: int = 1,
     ):
         if (sizes.kind == BROKEN).all():
             raise InputError(f"none of the {len(sizes.kind)} samples can be read; check the data's path and media")
         self.sizes, self.shapes, self.tokens_per_frame = sizes, shapes, tokens_per_frame
         self._settings = {"seed": seed, "packing": packing, "shuffle": shuffle, "batch_size": batch_size}
+        if packing and shares > 1:  # a row alone is the same however many hold it
+            self._settings["shares"] = shares
         self._plans: dict[int, list[PlannedBatch]] = {}  # of the epochs on either side of a boundary, two at most
         self._starts = [0]  # first step of each epoch known so far
 

@@ -25,29 +25,33 @@ def lay_out_row(
     question_tokens: int,
     frame_shape: tuple[int, ...],
     frame_dtype: DTypeLike,
+    shares: int = 1,
 ) -> tuple[Batch, list[bool]]:
     """One row, the arrays of `Batch` without their first axis, and for each example whether something was cut.
 
     `frame_shape` and `frame_dtype` are those of one frame, `(H, W, 3)` and uint8 or `(P, E)` and float.  Questions of
-    more than `question_tokens` ids lose their beginning (P5).
+    more than `question_tokens` ids lose their beginning (P5).  Where `shares` chips hold the row's frames, each gets
+    as many of every sample, and the pairs with them, so that no chip needs another's frames.
     """
     frames = np.zeros((shape.frames, *frame_shape), frame_dtype)
-    pair_frame, pair_question = np.zeros((2, shape.pairs), np.int32)
+    share_frames, share_pairs = shape.frames // shares, shape.pairs // shares
+    pair_question = np.zeros(shape.pairs, np.int32)
+    pair_frame = np.repeat(np.arange(shares, dtype=np.int32) * share_frames, share_pairs)  # unused: its share's first
     token_ids, segment_ids, positions = np.zeros((3, shape.tokens), np.int32)
     visual_index = np.full(shape.tokens, TEXT, np.int32)
     labels = np.full(shape.tokens, IGNORE_LABEL, np.int32)
     questions: list[str] = []
-    used_frames = used_pairs = used_tokens = 0
-    cut = []
+    used_frames, used_pairs = np.zeros((2, shares), int)  # of each share
+    used_tokens, cut = 0, []
     for segment, example in enumerate(examples, 1):
         own = 0 if example.frames is None else len(example.frames)
         input_ids, own_labels = example.input_ids, example.labels
-        asked = min(len(example.questions), shape.questions - len(questions), shape.pairs - used_pairs)
+        asked = min(len(example.questions), shape.questions - len(questions), share_pairs - used_pairs.max())
         if own and asked < len(example.questions):  # its end is cut from the first question without room
             end = np.flatnonzero(input_ids == IMAGE_TOKEN)[asked]
             input_ids, own_labels = input_ids[:end], own_labels[:end]
-        room = min(shape.frames - used_frames, (shape.pairs - used_pairs) // max(asked, 1)) if own else 0
-        kept = _kept_frames(example, room, tokens_per_frame)
+        room = min(share_frames - used_frames.max(), (share_pairs - used_pairs.max()) // max(asked, 1))
+        kept = _kept_frames(example, int(room) * shares, tokens_per_frame)
         if own and not len(kept):
             cut.append(True)  # no room for a single frame: the place stays empty
             continue
@@ -55,16 +59,17 @@ def lay_out_row(
             places = np.flatnonzero(input_ids == IMAGE_TOKEN)
             end = places[len(kept) * tokens_per_frame]
             input_ids, own_labels = input_ids[:end], own_labels[:end]
-        blocks = []
+        counts = len(kept) // shares + (np.arange(shares) < len(kept) % shares)
+        share, within = np.repeat(np.arange(shares), counts), np.concatenate([np.arange(count) for count in counts])
+        place, blocks = share * share_frames + used_frames[share] + within, []
         for question in range(asked if own else 0):
-            pairs = slice(used_pairs, used_pairs + len(kept))
-            pair_frame[pairs] = used_frames + np.arange(len(kept))
-            pair_question[pairs] = len(questions) + question
-            blocks.append(np.arange(pairs.start * tokens_per_frame, pairs.stop * tokens_per_frame, dtype=np.int32))
-            used_pairs = pairs.stop
+            pairs = share * share_pairs + used_pairs[share] + within
+            pair_frame[pairs], pair_question[pairs] = place, len(questions) + question
+            blocks.append((pairs[:, None] * tokens_per_frame + np.arange(tokens_per_frame, dtype=np.int32)).ravel())
+            used_pairs += counts
         if own:
-            frames[used_frames : used_frames + len(kept)] = example.frames[kept]
-            used_frames += len(kept)
+            frames[place] = example.frames[kept]
+            used_frames += counts
             questions += example.questions[:asked]
         row = merge_row(input_ids, blocks, own_labels)
         length = min(len(row.token_ids), shape.tokens - used_tokens)

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
+from llamavid_jax.data.batching import Batch
 from llamavid_jax.data.examples import ExampleReader
 from llamavid_jax.data.loader import FrameLayout, Loader
 from llamavid_jax.data.records import DataError, read_records
@@ -100,7 +101,7 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
 
         tracing = exits.enter_context(contextlib.ExitStack())
         device_rows = batch_sharding(mesh).shard_shape((config.training.batch_size,))[0]
-        ahead = loader.row_bytes * device_rows <= FETCHED_AHEAD
+        ahead = loader.row_bytes * device_rows // mesh.shape["sequence"] <= FETCHED_AHEAD
         every = config.training.evaluate_every or steps
         batches, following = upcoming(loader, mesh, config), None
         for step in range(journal.first_step, steps):
@@ -212,6 +213,7 @@ def make_loader(
         threads=data.threads,
         processes=0 if held_out else data.processes,
         rows=rows,
+        shares=start.mesh.shape["sequence"],
     )
 
 
@@ -239,18 +241,19 @@ def upcoming(loader: Loader, mesh: Mesh, config: TrainConfig) -> Iterator[Upcomi
     Rows of one sample need no segments: causality hides the padding behind it.
     """
 
-    def place(array: np.ndarray) -> jax.Array:
+    def place(field: str, array: np.ndarray) -> jax.Array:
         whole = (config.training.batch_size, *array.shape[1:])
-        return jax.make_array_from_process_local_data(batch_sharding(mesh), array, whole)
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, field), array, whole)
 
-    batches = iter(loader)
+    batches, unused = iter(loader), () if config.data.packing else ("segment_ids", "positions")
     while True:
         began = time.perf_counter()
         loaded = next(batches, None)
         if loaded is None:
             return
-        batch = loaded.batch if config.data.packing else loaded.batch._replace(segment_ids=None, positions=None)
-        yield Upcoming(jax.tree.map(place, batch), loaded, loader.get_state(), time.perf_counter() - began)
+        fields = loaded.batch._replace(**dict.fromkeys(unused))._asdict()
+        placed = (None if array is None else place(field, array) for field, array in fields.items())
+        yield Upcoming(Batch(*placed), loaded, loader.get_state(), time.perf_counter() - began)
 
 
 def check_same_run(config: TrainConfig, before: dict[str, Any], output: Path) -> None:

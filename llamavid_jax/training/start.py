@@ -93,13 +93,21 @@ def run_mesh(text: str) -> Mesh:
     return make_mesh(**(parse_mesh(text) or {"fsdp": jax.device_count()}))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the copies of the model."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def batch_sharding(mesh: Mesh, field: str = "") -> NamedSharding:
+    """Of a field of `Batch`: rows over the copies of the model, and their frames over the chips that share a row."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(["sequence"] if field == "frames" else [])))
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises ConfigError unless each micro-batch divides over the devices that hold rows."""
+    """Raises ConfigError unless micro-batches divide over the copies of the model, and rows over `sequence`."""
+    shares = mesh.shape["sequence"]
+    for number, shape in enumerate(config.data.shapes):
+        for name in ("frames", "pairs", "tokens"):
+            if getattr(shape, name) % shares:
+                raise ConfigError(
+                    f"data.buckets[{number}].{name} is {getattr(shape, name)}, which the mesh's sequence={shares} does "
+                    f"not divide; use a multiple of {shares}, or another mesh"
+                )
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.training.batch_size // config.training.micro_batches
     if rows % ways:

@@ -19,6 +19,7 @@ from llamavid_jax.data.images import CLIP_MEAN, CLIP_STD
 from llamavid_jax.lora import set_dropout
 from llamavid_jax.models import stack
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.sequence import ways
 from llamavid_jax.sharding import constrain
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.loss import LossSums, next_token_sums
@@ -70,37 +71,46 @@ def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Arr
         return features.reshape(*frames.shape[:2], *features.shape[1:])
 
     features = _in_chunks(encode, FRAME_CHUNK, batch.frames) if has_cls else batch.frames
-    features = constrain(features, "batch", None, None, None)
-
-    def of_pairs(table: jax.Array, index: jax.Array) -> jax.Array:
-        picked = jax.vmap(lambda own, places: own[places])(table, index)
-        return picked.reshape(-1, *table.shape[2:])
+    features = constrain(features, "batch", "sequence", None, None)
+    shares = features.reshape(len(features), ways(), -1, *features.shape[2:])  # [B, shares, F / shares, P, E]
+    first = jnp.arange(ways())[:, None] * shares.shape[2]
 
     def compress(frame: jax.Array, question: jax.Array, *keys: jax.Array) -> jax.Array:
-        texts = of_pairs(batch.question_ids, question), of_pairs(batch.question_mask, question)
-        flat_keys = (key.reshape(-1) for key in keys)
-        tokens = model.frames_tokens(of_pairs(features, frame), *texts, *flat_keys, has_cls=has_cls)
+        own = frame.reshape(len(frame), ways(), -1) - first  # a pair's frame is of its share (`lay_out_row`)
+        frames = constrain(jax.vmap(_pick)(shares, own), "batch", "sequence", None, None, None)
+        texts = (_pick(x, question) for x in (batch.question_ids, batch.question_mask))
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (frames.reshape(*frame.shape, *frames.shape[3:]), *texts, *keys))
+        tokens = model.frames_tokens(*flat, has_cls=has_cls)
         return tokens.reshape(*frame.shape, *tokens.shape[1:])
 
     keys = () if dropout_key is None else (jax.random.split(dropout_key, batch.pair_frame.shape),)
     compress = stack.rematerialise(compress, remat, in_loop=False)
     tokens = _in_chunks(compress, PAIR_CHUNK, batch.pair_frame, batch.pair_question, *keys)
-    return tokens.reshape(len(tokens), -1, tokens.shape[-1])
+    return constrain(tokens.reshape(len(tokens), -1, tokens.shape[-1]), "batch", "sequence", None)
+
+
+def _pick(tables: jax.Array, index: jax.Array) -> jax.Array:
+    """`tables[b, index[b]]`."""
+    return jax.vmap(lambda own, places: own[places])(tables, index)
 
 
 def _in_chunks(function: Callable[..., jax.Array], size: int, *arrays: jax.Array) -> jax.Array:
-    """`function` over the second axis of `arrays`, `size` at a time one after another, to bound memory."""
-    length = arrays[0].shape[1]
+    """`function` over the second axis of `arrays`, `size` at a time of each share of a row, to bound memory."""
+    rows, length = arrays[0].shape[0], arrays[0].shape[1] // ways()
     if length <= size:
         return function(*arrays)
     number = -(-length // size)
 
     def cut(x: jax.Array) -> jax.Array:
-        x = jnp.concatenate([x, *[x[:, -1:]] * (number * size - length)], axis=1)
-        return jnp.moveaxis(x.reshape(x.shape[0], number, size, *x.shape[2:]), 1, 0)
+        x = x.reshape(rows, ways(), length, *x.shape[2:])
+        x = jnp.concatenate([x, *[x[:, :, -1:]] * (number * size - length)], axis=2)
+        x = jnp.moveaxis(x.reshape(rows, ways(), number, size, *x.shape[3:]), 2, 0)
+        return x.reshape(number, rows, ways() * size, *x.shape[4:])
 
-    out = jnp.moveaxis(jax.lax.map(lambda parts: function(*parts), tuple(cut(x) for x in arrays)), 0, 1)
-    return out.reshape(out.shape[0], number * size, *out.shape[3:])[:, :length]
+    out = jax.lax.map(lambda parts: function(*parts), tuple(cut(x) for x in arrays))
+    out = jnp.moveaxis(out.reshape(number, rows, ways(), size, *out.shape[3:]), 0, 2)
+    out = out.reshape(rows, ways(), number * size, *out.shape[4:])[:, :, :length]
+    return out.reshape(rows, ways() * length, *out.shape[3:])
 
 
 def loss_sums(model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: Any = None) -> LossSums:

@@ -15,3 +15,6 @@ PIP=${1:?give the pip of the environment, such as .venv/bin/pip}
 
 # The TPU compiler that the installed JAX names, to compile for slices that are not there (no --no-deps: nothing else comes with it).
 "$PIP" install "jax[tpu]"
+
+# The runner of large sets of shards, with what it needs; the newest release that goes with requirements.txt.
+"$PIP" install apache-beam==2.77.0
