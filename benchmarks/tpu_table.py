@@ -2,14 +2,18 @@
 
     python -m benchmarks.tpu_table docs/tpu.md
 
-It takes an hour or two.  A row whose program is refused holds the reason.  What stands around the table, between its
-two marks, stays as it is.
+Each row is compiled in a process of its own, for --limit seconds at most, and kept as a line of JSON in --kept: the
+same command goes on where it stopped.  A row whose program is refused holds the reason.  What stands around the table,
+between its two marks, stays as it is.
 """
 
 import argparse
+import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from llamavid_jax.aot.infer import check_inference
 from llamavid_jax.aot.report import COLUMNS, Report, versions
@@ -21,70 +25,126 @@ from llamavid_jax.errors import InputError
 from llamavid_jax.training.config import read_config
 
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
-STAGE_1 = {"v5e:4x4": "", "v4:2x2x4": "", "v6e:2x4": ""}  # slice → mesh, empty: all on fsdp
-STAGE_2 = {"v5e:8x8": "", "v5p:2x2x4": "", "v6e:4x4": ""}
-LONG = {"v5e:8x8": "fsdp=8,sequence=8", "v5p:2x4x4": "fsdp=8,sequence=4", "v6e:4x8": "fsdp=8,sequence=4"}
-TRAINING = [  # config, slices, overrides, slices of a job, ready features
-    *((f"stage1_align{size}", STAGE_1, (), 1, False) for size in ("", "_13b")),
-    *((f"stage2_instruct{size}", STAGE_2, ("training.micro_batches=2",), 1, False) for size in ("", "_13b")),
-    *((f"stage2_instruct_image_336{size}", STAGE_2, (), 1, False) for size in ("", "_13b")),
-    ("stage2_instruct", {"v5e:4x8": ""}, ("training.micro_batches=2",), 2, False),
-    ("stage3_long_video", LONG, (), 1, True),
-    (
-        "stage3_long_video",
-        {"v5p:4x4x4": "fsdp=8,sequence=8"},
-        ("data.buckets=[{frames: 131000, pairs: 131000, questions: 1, tokens: 262144}]",),
-        1,
-        True,
+DAY = "data.buckets=[{frames: 130560, pairs: 130560, questions: 1, tokens: 262144}]"
+
+
+class Step(NamedTuple):
+    """A train step: what stands in the command of `training.compile_check`."""
+
+    config: str
+    topology: str
+    mesh: str = ""  # empty: the config's, or all on fsdp
+    overrides: tuple[str, ...] = ()
+    features: bool = False
+    num_slices: int = 1
+
+    def compile(self, machine_code: bool) -> list[Report]:
+        config = read_config(f"configs/{self.config}.yaml", self.overrides)
+        options = self.mesh, self.num_slices, self.features, self.config, machine_code
+        return [check_training(config, self.topology, *options)]
+
+
+class Inference(NamedTuple):
+    """Encode, compress, prefill and decode of one row of `tokens`."""
+
+    model: str
+    topology: str
+    tokens: int
+    mesh: str = ""  # empty: all on tensor
+
+    def compile(self, machine_code: bool) -> list[Report]:
+        """Always to the machine code, which these small programs reach soon."""
+        config = LLaMAVIDLlavaConfig.from_yaml(f"configs/models/llamavid_{self.model}.yaml")
+        return check_inference(config, self.topology, self.mesh, self.tokens, 512, "bfloat16", self.model)
+
+
+def _micro(number: int) -> tuple[str, ...]:
+    return (f"training.micro_batches={number}",)
+
+
+ROWS: list[Step | Inference] = [
+    # stage 2, the original's global batch
+    Step("stage2_instruct", "v5e:8x8", "fsdp=64", _micro(2)),
+    Step("stage2_instruct", "v5p:2x2x4", "fsdp=16"),
+    Step("stage2_instruct", "v6e:4x4", "fsdp=16"),
+    Step("stage2_instruct", "v5e:4x8", "data=2,fsdp=32", _micro(2), num_slices=2),
+    Step("stage2_instruct_13b", "v5e:8x8", "fsdp=32,tensor=2", _micro(1)),
+    Step("stage2_instruct_13b", "v5p:2x2x4", "fsdp=16"),
+    Step("stage2_instruct_13b", "v6e:4x4", "fsdp=16"),
+    Step("stage2_instruct_image_336", "v5e:8x8", "fsdp=64"),
+    Step("stage2_instruct_image_336", "v5p:2x2x4", "fsdp=16"),
+    Step("stage2_instruct_image_336", "v6e:4x4", "fsdp=16", _micro(4)),
+    Step("stage2_instruct_image_336_13b", "v5e:8x8", "fsdp=64", _micro(1)),
+    Step("stage2_instruct_image_336_13b", "v5p:2x2x4", "fsdp=16"),
+    Step("stage2_instruct_image_336_13b", "v6e:4x4", "fsdp=16"),
+    # stage 3, ready features; and a whole day at one frame a second
+    Step("stage3_long_video", "v5e:8x8", "fsdp=8,sequence=8", features=True),
+    Step("stage3_long_video", "v5p:2x4x4", "fsdp=8,sequence=4", features=True),
+    Step("stage3_long_video", "v6e:4x8", "fsdp=8,sequence=4", features=True),
+    Step("stage3_long_video", "v5p:4x4x4", "fsdp=8,sequence=8", (DAY,), features=True),
+    # stage 1
+    *(
+        Step(f"stage1_align{size}", slice_, f"fsdp={chips}", _micro(micro_batches))
+        for size, micro_batches in (("", 4), ("_13b", 8))
+        for slice_, chips in (("v5e:4x4", 16), ("v4:2x2x4", 16), ("v6e:2x4", 8))
     ),
+    # inference in bfloat16: an hour of video on one chip, three hours on a host
+    *(Inference("7b_224_video", slice_, 7400) for slice_ in ("v5e:1x1", "v6e:1x1", "v2:2x2")),
+    *(
+        Inference(f"{size}_224_long_video", slice_, 21800)
+        for size in ("7b", "13b")
+        for slice_ in ("v5e:2x2", "v5e:2x4")
+    ),
+    Inference("7b_224_video", "v5e:2x4", 7400, "data=8"),  # frames over the chips, each with a whole model
 ]
-INFERENCE = [  # model, slice, mesh, tokens
-    *(("7b_224_video", slice_, "", 7400) for slice_ in ("v5e:1x1", "v6e:1x1", "v2:2x2")),
-    *((f"{size}_224_long_video", slice_, "", 21800) for size in ("7b", "13b") for slice_ in ("v5e:2x2", "v5e:2x4")),
-    ("7b_224_video", "v5e:2x4", "data=8", 7400),
-]
 
 
-def rows() -> Iterator[list[str]]:
-    """The cells of each program, or the reason that there are none."""
-    for name, slices, overrides, number, features in TRAINING:
-        for topology, mesh in slices.items():
-            config = read_config(f"configs/{name}.yaml", overrides)
-            mesh = mesh or ("" if number > 1 else f"fsdp={_devices(topology)}")
-            yield from _try(f"{name} on {topology}", check_training, config, topology, mesh, number, features, name)
-    for name, topology, mesh, tokens in INFERENCE:
-        config = LLaMAVIDLlavaConfig.from_yaml(f"configs/models/llamavid_{name}.yaml")
-        yield from _try(f"{name} on {topology}", check_inference, config, topology, mesh, tokens, 512, "bfloat16", name)
-
-
-def _devices(topology: str) -> int:
-    count = 1
-    for side in topology.split(":")[1].split("x"):
-        count *= int(side)
-    return count
-
-
-def _try(name: str, check, *arguments) -> Iterator[list[str]]:
+def compiled(row: Step | Inference, kept: Path, limit: float, machine_code: bool) -> dict[str, Any]:
+    """What is kept of `row`, or what a process of its own finds: `{"row", "reports"}`, or `{"row", "reason"}`."""
+    name, made = f"{type(row).__name__}{tuple(row)}", versions()
+    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    for line in reversed(lines):
+        enough = not machine_code or all(report["machine_code"] for report in line.get("reports", ()))
+        if line["row"] == name and line["versions"] == made and enough:
+            return line
     print(name, file=sys.stderr, flush=True)
+    found: dict[str, Any] = {"row": name, "versions": made}
     try:
-        found = in_own_process(check, *arguments)
-        yield from (one.row() for one in ([found] if isinstance(found, Report) else found))
+        found["reports"] = [dataclasses.asdict(one) for one in in_own_process(row.compile, machine_code, limit=limit)]
     except InputError as error:
-        yield [name, *[""] * 3, f"no: {error}", *[""] * (len(COLUMNS) - 5)]
+        found["reason"] = str(error)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+    return found
+
+
+def cells(row: Step | Inference, found: dict[str, Any]) -> Iterator[list[str]]:
+    """The lines of the table for one row."""
+    if reason := found.get("reason"):
+        yield [row[0], row.topology, row.mesh, "", f"not known: {reason}", *[""] * (len(COLUMNS) - 5)]
+    for values in found.get("reports", ()):
+        yield Report(**values).row()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compiles every recipe and writes the table.", allow_abbrev=False)
     parser.add_argument("file", type=Path, help="docs/tpu.md")
-    path = parser.parse_args(arguments).file
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise InputError(f"{path} has no place for the table; write {BEGIN} and {END} into it")
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows()]
+    parser.add_argument("--kept", type=Path, default=Path("build/tpu_table.jsonl"), metavar="FILE")
+    parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="of one row")
+    parser.add_argument("--machine-code", action="store_true", help="also of the train steps, which takes hours")
+    options = parser.parse_args(arguments)
+    before, _, rest = options.file.read_text(encoding="utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise InputError(f"{options.file} has no place for the table; write {BEGIN} and {END} into it")
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    for row in ROWS:
+        lines += cells(row, compiled(row, options.kept, options.limit, options.machine_code))
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     made = ", ".join(f"{name} {number}" for name, number in versions().items())
-    write_files(path.parent, {path.name: f"{before}{BEGIN}\nWith {made}.\n\n{table}\n{END}{after}".encode()})
+    whole = f"{before}{BEGIN}\nWith {made}.\n\n{table}\n{END}{after}"
+    write_files(options.file.parent, {options.file.name: whole.encode()})
     return 0
 
 

@@ -1,7 +1,8 @@
 """Where every array lives on a device mesh: `param_axes.py` names dimensions, one table here maps names to mesh axes.
 
 The mesh has four axes: `data` (copies of the model; across slices), `fsdp` (parameters cut along their width),
-`tensor` (heads and MLP cut) and `sequence` (long rows cut).  Modules know nothing of it but `constrain`.
+`tensor` (heads and MLP cut) and `sequence` (long rows cut; parameters too, as along `fsdp`).  Modules know nothing of
+it but `constrain`.
 """
 
 import math
@@ -28,7 +29,7 @@ AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "sequence": "sequence",
     # llama
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),  # chips that share rows share the parameters' memory too
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -37,7 +38,7 @@ AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "rank": None,
     # vision
     "vision_layers": None,
-    "vision_embed": "fsdp",
+    "vision_embed": ("fsdp", "sequence"),
     "vision_heads": "tensor",
     "vision_head_dim": None,
     "vision_mlp": "tensor",
@@ -50,7 +51,7 @@ AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # q-former
     "qformer_layers": None,
     "qformer_cross_layers": None,
-    "qformer_embed": "fsdp",
+    "qformer_embed": ("fsdp", "sequence"),
     "qformer_heads": "tensor",
     "qformer_head_dim": None,
     "qformer_mlp": "tensor",
@@ -113,13 +114,13 @@ def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfi
 
     Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes are errors.
     """
-    sizes, rows, unused, axes = axis_sizes(config), PARAM_AXES | ADAPTER_AXES, set(PARAM_AXES) - OPTIONAL_ROWS, {}
+    sizes, unused, axes = axis_sizes(config), set(PARAM_AXES) - OPTIONAL_ROWS, {}
     sizes["rank"] = next((shape[-1] for path, shape in shapes.items() if path.endswith(".lora.a")), 0)
     for path, shape in shapes.items():
-        row = path if path in rows else ".".join("*" if part.isdigit() else part for part in path.split("."))
-        if row not in rows:
+        row = _row(path)
+        if row not in _ROWS:
             raise ShardingError(f"parameter {path} {shape} has no row in PARAM_AXES; add one")
-        names = tuple(rows[row].split())
+        names = tuple(_ROWS[row].split())
         expected = tuple(sizes[name] for name in names)
         if expected != tuple(shape):
             raise ShardingError(f"PARAM_AXES says {path} is {' '.join(names)} = {expected}, but it is {tuple(shape)}")
@@ -128,6 +129,13 @@ def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfi
     if unused:
         raise ShardingError(f"PARAM_AXES row {min(unused)} matches no parameter; remove it")
     return axes
+
+
+_ROWS = PARAM_AXES | ADAPTER_AXES
+
+
+def _row(path: str) -> str:
+    return path if path in _ROWS else ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> PartitionSpec:
@@ -167,7 +175,14 @@ def activation_spec(shape: tuple[int, ...], *names: str | None) -> PartitionSpec
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation's axes to the mesh in context; nothing without one."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins an activation's axes to the mesh in context; nothing without one, or on one device's share of an array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, *names))
+
+
+def pin(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Parameters by path, pinned to their places on the mesh in context: so are their gradients, which are then
+    scattered as they are summed, rather than whole on every device first."""
+    return {path: constrain(value, *_ROWS[_row(path)].split()) for path, value in params.items()}

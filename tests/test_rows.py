@@ -1,6 +1,7 @@
 """Laying samples out in a row: places, segments, and what is cut where there is no room."""
 
 import numpy as np
+import pytest
 from training_cases import CONFIG, example, qformer_tokenizer
 
 from llamavid_jax.data.batching import TEXT, RowShape
@@ -104,3 +105,13 @@ def test_no_sample_predicts_the_next_ones_first_token():
     labelled = Example("all", text.input_ids, text.input_ids.copy(), [], None)
     batch, _ = row([labelled, labelled], RowShape(1, 1, 1, 32))
     assert batch.labels[0] == batch.labels[9] == -100 and (batch.labels[:18] != -100).sum() == 16
+
+
+@pytest.mark.parametrize("shares", [1, 4])
+def test_where_a_row_has_one_question_pair_g_is_frame_g(shares):
+    """The step leaves such frames where they are (`step.visual_table`)."""
+    batch, cut = row([example(1, 3, 9), example(2, 2, 9)], RowShape(8, 8, 1, 40), shares=shares)
+    used = np.unique(batch.visual_index[batch.visual_index != TEXT] // 2)
+    assert cut == [False, True] and len(used) == 3
+    np.testing.assert_array_equal(batch.pair_frame[used], used)
+    assert not batch.pair_question.any()

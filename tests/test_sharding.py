@@ -257,7 +257,7 @@ def test_eight_devices_equal_one(sizes, params, inputs, golden, one_device):
     mesh = make_mesh(**sizes)
     placed = jax.device_put(params, param_shardings(params, SMALL, mesh))
     kernel = placed["llama"]["layers"]["mlp"]["gate"]["kernel"]
-    ways = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    ways = sizes.get("fsdp", 1) * sizes.get("tensor", 1) * sizes.get("sequence", 1)
     assert kernel.addressable_shards[0].data.size * ways == kernel.size
     got = results(placed, inputs, golden, mesh)
     assert relative_error(got["tokens"], one_device["tokens"]) < BAR

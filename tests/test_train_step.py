@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from training_cases import CONFIG, LOOP, OPTIMIZER, STAGES, batch, example, random_params, state, structure
 
-from llamavid_jax.data.batching import RowShape
+from llamavid_jax.data.batching import Batch, RowShape
+from llamavid_jax.models import eva_vit, llama_vid
 from llamavid_jax.sharding import make_mesh, param_axes, partition_spec
 from llamavid_jax.training import step
 from llamavid_jax.training.config import LoopConfig
@@ -18,7 +19,7 @@ from llamavid_jax.training.start import batch_sharding
 from llamavid_jax.training.step import loss_sums, make_evaluate_step, make_train_step
 from llamavid_jax.training.trainable import trainable_paths
 
-SHAPE = RowShape(frames=3, pairs=6, questions=2, tokens=48)
+SHAPE = RowShape(frames=4, pairs=8, questions=2, tokens=48)
 ROWS = [[example(n, frames=n % 4, length=14 + 2 * n, questions=1 + n % 2)] for n in range(8)]
 
 
@@ -146,8 +147,8 @@ def test_chunks_of_frames_and_pairs(monkeypatch):
     """Long videos go through the tower and the Q-Former in chunks, with the same numbers."""
     long = batch([[example(30, 11, 20)], [example(31, 7, 20)]], RowShape(11, 11, 1, 64))
     whole = make_evaluate_step(structure())(*split(2), long)
-    monkeypatch.setattr(step, "FRAME_CHUNK", 4)
-    monkeypatch.setattr(step, "PAIR_CHUNK", 4)
+    monkeypatch.setattr(eva_vit, "FRAMES_AT_A_TIME", 4)
+    monkeypatch.setattr(llama_vid, "PAIR_CHUNK", 4)
     np.testing.assert_allclose(make_evaluate_step(structure())(*split(2), long).loss, whole.loss, rtol=1e-6)
 
 
@@ -222,5 +223,6 @@ def test_sharded_equals_single(sizes, single):
         return {path: jax.device_put(value, NamedSharding(mesh, spec[path])) for path, value in params.items()}
 
     with jax.set_mesh(mesh):
-        data = jax.device_put(batch(ROWS, SHAPE), batch_sharding(mesh))
+        data = batch(ROWS, SHAPE, shares=sizes.get("sequence", 1))
+        data = Batch(*(jax.device_put(x, batch_sharding(mesh, field)) for field, x in data._asdict().items()))
         close(run(data=data, place=place), single, rtol=2e-5)

@@ -54,10 +54,10 @@ def example(seed: int, frames: int, length: int, questions: int = 1) -> Example:
     return Example(f"clip {seed}", ids, labels, QUESTIONS[:questions], pixels)
 
 
-def batch(rows: list[list[Example]], shape: RowShape) -> Batch:
+def batch(rows: list[list[Example]], shape: RowShape, shares: int = 1) -> Batch:
     side = CONFIG.vision_tower_config.image_size
     laid_out = [
-        lay_out_row(row, shape, CONFIG.tokens_per_frame, qformer_tokenizer(), 16, (side, side, 3), np.uint8)
+        lay_out_row(row, shape, CONFIG.tokens_per_frame, qformer_tokenizer(), 16, (side, side, 3), np.uint8, shares)
         for row in rows
     ]
     assert not any(any(cut) for _, cut in laid_out)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from llamavid_jax.aot.report import Report
 from llamavid_jax.aot.roofline import estimate
@@ -65,7 +66,7 @@ def plan(
             f"try {'shorter rows, ' if shape.tokens >= LONG else ''}a larger slice, or a generation with more memory"
         )
     reports = [
-        in_own_process(check_training, one.overrides(config), topology, one.text, num_slices, features, name)
+        in_own_process(check_training, one.overrides(config), topology, one.text, num_slices, features, name, False)
         for one in fitting[:compiles]
     ]
     return sorted(reports, key=lambda report: (not report.fits, report.seconds))
@@ -142,11 +143,11 @@ def _parameters(layout: Layout, mesh: dict[str, int]) -> tuple[float, float]:
     held = received = 0.0
     for path, leaf in leaves.items():
         spec = partition_spec(leaf.shape, axes[path], cut)
-        ways = math.prod(mesh[axis] for axis in spec if axis)
+        axes_used = {axis for part in spec if part for axis in np.atleast_1d(part)}
+        ways, tensor = math.prod(mesh[axis] for axis in axes_used), mesh["tensor"] if "tensor" in axes_used else 1
         trains = path in layout.trained
         held += leaf.size / ways * (16 if trains else leaf.dtype.itemsize)  # itself, gradient, two moments
-        others = (mesh["fsdp"] - 1) / mesh["fsdp"] if "fsdp" in spec else 0
-        whole = leaf.size * others / (mesh["tensor"] if "tensor" in spec else 1)
+        whole = leaf.size * (1 - tensor / ways) / tensor  # what others hold of the part that this device computes with
         received += whole * (2 * 2 + 4 * trains)  # forwards and backwards in 16 bits, the gradient in 32
     return held, received
 

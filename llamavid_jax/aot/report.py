@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from llamavid_jax.aot.buffers import Assigned, assign_buffers
 from llamavid_jax.aot.chips import Chip
 from llamavid_jax.aot.collectives import collectives
 from llamavid_jax.aot.roofline import estimate
@@ -46,6 +47,7 @@ class Report:
     bound: str = ""
     utilisation: float = 0.0
     replicated_mib: dict[str, float] = dataclasses.field(default_factory=dict)
+    machine_code: bool = True  # whether the compiler went on to it (`buffers.py`)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -67,7 +69,7 @@ class Report:
             peak,
             "yes",
             f"{self.arguments_gib:.1f} + {self.temporaries_gib:.1f} + {self.output_gib:.1f} GiB",
-            f"{self.compile_seconds:.0f} s",
+            f"{self.compile_seconds:.0f} s" + ("" if self.machine_code else ", no machine code"),
             moved or "nothing",
             f"{self.flops:.2g}",
             f"{self.seconds:.3g} s, {self.utilisation:.0%} of the peak, bound by {self.bound}",
@@ -78,38 +80,57 @@ class Report:
 
 
 def compile_report(
-    lowered: jax.stages.Lowered, chip: Chip, slices: int, flops: int, remedy: str, recomputed: int = 0, **known: Any
+    lowered: jax.stages.Lowered,
+    chip: Chip,
+    slices: int,
+    flops: int,
+    remedy: str,
+    recomputed: int = 0,
+    machine_code: bool = True,
+    **known: Any,
 ) -> Report:
     """Compiles and reads what there is to read; `remedy` is what to change where it does not fit."""
     began = time.perf_counter()
-    common = {"hbm_gib": chip.hbm_gib, "flops": flops, "versions": versions(), **known}
+    common = {"hbm_gib": chip.hbm_gib, "flops": flops, "versions": versions(), "machine_code": machine_code, **known}
     try:
-        compiled = compile_lowered(lowered)
+        needs = _compiled(lowered) if machine_code else assign_buffers(lowered)
     except OutOfMemoryError as error:
         seconds = time.perf_counter() - began
         return Report(**common, peak_gib=error.needed, compile_seconds=seconds, remedy=remedy)
     seconds, devices = time.perf_counter() - began, known["devices"]
-    memory = compiled.memory_analysis()
-    moved = collectives(compiled.as_text(), devices // slices if slices > 1 else None)
+    moved = collectives(needs.text, devices // slices if slices > 1 else None)
     between = sum(one.bytes_between_slices for one in moved.values())
-    used = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
     best = estimate(
         chip,
         flops=flops / devices,
         recomputed=recomputed / devices,
-        hbm_bytes=used[0] + 2 * used[1] + used[2],  # each at least once; temporaries are written and read
+        hbm_bytes=needs.arguments
+        + 2 * needs.temporaries
+        + needs.output,  # each at least once; temporaries are written and read
         ici_bytes=sum(one.bytes for one in moved.values()) - between,
         dcn_bytes=between,
     )
     return Report(
         **common,
-        peak_gib=memory.peak_memory_in_bytes / GIB,
+        peak_gib=needs.peak / GIB,
         compile_seconds=seconds,
-        arguments_gib=used[0] / GIB,
-        temporaries_gib=used[1] / GIB,
-        output_gib=used[2] / GIB,
+        arguments_gib=needs.arguments / GIB,
+        temporaries_gib=needs.temporaries / GIB,
+        output_gib=needs.output / GIB,
         collectives={kind: dataclasses.asdict(one) for kind, one in moved.items()},
         **best._asdict(),
+    )
+
+
+def _compiled(lowered: jax.stages.Lowered) -> Assigned:
+    compiled = compile_lowered(lowered)
+    memory = compiled.memory_analysis()
+    return Assigned(
+        memory.peak_memory_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes,
+        compiled.as_text(),
     )
 
 

@@ -8,9 +8,8 @@ import math
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
@@ -110,24 +109,51 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if found := _OUT_OF_HBM.search(str(error)):
-            needed, unit, there, there_unit = found.groups()
-            raise OutOfMemoryError(float(needed) * _GIB[unit], float(there) * _GIB[there_unit]) from None
-        raise CompileError(f"the TPU compiler refuses the program: {_line(error)}") from None
+        raise refusal(error) from None
 
 
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`.  Raises CompileError where the system ended the process, which it does for its memory."""
+def refusal(error: jax.errors.JaxRuntimeError) -> CompileError:
+    """What the compiler's error says."""
+    if found := _OUT_OF_HBM.search(str(error)):
+        needed, unit, there, there_unit = found.groups()
+        return OutOfMemoryError(float(needed) * _GIB[unit], float(there) * _GIB[there_unit])
+    return CompileError(f"the TPU compiler refuses the program: {_line(error)}")
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any, limit: float | None = None) -> Any:
+    """`function(*arguments)`, in a process that ends with it.
+
+    Raises CompileError after `limit` seconds, and where the system ended the process, which it does for its memory.
+    """
     os.environ.update(ENVIRONMENT)
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        try:
-            return process.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-            raise CompileError(
-                f"the compiler was ended by the system, most likely for want of memory: this machine has {total:.0f} "
-                "GiB; compile on a larger one, or for a smaller slice"
-            ) from None
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(limit):
+            raise CompileError(f"the compiler was not done after {limit:.0f} s; give it more, or take a faster machine")
+        found, error = ours.recv()
+    except EOFError:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        raise CompileError(
+            f"the compiler was ended by the system, most likely for want of memory: this machine has {total:.0f} "
+            "GiB; compile on a larger one, or for a smaller slice"
+        ) from None
+    finally:
+        process.kill()
+        process.join()
+    if error is not None:
+        raise error
+    return found
+
+
+def _answer(connection: Connection, function: Callable[..., Any], arguments: tuple) -> None:
+    try:
+        connection.send((function(*arguments), None))
+    except Exception as error:
+        connection.send((None, error))
 
 
 def _line(error: Exception) -> str:

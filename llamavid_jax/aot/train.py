@@ -26,9 +26,15 @@ REPLICATED = 0.02  # of the parameters may be whole on every device of a mesh th
 
 
 def check_training(
-    config: TrainConfig, topology: str, mesh: str = "", num_slices: int = 1, features: bool = False, name: str = ""
+    config: TrainConfig,
+    topology: str,
+    mesh: str = "",
+    num_slices: int = 1,
+    features: bool = False,
+    name: str = "",
+    machine_code: bool = True,
 ) -> Report:
-    """Compiles the step of `config` for `topology`.
+    """Compiles the step of `config` for `topology`; without `machine_code` as far as `buffers.py` says.
 
     `mesh` stands before the config's; all devices on `fsdp`, slices on `data`, where neither says.  Raises InputErrors
     for what does not go together, CompileError for what the compiler refuses; what does not fit is a Report.
@@ -52,6 +58,7 @@ def check_training(
             step_flops(config, layout, shape, features),
             remedy(config, device_mesh, shape),
             recomputed_flops(config, layout, shape),
+            machine_code,
             program=f"{name}: {loop.batch_size} rows of {shape.frames} frames and {shape.tokens} tokens, "
             f"{loop.micro_batches} micro-batches, remat={loop.remat}",
             topology=topology if num_slices == 1 else f"{num_slices} × {topology}",

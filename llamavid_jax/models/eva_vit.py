@@ -10,12 +10,23 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from llamavid_jax.attention.attention import attention
 from llamavid_jax.config import LLaMAVIDLlavaVisionConfig
+from llamavid_jax.data.images import CLIP_MEAN, CLIP_STD
 from llamavid_jax.models import stack
-from llamavid_jax.sharding import constrain
+from llamavid_jax.spread import spread
+
+FRAMES_AT_A_TIME = 32  # of a device, in one block of the tower
+
+
+def pixels(frames: jax.Array) -> jax.Array:
+    """uint8 `[F, H, W, 3]` → normalised float32 `[F, 3, H, W]`; normalised pixels stay as they are."""
+    if frames.dtype != jnp.uint8:
+        return frames
+    scaled = (frames.astype(jnp.float32) / 255 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+    return jnp.moveaxis(scaled, -1, -3)
 
 
 class PatchEmbed(nnx.Module):
@@ -75,7 +86,6 @@ class Block(nnx.Module):
         self.mlp = Mlp(config.hidden_size, config.intermediate_size, **dtypes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P E"]:
-        x = constrain(x, "frames", None, None)
         x = x + self.attn(self.attn_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -91,10 +101,20 @@ class EvaViT(nnx.Module):
         self.dtype = dtype
 
     @jax.named_scope("eva_vit")
-    def __call__(self, pixels: Float[Array, "F 3 y x"]) -> Float[Array, "F P E"]:
-        """Normalised frames `[F, 3, H, W]` → `[F, 1+P, E]`: the states after the last block, CLS first, not normed."""
-        patches = self.patch_embed(pixels)
+    def __call__(self, frames: Float[Array, "F 3 y x"] | UInt8[Array, "F y x 3"]) -> Float[Array, "F P E"]:
+        """Frames, normalised or uint8 → the states after the last block, CLS first, not normed.
+
+        All frames go through one block before the next: its weights are gathered once, however many the frames are.
+        """
+
+        def embed(patch_embed: PatchEmbed, frames: jax.Array) -> jax.Array:
+            return patch_embed(pixels(frames))
+
+        patches = spread(embed, self.patch_embed, frames, at_a_time=FRAMES_AT_A_TIME)
         cls = jnp.broadcast_to(self.cls_token.astype(self.dtype), (patches.shape[0], 1, patches.shape[2]))
         x = jnp.concatenate([cls, patches], axis=1) + self.position.astype(self.dtype)
-        x, _ = stack.scan(lambda block, x: (block(x), None), self.blocks, x)
-        return x
+
+        def apply(block: Block, x: jax.Array) -> tuple[jax.Array, None]:
+            return spread(Block.__call__, block, x, at_a_time=FRAMES_AT_A_TIME), None
+
+        return stack.scan(apply, self.blocks, x)[0]

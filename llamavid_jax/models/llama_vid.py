@@ -21,7 +21,10 @@ from llamavid_jax.models.llama import Llama
 from llamavid_jax.models.qformer import QFormer
 from llamavid_jax.models.visual_tokens import VisualTokens
 from llamavid_jax.sequence import take_slots
-from llamavid_jax.sharding import activation_spec, constrain
+from llamavid_jax.sharding import constrain
+from llamavid_jax.spread import spread
+
+PAIR_CHUNK = 64  # pairs that a device compresses at a time; the original's blocks of frames (Q11)
 
 
 class LlamaVid(nnx.Module):
@@ -58,8 +61,8 @@ class LlamaVid(nnx.Module):
         `has_cls` says whether `features` start with the CLS token: yes after the vision tower, no for ready features
         of long videos.  The Q-Former sees it where it is there; the tokens never hold it (P1, Q5).
         """
-        queries = self.qformer(features, text_ids, text_mask, dropout_key)
-        return self.visual_tokens(features[1:] if has_cls else features, queries)
+        arrays = features, text_ids, text_mask, dropout_key
+        return _frame_tokens(self.qformer, self.visual_tokens, *arrays, has_cls=has_cls)
 
     def frames_tokens(
         self,
@@ -69,16 +72,16 @@ class LlamaVid(nnx.Module):
         dropout_keys: Key[Array, " G"] | None = None,
         *,
         has_cls: bool,
+        remat: str = "none",
     ) -> Float[Array, "G n D"]:
-        """`frame_tokens` of G pairs of a frame and a question, which are cut over all axes of the mesh."""
-        features = constrain(features, "frames", None, None)
-        axes = activation_spec(features.shape, "frames", None, None)[0]  # for constraints on a single frame's arrays
+        """`frame_tokens` of G pairs of a frame and a question, spread over the mesh; `remat` as in `stack.REMAT`."""
 
-        def one(features, ids, mask, key=None):
-            return self.frame_tokens(features, ids, mask, has_cls=has_cls, dropout_key=key)
+        def tokens(modules, *arrays):
+            return jax.vmap(functools.partial(_frame_tokens, *modules, has_cls=has_cls))(*arrays)
 
         keys = () if dropout_keys is None else (dropout_keys,)
-        return jax.vmap(one, spmd_axis_name=axes)(features, text_ids, text_mask, *keys)
+        arrays = features, text_ids, text_mask, *keys
+        return spread(tokens, (self.qformer, self.visual_tokens), *arrays, at_a_time=PAIR_CHUNK, remat=remat)
 
     def merge(
         self, token_ids: Int[Array, "B T"], visual: Float[Array, "#B N D"], visual_index: Int[Array, "B T"]
@@ -99,6 +102,20 @@ class LlamaVid(nnx.Module):
         return self.llama.logits(self.llama(self.merge(token_ids, visual, visual_index)))
 
 
+def _frame_tokens(
+    qformer: QFormer,
+    visual_tokens: VisualTokens,
+    features: jax.Array,
+    text_ids: jax.Array,
+    text_mask: jax.Array,
+    dropout_key: jax.Array | None = None,
+    *,
+    has_cls: bool,
+) -> jax.Array:
+    queries = qformer(features, text_ids, text_mask, dropout_key)
+    return visual_tokens(features[1:] if has_cls else features, queries)
+
+
 def abstract_params(config: LLaMAVIDLlavaConfig, param_dtype=jnp.float32) -> dict[str, Any]:
     """The nested dict of parameters as shapes and types; nothing is allocated."""
     model = nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0), param_dtype=param_dtype))
@@ -108,7 +125,7 @@ def abstract_params(config: LLaMAVIDLlavaConfig, param_dtype=jnp.float32) -> dic
 @functools.partial(jax.jit, static_argnums=0)
 def encode_frames(graphdef, params, pixels: Float[Array, "F 3 y x"]) -> Float[Array, "F P E"]:
     """The vision tower on one chunk of frames."""
-    return nnx.merge(graphdef, params).vision(constrain(pixels, "frames", None, None, None))
+    return nnx.merge(graphdef, params).vision(pixels)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="has_cls")

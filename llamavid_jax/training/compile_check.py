@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What train.py and this command take alike."""
     parser.add_argument("--topology", metavar="NAME", help="such as v5e:8x8: a generation of TPU, and chips")
     parser.add_argument("--num-slices", type=int, default=1, metavar="N", help="slices; the data axis goes across them")
+    parser.add_argument("--quick", action="store_true", help="stop before the machine code: the same memory, sooner")
     parser.add_argument("--features", action="store_true", help="rows hold ready features of frames, as in stage 3")
 
 
@@ -37,7 +38,7 @@ def check(config: "TrainConfig", options: argparse.Namespace, mesh: str = "") ->
     if getattr(options, "plan", False):
         reports = plan(config, options.topology, options.num_slices, options.features, options.config)
         return show(reports) if any(report.fits for report in reports) else 1
-    arguments = config, options.topology, mesh, options.num_slices, options.features, options.config
+    arguments = config, options.topology, mesh, options.num_slices, options.features, options.config, not options.quick
     return show([in_own_process(check_training, *arguments)])
 
 

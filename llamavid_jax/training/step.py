@@ -14,19 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from llamavid_jax.config import IGNORE_LABEL
-from llamavid_jax.data.batching import FRAME_CHUNK, Batch
-from llamavid_jax.data.images import CLIP_MEAN, CLIP_STD
+from llamavid_jax.data.batching import Batch
 from llamavid_jax.lora import set_dropout
-from llamavid_jax.models import stack
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.sequence import ways
-from llamavid_jax.sharding import constrain
+from llamavid_jax.sharding import constrain, pin
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.loss import LossSums, next_token_sums
 from llamavid_jax.training.optimizer import clip, learning_rate, make_optimizer
 from llamavid_jax.training.structure import Structure
-
-PAIR_CHUNK = 64  # pairs of a row that are compressed at a time; the original's blocks of frames (Q11)
 
 
 class TrainState(NamedTuple):
@@ -50,67 +46,32 @@ class StepMetrics(NamedTuple):
     finite: Float[Array, ""]
 
 
-def pixels(frames: jax.Array) -> jax.Array:
-    """uint8 `[..., H, W, 3]` → normalised float32 `[..., 3, H, W]`; normalised pixels stay as they are."""
-    if frames.dtype != jnp.uint8:
-        return frames
-    scaled = (frames.astype(jnp.float32) / 255 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
-    return jnp.moveaxis(scaled, -1, -3)
-
-
 @jax.named_scope("visual_table")
 def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Array, ""] | None) -> jax.Array:
     """Each row's visual tokens `[B, G·(n+1), D]`; one empty place where the batch has no frames."""
-    if batch.frames.shape[1] == 0:
+    rows, frames = batch.frames.shape[:2]
+    if frames == 0:
         return jnp.zeros((1, 1, model.llama.config.hidden_size))
     has_cls = batch.frames.ndim == 5  # pixels go through the tower; ready features come without CLS (D5)
+    features = batch.frames.reshape(-1, *batch.frames.shape[2:])
+    features = model.vision(features) if has_cls else features
 
-    def encode(frames: jax.Array) -> jax.Array:
-        flat = constrain(frames.reshape(-1, *frames.shape[2:]), "frames", None, None, None)
-        features = model.vision(pixels(flat))
-        return features.reshape(*frames.shape[:2], *features.shape[1:])
-
-    features = _in_chunks(encode, FRAME_CHUNK, batch.frames) if has_cls else batch.frames
-    features = constrain(features, "batch", "sequence", None, None)
-    shares = features.reshape(len(features), ways(), -1, *features.shape[2:])  # [B, shares, F / shares, P, E]
-    first = jnp.arange(ways())[:, None] * shares.shape[2]
-
-    def compress(frame: jax.Array, question: jax.Array, *keys: jax.Array) -> jax.Array:
-        own = frame.reshape(len(frame), ways(), -1) - first  # a pair's frame is of its share (`lay_out_row`)
-        frames = constrain(jax.vmap(_pick)(shares, own), "batch", "sequence", None, None, None)
-        texts = (_pick(x, question) for x in (batch.question_ids, batch.question_mask))
-        flat = (x.reshape(-1, *x.shape[2:]) for x in (frames.reshape(*frame.shape, *frames.shape[3:]), *texts, *keys))
-        tokens = model.frames_tokens(*flat, has_cls=has_cls)
-        return tokens.reshape(*frame.shape, *tokens.shape[1:])
-
-    keys = () if dropout_key is None else (jax.random.split(dropout_key, batch.pair_frame.shape),)
-    compress = stack.rematerialise(compress, remat, in_loop=False)
-    tokens = _in_chunks(compress, PAIR_CHUNK, batch.pair_frame, batch.pair_question, *keys)
-    return constrain(tokens.reshape(len(tokens), -1, tokens.shape[-1]), "batch", "sequence", None)
+    pairs = batch.pair_frame.shape[1]
+    if batch.question_ids.shape[1] > 1 or pairs != frames:  # else pair g is frame g (`lay_out_row`)
+        shares = features.reshape(rows, ways(), -1, *features.shape[1:])  # a pair's frame is of its share
+        own = batch.pair_frame.reshape(rows, ways(), -1) - jnp.arange(ways())[:, None] * shares.shape[2]
+        picked = jax.vmap(_pick)(constrain(shares, "batch", "sequence", None, None, None), own)
+        features = picked.reshape(-1, *features.shape[1:])
+    texts = (_pick(x, batch.pair_question) for x in (batch.question_ids, batch.question_mask))
+    keys = None if dropout_key is None else jax.random.split(dropout_key, rows * pairs)
+    flat = (x.reshape(-1, x.shape[-1]) for x in texts)
+    tokens = model.frames_tokens(features, *flat, keys, has_cls=has_cls, remat=remat)
+    return constrain(tokens.reshape(rows, -1, tokens.shape[-1]), "batch", "sequence", None)
 
 
 def _pick(tables: jax.Array, index: jax.Array) -> jax.Array:
     """`tables[b, index[b]]`."""
     return jax.vmap(lambda own, places: own[places])(tables, index)
-
-
-def _in_chunks(function: Callable[..., jax.Array], size: int, *arrays: jax.Array) -> jax.Array:
-    """`function` over the second axis of `arrays`, `size` at a time of each share of a row, to bound memory."""
-    rows, length = arrays[0].shape[0], arrays[0].shape[1] // ways()
-    if length <= size:
-        return function(*arrays)
-    number = -(-length // size)
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = x.reshape(rows, ways(), length, *x.shape[2:])
-        x = jnp.concatenate([x, *[x[:, :, -1:]] * (number * size - length)], axis=2)
-        x = jnp.moveaxis(x.reshape(rows, ways(), number, size, *x.shape[3:]), 2, 0)
-        return x.reshape(number, rows, ways() * size, *x.shape[4:])
-
-    out = jax.lax.map(lambda parts: function(*parts), tuple(cut(x) for x in arrays))
-    out = jnp.moveaxis(out.reshape(number, rows, ways(), size, *out.shape[3:]), 0, 2)
-    out = out.reshape(rows, ways(), number * size, *out.shape[4:])[:, :, :length]
-    return out.reshape(rows, ways() * length, *out.shape[3:])
 
 
 def loss_sums(model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: Any = None) -> LossSums:
@@ -150,7 +111,7 @@ def make_train_step(
 
         def loss(params, micro: Batch, weight, number):
             key = jax.random.fold_in(step_key, number) if dropout else None
-            sums = loss_sums(structure.model(params, frozen), micro, loop.remat, key)
+            sums = loss_sums(structure.model(pin(params), frozen), micro, loop.remat, key)
             return sums.loss * weight, sums
 
         def add(total, part):
