@@ -53,9 +53,9 @@ class Inference(NamedTuple):
     mesh: str = ""  # empty: all on tensor
 
     def compile(self, machine_code: bool) -> list[Report]:
-        """Always to the machine code, which these small programs reach soon."""
         config = LLaMAVIDLlavaConfig.from_yaml(f"configs/models/llamavid_{self.model}.yaml")
-        return check_inference(config, self.topology, self.mesh, self.tokens, 512, "bfloat16", self.model)
+        options = self.mesh, self.tokens, 512, "bfloat16", self.model, machine_code
+        return check_inference(config, self.topology, *options)
 
 
 def _micro(number: int) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="docs/tpu.md")
     parser.add_argument("--kept", type=Path, default=Path("build/tpu_table.jsonl"), metavar="FILE")
     parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="of one row")
-    parser.add_argument("--machine-code", action="store_true", help="also of the train steps, which takes hours")
+    parser.add_argument("--machine-code", action="store_true", help="compile the programs whole, which takes hours")
     options = parser.parse_args(arguments)
     before, _, rest = options.file.read_text(encoding="utf-8").partition(BEGIN)
     _, mark, after = rest.partition(END)

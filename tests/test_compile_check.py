@@ -7,9 +7,11 @@ import dataclasses
 import json
 import os
 import pickle
+import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
@@ -18,8 +20,9 @@ from training_data import write_tokenizers
 
 from llamavid_jax.aot import plan as plans
 from llamavid_jax.aot import report as reports
+from llamavid_jax.aot.buffers import read
 from llamavid_jax.aot.chips import CHIPS, Chip
-from llamavid_jax.aot.collectives import Moved, collectives
+from llamavid_jax.aot.collectives import Moved, _groups, collectives
 from llamavid_jax.aot.plan import rank
 from llamavid_jax.aot.roofline import estimate
 from llamavid_jax.aot.topology import (
@@ -31,7 +34,7 @@ from llamavid_jax.aot.topology import (
     slice_devices,
 )
 from llamavid_jax.aot.train import abstract_batch, check_replicated, largest, remedy
-from llamavid_jax.data.batching import RowShape
+from llamavid_jax.data.batching import Batch, RowShape
 from llamavid_jax.sharding import ShardingError, make_mesh
 from llamavid_jax.training.config import read_config
 from llamavid_jax.training.flops import peak_flops
@@ -58,7 +61,9 @@ def test_the_checked_step_is_the_step_of_the_run(tmp_path):
         factors = lr_factors(start.trained, config.optimizer)
         data = batch([[example(n, frames=2, length=20)] for n in range(8)], SHAPE)
         real = make_train_step(start.structure, config.optimizer, config.training, factors, 20).lower(
-            initial_state(config, start, mesh), start.frozen, jax.device_put(data, batch_sharding(mesh))
+            initial_state(config, start, mesh),
+            start.frozen,
+            Batch(*(jax.device_put(x, batch_sharding(mesh, field)) for field, x in data._asdict().items())),
         )
         layout = lay_out(config, mesh)
         checked = make_train_step(layout.structure, config.optimizer, config.training, factors, 20).lower(
@@ -166,6 +171,21 @@ def test_what_crosses_from_slice_to_slice():
     assert found["collective-permute"].bytes_between_slices == 400
     assert found["all-to-all"].bytes_between_slices == 0
     assert found["all-gather"].bytes_between_slices == found["all-gather"].bytes  # 0, 2, 4, 6
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{{0,2},{1,3}}, to_apply=%add", [[0, 2], [1, 3]]),
+        ("[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
+        ("[2,2]<=[2,2]T(1,0), dimensions={0}", [[0, 2], [1, 3]]),
+        ("mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, dimensions={0}", [[0, 2], [1, 3]]),
+        ("mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_0'}, dimensions={0}", [[0, 1], [2, 3]]),
+    ],
+)
+def test_groups_of_devices(text, groups):
+    """In the four ways in which the compiler writes them."""
+    np.testing.assert_array_equal(_groups(f"%x), replica_groups={text}"), groups)
 
 
 @pytest.mark.sharding
@@ -306,3 +326,26 @@ def test_plan_says_what_is_missing(monkeypatch):
         CompileError, match=r"^\d+\.\d GiB needed at least, 16 GiB there, with .* on v5e:1x1: try a larger"
     ):
         plans.plan(config, "v5e:1x1")
+
+
+ASSIGNMENT = """BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <2 add @0> (size=512,offset=0): s32[]{:T(128)}
+allocation 1: size 1000, parameter 7, shape |f32[10,25]| at ShapeIndex {}, maybe-live-out:
+allocation 2: size 300, parameter 1, shape |f32[75]| at ShapeIndex {}:
+allocation 3: size 40, maybe-live-out:
+allocation 4: size 6000, preallocated-temp:
+allocation 5: size 70000, color 1, preallocated-temp:
+"""
+
+
+def test_sums_over_buffers():
+    """The output that takes an argument's memory over counts once; vector memory does not count."""
+    found = read(ASSIGNMENT, "HloModule")
+    assert (found.arguments, found.temporaries, found.output) == (1300, 6000, 1040)
+    assert found.peak == 1300 + 6000 + 40
+
+
+def test_a_compile_that_takes_too_long():
+    with pytest.raises(CompileError, match="the compiler was not done after 1 s; give it more"):
+        in_own_process(time.sleep, 60, limit=1.0)

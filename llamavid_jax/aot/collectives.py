@@ -135,19 +135,26 @@ def _bytes(kind: str, shape: str) -> float:
 
 
 def _groups(rest: str) -> np.ndarray:
-    """`[groups, devices]` of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` or `mesh['x'=2,'y'=4] {'y'}`."""
+    """`[groups, devices]` of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, `mesh['x'=2,'y'=4] {'y'}` or
+    `mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}`."""
     text = rest.split("replica_groups=", 1)[1]
     if text.startswith("{{"):
         return np.array([group.split(",") for group in re.findall(r"\{([\d,]+)\}", text.split("}}")[0] + "}")], int)
     if text.startswith("["):
         shape, dims, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-        devices = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
-        return devices.transpose(_ints(order) if order else None).reshape(_ints(shape))
-    mesh, cut = re.match(r"mesh\[(.*?)\] \{(.*?)\}", text).groups()
+        return _numbered(dims, order).reshape(_ints(shape))
+    mesh, dims, order, cut = re.match(
+        r"mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", text
+    ).groups()
     sizes, names = zip(*((int(size), axis) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh)), strict=True)
     own = [names.index(axis) for axis in re.findall(r"'(\w+)'", cut)]
-    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    devices = _numbered(dims or str(math.prod(sizes)), order).reshape(sizes)
     return np.moveaxis(devices, own, range(-len(own), 0)).reshape(-1, math.prod(sizes[axis] for axis in own))
+
+
+def _numbered(dims: str, order: str | None) -> np.ndarray:
+    """Devices counted along `dims`, whose axes then change places: `32,2` and `1,0` give 0, 2, 4, ... 1, 3, 5, ..."""
+    return np.arange(math.prod(_ints(dims))).reshape(_ints(dims)).transpose(_ints(order) if order else None)
 
 
 def _ints(text: str) -> list[int]:

@@ -41,10 +41,11 @@ def check_inference(
     new_tokens: int,
     dtype: str = "bfloat16",
     name: str = "",
+    machine_code: bool = True,
 ) -> list[Report]:
     """Reports of encode, compress, prefill and decode, for one row of `tokens` and `new_tokens` behind them.
 
-    `mesh` empty puts all devices on `tensor`.  Raises InputErrors as `check_training` does.
+    `mesh` empty puts all devices on `tensor`; without `machine_code` as far as `buffers.py` says.  Raises InputErrors as `check_training` does.
     """
     kind = parse_dtype(dtype)
     chips = slice_mesh(topology, mesh, default="tensor")
@@ -74,7 +75,7 @@ def check_inference(
         )  # fmt: skip
 
     def report(program: str, lowered: jax.stages.Lowered, uses: tuple[str, ...], work: int) -> Report:
-        known = {"topology": topology, "devices": chips.size, "mesh": describe(chips)}
+        known = {"machine_code": machine_code, "topology": topology, "devices": chips.size, "mesh": describe(chips)}
         own = compile_report(
             lowered, chip_of(topology), 1, work, remedy=REMEDY, program=f"{name}, {dtype}: {program}", **known
         )

@@ -1,6 +1,9 @@
-"""The TPU compiler of the libtpu wheel: programs compiled for slices that are not there, and their memory."""
+"""The TPU compiler of the libtpu wheel: programs compiled for slices that are not there, and their memory.
 
-import subprocess
+`make test` puts libtpu beside the environment, where only these tests look: within it, JAX would begin every program on
+a machine without a TPU with lines of errors.
+"""
+
 import sys
 from pathlib import Path
 
@@ -22,8 +25,8 @@ from llamavid_jax.aot.train import check_training
 from llamavid_jax.attention.attention import attention
 from llamavid_jax.training.config import read_config
 
-pytestmark = pytest.mark.real
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(Path(sys.prefix) / "libtpu"))  # processes that are started inherit it
 
 
 def tiny(name: str, *overrides: str):
@@ -70,8 +73,16 @@ def test_more_memory_than_a_chip_has():
 
 
 def test_a_tiny_step_for_four_chips():
-    overrides = ["training.dtype=bfloat16", "training.remat=full"]
-    report = in_own_process(check_training, tiny("tiny/stage2_instruct.yaml", *overrides), "v5e:2x2")
+    """Compiled whole, and as far as its buffers: the same program."""
+    config = tiny("tiny/stage2_instruct.yaml", "training.dtype=bfloat16", "training.remat=full")
+    report = in_own_process(check_training, config, "v5e:2x2")
+    quick = in_own_process(check_training, config, "v5e:2x2", "", 1, False, "", False)
+    assert (quick.collectives, quick.arguments_gib, quick.output_gib) == (
+        report.collectives,
+        report.arguments_gib,
+        report.output_gib,
+    )
+    assert quick.peak_gib == pytest.approx(report.peak_gib, rel=0.05)
     assert report.fits and 0.005 < report.peak_gib < 0.5
     assert report.arguments_gib > report.output_gib > 0
     assert {"all-gather", "reduce-scatter"} <= report.collectives.keys()
@@ -79,22 +90,10 @@ def test_a_tiny_step_for_four_chips():
     assert 0 < report.utilisation < 1
 
 
-def test_what_train_py_says():
-    run = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--config",
-        str(ROOT / "configs/stage2_instruct.yaml"),
-        "--compile-only",
-    ]
-    done = subprocess.run([*run, "--topology", "v5e:2x2"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-
-
 def test_7b_stage_2_for_64_chips():
     """The original's 128 samples a step, five minutes of video each."""
     stage = read_config(ROOT / "configs" / "stage2_instruct.yaml", ["training.micro_batches=2"])
-    report = in_own_process(check_training, stage, "v5e:8x8")
+    report = in_own_process(check_training, stage, "v5e:8x8", "fsdp=64", 1, False, "", False)
     assert report.fits and report.peak_gib < 9
     gathered = report.collectives["all-gather"]
     assert gathered["asynchronous"] > 0.8 * gathered["count"]
