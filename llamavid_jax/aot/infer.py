@@ -45,7 +45,8 @@ def check_inference(
 ) -> list[Report]:
     """Reports of encode, compress, prefill and decode, for one row of `tokens` and `new_tokens` behind them.
 
-    `mesh` empty puts all devices on `tensor`; without `machine_code` as far as `buffers.py` says.  Raises InputErrors as `check_training` does.
+    `mesh` empty puts all devices on `tensor`; without `machine_code` as far as `buffers.py` says.  Raises InputErrors
+    as `check_training` does.
     """
     kind = parse_dtype(dtype)
     chips = slice_mesh(topology, mesh, default="tensor")
