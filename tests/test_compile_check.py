@@ -173,6 +173,16 @@ def test_what_crosses_from_slice_to_slice():
     assert found["all-gather"].bytes_between_slices == found["all-gather"].bytes  # 0, 2, 4, 6
 
 
+def test_what_the_network_between_slices_brings():
+    """Eight by 128 float32 sums; the types of a `recv` hold a token and a counter too."""
+    text = """ENTRY %main (p: f32[8,128]) -> f32[8,128] {
+  %recv.1 = (f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%after-all.1), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %recv-done.1 = (f32[8,128]{1,0:T(8,128)}, token[]) recv-done(%recv.1), channel_id=3
+}
+"""  # noqa: E501
+    assert collectives(text, slice_devices=4) == {"all-reduce": Moved(1, 1, 4096.0, 4096.0)}
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [

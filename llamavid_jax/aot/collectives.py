@@ -4,6 +4,7 @@
     all-reduce  2 · out · (n-1)/n            collective-permute    out
     reduce-scatter   in · (n-1)/n            of groups of n devices: what the best algorithms need
 
+What goes from slice to slice stands as a `recv` from the runtime of the network between them, of what comes out of it.
 Loops count as often as they run: their trip count stands in their condition.  The TPU compiler cuts an asynchronous
 collective into pieces, which it puts into the fusions that run beside it, all with one channel: they count once.
 """
@@ -20,7 +21,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # other types end in their bits
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 
@@ -45,16 +46,19 @@ def collectives(text: str, slice_devices: int | None = None) -> dict[str, Moved]
     for name, times in _contexts(computations, entry):
         found: dict[str, list[tuple[str, float, bool, bool]]] = defaultdict(list)
         for inner in _inlined(computations, name):
-            for output, opcode, rest in computations[inner]:
+            for own_name, output, opcode, rest in computations[inner]:
                 kind = opcode.removesuffix("-start")
+                if opcode == "recv" and (transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)):
+                    size = _bytes(*_ARRAY.search(output).groups())
+                    found[f"{inner} {own_name}"].append((transfer[1].lower().replace("_", "-"), size, True, True))
                 if kind not in KINDS:
                     continue
                 if kind == "all-reduce" and inner.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
-                channel = re.search(r"channel_id=(\d+)", rest)
+                pieces_of = re.search(r"channel_id=(\d+)", rest) if "chain_id=" in rest else None
                 is_async = opcode.endswith("-start") or "chain_id=" in rest or "async_collective_name=" in rest
                 size, between = _received(kind, opcode, output, rest, slice_devices)
-                place = f"{kind} {channel[1]}" if channel else f"{kind} of {inner}: {rest}"
+                place = f"{kind} {pieces_of[1]}" if pieces_of else f"{inner} {own_name}"
                 found[place].append((kind, size, is_async, between))
         for pieces in found.values():
             kind, size, _, between = pieces[0]
@@ -66,8 +70,8 @@ def collectives(text: str, slice_devices: int | None = None) -> dict[str, Moved]
     return dict(sorted(moved.items()))
 
 
-def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """Instructions `(type, opcode, rest of the line)` of every computation, and the name of the entry."""
+def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str]:
+    """Instructions `(name, type, opcode, rest of the line)` of every computation, and the name of the entry."""
     computations, entry, current = {}, "", []
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
@@ -82,16 +86,16 @@ def _contexts(computations: dict, name: str, times: int = 1) -> Iterator[tuple[s
     """The entry, the bodies of its loops, theirs, and so on, with how often each runs in a step."""
     yield name, times
     for inner in _inlined(computations, name):
-        for _, opcode, rest in computations[inner]:
+        for *_, opcode, rest in computations[inner]:
             if opcode == "while":
                 condition, body = (re.search(rf"{part}=%([\w.\-]+)", rest)[1] for part in ("condition", "body"))
-                yield from _contexts(computations, body, times * _trip_count(computations, condition, rest))
+                yield from _contexts(computations, body, times * _trip_count(computations, condition, body, rest))
 
 
 def _inlined(computations: dict, name: str) -> Iterator[str]:
     """The computation and those that it calls, but for loops: fusions, calls and branches."""
     yield name
-    for _, opcode, rest in computations[name]:
+    for *_, opcode, rest in computations[name]:
         if opcode == "while" or opcode.startswith(("all-", "reduce")):
             continue
         for called in _CALLED.findall(rest):
@@ -99,17 +103,29 @@ def _inlined(computations: dict, name: str) -> Iterator[str]:
                 yield from _inlined(computations, inner)
 
 
-def _trip_count(computations: dict, condition: str, rest: str) -> int:
-    """How often a loop runs: of one that counts to a constant; 1 where only the data know."""
+def _trip_count(computations: dict, condition: str, body: str, rest: str) -> int:
+    """How often a loop runs: of one that counts from 0 to a constant; 1 where only the data know."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', rest):
         return int(known[1])
     bounds = [
         int(operands.split(")")[0])
         for inner in _inlined(computations, condition)
-        for output, opcode, operands in computations[inner]
-        if opcode == "constant" and output.startswith("s32[]")
+        for _, output, opcode, operands in computations[inner]
+        if opcode == "constant" and output.startswith(("s32[]", "u32[]"))
     ]
-    return bounds[0] if len(bounds) == 1 else 1
+    return -(-bounds[0] // _step(computations[condition], computations[body])) if len(bounds) == 1 else 1
+
+
+def _step(condition: list[tuple[str, str, str, str]], body: list[tuple[str, str, str, str]]) -> int:
+    """What the loop's counter grows by: more than 1 where the compiler does several rounds in one."""
+    places = [re.search(r"index=(\d+)", rest)[1] for *_, opcode, rest in condition if opcode == "get-tuple-element"]
+    by_name = {name: (opcode, re.findall(r"%([\w.\-]+)", rest.split(")")[0]), rest) for name, _, opcode, rest in body}
+    opcode, operands, _ = by_name[body[-1][0]]
+    if len(places) != 1 or opcode != "tuple":
+        return 1
+    opcode, operands, _ = by_name[operands[int(places[0])]]
+    steps = [by_name[name][2] for name in operands if by_name.get(name, ("",))[0] == "constant"]
+    return int(steps[0].split(")")[0]) if opcode == "add" and len(steps) == 1 else 1
 
 
 def _received(kind: str, opcode: str, output: str, rest: str, slice_devices: int | None) -> tuple[float, bool]:
