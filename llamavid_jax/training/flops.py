@@ -109,6 +109,7 @@ def _llama(config: LLaMAVIDLlavaConfig, tokens: int) -> tuple[int, int]:
 PEAK_TFLOPS: Mapping[str, float] = {
     **{chip.kind: chip.tflops for chip in sorted(CHIPS.values(), key=lambda chip: chip.kind, reverse=True)},
     "TPU v5e": CHIPS["v5e"].tflops,
+    "TPU v5p": CHIPS["v5p"].tflops,
     "A100": 312,
     "A10": 125,
     "A10G": 70,
