@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from llamavid_jax.aot.chips import CHIPS
+from llamavid_jax.aot.topology import chip_of
 from llamavid_jax.checkpoint import parse_dtype
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import FRAME_CHUNK, bucket
@@ -71,17 +72,16 @@ def plan_memory(
     frames: int,
     new_tokens: int,
     dtype: str = "bfloat16",
+    *,
     quantize: str | None = None,
-    device: str | None = None,
-    devices: int | None = None,
+    topology: str | None = None,
 ) -> MemoryPlan:
     """The plan for a video of `frames` and an answer of `new_tokens`, the model cut over `tensor`.
 
     `quantize` "int8" or "int4" is the type of the kernels of LLaMA's layers, in blocks that share a scale of `dtype`.
-    `device` is a generation of `chips.py`, such as "v5e"; None is what is attached, all of it.
+    `topology` is such as "v5e:1x1"; None is what is attached, all of it.  Raises CompileError for a wrong one.
     """
-    name, there = attached() if device is None else (CHIPS[device].kind, CHIPS[device].hbm_gib)
-    devices = devices or (jax.device_count() if device is None else 1)
+    name, devices, there = attached() if topology is None else _of_slice(topology)
     kind, vision, text = parse_dtype(dtype), config.vision_tower_config, config.text_config
     mesh = AbstractMesh((1, 1, devices, 1), MESH_AXES)
 
@@ -128,15 +128,21 @@ def plan_memory(
     return MemoryPlan(name, devices, there, items)
 
 
-def attached() -> tuple[str, float]:
-    """Name and memory (GiB) of the first device: a chip's by the table, a GPU's as it says, the machine's of a CPU."""
-    device = jax.devices()[0]
+def attached() -> tuple[str, int, float]:
+    """Name, number and memory (GiB) of the devices: a chip's by the table, a GPU's as it says, a CPU's machine."""
+    device, count = jax.devices()[0], jax.device_count()
     known = {chip.kind: chip.hbm_gib for chip in CHIPS.values()}
     if device.device_kind in known:
-        return device.device_kind, known[device.device_kind]
+        return device.device_kind, count, known[device.device_kind]
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
-        return device.device_kind, limit / GIB
-    return device.device_kind, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / jax.device_count()
+        return device.device_kind, count, limit / GIB
+    return device.device_kind, count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / count
+
+
+def _of_slice(topology: str) -> tuple[str, int, float]:
+    chip = chip_of(topology)
+    chips = math.prod(int(side) for side in topology.partition(":")[2].split("x"))
+    return chip.kind, chips * chip.devices, chip.hbm_gib
 
 
 def _size(gib: float) -> str:
