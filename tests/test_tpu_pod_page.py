@@ -1,5 +1,6 @@
 """docs/tpu-pod.md: what can run here is run, as it stands; of the rest the shell and our own commands understand it."""
 
+import math
 import re
 import shlex
 import socket
@@ -13,7 +14,7 @@ from training_data import environment
 import train
 from llamavid_jax.sharding import parse_mesh
 from llamavid_jax.training import compile_check
-from llamavid_jax.training.config import read_config
+from llamavid_jax.training.config import TrainConfig, read_config
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```bash( runs-here)?\n(.*?)```", (ROOT / "docs" / "tpu-pod.md").read_text("utf-8"), re.DOTALL)
@@ -23,6 +24,10 @@ ELSEWHERE = [block for mark, block in BLOCKS if not mark]
 def bash(script: str, *options: str, **settings) -> subprocess.CompletedProcess:
     command = ["bash", "-euo", "pipefail", *options, "-c", script]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)
+
+
+def rows_divide(config: TrainConfig, mesh: str) -> bool:
+    return config.training.batch_size // config.training.micro_batches % math.prod(parse_mesh(mesh).values()) == 0
 
 
 @pytest.mark.sharding
@@ -49,15 +54,16 @@ def test_the_shell_understands_all_blocks():
 
 def test_compile_check_understands_its_lines(monkeypatch):
     seen = []
-    monkeypatch.setattr(compile_check, "check", lambda config, options, mesh: seen.append((options, mesh)) or 0)
+    monkeypatch.setattr(compile_check, "check", lambda *given: seen.append(given) or 0)
     monkeypatch.chdir(ROOT)
     for line in re.findall(r"^python -m llamavid_jax.training.compile_check (.*)$", "".join(ELSEWHERE), re.MULTILINE):
         assert compile_check.main(shlex.split(line)) == 0
-    assert [(parse_mesh(mesh), options.plan, options.num_slices) for options, mesh in seen] == [
-        ({"fsdp": 64}, False, 1),
-        ({}, True, 1),
-        ({"data": 2, "fsdp": 64}, False, 2),
+    assert [(mesh, options.plan, options.num_slices) for _, options, mesh in seen] == [
+        ("fsdp=64", False, 1),
+        ("", True, 1),
+        ("data=2,fsdp=64", False, 2),
     ]
+    assert all(rows_divide(config, mesh) for config, _, mesh in seen if mesh)
 
 
 def test_what_reaches_the_hosts(monkeypatch):
@@ -72,5 +78,5 @@ def test_what_reaches_the_hosts(monkeypatch):
         options = train.parse_arguments(shlex.split(job.partition("train.py ")[2].partition(" >>")[0]))
         config = read_config(options.config, options.overrides)
         assert options.distributed and config.mesh == mesh and config.training.save_every == 200
-        assert config.output.endswith("/bucket/runs/stage2")
+        assert config.output.endswith("/bucket/runs/stage2") and rows_divide(config, mesh or "fsdp=64")
     assert "gcsfuse --metadata-cache-ttl-secs=0 my-llama-vid bucket" in said.stdout
