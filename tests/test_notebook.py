@@ -91,6 +91,7 @@ def test_every_cell_in_a_fresh_folder(tmp_path):
     assert jax_to_torch.main([str(ROOT / "demo" / "model"), str(released), "--layout", "original"]) == 0
     stubs, fresh = tmp_path / "stubs", tmp_path / "content"
     (stubs / "pip").mkdir(parents=True)
+    (stubs / "pip" / "__init__.py").touch()  # without it the installed one comes first
     (stubs / "pip" / "__main__.py").write_text("import sys\nopen(__file__ + '.asked', 'w').write(str(sys.argv))\n")
     (stubs / "git").write_text(STUB.format(root=ROOT))
     (stubs / "git").chmod(0o755)
