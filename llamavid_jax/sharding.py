@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
@@ -160,7 +160,7 @@ def flat_paths(state: Any) -> dict[str, Any]:
     }
 
 
-def param_shardings(params: Any, config: LLaMAVIDLlavaConfig, mesh: Mesh) -> Any:
+def param_shardings(params: Any, config: LLaMAVIDLlavaConfig, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every parameter of a pure nested dict (arrays or ShapeDtypeStructs)."""
     paths = flat_paths(params)
     axes = param_axes({path: leaf.shape for path, leaf in paths.items()}, config)

@@ -11,6 +11,7 @@ from demo import digits, fresh_qformer, questions, show
 from demo.evaluate import answers
 from demo.make_data import sample
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.draw import TILE
 from llamavid_jax.sharding import flat_paths
 
 DEMO = Path(show.__file__).parent
@@ -48,7 +49,7 @@ def test_the_demo_answers_and_draws(tmp_path, capsys):
     for turn in record["conversations"][1::2]:
         assert f"model: {turn['value']}\n  truth: {turn['value']}" in out
     picture = np.asarray(Image.open(tmp_path / "out" / "demo.png"))
-    assert picture.shape[1] > 8 * show.TILE and picture.std() > 20
+    assert picture.shape[1] > 8 * TILE and picture.std() > 20
 
 
 def test_the_context_token_looks_where_the_question_points(shipped):

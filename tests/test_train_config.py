@@ -174,6 +174,13 @@ def test_overrides_are_yaml():
     assert recipe("stage2_instruct", "data.path=~/chat.json").data.path == os.path.expanduser("~/chat.json")
 
 
+@pytest.mark.parametrize("name", ["output", "data.path", "start.model"])
+def test_buckets_are_mounted(name):
+    """As a path gs://bucket/run is a folder `gs:`, which is gone with the machine."""
+    with pytest.raises(ConfigError, match=r"gs://bucket/run is a URL.*gcsfuse"):
+        recipe("stage2_instruct", f"{name}=gs://bucket/run")
+
+
 @pytest.mark.parametrize(
     "override, says",
     [

@@ -223,15 +223,20 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     for override in overrides:
         _put(values, override)
     try:
-        return from_dict(_in_home(values))
+        return from_dict(_local(values))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _in_home(values: Any) -> Any:
-    """`~/chat.json` as a full path: a shell expands it at the beginning of a word only, not after `data.path=`."""
+def _local(values: Any) -> Any:
+    """`~/chat.json` as a full path: a shell expands it at the beginning of a word only, not after `data.path=`.
+
+    Raises ConfigError for a URL: as a path, gs://bucket would be a folder `gs:` on the machine's own disk.
+    """
     if isinstance(values, dict):
-        return {key: _in_home(value) for key, value in values.items()}
+        return {key: _local(value) for key, value in values.items()}
+    if isinstance(values, str) and "://" in values:
+        raise ConfigError(f"{values} is a URL; give a path: mount a bucket with gcsfuse (docs/tpu-pod.md)")
     return os.path.expanduser(values) if isinstance(values, str) else values
 
 

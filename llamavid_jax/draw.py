@@ -1,0 +1,36 @@
+"""Frames beside one another, a row for each question: brighter patches have more of its context token's attention.
+
+    (text, frames uint8 [F, H, W, 3], attention float32 [F, S, S] or None)  ->  a picture, a row for each
+
+The attention is that of `model.context_attention` for the same frames: cropped as the model sees them
+(`resize_and_crop`), or square anyway.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+TILE, GAP, LINE = 144, 6, 22  # pixels: a frame's side, what is between them, a line of text
+
+
+def draw_frames(rows: Sequence[tuple[str, np.ndarray, np.ndarray | None]]) -> Image.Image:
+    """A row with its line of text for each; a row's brightest patch is the one with the most attention in all of it."""
+    columns = max(len(frames) for _, frames, _ in rows)
+    canvas = Image.new("RGB", (columns * (TILE + GAP) + GAP, len(rows) * (TILE + LINE + GAP) + GAP), "white")
+    pen = ImageDraw.Draw(canvas)
+    for row, (text, frames, attention) in enumerate(rows):
+        top = GAP + row * (TILE + LINE + GAP)
+        pen.text((GAP, top + 2), text, fill="black", font_size=15)
+        for column, frame in enumerate(frames):
+            tile = Image.fromarray(frame).resize((TILE, TILE), Image.Resampling.BICUBIC)
+            if attention is not None:
+                tile = _lit(tile, attention[column] / attention.max())
+            canvas.paste(tile, (GAP + column * (TILE + GAP), top + LINE))
+    return canvas
+
+
+def _lit(tile: Image.Image, weights: np.ndarray) -> Image.Image:
+    heat = np.asarray(Image.fromarray(weights).resize((TILE, TILE), Image.Resampling.NEAREST))[..., None]
+    lit = np.asarray(tile, np.float32) * (0.35 + 0.65 * heat) + 90 * heat
+    return Image.fromarray(lit.clip(0, 255).astype(np.uint8))
