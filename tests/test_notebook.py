@@ -92,7 +92,7 @@ def test_every_cell_in_a_fresh_folder(tmp_path):
     stubs, fresh = tmp_path / "stubs", tmp_path / "content"
     (stubs / "pip").mkdir(parents=True)
     (stubs / "pip" / "__init__.py").touch()  # without it the installed one comes first
-    (stubs / "pip" / "__main__.py").write_text("import sys\nopen(__file__ + '.asked', 'w').write(str(sys.argv))\n")
+    (stubs / "pip" / "__main__.py").write_text("import sys\nopen(__file__ + '.asked', 'w').write(str(sys.argv[1:]))\n")
     (stubs / "git").write_text(STUB.format(root=ROOT))
     (stubs / "git").chmod(0o755)
     fresh.mkdir()

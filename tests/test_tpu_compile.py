@@ -75,7 +75,7 @@ def test_more_memory_than_a_chip_has():
 
 def test_a_tiny_step_for_four_chips():
     """Compiled whole, and as far as its buffers: the same program."""
-    config = tiny("tiny/stage2_instruct.yaml", "training.dtype=bfloat16", "training.remat=full")
+    config = tiny("tiny/stage2_instruct.yaml", "training.dtype=bfloat16")
     report = in_own_process(check_training, config, "v5e:2x2")
     quick = in_own_process(check_training, config, "v5e:2x2", "", 1, False, "", False)
     assert (quick.collectives, quick.arguments_gib, quick.output_gib) == (
