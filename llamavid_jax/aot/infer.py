@@ -41,8 +41,11 @@ def check_inference(
     new_tokens: int,
     dtype: str = "bfloat16",
     name: str = "",
+    kv_cache: str = "float",
 ) -> list[Report]:
     """Reports of encode, compress, prefill and decode, for one row of `tokens` and `new_tokens` behind them.
+
+    `config` says how the weights are quantised, `kv_cache` how the cache is (`kv_cache.KINDS`).
 
     `mesh` empty puts all devices on `tensor`.  Raises InputErrors as `check_training` does.
     """
@@ -53,7 +56,8 @@ def check_inference(
     def whole(shape: tuple[int, ...], of: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, of, sharding=replicated)
 
-    abstract = nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0), dtype=kind, param_dtype=kind))
+    types = {"dtype": kind, "param_dtype": kind, "kv_cache": kv_cache}
+    abstract = nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0), **types))
     graphdef, params = nnx.split(abstract, nnx.Param)
     pure = nnx.to_pure_dict(params)
     nnx.replace_by_pure_dict(
@@ -65,6 +69,8 @@ def check_inference(
         ),
     )
     vision, text = config.vision_tower_config, config.text_config
+    weights = dtype if config.quantization == "none" else f"{config.quantization} weights"
+    named = ", ".join([name, weights, *(["int8 cache"] if kv_cache == "int8" else [])])
     length, cache_length = bucket(tokens), max(bucket(tokens + new_tokens), bucket(tokens))
 
     def flops(frames: int = 0, pairs: int = 0, rows: int = 0, row_tokens: int = 1) -> int:
@@ -76,7 +82,7 @@ def check_inference(
     def report(program: str, lowered: jax.stages.Lowered, uses: tuple[str, ...], work: int) -> Report:
         known = {"topology": topology, "devices": chips.size, "mesh": describe(chips)}
         own = compile_report(
-            lowered, chip_of(topology), 1, work, remedy=REMEDY, program=f"{name}, {dtype}: {program}", **known
+            lowered, chip_of(topology), 1, work, remedy=REMEDY, program=f"{named}: {program}", **known
         )
         idle = sum(_device_bytes(leaf) for path, leaf in flat_paths(params).items() if not path.startswith(uses))
         peak = own.peak_gib + idle / 2**30
@@ -95,7 +101,7 @@ def check_inference(
         )  # fmt: skip
 
         def as_prefilled(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            names = (None, "batch", None, "kv_heads", None)[: leaf.ndim if leaf.ndim == 5 else 0]
+            names = (None, "batch", None, "kv_heads", None)[: leaf.ndim if leaf.ndim > 3 else 0]
             spec = activation_spec(leaf.shape, *names) if names else PartitionSpec()
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(chips, spec))
 
