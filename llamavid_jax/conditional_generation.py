@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llamavid_jax.checkpoint import check_params, load_weights, nest, parse_dtype, save_weights
-from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
+from llamavid_jax.config import IGNORE_LABEL, ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import FRAME_CHUNK, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.tokenize import Tokenizer
@@ -35,6 +35,7 @@ from llamavid_jax.generation.request import (
 )
 from llamavid_jax.generation.sampling import Sampling
 from llamavid_jax.generation.stopping import RowText
+from llamavid_jax.models.kv_cache import KINDS
 from llamavid_jax.models.llama_vid import LlamaVid, attend_frames, forward, next_token_loss
 from llamavid_jax.processor import check_tokenizers, load_tokenizers
 from llamavid_jax.sharding import flat_paths, param_shardings
@@ -88,6 +89,8 @@ class LLaMAVIDLlavaForConditionalGeneration:
         kv_cache: str = "float",
     ):
         """Random weights from `seed` where no `params` are given.  `kv_cache` "int8" halves the cache of decoding."""
+        if kv_cache not in KINDS:
+            raise ConfigError(f"kv_cache is {kv_cache!r}; use one of {', '.join(KINDS)}")
         self.config, self.mesh, self.dtype = config, mesh, parse_dtype(dtype)
         self.tokenizer, self.qformer_tokenizer = tokenizer, qformer_tokenizer
 
@@ -116,7 +119,9 @@ class LLaMAVIDLlavaForConditionalGeneration:
         """Loads a converted checkpoint as `dtype`, straight onto `mesh` where one is given, every host its shards.
 
         `quantize` "int8" or "int4" holds the kernels of LLaMA's layers so; only these bits reach the devices.  None
-        takes them as they are stored.  `kv_cache` "int8" halves the memory of decoding.  Raises ConfigError or WeightsError, naming the file and what to do.
+        takes them as they are stored.  `kv_cache` "int8" halves the cache of decoding.
+
+        Raises ConfigError or WeightsError, naming the file and what to do.
         """
         config = LLaMAVIDLlavaConfig.from_pretrained(directory)
         config = config if quantize is None else config.quantized(quantize)

@@ -65,7 +65,10 @@ def quantize_linear(linear: nnx.LinearGeneral | nnx.Linear, path: str, kind: str
 
 @functools.partial(jax.jit, static_argnames=("path", "kind"))
 def quantize_kernels(kernels: jax.Array, path: str, kind: str) -> qwix.QArray:
-    """The kernels `[L, *in, *out]` of the parameter `path` in few bits, one layer after the other: float32 copies are one layer large."""
+    """The kernels `[L, *in, *out]` of the parameter `path` in few bits.
+
+    One layer after the other: its float32 copy is one layer large.
+    """
     axis = input_axes(PARAM_AXES[path])  # of the block in a layer, behind the inputs
 
     def quantize(kernel: jax.Array) -> qwix.QArray:

@@ -108,12 +108,11 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=types)
 
 
-def param_axes(
-    shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig
-) -> dict[str, tuple[str | None, ...]]:
+def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str | None, ...]]:
     """Axis names of every parameter path.  Updates of the linear layers may be there or not, all of one rank.
 
-    Quantised kernels have the rows of whole ones, and None for the inputs of a block.  Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes are errors.
+    Quantised kernels have the rows of whole ones, and None for the inputs of a block.
+    Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes are errors.
     """
     sizes, rows, unused, axes = axis_sizes(config), PARAM_AXES | ADAPTER_AXES, set(PARAM_AXES) - OPTIONAL_ROWS, {}
     sizes["rank"] = next((shape[-1] for path, shape in shapes.items() if path.endswith(".lora.a")), 0)

@@ -34,7 +34,9 @@ def quantized(kind: str, scale: float = 0.02) -> LlamaVid:
     return model
 
 
-@pytest.mark.parametrize(("kind", "levels"), [("nf4", NF4), ("int8", np.arange(-127, 128) / 127.5), ("int4", np.arange(-7, 8) / 7.5)])
+@pytest.mark.parametrize(
+    ("kind", "levels"), [("nf4", NF4), ("int8", np.arange(-127, 128) / 127.5), ("int4", np.arange(-7, 8) / 7.5)]
+)
 def test_kernels_take_the_nearest_level_of_their_block(kind, levels):
     """Blocks of 8 of the 56 and 88 inputs, of 16 a head."""
     plain, model = ours(CONFIG, 0.02), quantized(kind)

@@ -81,9 +81,7 @@ def check_inference(
 
     def report(program: str, lowered: jax.stages.Lowered, uses: tuple[str, ...], work: int) -> Report:
         known = {"topology": topology, "devices": chips.size, "mesh": describe(chips)}
-        own = compile_report(
-            lowered, chip_of(topology), 1, work, remedy=REMEDY, program=f"{named}: {program}", **known
-        )
+        own = compile_report(lowered, chip_of(topology), 1, work, remedy=REMEDY, program=f"{named}: {program}", **known)
         idle = sum(_device_bytes(leaf) for path, leaf in flat_paths(params).items() if not path.startswith(uses))
         peak = own.peak_gib + idle / 2**30
         return dataclasses.replace(own, peak_gib=peak, remedy=REMEDY if peak > own.hbm_gib else own.remedy)

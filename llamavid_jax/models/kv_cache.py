@@ -36,9 +36,7 @@ class KVCache(NamedTuple):
     v: Float[Array, "L B S K H"] | Rounded
 
     @classmethod
-    def from_prefill(
-        cls, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], length: int, kind: str
-    ) -> "KVCache":
+    def from_prefill(cls, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], length: int, kind: str) -> "KVCache":
         """One layer's cache of `length` slots, whose first T hold what prefill computed; the layers are stacked."""
 
         def hold(x: jax.Array) -> jax.Array:
