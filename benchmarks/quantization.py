@@ -52,6 +52,7 @@ COLUMNS = (
 )
 ROOT = Path(__file__).parent.parent
 GOLDEN = ("short_video_mean", "image_none")
+ROW = 96  # tokens, so that one program serves all cases of a model
 CASES = 40  # questions about clips whose logits are compared
 SEVEN = ROOT / "configs" / "models" / "llamavid_7b_224_video.yaml"
 
@@ -114,7 +115,7 @@ def logits_of(model: LLaMAVIDLlavaForConditionalGeneration, *request: Any, **vis
     table, rows = model._merge(read_request(model.config, *request, **visuals))
     found = []
     for row in rows:
-        size = bucket(len(row.token_ids), 32)
+        size = bucket(len(row.token_ids), ROW)
         ids, index = pad_rows([row.token_ids], 1, size, 0), pad_rows([row.visual_index], 1, size, TEXT)
         found.append(np.asarray(decoded_logits(model.graphdef, model.params, ids, table[None], index)))
         found[-1] = found[-1][: len(row.token_ids)]
