@@ -1,7 +1,7 @@
 """The key-value cache of decoding: `[L, B, S, K, H]`, allocated once and written in place.
 
 Of the kind "float" it holds keys and values in the type of products; of the kind "int8" whole numbers and one scale for
-each head of each position, half the memory (Hooper et al. 2024 and others; what it costs: docs/quantization.md).
+each head of each position, half the memory; what it costs is measured in docs/quantization.md.
 """
 
 from typing import NamedTuple
