@@ -6,8 +6,8 @@ By Qwix: blocks of 64 inputs share one scale, in the kernel's own type.  "int8" 
     llama.layers.mlp.up.kernel  [L, D, M]   →   llama.layers.mlp.up.kernel.qvalue  [L, D/64, 64, M]   int8, int4, uint4
                                                 llama.layers.mlp.up.kernel.scale   [L, D/64, 1, M]
 
-Blocks are an axis of their own, which the product sums over like the other: so XLA makes a kernel whole inside the
-product that reads it, on TPU too, where one that is whole before the product is written to memory at every step.
+Blocks are an axis of their own, which the product sums over like the others: so the TPU compiler makes a kernel whole
+inside the product that reads it.  A kernel whose blocks are merged before the product it writes to memory first.
 Deviations from QLoRA: scales are not quantised themselves (0.25 bits a weight in bfloat16, where the original's double
 quantisation has 0.13), and the head stays as it is.
 Qwix flattens what it looks up in nf4's table, so that under tensor parallelism every device makes whole kernels.

