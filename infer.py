@@ -53,6 +53,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
     )
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="the weights, while they are loaded")
+    parser.add_argument("--kv-cache", default="float", choices=["float", "int8"], help="of decoding (float)")
     parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and stop")
     parser.add_argument("--topology", metavar="NAME", help="such as v5e:1x1: a generation of TPU, and chips")
@@ -84,8 +86,10 @@ def compile_only(options: argparse.Namespace) -> int:
     from llamavid_jax.aot.topology import in_own_process
 
     read = LLaMAVIDLlavaConfig.from_yaml if options.model.endswith(".yaml") else LLaMAVIDLlavaConfig.from_pretrained
+    config = read(options.model)
+    config = config.quantized(options.quantize) if options.quantize else config
     arguments = options.topology, options.mesh, options.tokens, options.max_new_tokens, options.dtype, options.model
-    return show(in_own_process(check_inference, read(options.model), *arguments))
+    return show(in_own_process(check_inference, config, *arguments, options.kv_cache))
 
 
 class Session:
@@ -104,7 +108,7 @@ class Session:
         mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
         with console.status(f"loading {options.model}"):
             self.model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
-                options.model, dtype=options.dtype, mesh=mesh
+                options.model, dtype=options.dtype, mesh=mesh, quantize=options.quantize, kv_cache=options.kv_cache
             )
         if self.model.tokenizer is None:
             raise InputError(f"{options.model} holds no tokenizer; convert again with --tokenizer FOLDER")

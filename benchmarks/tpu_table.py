@@ -51,10 +51,13 @@ class Inference(NamedTuple):
     topology: str
     tokens: int
     mesh: str = ""  # empty: all on tensor
+    weights: str = "none"  # quantised: int8, int4
+    kv_cache: str = "float"
 
     def compile(self, machine_code: bool) -> list[Report]:
         config = LLaMAVIDLlavaConfig.from_yaml(f"configs/models/llamavid_{self.model}.yaml")
-        options = self.mesh, self.tokens, 512, "bfloat16", self.model, machine_code
+        config = dataclasses.replace(config, quantization=self.weights)
+        options = self.mesh, self.tokens, 512, "bfloat16", self.model, self.kv_cache, machine_code
         return check_inference(config, self.topology, *options)
 
 
@@ -88,7 +91,8 @@ ROWS: list[Step | Inference] = [
         for size, micro_batches in (("", 4), ("_13b", 8))
         for slice_, chips in (("v5e:4x4", 16), ("v4:2x2x4", 16), ("v6e:2x4", 8))
     ),
-    # inference in bfloat16: an hour of video on one chip, three hours on a host
+    # inference: an hour of video on one chip, in few bits too; three hours on a host
+    *(Inference("7b_224_video", slice_, 7400, "", "int8", "int8") for slice_ in ("v5e:1x1", "v6e:1x1")),
     *(Inference("7b_224_video", slice_, 7400) for slice_ in ("v5e:1x1", "v6e:1x1", "v2:2x2")),
     *(
         Inference(f"{size}_224_long_video", slice_, 21800)

@@ -121,7 +121,7 @@ def convert(
     """
     console = console or Console(stderr=True)
     began = time.monotonic()
-    config = LLaMAVIDLlavaConfig.from_pretrained(source)
+    config = LLaMAVIDLlavaConfig.from_pretrained(source).require_whole(source)
     if layout == "documented":
         values, write, stem, suffix = documented_config(config), write_safetensors, "model", "safetensors"
     else:

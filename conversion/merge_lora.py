@@ -94,7 +94,7 @@ def merged(
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """Writes the folder `out`.  Raises InputError, and leaves nothing at `out` then."""
-    config = LLaMAVIDLlavaConfig.from_pretrained(base)
+    config = LLaMAVIDLlavaConfig.from_pretrained(base).require_whole(base)
     table, arrays = weight_table(config, "original"), orbax_store.Arrays(base / "weights")
     lora, updates = read_adapter(adapter, config)
     shapes = parameter_shapes(config)

@@ -16,7 +16,9 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -32,6 +34,8 @@ from conversion.transforms import Weight, resize_positions, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.errors import InputError
 from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.quantize import KERNELS, quantize_kernels
+from llamavid_jax.sharding import flat_paths
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
@@ -143,13 +147,35 @@ def random_layer(weight: Weight, shape: tuple[int, ...], seed: int) -> np.ndarra
     return INIT_STD * rng.standard_normal(shape, np.float32)
 
 
-def write_weights(plan: Plan, dtypes: dict[str, np.dtype], out: Path, seed: int | None, console: Console) -> int:
+def write_weights(
+    plan: Plan, dtypes: dict[str, np.dtype], out: Path, seed: int | None, quantize: str | None, console: Console
+) -> int:
     """Streams every tensor into the checkpoint at `out`, in the order in which the files hold them; returns bytes."""
     stacked = {path for path, index in plan.fills if index is not None} | {
         weight.path for weight in plan.missing if weight.index is not None
     }
-    orbax_store.create(out, plan.shapes, dtypes, stacked)
+
+    def few_bits(leaves: dict[str, Any]) -> dict[str, Any]:
+        return {path: quantize_kernels(x, path, quantize) if path in KERNELS else x for path, x in leaves.items()}
+
+    whole = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in plan.shapes.items()}
+    stored = whole if quantize is None else flat_paths(jax.eval_shape(few_bits, whole))
+    orbax_store.create(
+        out,
+        {path: leaf.shape for path, leaf in stored.items()},
+        {path: leaf.dtype for path, leaf in stored.items()},
+        {path for path in stored if path in stacked or path.rpartition(".")[0] in stacked},
+    )
     arrays = orbax_store.Arrays(out)
+
+    def write(weight: Weight, value: np.ndarray) -> None:
+        value = value.astype(dtypes[weight.path], copy=False)
+        if weight.path in stored:
+            arrays.write(weight.path, weight.index, value)
+            return
+        for path, part in flat_paths(few_bits({weight.path: value[None]})).items():
+            arrays.write(path, weight.index, np.asarray(part[0]))
+
     fills = sorted(plan.fills.values(), key=lambda fill: (str(fill.tensor.file), fill.tensor.offset))
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -158,13 +184,12 @@ def write_weights(plan: Plan, dtypes: dict[str, np.dtype], out: Path, seed: int 
             weight, value = fill.weight, fill.tensor.read()
             if fill.resize:
                 value = resize_positions(value[0], math.isqrt(weight.shape[1] - 1))[None]
-            value = to_jax(value, weight, plan.layer_shape(weight))
-            arrays.write(weight.path, weight.index, value.astype(dtypes[weight.path], copy=False))
+            write(weight, to_jax(value, weight, plan.layer_shape(weight)))
             progress.advance(task, fill.tensor.nbytes)
     for weight in plan.missing:
-        value = random_layer(weight, plan.layer_shape(weight), seed)
-        arrays.write(weight.path, weight.index, value.astype(dtypes[weight.path]))
-    return sum(math.prod(shape) * dtypes[path].itemsize for path, shape in plan.shapes.items())
+        write(weight, random_layer(weight, plan.layer_shape(weight), seed))
+    bits = (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for leaf in stored.values())
+    return sum(leaf.size * size // 8 for leaf, size in zip(stored.values(), bits, strict=True))
 
 
 def convert(
@@ -180,6 +205,7 @@ def convert(
     config_file: Path | None = None,
     image_size: int | None = None,
     init_missing: int | None = None,
+    quantize: str | None = None,
     console: Console | None = None,
 ) -> Plan:
     """Writes the folder `out`; see the command line for the arguments.
@@ -200,8 +226,8 @@ def convert(
         notes = folder.copy_tokenizers(home, tokenizer, bert_tokenizer, partial, config)
         image_size, aspect = config.vision_tower_config.image_size, config.image_aspect_ratio
         LLaMAVIDLlavaImageProcessor(image_size, image_aspect_ratio=aspect).save_pretrained(partial)
-        written = write_weights(found, leaf_dtypes(found, dtype), partial / "weights", init_missing, console)
-        config.save_pretrained(partial)
+        written = write_weights(found, leaf_dtypes(found, dtype), partial / "weights", init_missing, quantize, console)
+        (config.quantized(quantize) if quantize else config).save_pretrained(partial)
     _report(console, found, out, written, time.monotonic() - began, notes)
     return found
 
@@ -237,6 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", metavar="SRC", type=Path, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="stored type (keep: bit-exact)")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="LLaMA's kernels, for inference on small chips")
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="LLaMA tokenizer, where SRC lacks it")
     parser.add_argument("--bert-tokenizer", metavar="DIR", type=Path, help="folder with bert-base-uncased's vocab.txt")
     parser.add_argument("--vision", metavar="FILE", type=Path, help="eva_vit_g.pth")

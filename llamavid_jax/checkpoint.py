@@ -1,6 +1,7 @@
 """Weights on disk: an Orbax checkpoint of the nested dict of parameters, read straight onto a mesh."""
 
-from collections.abc import Container, Mapping
+import dataclasses
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def load_weights(
     """Reads the parameters as `dtype` onto `mesh`, every host only its shards, or onto the default device.
 
     The paths in `float32` are read so whatever `dtype` is: training keeps what it trains in full precision.
+    Kernels that `config` has quantised and the checkpoint whole are quantised by the host, one at a time: only their
+    few bits reach the devices.
     Raises WeightsError when the weights are missing, damaged, or not those of `config`.
     """
     path = Path(directory).absolute() / WEIGHTS
@@ -58,16 +61,24 @@ def load_weights(
             f"{path} does not exist: {directory} is not a converted checkpoint; "
             "make one with `python -m conversion.torch_to_jax SRC OUT`"
         )
-    abstract = abstract_params(config, parse_dtype(dtype))
+    dtype = parse_dtype(dtype)
+    abstract = abstract_params(config, dtype)
     if mesh is None:
         mesh = make_mesh()
-    shardings = param_shardings(abstract, config, mesh)
-    kinds = [jnp.float32 if path in float32 else leaf.dtype for path, leaf in flat_paths(abstract).items()]
-    kinds = jax.tree.unflatten(jax.tree.structure(abstract), kinds)
-    target = jax.tree.map(
-        lambda a, kind, s: jax.ShapeDtypeStruct(a.shape, kind, sharding=s), abstract, kinds, shardings
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
+    shardings = flat_paths(param_shardings(abstract, config, mesh))
+    kinds = {name: jnp.float32 if name in float32 else leaf.dtype for name, leaf in flat_paths(abstract).items()}
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, kinds[name], sharding=shardings[name])
+        for name, leaf in flat_paths(abstract).items()
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+
+        def restore(some: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+            item = nest(some)
+            how = ocp.checkpoint_utils.construct_restore_args(item)
+            arguments = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+            return flat_paths(checkpointer.restore(path, args=arguments))
+
         try:
             if (path / "manifest.ocdbt").exists():  # of a damaged index Orbax prints one traceback an array
                 index = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}
@@ -75,15 +86,33 @@ def load_weights(
             stored = checkpointer.metadata(path).item_metadata
             if stored is None:
                 raise WeightsError(f"{path}: its metadata (_METADATA) is missing or damaged; convert again")
-            check_params(path, flat_paths(dict(stored)), flat_paths(abstract))
-            restored = checkpointer.restore(path, string_keys(target))
+            stored = flat_paths(dict(stored.tree))
+            whole = flat_paths(abstract_params(dataclasses.replace(config, quantization="none"), dtype))
+            to_quantize = [name for name in stored if f"{name}.qvalue" in target]
+            check_params(path, stored, whole if to_quantize else target)
+            restored = restore({name: target[name] for name in stored if name in target})
+            for name in to_quantize:
+                restored |= _quantized(name, whole[name], restore, config.quantization, shardings)
         except WeightsError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
             raise WeightsError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}); convert again"
             ) from error
-    return _integer_keys(restored)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in target])
+
+
+def _quantized(
+    name: str, kernel: jax.ShapeDtypeStruct, restore: Callable, kind: str, shardings: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host sees whole."""
+    from llamavid_jax.quantize import quantize_kernels  # Qwix takes a second to import
+
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    read = restore({name: jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=host)})
+    parts = flat_paths({name: quantize_kernels(read[name], name, kind)})
+    placed = {part: jax.device_put(value, shardings[part]) for part, value in parts.items()}
+    return jax.block_until_ready(placed)  # before the next kernel is read
 
 
 def save_part(directory: str | Path, params: Mapping[str, jax.Array]) -> None:
@@ -135,12 +164,6 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def string_keys(tree: Any) -> Any:
     """Orbax keeps string keys only; lists of layers have integers."""
     return {str(key): string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
-
-
-def _integer_keys(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    return {int(key) if key.isdigit() else key: _integer_keys(value) for key, value in tree.items()}
 
 
 def check_params(source: Any, given: dict[str, Any], expected: dict[str, Any], remedy: str = "convert again") -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from llamavid_jax.checkpoint import check_params, load_weights, parse_dtype, save_weights
-from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
+from llamavid_jax.checkpoint import check_params, load_weights, nest, parse_dtype, save_weights
+from llamavid_jax.config import IGNORE_LABEL, ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import FRAME_CHUNK, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.tokenize import Tokenizer
@@ -35,6 +35,7 @@ from llamavid_jax.generation.request import (
 )
 from llamavid_jax.generation.sampling import Sampling
 from llamavid_jax.generation.stopping import RowText
+from llamavid_jax.models.kv_cache import KINDS
 from llamavid_jax.models.llama_vid import LlamaVid, attend_frames, forward, next_token_loss
 from llamavid_jax.processor import check_tokenizers, load_tokenizers
 from llamavid_jax.sharding import flat_paths, param_shardings
@@ -85,13 +86,17 @@ class LLaMAVIDLlavaForConditionalGeneration:
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
         qformer_tokenizer: QFormerTokenizer | None = None,
+        kv_cache: str = "float",
     ):
-        """Random weights from `seed` where no `params` are given."""
+        """Random weights from `seed` where no `params` are given.  `kv_cache` "int8" halves the cache of decoding."""
+        if kv_cache not in KINDS:
+            raise ConfigError(f"kv_cache is {kv_cache!r}; use one of {', '.join(KINDS)}")
         self.config, self.mesh, self.dtype = config, mesh, parse_dtype(dtype)
         self.tokenizer, self.qformer_tokenizer = tokenizer, qformer_tokenizer
 
         def make() -> LlamaVid:
-            return LlamaVid(config, rngs=nnx.Rngs(seed), dtype=self.dtype, param_dtype=self.dtype)
+            types = {"dtype": self.dtype, "param_dtype": self.dtype, "kv_cache": kv_cache}
+            return LlamaVid(config, rngs=nnx.Rngs(seed), **types)
 
         self.graphdef, abstract = nnx.split(nnx.eval_shape(make), nnx.Param)
         if params is None:
@@ -103,22 +108,33 @@ class LLaMAVIDLlavaForConditionalGeneration:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, dtype: Any = "bfloat16", mesh: Mesh | None = None
+        cls,
+        directory: str | Path,
+        *,
+        dtype: Any = "bfloat16",
+        mesh: Mesh | None = None,
+        quantize: str | None = None,
+        kv_cache: str = "float",
     ) -> "LLaMAVIDLlavaForConditionalGeneration":
         """Loads a converted checkpoint as `dtype`, straight onto `mesh` where one is given, every host its shards.
+
+        `quantize` "int8" or "int4" holds the kernels of LLaMA's layers so; only these bits reach the devices.  None
+        takes them as they are stored.  `kv_cache` "int8" halves the cache of decoding.
 
         Raises ConfigError or WeightsError, naming the file and what to do.
         """
         config = LLaMAVIDLlavaConfig.from_pretrained(directory)
+        config = config if quantize is None else config.quantized(quantize)
         params = load_weights(directory, config, dtype, mesh)
         tokenizer, qformer_tokenizer = load_tokenizers(directory)
         check_tokenizers(config, tokenizer, qformer_tokenizer, directory)
-        return cls(config, params, dtype=dtype, mesh=mesh, tokenizer=tokenizer, qformer_tokenizer=qformer_tokenizer)
+        tokenizers = {"tokenizer": tokenizer, "qformer_tokenizer": qformer_tokenizer}
+        return cls(config, params, dtype=dtype, mesh=mesh, kv_cache=kv_cache, **tokenizers)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json`, the weights and the tokenizers."""
         self.config.save_pretrained(directory)
-        save_weights(directory, nnx.to_pure_dict(self.params))
+        save_weights(directory, nest(flat_paths(self.params)))
         for tokenizer in (self.tokenizer, self.qformer_tokenizer):
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)

@@ -199,6 +199,7 @@ class LLaMAVIDLlavaConfig:
     (to a square, with the mean colour) or "crop"; videos are always cropped (D4).  `frame_tokens` is "both" kinds of
     token, or "context" or "content" alone (the paper's ablation).  `image_token_index` is the
     placeholder id that `input_ids` may hold besides -200: the documented layout gives it a row of the vocabulary.
+    `quantization` is "none", or "int8" or "int4" where the kernels of LLaMA's layers are held so (`quantize.py`).
     """
 
     vision_tower_config: LLaMAVIDLlavaVisionConfig = LLaMAVIDLlavaVisionConfig()
@@ -210,6 +211,7 @@ class LLaMAVIDLlavaConfig:
     mm_projector_type: str = "mlp2x_gelu"
     image_aspect_ratio: str = "pad"
     image_token_index: int = IMAGE_TOKEN
+    quantization: str = "none"
 
     def __post_init__(self):
         check_fields(self)
@@ -227,6 +229,26 @@ class LLaMAVIDLlavaConfig:
             raise ConfigError(f"image_aspect_ratio is {self.image_aspect_ratio!r}; use 'pad' or 'crop'")
         if self.frame_tokens not in ("both", "context", "content"):
             raise ConfigError(f"frame_tokens is {self.frame_tokens!r}; use 'both', 'context' or 'content'")
+        if self.quantization not in ("none", "int8", "int4"):
+            raise ConfigError(f"quantization is {self.quantization!r}; use 'none', 'int8' or 'int4'")
+
+    def quantized(self, kind: str) -> "LLaMAVIDLlavaConfig":
+        """The same model with quantised kernels.  Raises ConfigError where they have lost what `kind` would need."""
+        if self.quantization not in ("none", kind):
+            raise ConfigError(
+                f"quantize is {kind!r}, but the weights are {self.quantization} already; "
+                f"use {self.quantization!r}, or convert the original ones again with --quantize {kind}"
+            )
+        return dataclasses.replace(self, quantization=kind)
+
+    def require_whole(self, source: Any) -> "LLaMAVIDLlavaConfig":
+        """Itself.  Raises ConfigError for quantised weights, where `source` is read for whole ones."""
+        if self.quantization != "none":
+            raise ConfigError(
+                f"{source} holds {self.quantization} weights, which are for inference alone; "
+                "convert the original ones again without --quantize"
+            )
+        return self
 
     @property
     def tokens_per_frame(self) -> int:

@@ -90,13 +90,22 @@ PARAM_AXES: dict[str, str] = {
 }
 
 
-def _adapter_axes(path: str, axes: str) -> dict[str, str]:
-    """The rows of a kernel's low-rank update (`lora.py`): the axes on either side of the product, and the rank.
+def input_axes(axes: str) -> int:
+    """How many axes of a stacked kernel are summed over: the hidden state, "embed" alone, is one side of a product."""
+    _, first, *inner = axes.split()
+    return 1 if first.endswith("embed") else len(inner)
 
-    One side of every product is the hidden state: "embed" alone.
-    """
+
+def in_blocks(axes: str) -> tuple[str | None, ...]:
+    """A kernel's axes where `quantize.py` has cut its last input axis into blocks: None for the inputs of a block."""
+    names, inner = axes.split(), input_axes(axes)
+    return (*names[: 1 + inner], None, *names[1 + inner :])
+
+
+def _adapter_axes(path: str, axes: str) -> dict[str, str]:
+    """The rows of a kernel's low-rank update (`lora.py`): the axes on either side of the product, and the rank."""
     layers, *inner = axes.split()
-    cut, place = 1 if inner[0] == "embed" else -1, path.removesuffix("kernel") + "lora"
+    cut, place = input_axes(axes), path.removesuffix("kernel") + "lora"
     return {
         f"{place}.a": " ".join([layers, *inner[:cut], "rank"]),
         f"{place}.b": " ".join([layers, "rank", *inner[cut:]]),

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
-from llamavid_jax.param_axes import ADAPTER_AXES, OPTIONAL_ROWS, PARAM_AXES, axis_sizes
+from llamavid_jax.param_axes import ADAPTER_AXES, OPTIONAL_ROWS, PARAM_AXES, axis_sizes, in_blocks
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -109,14 +109,20 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=types)
 
 
-def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str, ...]]:
+def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str | None, ...]]:
     """Axis names of every parameter path.  Updates of the linear layers may be there or not, all of one rank.
 
+    Quantised kernels have the rows of whole ones, and None for the inputs of a block.
     Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes are errors.
     """
     sizes, unused, axes = axis_sizes(config), set(PARAM_AXES) - OPTIONAL_ROWS, {}
     sizes["rank"] = next((shape[-1] for path, shape in shapes.items() if path.endswith(".lora.a")), 0)
     for path, shape in shapes.items():
+        kernel, _, part = path.rpartition(".")
+        if kernel in _ROWS and part in ("qvalue", "scale"):
+            axes[path] = _axes_in_blocks(path, tuple(shape), _ROWS[kernel], sizes)
+            unused.discard(kernel)
+            continue
         row = _row(path)
         if row not in _ROWS:
             raise ShardingError(f"parameter {path} {shape} has no row in PARAM_AXES; add one")
@@ -136,6 +142,17 @@ _ROWS = PARAM_AXES | ADAPTER_AXES
 
 def _row(path: str) -> str:
     return path if path in _ROWS else ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _axes_in_blocks(path: str, shape: tuple[int, ...], row: str, sizes: dict[str, int]) -> tuple[str | None, ...]:
+    """The axes of a quantised kernel's `qvalue` or `scale`, which must be those of whole blocks."""
+    names = in_blocks(row)
+    at, whole = names.index(None) - 1, [sizes[name] for name in names if name]
+    number = shape[at] if len(shape) == len(names) and shape[at] and whole[at] % shape[at] == 0 else 1
+    expected = (*whole[:at], number, whole[at] // number if path.endswith("qvalue") else 1, *whole[at + 1 :])
+    if shape != expected:
+        raise ShardingError(f"PARAM_AXES says the whole of {path} is {row} = {tuple(whole)}; {shape} is not its blocks")
+    return names
 
 
 def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> PartitionSpec:

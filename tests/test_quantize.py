@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 from flax import nnx
 from torch_models import CONFIG, ours, relative_error, token_ids
 
@@ -33,7 +34,9 @@ def quantized(kind: str, scale: float = 0.02) -> LlamaVid:
     return model
 
 
-@pytest.mark.parametrize(("kind", "levels"), [("nf4", NF4), ("int8", np.arange(-127, 128) / 127.5)])
+@pytest.mark.parametrize(
+    ("kind", "levels"), [("nf4", NF4), ("int8", np.arange(-127, 128) / 127.5), ("int4", np.arange(-7, 8) / 7.5)]
+)
 def test_kernels_take_the_nearest_level_of_their_block(kind, levels):
     """Blocks of 8 of the 56 and 88 inputs, of 16 a head."""
     plain, model = ours(CONFIG, 0.02), quantized(kind)
@@ -44,19 +47,19 @@ def test_kernels_take_the_nearest_level_of_their_block(kind, levels):
         blocks = kernel.reshape(-1, block)
         largest = np.abs(blocks).max(1, keepdims=True)
         nearest = levels[np.abs(blocks[..., None] / largest[..., None] - levels).argmin(-1)] * largest
-        _, got, _ = linear.promote_dtype((jnp.zeros(1), linear.kernel[...], None), dtype=jnp.float32)
+        got = np.asarray(jax.vmap(qwix.dequantize)(linear.kernel[...])).reshape(wanted.kernel.shape)
         got = np.moveaxis(got, axis, -1).reshape(-1, block)
         assert np.all(np.abs(got - blocks) <= np.abs(nearest - blocks) + 1e-7)
-        assert np.mean(np.abs(got - nearest) <= 1e-7) > 0.9  # int8's outermost value lies between two levels
+        assert np.mean(np.abs(got - nearest) <= 1e-7) > 0.9  # the outermost whole number lies between two levels
 
 
-@pytest.mark.parametrize(("kind", "bar"), [("nf4", 0.12), ("int8", 0.008)])
+@pytest.mark.parametrize(("kind", "bar"), [("nf4", 0.12), ("int8", 0.008), ("int4", 0.12)])
 def test_logits_stay_near(kind, bar):
     """Two layers at scale 0.02; measured: 0.073 for nf4, 0.0047 for int8."""
     assert relative_error(logits(quantized(kind)), logits(ours(CONFIG, 0.02))) < bar
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4), ("int8", 8)])
+@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4), ("int8", 8), ("int4", 4)])
 def test_what_a_kernel_costs(kind, bits):
     """The compiled program's arguments: the bits of a weight, and a bfloat16 scale for 64 of them."""
     config = ours(CONFIG, 0.02)
@@ -103,12 +106,12 @@ def test_parts_stay_on_the_mesh():
         path: leaf.sharding.shard_shape(leaf.shape)
         for path, leaf in flat_paths(nnx.state(model.llama.layers, nnx.Param)).items()
     }
-    assert where["attn.q.kernel.qvalue"] == (2, 28, 2, 16)
-    assert where["attn.q.kernel.scale"] == (2, 7, 2, 16)  # 7 blocks of 8 cannot be halved
-    assert where["mlp.down.kernel.qvalue"] == (2, 44, 28)
-    assert where["attn.out.kernel.scale"] == (2, 2, 1, 28)
+    assert where["attn.q.kernel.qvalue"] == (2, 7, 8, 2, 16)  # 7 blocks of 8 cannot be halved
+    assert where["attn.q.kernel.scale"] == (2, 7, 1, 2, 16)
+    assert where["mlp.down.kernel.qvalue"] == (2, 11, 8, 28)
+    assert where["attn.out.kernel.scale"] == (2, 2, 1, 1, 28)
 
 
 def test_an_unknown_kind():
-    with pytest.raises(ConfigError, match="'int4'; use one of nf4, int8"):
-        quantize_base(ours(CONFIG, 0.02), "int4")
+    with pytest.raises(ConfigError, match="'int3'; use one of nf4, int8, int4"):
+        quantize_base(ours(CONFIG, 0.02), "int3")

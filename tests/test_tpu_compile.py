@@ -4,6 +4,7 @@
 a machine without a TPU with lines of errors.
 """
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -110,3 +111,16 @@ def test_tiny_inference_for_one_chip():
     model = LLaMAVIDLlavaConfig.from_yaml(ROOT / "configs" / "models" / "tiny.yaml")
     reports = in_own_process(check_inference, model, "v5e:1x1", "", 300, 32, "bfloat16", "tiny")
     assert [report.fits for report in reports] == [True] * 4
+
+
+def test_decoding_makes_no_whole_kernel():
+    """Two layers of 7B, int8, an hour of video: there is no room for a kernel in bfloat16, nor for a layer's cache."""
+    model = LLaMAVIDLlavaConfig.from_yaml(ROOT / "configs" / "models" / "llamavid_7b_224_video.yaml").quantized("int8")
+    model = dataclasses.replace(
+        model,
+        text_config=dataclasses.replace(model.text_config, num_hidden_layers=2),
+        vision_tower_config=dataclasses.replace(model.vision_tower_config, num_hidden_layers=1),
+    )
+    *_, decode = in_own_process(check_inference, model, "v5e:1x1", "", 7400, 512, "bfloat16", "7b", "int8")
+    assert decode.temporaries_gib * 2**30 < 4096 * 8192 * 2
+    assert decode.program == "7b, int8 weights, int8 cache: decode one token"

@@ -41,12 +41,13 @@ def check_inference(
     new_tokens: int,
     dtype: str = "bfloat16",
     name: str = "",
+    kv_cache: str = "float",
     machine_code: bool = True,
 ) -> list[Report]:
     """Reports of encode, compress, prefill and decode, for one row of `tokens` and `new_tokens` behind them.
 
-    `mesh` empty puts all devices on `tensor`; without `machine_code` as far as `buffers.py` says.  Raises InputErrors
-    as `check_training` does.
+    `config` says how the weights are quantised, `kv_cache` how the cache is (`kv_cache.KINDS`).  `mesh` empty puts all
+    devices on `tensor`; without `machine_code` as far as `buffers.py` says.  Raises InputErrors as `check_training`.
     """
     kind = parse_dtype(dtype)
     chips = slice_mesh(topology, mesh, default="tensor")
@@ -55,7 +56,8 @@ def check_inference(
     def whole(shape: tuple[int, ...], of: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, of, sharding=replicated)
 
-    abstract = nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0), dtype=kind, param_dtype=kind))
+    types = {"dtype": kind, "param_dtype": kind, "kv_cache": kv_cache}
+    abstract = nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0), **types))
     graphdef, params = nnx.split(abstract, nnx.Param)
     pure = nnx.to_pure_dict(params)
     nnx.replace_by_pure_dict(
@@ -67,6 +69,8 @@ def check_inference(
         ),
     )
     vision, text = config.vision_tower_config, config.text_config
+    weights = dtype if config.quantization == "none" else f"{config.quantization} weights"
+    named = ", ".join([name, weights, *(["int8 cache"] if kv_cache == "int8" else [])])
     length, cache_length = bucket(tokens), max(bucket(tokens + new_tokens), bucket(tokens))
 
     def flops(frames: int = 0, pairs: int = 0, rows: int = 0, row_tokens: int = 1) -> int:
@@ -77,9 +81,7 @@ def check_inference(
 
     def report(program: str, lowered: jax.stages.Lowered, uses: tuple[str, ...], work: int) -> Report:
         known = {"machine_code": machine_code, "topology": topology, "devices": chips.size, "mesh": describe(chips)}
-        own = compile_report(
-            lowered, chip_of(topology), 1, work, remedy=REMEDY, program=f"{name}, {dtype}: {program}", **known
-        )
+        own = compile_report(lowered, chip_of(topology), 1, work, remedy=REMEDY, program=f"{named}: {program}", **known)
         idle = sum(_device_bytes(leaf) for path, leaf in flat_paths(params).items() if not path.startswith(uses))
         peak = own.peak_gib + idle / 2**30
         return dataclasses.replace(own, peak_gib=peak, remedy=REMEDY if peak > own.hbm_gib else own.remedy)
@@ -97,7 +99,7 @@ def check_inference(
         )  # fmt: skip
 
         def as_prefilled(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            names = (None, "batch", None, "kv_heads", None)[: leaf.ndim if leaf.ndim == 5 else 0]
+            names = (None, "batch", None, "kv_heads", None)[: leaf.ndim if leaf.ndim > 3 else 0]
             spec = activation_spec(leaf.shape, *names) if names else PartitionSpec()
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(chips, spec))
 

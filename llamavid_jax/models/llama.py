@@ -68,7 +68,16 @@ class Layer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs, remat: str = "none"):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype,
+        param_dtype,
+        rngs: nnx.Rngs,
+        remat: str = "none",
+        kv_cache: str = "float",
+    ):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         init = jax.nn.initializers.normal(0.02)
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, **dtypes, embedding_init=init, rngs=rngs)
@@ -76,7 +85,7 @@ class Llama(nnx.Module):
         self.norm = rms_norm(config, param_dtype, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **dtypes, rngs=rngs)
-        self.config, self.remat = config, remat
+        self.config, self.remat, self.kv_cache = config, remat, kv_cache
 
     def embed_row(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The embeddings of whole rows; what `fsdp` cuts of the table is gathered, rather than the rows."""
@@ -98,15 +107,14 @@ class Llama(nnx.Module):
 
         A row may hold several samples: `segment_ids` number them, `positions` count from 0 in each.
         """
-        return self._causal(x, segment_ids, positions, keep_cache=False)[0]
+        return self._causal(x, segment_ids, positions)[0]
 
     @jax.named_scope("prefill")
     def prefill(self, x: Float[Array, "B T D"], cache_length: int) -> tuple[Float[Array, "B T D"], KVCache]:
         """`__call__` that also returns a cache of `cache_length` slots holding the T positions."""
-        hidden, (k, v) = self._causal(x, None, None, keep_cache=True)
-        return hidden, KVCache.from_prefill(k, v, cache_length)
+        return self._causal(x, None, None, cache_length)
 
-    def _causal(self, x, segment_ids, positions, *, keep_cache: bool):
+    def _causal(self, x, segment_ids, positions, cache_length: int | None = None):
         rotation = self.rotation(jnp.arange(x.shape[1])[None] if positions is None else positions)
 
         def apply(layer: Layer, x: jax.Array):
@@ -114,7 +122,7 @@ class Llama(nnx.Module):
 
             def attend(q, k, v):
                 nonlocal seen
-                seen = (k, v) if keep_cache else None
+                seen = None if cache_length is None else KVCache.from_prefill(k, v, cache_length, self.kv_cache)
                 return attention(q, k, v, causal=True, segment_ids=segment_ids)
 
             return layer(x, rotation, attend), seen
@@ -128,13 +136,14 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
         """One new position of every row: row b's stands at `positions[b]` and sees the slots up to it."""
         rotation = self.rotation(positions[:, None])
-        visible = jnp.arange(cache.k.shape[2])[None, :] <= positions[:, None]
+        slots = jax.tree.leaves(cache)[0].shape[2]
+        visible = jnp.arange(slots)[None, :] <= positions[:, None]
         for index in range(self.config.num_hidden_layers):
 
             def attend(q, k, v, index=index):
                 nonlocal cache
                 cache = cache.write(index, positions, k, v)
-                return attention(q, cache.k[index], cache.v[index], mask=visible[:, None, None, :])
+                return attention(q, *cache.read(index), mask=visible[:, None, None, :])
 
             x = stack.layer(self.layers, index)(x, rotation, attend)
         return self.norm(x), cache

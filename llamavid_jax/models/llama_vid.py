@@ -38,14 +38,19 @@ class LlamaVid(nnx.Module):
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         remat: str = "none",
+        kv_cache: str = "float",
     ):
-        """`remat` names what the gradient keeps of a layer (`stack.REMAT`)."""
+        """`remat` names what the gradient keeps of a layer (`stack.REMAT`), `kv_cache` a kind of `kv_cache.KINDS`."""
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.vision = EvaViT(config.vision_tower_config, **dtypes, rngs=rngs)
         memory_width = config.vision_tower_config.hidden_size
         self.qformer = QFormer(config.qformer_config, config.num_query, memory_width, **dtypes, rngs=rngs, remat=remat)
         self.visual_tokens = VisualTokens(config, **dtypes, rngs=rngs)
-        self.llama = Llama(config.text_config, **dtypes, rngs=rngs, remat=remat)
+        self.llama = Llama(config.text_config, **dtypes, rngs=rngs, remat=remat, kv_cache=kv_cache)
+        if config.quantization != "none":
+            from llamavid_jax.quantize import quantize_base  # Qwix takes a second to import
+
+            quantize_base(self, config.quantization)
 
     def frame_tokens(
         self,

@@ -200,7 +200,7 @@ class TrainConfig:
             config = LLaMAVIDLlavaConfig.from_yaml(self.model)
         else:
             config = LLaMAVIDLlavaConfig.from_pretrained(self.start.model)
-        text = config.text_config
+        text = config.require_whole(self.model or self.start.model).text_config
         if self.max_tokens > text.max_length:
             factor = float(math.ceil(self.max_tokens / text.max_position_embeddings))
             config = dataclasses.replace(config, text_config=dataclasses.replace(text, rope_factor=factor))

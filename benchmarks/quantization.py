@@ -1,0 +1,211 @@
+"""What few bits cost: the table of docs/quantization.md, against the same weights in float32.
+
+    python -m benchmarks.quantization docs/quantization.md --data build/demo_data/instruct_test.json
+
+Logits are those of prompts and answers, all but the first few tokens decoded one at a time, so that the cache counts.
+`logits` is the relative error ‖a − b‖ / ‖b‖ and `top-1` the part of positions with the same likeliest token, on the
+recorded checkpoints of tests/golden and on questions about clips that the shipped demo model has not seen; `exact` is
+the part of its answers that are right.  Everything runs on the CPU.  What stands around the table, between its two
+marks, stays as it is.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from conversion.check import read_expected
+from conversion.torch_to_jax import main as torch_to_jax
+from demo.evaluate import answers, questions_of
+from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.data.batching import TEXT, bucket, pad_rows
+from llamavid_jax.data.conversation import IMAGE, prompt, template_named
+from llamavid_jax.data.tokenize import encode_with_images
+from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.errors import InputError
+from llamavid_jax.generation.request import read_request
+from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
+from llamavid_jax.sharding import flat_paths
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+COLUMNS = (
+    "weights",
+    "cache",
+    "vision tower",
+    "7B weights",
+    "golden: logits",
+    "top-1",
+    "demo: logits",
+    "top-1",
+    "exact",
+)
+ROOT = Path(__file__).parent.parent
+GOLDEN = ("short_video_mean", "image_none")
+PREFILLED = 8  # tokens of a row; the others are decoded
+ROW = 96  # tokens, so that one program serves all cases of a model
+CASES = 40  # questions about clips whose logits are compared
+SEVEN = ROOT / "configs" / "models" / "llamavid_7b_224_video.yaml"
+
+
+class Variant(NamedTuple):
+    """One row of the table."""
+
+    dtype: str
+    quantize: str | None
+    kv_cache: str
+    vision: str | None
+
+
+VARIANTS = [
+    Variant("float32", None, "float", None),
+    Variant("bfloat16", None, "float", None),
+    Variant("bfloat16", None, "int8", None),
+    Variant("bfloat16", "int8", "float", None),
+    Variant("bfloat16", "int8", "int8", None),
+    Variant("bfloat16", "int8", "int8", "int8"),
+    Variant("bfloat16", "int4", "float", None),
+    Variant("bfloat16", "int4", "int8", None),
+]
+
+
+def load(folder: Path, variant: Variant) -> LLaMAVIDLlavaForConditionalGeneration:
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=variant.dtype, quantize=variant.quantize, kv_cache=variant.kv_cache
+    )
+    if variant.vision:
+        from llamavid_jax.quantize import quantize_vision
+
+        whole = nnx.merge(model.graphdef, model.params)
+        quantize_vision(whole.vision, variant.vision)
+        model.graphdef, model.params = nnx.split(whole, nnx.Param)
+    return model
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decoded_logits(
+    graphdef, params, token_ids: Int[Array, "1 T"], visual: Float[Array, "1 N D"], visual_index: Int[Array, "1 T"]
+) -> Float[Array, "T V"]:
+    """Logits of a row whose first tokens are prefilled and whose others are decoded one by one."""
+    model: LlamaVid = nnx.merge(graphdef, params)
+    row = model.merge(token_ids, visual, visual_index)
+    length = row.shape[1]
+    hidden, cache = model.llama.prefill(row[:, :PREFILLED], length)
+
+    def step(cache, position):
+        new = jax.lax.dynamic_slice_in_dim(row, position, 1, axis=1)
+        hidden, cache = model.llama.decode(new, position[None], cache)
+        return cache, hidden[0, 0]
+
+    _, rest = jax.lax.scan(step, cache, jnp.arange(PREFILLED, length))
+    return model.llama.logits(jnp.concatenate([hidden[0], rest]))
+
+
+def logits_of(model: LLaMAVIDLlavaForConditionalGeneration, *request: Any, **visuals: Any) -> np.ndarray:
+    """Of all tokens of all rows of a request, one behind the other."""
+    table, rows = model._merge(read_request(model.config, *request, **visuals))
+    found = []
+    for row in rows:
+        size = bucket(len(row.token_ids), ROW)
+        ids, index = pad_rows([row.token_ids], 1, size, 0), pad_rows([row.visual_index], 1, size, TEXT)
+        found.append(np.asarray(decoded_logits(model.graphdef, model.params, ids, table[None], index)))
+        found[-1] = found[-1][: len(row.token_ids)]
+    return np.concatenate(found)
+
+
+def golden_logits(work: Path, variant: Variant) -> np.ndarray:
+    """Of the videos of the recorded cases, converted into `work`."""
+    found = []
+    for name in GOLDEN:
+        expected = read_expected(ROOT / "tests" / "golden" / name / "expected.npz")
+        pixels = [expected[f"video.pixels.{number}"] for number in range(len(expected["video.input_ids"]))]
+        prompts = json.loads(str(expected["video.prompts"]))
+        model = load(work / name, variant)
+        found.append(logits_of(model, expected["video.input_ids"], pixel_values=pixels, prompts=prompts))
+    return np.concatenate(found)
+
+
+def demo_logits(model: LLaMAVIDLlavaForConditionalGeneration, processor: Any, cases: list[tuple]) -> np.ndarray:
+    """Of questions with their true answers."""
+    template, found = template_named("vicuna_v1"), []
+    for pixels, question, truth in cases:
+        text = prompt(template, [f"{IMAGE}\n{question}"]) + f" {truth}</s>"
+        ids = encode_with_images(processor.tokenizer, text)
+        found.append(logits_of(model, [ids], pixel_values=[pixels], prompts=[[question]]))
+    return np.concatenate(found)
+
+
+def compare(got: np.ndarray, wanted: np.ndarray) -> list[str]:
+    """Relative error and agreement, as cells."""
+    error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+    return [f"{error:.2%}", f"{np.mean(got.argmax(-1) == wanted.argmax(-1)):.1%}"]
+
+
+def gib_of_7b(variant: Variant) -> float:
+    """GiB of the 7B model's parameters."""
+    config = LLaMAVIDLlavaConfig.from_yaml(SEVEN)
+    config = config.quantized(variant.quantize) if variant.quantize else config
+    leaves = flat_paths(abstract_params(config, variant.dtype))
+    bits = {path: 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for path, leaf in leaves.items()}
+    if variant.vision:  # eight bits a weight, and a scale of sixteen for a block of 64
+        bits |= {path: 8.25 for path in bits if path.startswith("vision.blocks") and path.endswith(".kernel")}
+    return sum(leaf.size * bits[path] for path, leaf in leaves.items()) / 8 / 2**30
+
+
+def rows(data: Path, limit: int) -> Iterator[list[str]]:
+    """The cells of every variant, the first of which the others are compared with."""
+    demo = ROOT / "demo" / "model"
+    processor = LLaMAVIDLlavaProcessor.from_pretrained(demo)
+    records = json.loads(data.read_text(encoding="utf-8"))[:limit]
+    cases = []
+    for record in records[:CASES]:
+        (pixels,) = processor.image_processor(videos=data.parent / record["video"])["pixel_values"]
+        cases.append((pixels, *next((question, truth) for _, question, truth in questions_of(record))))
+    with tempfile.TemporaryDirectory() as work:
+        for name in GOLDEN:
+            torch_to_jax([str(ROOT / "tests" / "golden" / name), f"{work}/{name}"])
+        wanted: list[np.ndarray] = []
+        for variant in VARIANTS:
+            model = load(demo, variant)
+            found = [golden_logits(Path(work), variant), demo_logits(model, processor, cases)]
+            wanted = wanted or found
+            right = [answer == truth for *_, truth, answer in answers(model, processor, records, data.parent, batch=8)]
+            near = [cell for pair in zip(found, wanted, strict=True) for cell in compare(*pair)]
+            kinds = [variant.quantize or variant.dtype, variant.kv_cache, variant.vision or variant.dtype]
+            yield [*kinds, f"{gib_of_7b(variant):.1f} GiB", *near, f"{np.mean(right):.1%} of {len(right)}"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measures what few bits cost.", allow_abbrev=False)
+    parser.add_argument("file", type=Path, help="docs/quantization.md")
+    parser.add_argument("--data", type=Path, required=True, help="instruct_test.json of demo/make_data.py")
+    parser.add_argument("--limit", type=int, default=100, help="clips that the demo model is asked about (100)")
+    options = parser.parse_args(arguments)
+    before, _, rest = options.file.read_text(encoding="utf-8").partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise InputError(f"{options.file} has no place for the table; write {BEGIN} and {END} into it")
+    lines = []
+    for cells in itertools.chain([COLUMNS, ["---"] * len(COLUMNS)], rows(options.data, options.limit)):
+        lines.append("| " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    table = "\n".join(lines)
+    write_files(options.file.parent, {options.file.name: f"{before}{BEGIN}\n{table}\n{END}{after}".encode()})
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"quantization: {error}")
