@@ -95,7 +95,7 @@ def plan_memory(
     weights = dict.fromkeys(PARTS, 0.0)
     for path, leaf in leaves.items():
         few = quantize and path.startswith("llama.layers.") and path.endswith(".kernel")
-        bits = 8 * leaf.dtype.itemsize
+        bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
         bits = BITS[quantize] + bits / BLOCK if few else bits
         weights[path.partition(".")[0]] += math.prod(places[path].shard_shape(leaf.shape)) * bits / 8 / GIB
 
