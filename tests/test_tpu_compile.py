@@ -44,6 +44,12 @@ def test_what_is_traced_for_a_tpu_takes_its_kernels():
     assert "tpu_custom_call" not in jax.jit(lambda q: attention(q, q, q, causal=True)).lower(q).as_text()
 
 
+def test_old_chips_have_no_kernels_to_take():
+    q = jax.ShapeDtypeStruct((8, 256, 4, 128), jnp.bfloat16)
+    with jax.set_mesh(slice_mesh("v2:2x2", "")):
+        compile_lowered(jax.jit(lambda q: attention(q, q, q, causal=True)).lower(q))
+
+
 @pytest.mark.parametrize(
     ("topology", "slices", "devices"),
     [

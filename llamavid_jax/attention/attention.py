@@ -4,7 +4,7 @@
 |-----------|----------------------|-------------------------------------------------------------------|
 | reference | everywhere           | any mask, any length; scores in blocks of queries                 |
 | cudnn     | NVIDIA GPU, 16 bit   | causal or unmasked; fused, no scores in memory                    |
-| splash    | TPU                  | causal self-attention; Pallas kernel, no scores in memory         |
+| splash    | TPU, v4 and later    | causal self-attention; Pallas kernel, no scores in memory         |
 
 Rows that hold several samples (`segment_ids`) run on all three; cuDNN then gets the mask as an array `[B, 1, T, T]`.
 Causal rows that the mesh cuts over `sequence` go to `ring.ring_attention`, whose tiles splash computes on TPU.
@@ -22,6 +22,7 @@ from llamavid_jax.attention.reference import reference_attention
 from llamavid_jax.attention.ring import ring_attention, ring_supports
 from llamavid_jax.attention.splash import splash_attention, splash_supports
 
+WITHOUT_KERNELS = ("TPU v2", "TPU v3")  # Pallas has no products of bfloat16 there
 Backend = Literal["reference", "cudnn", "splash"]
 
 
@@ -64,10 +65,15 @@ def _fastest(q: jax.Array, k: jax.Array, mask: jax.Array | None, causal: bool) -
     match _platform():
         case "gpu" if q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
             return "cudnn"
-        case "tpu" if causal and splash_supports(q, k):
+        case "tpu" if causal and splash_supports(q, k) and _kind() not in WITHOUT_KERNELS:
             return "splash"
         case _:
             return "reference"
+
+
+def _kind() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
 
 
 def _platform() -> str:
