@@ -81,7 +81,13 @@ OTHER_VALUES = {
         "rope_factor": 16.0,
         "tie_word_embeddings": True,
     },
-    "": {"num_query": 4, "compress_type": "grid:2", "frame_tokens": "context", "mm_projector_type": "linear"},
+    "": {
+        "num_query": 4,
+        "compress_type": "grid:2",
+        "frame_tokens": "context",
+        "mm_projector_type": "linear",
+        "quantization": "int8",
+    },
 }
 READ_ELSEWHERE = {  # section → fields that no traced function reads; the tests below show what does
     "text_config": {"max_position_embeddings", "eos_token_id"},  # the longest row, and where an answer ends

@@ -89,7 +89,7 @@ def test_names_in_another_order_are_refused(different_shapes, monkeypatch):
         if SAME_BY_NATURE.get(last, last) == SAME_BY_NATURE.get(first, first):
             continue
         with monkeypatch.context() as patch:
-            patch.setitem(sharding.PARAM_AXES, row, " ".join([last, *middle, first]))
+            patch.setitem(sharding._ROWS, row, " ".join([last, *middle, first]))
             with pytest.raises(ShardingError, match="PARAM_AXES says"):
                 param_axes(different_shapes, ALL_DIFFERENT)
         exchanged += 1
