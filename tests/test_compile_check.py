@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pickle
+import signal
 import time
 
 import jax
@@ -289,9 +290,16 @@ def test_a_program_that_the_compiler_refuses():
         compile_lowered(Lowered("UNIMPLEMENTED: a\nthing"))
 
 
-def test_a_compile_that_the_system_ends():
-    with pytest.raises(CompileError, match="ended by the system, most likely for want of memory: this machine has"):
-        in_own_process(os._exit, 9)
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        (signal.SIGKILL, "ended by the system, most likely for want of memory: this machine has"),
+        (signal.SIGSEGV, "the compiler crashed .exit code -11; its last words are above.; --quick stops before"),
+    ],
+)
+def test_a_compile_that_does_not_answer(ending, message):
+    with pytest.raises(CompileError, match=message):
+        in_own_process(signal.raise_signal, ending)
 
 
 def test_errors_cross_the_process_as_they_are():

@@ -7,6 +7,7 @@ in a process of its own, whose memory is free again afterwards and whose end by 
 import math
 import os
 import re
+import signal
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -123,7 +124,8 @@ def refusal(error: jax.errors.JaxRuntimeError) -> CompileError:
 def in_own_process(function: Callable[..., Any], *arguments: Any, limit: float | None = None) -> Any:
     """`function(*arguments)`, in a process that ends with it.
 
-    Raises CompileError after `limit` seconds, and where the system ended the process, which it does for its memory.
+    Raises CompileError after `limit` seconds, where the compiler crashed, and where the system ended the process, which
+    it does for its memory.
     """
     os.environ.update(ENVIRONMENT)
     context = get_context("spawn")
@@ -136,6 +138,12 @@ def in_own_process(function: Callable[..., Any], *arguments: Any, limit: float |
             raise CompileError(f"the compiler was not done after {limit:.0f} s; give it more, or take a faster machine")
         found, error = ours.recv()
     except EOFError:
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            raise CompileError(
+                f"the compiler crashed (exit code {process.exitcode}; its last words are above); --quick stops before "
+                "the machine code, where it is likeliest, and another remat or mesh is another program"
+            ) from None
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         raise CompileError(
             f"the compiler was ended by the system, most likely for want of memory: this machine has {total:.0f} "
