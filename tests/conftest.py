@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test, float32 products at full precision, and the golden folder."""
 
+import gc
 import os
 
 # Small models compile far longer than they compute: without LLVM's optimisations in less than half the time.
@@ -37,6 +38,14 @@ def pytest_runtest_makereport(item, call):
     if report.skipped and any(item.get_closest_marker(name) for name in NEVER_SKIPPED):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped; tests marked {', '.join(NEVER_SKIPPED)} must run"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Compiled programs stay in memory, in maps of which Linux gives a process 65,530; then XLA aborts."""
+    if Path("/proc/self/maps").read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
