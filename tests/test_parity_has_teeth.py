@@ -87,7 +87,12 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
         "jnp.concatenate([patches, cls], axis=1)",
     ),
     "post-norm blocks": (vision_error, VISION, "x + self.attn(self.attn_norm(x))", "self.attn_norm(x + self.attn(x))"),
-    "a final norm": (vision_error, VISION, "        return x\n", "        return x / jnp.std(x, -1, keepdims=True)\n"),
+    "a final norm": (
+        vision_error,
+        VISION,
+        "        return stack.scan(apply, self.blocks, x)[0]\n",
+        "        x = stack.scan(apply, self.blocks, x)[0]\n        return x / jnp.std(x, -1, keepdims=True)\n",
+    ),
     "rows and columns of a patch swapped": (vision_error, VISION, 'p q c", p=side', 'q p c", p=side'),
     "patches by columns": (vision_error, VISION, "f (y x) p q c", "f (x y) p q c"),
     # the Q-Former
@@ -188,14 +193,14 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
         frame_error,
         WHOLE,
         "features[1:] if has_cls else features",
-        "self.qformer.memory_norm(features[1:])",
+        "qformer.memory_norm(features[1:])",
     ),
     "the last patch dropped for the CLS token": (frame_error, WHOLE, "features[1:] if", "features[:-1] if"),
     "the Q-Former without the CLS token": (
         frame_error,
         WHOLE,
-        "self.qformer(features, ",
-        "self.qformer(features[1:], ",
+        "queries = qformer(features, ",
+        "queries = qformer(features[1:], ",
     ),
 }
 

@@ -90,7 +90,7 @@ def test_a_tiny_step_for_four_chips():
         report.arguments_gib,
         report.output_gib,
     )
-    assert quick.peak_gib == pytest.approx(report.peak_gib, rel=0.05)
+    assert 0 < report.peak_gib - quick.peak_gib < 0.1  # the machine code itself
     assert report.fits and 0.005 < report.peak_gib < 0.5
     assert report.arguments_gib > report.output_gib > 0
     assert {"all-gather", "reduce-scatter"} <= report.collectives.keys()
