@@ -113,10 +113,6 @@ def meshes(text: LlamaConfig, shape: RowShape, devices: int, num_slices: int) ->
                 yield dict(zip(MESH_AXES, sizes, strict=True))
 
 
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
 def _try(
     config: TrainConfig, layout: Layout, topology: str, mesh: dict[str, int], remat: str, micro_batches: int
 ) -> Try:
