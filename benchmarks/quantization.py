@@ -35,6 +35,7 @@ from llamavid_jax.data.tokenize import encode_with_images
 from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.errors import InputError
 from llamavid_jax.generation.request import read_request
+from llamavid_jax.models.kv_cache import KVCache
 from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
 from llamavid_jax.sharding import flat_paths
 
@@ -100,13 +101,14 @@ def decoded_logits(
     model: LlamaVid = nnx.merge(graphdef, params)
     row = model.merge(token_ids, visual, visual_index)
     length = row.shape[1]
-    hidden, cache = model.llama.prefill(row[:, :PREFILLED], length)
+    hidden, prompt = model.llama.prefill(row[:, :PREFILLED])
 
     def step(cache, position):
         new = jax.lax.dynamic_slice_in_dim(row, position, 1, axis=1)
         hidden, cache = model.llama.decode(new, position[None], cache)
         return cache, hidden[0, 0]
 
+    cache = KVCache(prompt, prompt.room(length - PREFILLED), jnp.int32(0))
     _, rest = jax.lax.scan(step, cache, jnp.arange(PREFILLED, length))
     return model.llama.logits(jnp.concatenate([hidden[0], rest]))
 

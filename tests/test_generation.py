@@ -178,6 +178,10 @@ def test_requests_of_one_bucket_compile_once(tiny_model):
     ask(2, "which car is at the end of the movie", [*VIDEO, 50, 51], 3, stop=["zz"])
     ask(8, "where", VIDEO, 18, temperature=0.2, top_p=0.7, top_k=5, seed=3)
     assert [function._cache_size() for function in compiled] == before
+    ask(5, PROMPT, VIDEO, 100)  # room for a longer answer is another decode step, not another prefill
+    assert [function._cache_size() for function in compiled] == [
+        n + (f is decode_block) for n, f in zip(before, compiled, strict=True)
+    ]
 
 
 def test_text_only_costs_no_vision_work(tiny_model, monkeypatch):

@@ -16,6 +16,7 @@ from llamavid_jax.checkpoint import WeightsError
 from llamavid_jax.config import ConfigError, strict
 from llamavid_jax.lora import TARGETS, LoraConfig, add_lora, merge_lora, set_dropout
 from llamavid_jax.models import stack
+from llamavid_jax.models.kv_cache import KVCache
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.peft_adapter import load_adapter, save_adapter
 from llamavid_jax.sharding import ShardingError, flat_paths, make_mesh, param_axes, param_shardings
@@ -77,7 +78,8 @@ def test_a_starts_uniform_in_one_over_root_of_the_inputs():
 
 def test_cached_decoding_uses_the_update(model):
     llama = model.llama
-    _, cache = llama.prefill(llama.embed(IDS[:, :20]), 32)
+    _, prompt = llama.prefill(llama.embed(IDS[:, :20]))
+    cache = KVCache(prompt, prompt.room(1), jnp.int32(0))
     step, _ = llama.decode(llama.embed(IDS[:, 20:21]), jnp.full(2, 20), cache)
     assert relative_error(llama.logits(step[:, 0]), logits(model)[:, 20]) < BAR
 

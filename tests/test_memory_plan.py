@@ -17,12 +17,12 @@ def sizes(plan: memory.MemoryPlan) -> dict[str, float]:
 
 
 def test_an_hour_on_one_chip():
-    """3,600 frames are 7,200 visual tokens: a bucket of 8,192, of 0.5 MiB each in bfloat16."""
+    """3,600 frames are 7,200 visual tokens: a bucket of 8,192, and 512 of the answer, of 0.5 MiB each in bfloat16."""
     plan = plan_memory(LONG, 3600, 512, topology="v5e:1x1")
     found = sizes(plan)
     assert found["parameters: llama"] == pytest.approx(2 * (KERNELS + REST) / GIB)
     assert sum(size for what, size in found.items() if "parameters" in what) * GIB == pytest.approx(15.9e9, rel=0.005)
-    assert found["key-value cache: 8192"] == 4.0
+    assert found["key-value cache: 8704"] == 4.25
     assert found["visual tokens: 7200"] == 4096 * 2 * 4096 * 2 / GIB  # 4,096 frames of room
     assert not plan.fits and "does NOT fit: 16.00 GiB on each of 1 × TPU v5 lite" in str(plan)
     assert plan_memory(LONG, 3600, 512, topology="v6e:1x1").fits
@@ -41,16 +41,14 @@ def test_eight_cores_share():
     plan = plan_memory(LONG, 3600, 512, topology="v2:2x2")
     assert plan.devices == 8 and plan.fits
     alone, cut = sizes(plan_memory(LONG, 3600, 512, topology="v5e:1x1")), sizes(plan)
-    assert cut["key-value cache: 8192"] == 0.5
+    assert cut["key-value cache: 8704"] == 4.25 / 8
     assert cut["parameters: llama"] == pytest.approx(alone["parameters: llama"] / 8, rel=1e-3)
     assert cut["visual tokens: 7200"] == alone["visual tokens: 7200"]
 
 
-def test_a_longer_answer_needs_the_cache_twice():
-    """While it grows from the prompt's bucket to the answer's."""
+def test_a_longer_answer_needs_its_own_room_alone():
     short, long = (sizes(plan_memory(LONG, 3600, tokens, topology="v6e:1x1")) for tokens in (512, 2048))
-    assert long["key-value cache: 12288"] == 6.0
-    assert long["prompt in flight: 8192"] == short["prompt in flight: 8192"] + 4.0
+    assert long.pop("key-value cache: 10240") == short.pop("key-value cache: 8704") + 0.75 and long == short
 
 
 def test_the_attached_devices():

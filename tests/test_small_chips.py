@@ -18,9 +18,9 @@ from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGenerat
 from llamavid_jax import quantize as quantization
 from llamavid_jax.config import ConfigError
 from llamavid_jax.data.batching import TEXT
-from llamavid_jax.generation.generate import decode_block, prefill
+from llamavid_jax.generation.generate import DecodeState, decode_block, prefill
 from llamavid_jax.generation.sampling import Sampling
-from llamavid_jax.models.kv_cache import Rounded
+from llamavid_jax.models.kv_cache import KVCache, Rounded
 from llamavid_jax.quantize import KERNELS
 from llamavid_jax.sharding import ShardingError, flat_paths, make_mesh, param_axes
 from llamavid_jax.training.config import read_config
@@ -137,25 +137,19 @@ def test_products_read_few_bits(whole):
     """What decoding is given: int8 kernels and an int8 cache, no whole kernel, no whole cache."""
     model = load(whole, dtype="bfloat16", quantize="int8", kv_cache="int8")
     ids, one = np.zeros((1, 64), np.int32), np.ones(1, np.int32)
-    state = jax.eval_shape(
-        lambda params: prefill(
-            model.graphdef,
-            params,
-            ids,
-            jnp.zeros((1, 1, 64)),
-            ids,
-            one,
-            np.uint32(0),
-            Sampling(),
-            cache_length=96,
-            greedy=True,
-        ),
-        model.params,
-    )
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.cache)} == {"int8", "bfloat16"}
+
+    def begin(params) -> DecodeState:
+        visual, seed = jnp.zeros((1, 1, 64)), np.uint32(0)
+        token, keys, prompt = prefill(model.graphdef, params, ids, visual, ids, one, seed, Sampling(), greedy=True)
+        return DecodeState(token, token, token > 0, KVCache(prompt, prompt.room(96), jnp.int32(0)), keys)
+
+    state = jax.eval_shape(begin, model.params)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.cache[:2])} == {"int8", "bfloat16"}
     text = decode_block.lower(model.graphdef, model.params, state, one[0], one[0], Sampling(), greedy=True).as_text()
     (signature,) = (line for line in text.splitlines() if "@main(" in line)
-    assert signature.count("tensor<3x1x96x4x16xi8>") >= 2 and "tensor<3x1x96x4x16xbf16>" not in signature
+    for slots in (64, 96):  # of the prompt, of the answer
+        assert signature.count(f"tensor<3x1x{slots}x4x16xi8>") >= 2
+        assert f"tensor<3x1x{slots}x4x16xbf16>" not in signature
     assert "tensor<3x1x64x160xi8>" in signature and "tensor<3x64x160xbf16>" not in text
 
 

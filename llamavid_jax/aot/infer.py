@@ -9,6 +9,7 @@ All weights lie on the chips all the time: a program's peak counts those that it
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -23,8 +24,9 @@ from llamavid_jax.aot.topology import chip_of, describe, slice_mesh
 from llamavid_jax.checkpoint import parse_dtype
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import FRAME_CHUNK, bucket
-from llamavid_jax.generation.generate import decode_block, prefill
+from llamavid_jax.generation.generate import SMALLEST_LENGTH, DecodeState, answer_room, decode_block, prefill
 from llamavid_jax.generation.sampling import Sampling
+from llamavid_jax.models.kv_cache import AXES, KVCache
 from llamavid_jax.models.llama_vid import LlamaVid, compress_frames, encode_frames
 from llamavid_jax.sharding import activation_spec, flat_paths, param_shardings
 from llamavid_jax.training.flops import PARTS, flops_per_step
@@ -71,7 +73,7 @@ def check_inference(
     vision, text = config.vision_tower_config, config.text_config
     weights = dtype if config.quantization == "none" else f"{config.quantization} weights"
     named = ", ".join([name, weights, *(["int8 cache"] if kv_cache == "int8" else [])])
-    length, cache_length = bucket(tokens), max(bucket(tokens + new_tokens), bucket(tokens))
+    length = bucket(tokens)
 
     def flops(frames: int = 0, pairs: int = 0, rows: int = 0, row_tokens: int = 1) -> int:
         return flops_per_step(
@@ -94,16 +96,17 @@ def check_inference(
         sampling = Sampling(whole((), jnp.float32), whole(()), whole((), jnp.float32))
         row, visual = whole((1, length)), whole((1, length, text.hidden_size), kind)
         prefilled = prefill.lower(
-            graphdef, params, row, visual, row, whole((1,)), whole((), np.uint32), sampling,
-            cache_length=cache_length, greedy=True,
-        )  # fmt: skip
+            graphdef, params, row, visual, row, whole((1,)), whole((), np.uint32), sampling, greedy=True
+        )
 
         def as_prefilled(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            names = (None, "batch", None, "kv_heads", None)[: leaf.ndim if leaf.ndim > 3 else 0]
-            spec = activation_spec(leaf.shape, *names) if names else PartitionSpec()
+            spec = activation_spec(leaf.shape, *AXES[: leaf.ndim]) if leaf.ndim >= 4 else PartitionSpec()
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(chips, spec))
 
-        state = jax.tree.map(as_prefilled, prefilled.out_info)
+        token, keys, prompt = jax.tree.map(as_prefilled, prefilled.out_info)
+        room = jax.eval_shape(functools.partial(answer_room, slots=bucket(new_tokens, SMALLEST_LENGTH)), prompt)
+        cache = KVCache(prompt, jax.tree.map(as_prefilled, room), whole(()))
+        state = DecodeState(token, whole((1,)), whole((1,), jnp.bool_), cache, keys)
         return [
             report(
                 f"encode {FRAME_CHUNK} frames",

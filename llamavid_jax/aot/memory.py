@@ -2,9 +2,9 @@
 
     parameters of each part     in their type, cut over `tensor` as `sharding.py` cuts them
     visual tokens               of all frames
-    key-value cache             of the prompt and the answer, in buckets
+    key-value cache             of the prompt and of the answer, each in its bucket
     frames in flight            two chunks of pixels and features, and the largest arrays of one block of the tower
-    prompt in flight            prefill's cache before it has room for the answer, and the largest arrays of one layer
+    prompt in flight            the largest arrays of one layer
 
 Nothing is compiled, so that the compiler's own copies are not counted: `infer.py --compile-only` asks it.  For 7B in
 bfloat16 and an hour of video it says 19.4 GiB for prefill on one v6e chip (JAX 0.10.2), the plan 19.7 in all.
@@ -27,6 +27,7 @@ from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import FRAME_CHUNK, bucket
 from llamavid_jax.generation.encode import SMALLEST_TABLE
 from llamavid_jax.generation.generate import SMALLEST_LENGTH
+from llamavid_jax.models.kv_cache import AXES
 from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.sharding import MESH_AXES, flat_paths, param_shardings, partition_spec
 
@@ -101,11 +102,8 @@ def plan_memory(
 
     visual = frames * config.tokens_per_frame
     prompt = bucket(visual + TEXT_TOKENS, SMALLEST_LENGTH)
-    cache = max(bucket(visual + TEXT_TOKENS + new_tokens), prompt)
-
-    def cache_gib(length: int) -> float:
-        shape = (2 * text.num_hidden_layers, 1, length, text.num_key_value_heads, text.head_dim)
-        return gib(shape, (None, None, None, "kv_heads", None))
+    cached = prompt + bucket(new_tokens, SMALLEST_LENGTH)
+    cache = (2 * text.num_hidden_layers, 1, cached, text.num_key_value_heads, text.head_dim)
 
     chunk, seen, side = FRAME_CHUNK, 1 + vision.num_patches, vision.image_size
     in_flight = (
@@ -122,9 +120,9 @@ def plan_memory(
             for part, size in weights.items()
         ),
         Item(f"visual tokens: {visual}", kind.name, gib((table, text.hidden_size), (None, None))),
-        Item(f"key-value cache: {cache}", kind.name, cache_gib(cache)),
+        Item(f"key-value cache: {cached}", kind.name, gib(cache, AXES)),
         Item(f"frames in flight: {chunk}", kind.name, in_flight),
-        Item(f"prompt in flight: {prompt}", kind.name, layer + (cache_gib(prompt) if cache > prompt else 0.0)),
+        Item(f"prompt in flight: {prompt}", kind.name, layer),
     ]
     return MemoryPlan(name, devices, there, items)
 

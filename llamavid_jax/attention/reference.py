@@ -4,6 +4,9 @@ Scores and softmax are float32 whatever the inputs.  Long queries run in blocks,
 `[N, block, S]` at a time: three hours of video (21,600 tokens) would otherwise need 60 GB for one 7B layer.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -55,12 +58,9 @@ def _causal(start: jax.Array | int, queries: int, keys: int, segment_ids: jax.Ar
 
 
 def _attend(q, k, v, mask, dropout_rate, dropout_key):
-    *batch, length, heads, size = q.shape
-    kv_heads = k.shape[-2]
-    grouped = q.reshape(*batch, length, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("...tkgh,...skh->...kgts", grouped, k, preferred_element_type=jnp.float32) * size**-0.5
+    scores = _scores(q, k)
     if mask is not None:
-        mask = jnp.broadcast_to(mask, (*batch, heads, length, k.shape[-3]))
+        mask = jnp.broadcast_to(mask, (*q.shape[:-3], q.shape[-2], q.shape[-3], k.shape[-3]))
         scores = jnp.where(mask.reshape(scores.shape), scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if dropout_key is not None:
@@ -68,3 +68,30 @@ def _attend(q, k, v, mask, dropout_rate, dropout_key):
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
     out = jnp.einsum("...kgts,...skh->...tkgh", weights.astype(v.dtype), v)
     return out.reshape(q.shape)
+
+
+def cached_attention(
+    q: Float[Array, "B 1 N H"],
+    parts: Sequence[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K H"]]],
+    visible: Bool[Array, "B S"],
+) -> Float[Array, "B 1 N H"]:
+    """Attention of one position over keys and values that lie in several arrays, S positions together.
+
+    They are not put into one array: that would copy the cache in every step.
+    """
+    scores = jnp.concatenate([_scores(q, k) for k, _ in parts], axis=-1)
+    scores = jnp.where(visible[:, None, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    ends = itertools.accumulate(k.shape[1] for k, _ in parts[:-1])
+    weights = jnp.split(jax.nn.softmax(scores, axis=-1), list(ends), axis=-1)
+    out = sum(
+        jnp.einsum("bkgts,bskh->btkgh", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for w, (_, v) in zip(weights, parts, strict=True)
+    )
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """`[*B, K, N/K, T, S]` in float32, before the softmax."""
+    *batch, length, heads, size = q.shape
+    grouped = q.reshape(*batch, length, k.shape[-2], heads // k.shape[-2], size)
+    return jnp.einsum("...tkgh,...skh->...kgts", grouped, k, preferred_element_type=jnp.float32) * size**-0.5

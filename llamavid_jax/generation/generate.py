@@ -1,4 +1,4 @@
-"""Merged rows → new ids: one bucketed prefill, then a compiled decode loop over a preallocated cache.
+"""Merged rows → new ids: one bucketed prefill, then a compiled decode loop over its cache and room for the answer.
 
 The host looks at the ids after every block of decode steps, to stop rows at stop strings and to stream their text;
 within a block nothing leaves the device.  A row's greedy ids depend neither on its batch nor on its bucket.
@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from llamavid_jax.data.batching import TEXT, Row, bucket, pad_rows
 from llamavid_jax.generation.sampling import Sampling, next_tokens
-from llamavid_jax.models.kv_cache import KVCache
+from llamavid_jax.models.kv_cache import KeysValues, KVCache
 from llamavid_jax.models.llama_vid import LlamaVid
 
 BLOCK_STEPS = 16  # decode steps between two looks of the host
-SMALLEST_LENGTH = 64  # of prompts and caches
+SMALLEST_LENGTH = 64  # of prompts and of room for answers
 
 
 class DecodeState(NamedTuple):
@@ -33,7 +33,7 @@ class DecodeState(NamedTuple):
     keys: Key[Array, " B"]  # one a row
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("cache_length", "greedy"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames="greedy")
 def prefill(
     graphdef,
     params,
@@ -44,17 +44,18 @@ def prefill(
     seed: UInt32[Array, ""],
     sampling: Sampling,
     *,
-    cache_length: int,
     greedy: bool,
-) -> DecodeState:
-    """Runs the prompts and picks the first token of every row."""
+) -> tuple[Int[Array, " B"], Key[Array, " B"], KeysValues]:
+    """Runs the prompts: the first token of every row, its key, and what the cache holds of the prompts."""
     model: LlamaVid = nnx.merge(graphdef, params)
-    hidden, cache = model.llama.prefill(model.merge(token_ids, visual, visual_index), cache_length)
+    hidden, prompt = model.llama.prefill(model.merge(token_ids, visual, visual_index))
     rows = jnp.arange(len(lengths))
     logits = model.llama.logits(hidden[rows, lengths - 1])
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
-    token = next_tokens(logits, keys, lengths, sampling, greedy=greedy)
-    return DecodeState(token, lengths, jnp.zeros(len(lengths), bool), cache, keys)
+    return next_tokens(logits, keys, lengths, sampling, greedy=greedy), keys, prompt
+
+
+answer_room = jax.jit(KeysValues.room, static_argnames="slots")
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("greedy",), donate_argnames="state")
@@ -111,21 +112,21 @@ def generate(
     """
     lengths = np.array([len(row.token_ids) for row in rows], np.int32)
     batch, length = bucket(len(rows)), bucket(int(lengths.max()), SMALLEST_LENGTH)
-    cache_length = max(bucket(int(lengths.max()) + max_new_tokens, SMALLEST_LENGTH), length)
+    lengths = np.pad(lengths, (0, batch - len(rows)), constant_values=1)
     greedy = sampling.temperature == 0
-    state = prefill(
+    token, keys, prompt = prefill(
         graphdef,
         params,
         pad_rows([row.token_ids for row in rows], batch, length, 0),
         visual[None],
         pad_rows([row.visual_index for row in rows], batch, length, TEXT),
-        np.pad(lengths, (0, batch - len(rows)), constant_values=1),
+        lengths,
         np.uint32(seed),
         _as_arrays(sampling),
-        cache_length=cache_length,
         greedy=greedy,
     )
-    state = state._replace(done=jnp.arange(batch) >= len(rows))
+    cache = KVCache(prompt, answer_room(prompt, slots=bucket(max_new_tokens, SMALLEST_LENGTH)), jnp.int32(0))
+    state = DecodeState(token, jnp.asarray(lengths), jnp.arange(batch) >= len(rows), cache, keys)
     new: list[list[int]] = [[] for _ in rows]
     ended = np.zeros(len(rows), bool)
     for done in range(0, max_new_tokens, BLOCK_STEPS):

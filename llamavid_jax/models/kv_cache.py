@@ -1,18 +1,22 @@
-"""The key-value cache of decoding: `[L, B, S, K, H]`, allocated once and written in place.
+"""The key-value cache of decoding: what prefill made of the prompt, and room for the answer behind it.
 
-Of the kind "float" it holds keys and values in the type of products; of the kind "int8" whole numbers and one scale for
-each head of each position, half the memory; what it costs is measured in docs/quantization.md.
+    prompt   [L, B, T, K, H]   read only: no step copies it, and the compiler is free in how it lies on the chip
+    answer   [L, B, S, K, H]   one slot a step, the same in all rows, written in place
+
+Of the kind "float" both hold keys and values in the type of products; of the kind "int8" whole numbers and one scale
+for each head of each position, half the memory; what it costs is measured in docs/quantization.md.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from llamavid_jax.sharding import constrain
 
 KINDS = ("float", "int8")
+AXES = (None, "batch", None, "kv_heads", None)  # of an array of the cache; scales lack the last
 
 
 class Rounded(NamedTuple):
@@ -29,36 +33,51 @@ class Rounded(NamedTuple):
         return cls(jnp.round(whole / divisor[..., None]).clip(-127, 127).astype(jnp.int8), scale)
 
 
-class KVCache(NamedTuple):
-    """Keys and values of every layer; slot s of row b holds position s of that row; those beyond it are masked."""
+class KeysValues(NamedTuple):
+    """Of one layer, or of all."""
 
-    k: Float[Array, "L B S K H"] | Rounded
-    v: Float[Array, "L B S K H"] | Rounded
+    k: Float[Array, "*L B S K H"] | Rounded
+    v: Float[Array, "*L B S K H"] | Rounded
 
     @classmethod
-    def from_prefill(cls, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], length: int, kind: str) -> "KVCache":
-        """One layer's cache of `length` slots, whose first T hold what prefill computed; the layers are stacked."""
+    def of(cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], kind: str) -> "KeysValues":
+        """One layer's, as a cache of `kind` holds them; the layers of a prompt are stacked."""
+        made = cls(Rounded.of(k), Rounded.of(v)) if kind == "int8" else cls(k, v)
+        return jax.tree.map(lambda x: constrain(x, *AXES[1 : x.ndim + 1]), made)
 
-        def hold(x: jax.Array) -> jax.Array:
-            padded = jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-            return constrain(padded, *("batch", None, "kv_heads", None)[: x.ndim])
+    def room(self, slots: int) -> "KeysValues":
+        """Empty slots for an answer to this prompt."""
 
-        return jax.tree.map(hold, cls(Rounded.of(k), Rounded.of(v)) if kind == "int8" else cls(k, v))
+        def empty(x: jax.Array) -> jax.Array:
+            return constrain(jnp.zeros((*x.shape[:2], slots, *x.shape[3:]), x.dtype), *AXES[: x.ndim])
 
-    def write(
-        self, layer: int, positions: Int[Array, " B"], k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"]
-    ) -> "KVCache":
-        """Writes one position of every row in one layer."""
-        new = KVCache(k[:, 0], v[:, 0])
-        if isinstance(self.k, Rounded):
-            new = KVCache(*map(Rounded.of, new))
-        slots = layer, jnp.arange(len(positions)), positions
-        return jax.tree.map(lambda cache, x: cache.at[slots].set(x.astype(cache.dtype)), self, new)
+        return jax.tree.map(empty, self)
 
-    def read(self, layer: int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Keys and values of one layer."""
+    def layer(self, index: int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values in the type of products."""
         k, v = (
-            x.values[layer].astype(x.scale.dtype) * x.scale[layer][..., None] if isinstance(x, Rounded) else x[layer]
+            x.values[index].astype(x.scale.dtype) * x.scale[index][..., None] if isinstance(x, Rounded) else x[index]
             for x in self
         )
         return k, v
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer: row b's positions are those of its prompt, then the answer's slots."""
+
+    prompt: KeysValues
+    answer: KeysValues
+    written: Int[Array, ""]  # slots of the answer
+
+    def visible(self, positions: Int[Array, " B"]) -> Bool[Array, "B _"]:
+        """Of T + S: its prompt, without the padding behind it, and the answer up to the new position itself."""
+        prompt, answer = (jnp.arange(jax.tree.leaves(part)[0].shape[2]) for part in (self.prompt, self.answer))
+        own = prompt < (positions - self.written)[:, None]
+        return jnp.concatenate([own, jnp.broadcast_to(answer <= self.written, (len(own), len(answer)))], axis=1)
+
+    def write(self, layer: int, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"]) -> "KVCache":
+        """Writes the new position of every row in one layer."""
+        new = KeysValues.of(k, v, "int8" if isinstance(self.answer.k, Rounded) else "float")
+        slot = layer, slice(None), self.written
+        put = jax.tree.map(lambda room, x: room.at[slot].set(x[:, 0].astype(room.dtype)), self.answer, new)
+        return self._replace(answer=put)

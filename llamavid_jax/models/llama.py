@@ -14,9 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llamavid_jax.attention.attention import attention
+from llamavid_jax.attention.reference import cached_attention
 from llamavid_jax.config import LlamaConfig
 from llamavid_jax.models import stack
-from llamavid_jax.models.kv_cache import KVCache
+from llamavid_jax.models.kv_cache import KeysValues, KVCache
 from llamavid_jax.models.linear import Linear
 from llamavid_jax.models.rotary import rotary, rotate
 from llamavid_jax.sharding import constrain
@@ -110,11 +111,11 @@ class Llama(nnx.Module):
         return self._causal(x, segment_ids, positions)[0]
 
     @jax.named_scope("prefill")
-    def prefill(self, x: Float[Array, "B T D"], cache_length: int) -> tuple[Float[Array, "B T D"], KVCache]:
-        """`__call__` that also returns a cache of `cache_length` slots holding the T positions."""
-        return self._causal(x, None, None, cache_length)
+    def prefill(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """`__call__` that also returns the keys and values of all layers, for the cache."""
+        return self._causal(x, None, None, keep=True)
 
-    def _causal(self, x, segment_ids, positions, cache_length: int | None = None):
+    def _causal(self, x, segment_ids, positions, keep: bool = False):
         rotation = self.rotation(jnp.arange(x.shape[1])[None] if positions is None else positions)
 
         def apply(layer: Layer, x: jax.Array):
@@ -122,7 +123,7 @@ class Llama(nnx.Module):
 
             def attend(q, k, v):
                 nonlocal seen
-                seen = None if cache_length is None else KVCache.from_prefill(k, v, cache_length, self.kv_cache)
+                seen = KeysValues.of(k, v, self.kv_cache) if keep else None
                 return attention(q, k, v, causal=True, segment_ids=segment_ids)
 
             return layer(x, rotation, attend), seen
@@ -134,19 +135,17 @@ class Llama(nnx.Module):
     def decode(
         self, x: Float[Array, "B 1 D"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
-        """One new position of every row: row b's stands at `positions[b]` and sees the slots up to it."""
-        rotation = self.rotation(positions[:, None])
-        slots = jax.tree.leaves(cache)[0].shape[2]
-        visible = jnp.arange(slots)[None, :] <= positions[:, None]
+        """One new position of every row: row b's stands at `positions[b]`, behind what the cache holds of it."""
+        rotation, visible = self.rotation(positions[:, None]), cache.visible(positions)
         for index in range(self.config.num_hidden_layers):
 
             def attend(q, k, v, index=index):
                 nonlocal cache
-                cache = cache.write(index, positions, k, v)
-                return attention(q, *cache.read(index), mask=visible[:, None, None, :])
+                cache = cache.write(index, k, v)
+                return cached_attention(q, [cache.prompt.layer(index), cache.answer.layer(index)], visible)
 
             x = stack.layer(self.layers, index)(x, rotation, attend)
-        return self.norm(x), cache
+        return self.norm(x), cache._replace(written=cache.written + 1)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 scores of the vocabulary."""
