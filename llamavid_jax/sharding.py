@@ -102,11 +102,36 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     for size in shape:  # slices of TPUs, or hosts of GPUs, go over the outermost axes
         ways.append(math.gcd(size, len(slices) // math.prod(ways)))
     inner = [size // outer for size, outer in zip(shape, ways, strict=True)]
-    if len(slices) == 1:
+    tensor, sequence = shape[2:]
+    if len(slices) == 1 and tensor == 1 and (rings := closed_rings(used, sequence)) is not None:
+        grid = rings.reshape(shape)
+    elif len(slices) == 1:
         grid = create_device_mesh(shape, used, allow_split_physical_axes=True)
     else:
         grid = create_hybrid_device_mesh(inner, ways, used, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def closed_rings(devices: list[jax.Device], ways: int) -> np.ndarray | None:
+    """`[rings, ways]`: the chips of a flat TPU slice in rings of neighbours, there along a line and back along the next.
+
+    The links of v5e and v6e slices do not wrap around.  Along a straight line the last chip would send to the first
+    across all others, and for that the compiler of v5e stops other work.  None where there is nothing to close.
+    """
+    if ways < 4 or ways % 2 or any(device.platform != "tpu" or device.coords[2] for device in devices):
+        return None
+    sides = np.max([device.coords[:2] for device in devices], axis=0) + 1
+    if math.prod(sides) != len(devices):
+        return None
+    grid = np.empty(sides, object)
+    for device in devices:
+        grid[tuple(device.coords[:2])] = device
+    half = ways // 2
+    grid = grid if grid.shape[0] % 2 == 0 and grid.shape[1] % half == 0 else grid.T
+    if grid.shape[0] % 2 or grid.shape[1] % half:
+        return None
+    there, back = np.moveaxis(grid.reshape(grid.shape[0] // 2, 2, -1, half), 1, 0)
+    return np.concatenate([there, back[..., ::-1]], axis=-1).reshape(-1, ways)
 
 
 def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str | None, ...]]:

@@ -165,6 +165,15 @@ def test_collectives_of_a_tpu_program():
     assert found["collective-permute"] == Moved(1, 1, 400.0)
 
 
+def test_a_collective_that_reaches_into_a_loop_counts_once():
+    """Its second piece runs 32 times, its first once."""
+    piece = "  %fusion.1 = bf16[64,64]{1,0:T(8,128)(2,1)} fusion(%x), kind=kOutput, calls=%async_collective_fusion.1\n"
+    body, entry = TPU_TEXT.replace("calls=%async_collective_fusion.1,", "calls=%other,").split("ENTRY")
+    body += "%other (p0: bf16[16,64]) -> bf16[16,64] {\n  ROOT %p0 = bf16[16,64]{1,0} parameter(0)\n}\n\n"
+    found = collectives(f"{body}ENTRY{entry.replace('  ROOT', piece + '  ROOT')}")
+    assert found["all-gather"] == Moved(1, 1, 64 * 64 * 2 * 3 / 4)
+
+
 def test_what_crosses_from_slice_to_slice():
     """Devices 0-3 and 4-7: the reduction over 0, 2, 4, 6 crosses, the exchange within each half does not."""
     found = collectives(TPU_TEXT, slice_devices=4)

@@ -1,6 +1,7 @@
 """The sharding table against the parameters, and eight devices against one."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +17,15 @@ from llamavid_jax.config import (
 )
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.models.llama_vid import abstract_params
-from llamavid_jax.sharding import ShardingError, flat_paths, make_mesh, param_axes, param_shardings, parse_mesh
+from llamavid_jax.sharding import (
+    ShardingError,
+    closed_rings,
+    flat_paths,
+    make_mesh,
+    param_axes,
+    param_shardings,
+    parse_mesh,
+)
 
 pytestmark = pytest.mark.sharding
 BAR = 1e-5  # relative error of logits on eight devices against one
@@ -169,6 +178,26 @@ def slices_along(sizes: dict[str, int], chips: int = 8) -> np.ndarray:
         patch.setattr(jax, "devices", lambda: [Chip(number) for number in range(chips)])
         mesh = make_mesh(**sizes)
     return np.vectorize(lambda chip: chip.slice_index)(mesh.devices).reshape(-1, mesh.devices.shape[-2])
+
+
+@pytest.mark.parametrize(
+    ("sides", "ways"), [((8, 8), 8), ((4, 8), 4), ((2, 4), 8), ((4, 2), 8), ((8, 2), 4), ((4, 3), 6)]
+)
+def test_rings_on_a_flat_slice_are_closed(sides, ways):
+    """From each chip to the next, and from the last to the first, is one link."""
+    chips = [SimpleNamespace(platform="tpu", coords=[x, y, 0]) for y in range(sides[1]) for x in range(sides[0])]
+    rings = closed_rings(chips, ways)
+    places = np.array([[chip.coords for chip in ring] for ring in rings])
+    assert places.shape == (len(chips) // ways, ways, 3)
+    assert np.all(np.abs(places - np.roll(places, 1, axis=1)).sum(-1) == 1)
+    assert len(np.unique(places.reshape(-1, 3), axis=0)) == len(chips)
+
+
+def test_other_devices_have_no_rings_to_close():
+    chips = [SimpleNamespace(platform="tpu", coords=[x, y, z]) for z in range(2) for y in range(2) for x in range(2)]
+    flat = [SimpleNamespace(platform="tpu", coords=[x, y, 0]) for y in range(3) for x in range(4)]
+    for devices, ways in ((chips, 4), (jax.devices(), 4), (flat, 2), (flat, 3), (flat, 8), (flat * 2, 4)):
+        assert closed_rings(devices, ways) is None
 
 
 def test_meshes_over_several_slices():

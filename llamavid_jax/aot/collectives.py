@@ -6,7 +6,8 @@
 
 What goes from slice to slice stands as a `recv` from the runtime of the network between them, of what comes out of it.
 Loops count as often as they run: their trip count stands in their condition.  The TPU compiler cuts an asynchronous
-collective into pieces, which it puts into the fusions that run beside it, all with one channel: they count once.
+collective into pieces, which it puts into the fusions that run beside it, all with one channel: they count once, also
+where some of them are in a loop that the others are not in.
 """
 
 import dataclasses
@@ -42,15 +43,16 @@ def collectives(text: str, slice_devices: int | None = None) -> dict[str, Moved]
     `slice_devices` is the number of devices of a slice, where there are several.
     """
     computations, entry = _computations(text)
-    moved = defaultdict(Moved)
-    for name, times in _contexts(computations, entry):
-        found: dict[str, list[tuple[str, float, bool, bool]]] = defaultdict(list)
+    found: dict[tuple, list[tuple[str, int, float, bool, bool]]] = defaultdict(list)
+    for context, (name, times) in enumerate(_contexts(computations, entry)):
         for inner in _inlined(computations, name):
             for own_name, output, opcode, rest in computations[inner]:
                 kind = opcode.removesuffix("-start")
                 if opcode == "recv" and (transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)):
                     size = _bytes(*_ARRAY.search(output).groups())
-                    found[f"{inner} {own_name}"].append((transfer[1].lower().replace("_", "-"), size, True, True))
+                    kind = transfer[1].lower().replace("_", "-")
+                    found[context, inner, own_name].append((kind, times, size, True, True))
+                    continue
                 if kind not in KINDS:
                     continue
                 if kind == "all-reduce" and inner.startswith("all-reduce-scatter"):
@@ -58,15 +60,16 @@ def collectives(text: str, slice_devices: int | None = None) -> dict[str, Moved]
                 pieces_of = re.search(r"channel_id=(\d+)", rest) if "chain_id=" in rest else None
                 is_async = opcode.endswith("-start") or "chain_id=" in rest or "async_collective_name=" in rest
                 size, between = _received(kind, opcode, output, rest, slice_devices)
-                place = f"{kind} {pieces_of[1]}" if pieces_of else f"{inner} {own_name}"
-                found[place].append((kind, size, is_async, between))
-        for pieces in found.values():
-            kind, size, _, between = pieces[0]
-            total = moved[kind]
-            total.count += times
-            total.asynchronous += times * any(piece[2] for piece in pieces)
-            total.bytes += times * size
-            total.bytes_between_slices += times * size * between
+                place = (kind, pieces_of[1]) if pieces_of else (context, inner, own_name)
+                found[place].append((kind, times, size, is_async, between))
+    moved = defaultdict(Moved)
+    for pieces in found.values():
+        kind, times, size, _, between = min(pieces, key=lambda piece: piece[1])
+        total = moved[kind]
+        total.count += times
+        total.asynchronous += times * any(is_async for *_, is_async, _ in pieces)
+        total.bytes += times * size
+        total.bytes_between_slices += times * size * between
     return dict(sorted(moved.items()))
 
 
