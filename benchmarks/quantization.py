@@ -37,6 +37,7 @@ from llamavid_jax.errors import InputError
 from llamavid_jax.generation.request import read_request
 from llamavid_jax.models.kv_cache import KVCache
 from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
+from llamavid_jax.quantize import quantize_linear
 from llamavid_jax.sharding import flat_paths
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -85,10 +86,11 @@ def load(folder: Path, variant: Variant) -> LLaMAVIDLlavaForConditionalGeneratio
         folder, dtype=variant.dtype, quantize=variant.quantize, kv_cache=variant.kv_cache
     )
     if variant.vision:
-        from llamavid_jax.quantize import quantize_vision
-
         whole = nnx.merge(model.graphdef, model.params)
-        quantize_vision(whole.vision, variant.vision)
+        for part, names in (("attn", ("qkv", "out")), ("mlp", ("fc1", "fc2"))):
+            for name in names:
+                linear = getattr(getattr(whole.vision.blocks, part), name)
+                quantize_linear(linear, f"vision.blocks.{part}.{name}", variant.vision)
         model.graphdef, model.params = nnx.split(whole, nnx.Param)
     return model
 

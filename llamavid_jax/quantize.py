@@ -24,7 +24,6 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from llamavid_jax.config import ConfigError
 from llamavid_jax.lora import TARGETS, linears
-from llamavid_jax.models.eva_vit import EvaViT
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.param_axes import PARAM_AXES, in_blocks, input_axes
 from llamavid_jax.sharding import constrain
@@ -43,13 +42,6 @@ def quantize_base(model: LlamaVid, kind: str) -> None:
         raise ConfigError(f"the kind of quantisation is {kind!r}; use one of {', '.join(KINDS)}")
     for path, linear in linears(model.llama.layers):
         quantize_linear(linear, f"llama.layers.{path}", kind)
-
-
-def quantize_vision(vision: EvaViT, kind: str) -> None:
-    """The same for the vision tower: what it would cost and save is measured in docs/quantization.md."""
-    for part, names in (("attn", ("qkv", "out")), ("mlp", ("fc1", "fc2"))):
-        for name in names:
-            quantize_linear(getattr(getattr(vision.blocks, part), name), f"vision.blocks.{part}.{name}", kind)
 
 
 def quantize_linear(linear: nnx.LinearGeneral | nnx.Linear, path: str, kind: str) -> None:

@@ -112,8 +112,8 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=types)
 
 
-def closed_rings(devices: list[jax.Device], ways: int) -> np.ndarray | None:
-    """`[rings, ways]`: the chips of a flat TPU slice in rings of neighbours, there along a line and back along the next.
+def closed_rings(devices: list, ways: int) -> np.ndarray | None:
+    """`[rings, ways]`: the chips of a flat TPU slice in rings of neighbours, out along a line, back along the next.
 
     The links of v5e and v6e slices do not wrap around.  Along a straight line the last chip would send to the first
     across all others, and for that the compiler of v5e stops other work.  None where there is nothing to close.
