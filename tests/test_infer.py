@@ -176,6 +176,17 @@ def test_bad_input(checkpoint, picture, message, capsys):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("option", ["--video", "--image"])
+def test_a_file_that_cannot_be_used_is_known_before_the_weights_are_read(checkpoint, tmp_path, capsys, option):
+    """Loading 7B takes minutes; here it could not even begin."""
+    (tmp_path / "sound.bin").write_bytes(b"no pixels")
+    for path in Path(checkpoint).iterdir():
+        if path.name != "weights":
+            (tmp_path / path.name).symlink_to(path)
+    assert infer.main(["--model", str(tmp_path), "--question", "a", option, str(tmp_path / "sound.bin")]) == 2
+    assert "sound.bin is not a" in capsys.readouterr().err
+
+
 def test_a_checkpoint_without_tokenizer(checkpoint, tmp_path, capsys):
     for path in Path(checkpoint).iterdir():
         if not path.name.startswith("tokenizer"):
