@@ -244,6 +244,7 @@ TOGETHER = ["--coordinator", "localhost:7654", "--processes", "2", "--process"]
         (["--config", "FILE", "--coordinator", "localhost", *TOGETHER[2:], "0"], "is 'localhost'; give HOST:PORT"),
         (["--config", "FILE", "--coordinator", "localhost:x", *TOGETHER[2:], "0"], "is 'localhost:x'; give HOST:PORT"),
         (["--config", "FILE", *TOGETHER, "2"], "--process is 2 of --processes 2; count them from 0"),
+        (["--config", "FILE", "--distributed"], "this process does not find the others"),
         (["--config", "FILE", "--topology", "v5e:8x8"], "go with --compile-only, or this would train"),
         (["--config", "FILE", "--features"], "go with --compile-only, or this would train"),
         (["--config", "FILE", "--compile-only"], "give --topology"),
