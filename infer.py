@@ -58,6 +58,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.compile_only != bool(options.topology):
         parser.error("--compile-only and --topology go together, such as --compile-only --topology v5e:1x1")
+    if options.tokens < 1:
+        parser.error(f"--tokens is {options.tokens}; give the length of the prompt, such as 7400")
+    # said now, not after minutes of loading
+    options.settings = Settings(
+        options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.stop
+    )
     if options.compile_only:
         return options
     options.question = (options.question or "").strip()
@@ -67,10 +73,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--stream and --json exclude each other; give one of them")
     if not 0 < options.fps < math.inf:
         parser.error(f"--fps is {options.fps}; give a number above 0, such as 1")
-    # said now, not after minutes of loading
-    options.settings = Settings(
-        options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.stop
-    )
     return options
 
 

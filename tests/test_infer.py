@@ -161,6 +161,8 @@ BAD = {
     ],
     "top_p is 2.0": ["--model", "DIR", "--question", "a", "--top-p", "2"],
     "max_new_tokens is 0": ["--model", "DIR", "--question", "a", "--max-new-tokens", "0"],
+    "--tokens is -5; give the length": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--tokens", "-5"],
+    "max_new_tokens is -1": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--max-new-tokens", "-1"],
     "127.0.0.1:9": ["--model", "DIR", "--question", "a", "--video", "http://127.0.0.1:9/a.mp4"],
 }
 

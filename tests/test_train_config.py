@@ -248,6 +248,7 @@ TOGETHER = ["--coordinator", "localhost:7654", "--processes", "2", "--process"]
         (["--config", "FILE", "--topology", "v5e:8x8"], "go with --compile-only, or this would train"),
         (["--config", "FILE", "--features"], "go with --compile-only, or this would train"),
         (["--config", "FILE", "--compile-only"], "give --topology"),
+        (["--config", "FILE", "--compile-only", "--topology", "v5e:8x8", "--num-slices", "0"], "--num-slices is 0"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, says, capsys):

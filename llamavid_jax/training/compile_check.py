@@ -35,6 +35,8 @@ def check(config: "TrainConfig", options: argparse.Namespace, mesh: str = "") ->
 
     if not options.topology:
         raise InputError("there is no slice to compile for; give --topology, such as v5e:8x8")
+    if options.num_slices < 1:
+        raise InputError(f"--num-slices is {options.num_slices}; give how many slices run together, 1 or more")
     if getattr(options, "plan", False):
         reports = plan(config, options.topology, options.num_slices, options.features, options.config)
         return show(reports) if any(report.fits for report in reports) else 1
