@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step; from there on the run saves and stops
+        return 130
 
 
 if __name__ == "__main__":

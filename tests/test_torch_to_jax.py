@@ -147,6 +147,15 @@ def test_bad_checkpoints(tmp_path, capsys, case):
     assert os.listdir(tmp_path) == ["source"]
 
 
+def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch_to_jax, "write_weights", interrupted)
+    assert torch_to_jax.main([str(ORIGINAL), str(tmp_path / "out")]) == 130
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
+
+
 def test_wrong_arguments(tmp_path, capsys):
     """Of the command line, not of the checkpoint: one line as well."""
     empty = tmp_path / "empty"
