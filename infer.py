@@ -23,14 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llamavid_jax.data.conversation import IMAGE, TEMPLATES, prompt, template_named
 from llamavid_jax.data.media import local_file
+from llamavid_jax.data.records import count_frames
 from llamavid_jax.data.tokenize import encode_with_images
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser
 from llamavid_jax.generation.request import Settings
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -62,6 +58,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.compile_only != bool(options.topology):
         parser.error("--compile-only and --topology go together, such as --compile-only --topology v5e:1x1")
+    if options.tokens < 1:
+        parser.error(f"--tokens is {options.tokens}; give the length of the prompt, such as 7400")
+    # said now, not after minutes of loading
+    options.settings = Settings(
+        options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.stop
+    )
     if options.compile_only:
         return options
     options.question = (options.question or "").strip()
@@ -71,10 +73,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--stream and --json exclude each other; give one of them")
     if not 0 < options.fps < math.inf:
         parser.error(f"--fps is {options.fps}; give a number above 0, such as 1")
-    # said now, not after minutes of loading
-    options.settings = Settings(
-        options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.stop
-    )
     return options
 
 
@@ -101,10 +99,8 @@ class Session:
         from llamavid_jax.sharding import make_mesh, parse_mesh
 
         self.options, self.console = options, console
-        for source in [*options.image, *options.video]:  # before minutes of loading
-            if "://" not in source and not source.startswith("data:"):
-                local_file(source)
         self.images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
+        self._look_at_files()  # before minutes of loading
         mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
         with console.status(f"loading {options.model}"):
             self.model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
@@ -117,6 +113,17 @@ class Session:
         self.frames = 0
         self.expected: dict[int, float] = {}  # seconds of each video that has begun
         self.load_seconds = time.perf_counter() - start
+
+    def _look_at_files(self) -> None:
+        """Raises MediaError for a file that is no picture, or no video that can be sampled; URLs are read later."""
+        for sources, look in (
+            (self.options.image, self.images.image_pixels),
+            (self.options.video, lambda video: count_frames(video, "video", self.options.fps)),
+        ):
+            for source in sources:
+                if "://" not in source and not source.startswith("data:"):
+                    local_file(source)
+                    look(source)
 
     @property
     def can_go_on(self) -> bool:

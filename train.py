@@ -12,12 +12,12 @@ import sys
 
 from rich.console import Console
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser
 from llamavid_jax.training import compile_check
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Trains LLaMA-VID, a stage at a time.", allow_abbrev=False)
+    parser = Parser(description="Trains LLaMA-VID, a stage at a time.", allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="one of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="put over the file")
     parser.add_argument("--profile", action="store_true", help="write a trace of three steps to OUTPUT/profile")
@@ -31,13 +31,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     together = (options.coordinator, options.processes, options.process)
     if any(value is not None for value in together) and None in together:
         parser.error("--coordinator, --processes and --process go together; give all three")
+    if options.coordinator is not None:
+        host, _, port = options.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            parser.error(f"--coordinator is {options.coordinator!r}; give HOST:PORT, such as localhost:7654")
+        if not 0 <= options.process < options.processes:
+            parser.error(f"--process is {options.process} of --processes {options.processes}; count them from 0")
+    if not options.compile_only and (options.topology or options.quick or options.features or options.num_slices != 1):
+        parser.error("--topology, --num-slices, --quick and --features go with --compile-only, or this would train")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
+        options = parse_arguments(arguments)
         from llamavid_jax.training.config import read_config
 
         config = read_config(options.config, options.overrides)
@@ -46,13 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
         import jax
 
         if options.coordinator or options.distributed:
-            jax.distributed.initialize(options.coordinator, options.processes, options.process)
+            try:
+                jax.distributed.initialize(options.coordinator, options.processes, options.process)
+            except (RuntimeError, ValueError) as error:
+                raise InputError(
+                    f"this process does not find the others ({error}); --distributed is for TPU pods and clusters that "
+                    "JAX knows, elsewhere give --coordinator, --processes and --process"
+                ) from None
         from llamavid_jax.training.loop import train
 
         return train(config, console, profile=options.profile)
     except InputError as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step; from there on the run saves and stops
+        return 130
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ printed for each output: relative error ‖a − b‖ / ‖b‖, tolerance, verd
 nothing was compared.  Everything runs in float32 at the highest matmul precision.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -21,7 +20,7 @@ from rich.table import Table
 from conversion.read_torch import CheckpointError
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser
 
 TOLERANCES = {"vision_features": 1e-5, "tokens": 1e-5, "logits": 5e-5, "loss": 1e-5, "greedy": 0.0}
 
@@ -166,11 +165,11 @@ def read_expected(file: Path) -> dict[str, np.ndarray]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m conversion.check", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m conversion.check", description=__doc__.split("\n\n")[0])
     parser.add_argument("directory", metavar="DIR", type=Path, help="a converted checkpoint")
     parser.add_argument("--expected", metavar="FILE", type=Path, required=True, help="recorded outputs (.npz)")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         expected = read_expected(options.expected)
         model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.directory, dtype="float32")
         rows = check_case(model, expected)

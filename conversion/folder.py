@@ -31,7 +31,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
     if not out.absolute().parent.is_dir():
         raise CheckpointError(f"{out.absolute().parent} does not exist; make it first")
     partial = out.absolute().with_name(f"{out.absolute().name}.partial-{os.getpid()}")
-    partial.mkdir()
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be made ({error.strerror}); give a folder that can") from None
     try:
         yield partial
         os.rename(partial, out.absolute())

@@ -7,7 +7,6 @@ documented layout usually has rows for `<image>` and padding; they are neither a
 `.bin` file, or one tensor of a safetensors file.
 """
 
-import argparse
 import json
 import logging
 import shutil
@@ -28,7 +27,7 @@ from conversion.torch_config import documented_config, original_config
 from conversion.transforms import Weight, to_torch
 from conversion.weight_table import weight_table
 from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser
 
 SHARD_BYTES = {"original": 1 << 30, "documented": 5 << 30}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -169,18 +168,20 @@ def _write_json(file: Path, values: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m conversion.jax_to_torch", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m conversion.jax_to_torch", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", metavar="DIR", type=Path, help="a converted checkpoint")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     parser.add_argument("--layout", choices=tuple(SHARD_BYTES), required=True)
     parser.add_argument("--max-shard-bytes", metavar="N", type=int, help="size of one weight file (1 or 5 GiB)")
-    options = parser.parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
     try:
+        options = parser.parse_args(arguments)
         convert(options.source, options.out, layout=options.layout, max_shard_bytes=options.max_shard_bytes)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -7,7 +7,6 @@ added to the kernels in float32, in BASE's types, and with the full modules in p
 weight at a time.
 """
 
-import argparse
 import logging
 import shutil
 import sys
@@ -23,7 +22,7 @@ from conversion.transforms import Weight, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.checkpoint import WEIGHTS
 from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser
 from llamavid_jax.lora import LoraConfig
 from llamavid_jax.peft_adapter import check_tensors, peft_tensors, read_peft_config, read_values
 
@@ -117,17 +116,19 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m conversion.merge_lora", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m conversion.merge_lora", description=__doc__.split("\n\n")[0])
     parser.add_argument("base", metavar="BASE", type=Path, help="a converted checkpoint")
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder of a LoRA adapter")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
-    options = parser.parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
     try:
+        options = parser.parse_args(arguments)
         merge(options.base, options.adapter, options.out)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from conversion.stored_tensor import CheckpointError
-from llamavid_jax.checkpoint import nest
+from llamavid_jax.checkpoint import first_line, nest
 
 CHUNK_BYTES = 32 << 20
 GATHER_BYTES = 4 << 20
@@ -34,7 +34,8 @@ def create(
     for path, shape in shapes.items():
         metadata = json.loads((directory / path / ".zarray").read_text(encoding="utf-8"))
         metadata |= {"shape": shape, "chunks": chunk_shape(shape, dtypes[path].itemsize, path in stacked)}
-        spec = {"driver": "zarr", "kvstore": f"file://{directory.absolute()}/{path}/", "metadata": metadata}
+        store = {"driver": "file", "path": f"{directory.resolve()}/{path}/"}
+        spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
         tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
@@ -57,7 +58,7 @@ class Arrays:
         if not metadata.is_file():
             raise CheckpointError(f"{directory} is not an Orbax checkpoint (no _METADATA); convert the weights first")
         values = json.loads(metadata.read_text(encoding="utf-8"))
-        self.directory = directory.absolute()
+        self.directory = directory.resolve()
         self.driver = "zarr3" if values.get("use_zarr3") else "zarr"
         self.ocdbt = (directory / "manifest.ocdbt").is_file()
         keys = (entry["key_metadata"] for entry in values["tree_metadata"].values())
@@ -67,8 +68,9 @@ class Arrays:
 
     def __getitem__(self, path: str) -> tensorstore.TensorStore:
         if path not in self._opened:
-            base = f"file://{self.directory}/"
-            store = {"driver": "ocdbt", "base": base, "path": path + "/"} if self.ocdbt else f"{base}{path}/"
+            # not as a URL: names may hold # and %
+            store = {"driver": "file", "path": f"{self.directory}/" + ("" if self.ocdbt else f"{path}/")}
+            store = {"driver": "ocdbt", "base": store, "path": f"{path}/"} if self.ocdbt else store
             self._opened[path] = tensorstore.open({"driver": self.driver, "kvstore": store}, open=True).result()
         return self._opened[path]
 
@@ -86,4 +88,8 @@ class Arrays:
         array.write(value, can_reference_source_data_indefinitely=True).result()
 
     def read(self, path: str, index: int | None) -> np.ndarray:
-        return (self[path] if index is None else self[path][index]).read().result()
+        """Raises CheckpointError where the files are damaged."""
+        try:
+            return (self[path] if index is None else self[path][index]).read().result()
+        except ValueError as error:
+            raise CheckpointError(f"{self.directory} is damaged ({first_line(error)}); convert again") from None

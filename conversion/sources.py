@@ -84,8 +84,16 @@ def model_config(checkpoint: Path, config_file: Path | None, image_size: int | N
     elif values.get("model_type") == "llama" and "mm_vision_tower" not in values:
         text_config = llama_config(values, str(own))
         config = dataclasses.replace(given or LLaMAVIDLlavaConfig(), text_config=text_config)
+    elif given:
+        config = given
     else:
-        config = given or LLaMAVIDLlavaConfig.from_pretrained(checkpoint if checkpoint.is_dir() else checkpoint.parent)
+        home = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        if not (home / "config.json").is_file():
+            raise CheckpointError(
+                f"{home / 'config.json'}, which belongs to the weights, does not exist; download it too, or give the "
+                "sizes with --config"
+            )
+        config = LLaMAVIDLlavaConfig.from_pretrained(home)
     if image_size is not None:
         vision = dataclasses.replace(config.vision_tower_config, image_size=image_size)
         config = dataclasses.replace(config, vision_tower_config=vision)

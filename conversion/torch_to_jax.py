@@ -6,7 +6,6 @@ tokenizers and the image settings: all that `from_pretrained` needs.  Weights st
 tensor at a time.
 """
 
-import argparse
 import dataclasses
 import logging
 import math
@@ -32,7 +31,7 @@ from conversion.read_torch import CheckpointError
 from conversion.sources import Source, Tensor, model_config, open_sources
 from conversion.transforms import Weight, resize_positions, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser
 from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.quantize import KERNELS, quantize_kernels
 from llamavid_jax.sharding import flat_paths
@@ -259,7 +258,7 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m conversion.torch_to_jax", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m conversion.torch_to_jax", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", metavar="SRC", type=Path, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="stored type (keep: bit-exact)")
@@ -274,14 +273,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--image-size", metavar="N", type=int, help="resize the position table to N pixels, such as 336"
     )
     parser.add_argument("--init-missing", metavar="SEED", type=int, help="random values for weights that no file holds")
-    options = vars(parser.parse_args(arguments))
-    options["config_file"] = options.pop("config")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
     try:
+        options = vars(parser.parse_args(arguments))
+        options["config_file"] = options.pop("config")
         convert(options.pop("source"), options.pop("out"), **options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

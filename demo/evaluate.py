@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
 from llamavid_jax.data.conversation import IMAGE, prompt, template_named
+from llamavid_jax.data.records import JsonRows
 from llamavid_jax.data.tokenize import encode_with_images
 from llamavid_jax.errors import InputError
 
@@ -62,9 +63,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="records answered together")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    records = list(JsonRows(arguments.data))[: arguments.limit]
+    if not all("types" in record for record in records):
+        raise InputError(f"{arguments.data} does not say of what type questions are; give a *_test.json of make_data")
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(arguments.model, dtype="float32")
     processor = LLaMAVIDLlavaProcessor.from_pretrained(arguments.model)
-    records = json.loads(arguments.data.read_text())[: arguments.limit]
     right, wrong = collections.defaultdict(list), []
     for record, kind, question, truth, answer in answers(
         model, processor, records, arguments.data.parent, arguments.batch
@@ -84,4 +87,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -7,11 +7,13 @@ whatever is asked, so surely that no gradient is left to learn anything else; so
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from flax import nnx
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.errors import InputError
 
 
 def main() -> None:
@@ -30,4 +32,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -31,6 +31,11 @@ def parse_dtype(name: Any) -> jnp.dtype:
     return jnp.dtype(text)
 
 
+def weights_folder(directory: str | Path) -> Path:
+    """Its full path, without the `..` that TensorStore does not take."""
+    return Path(directory).resolve() / WEIGHTS
+
+
 def save_weights(directory: str | Path, params: dict[str, Any]) -> None:
     """Writes `directory/weights`; Orbax writes aside and renames, so that it is whole or absent."""
     try:
@@ -38,7 +43,7 @@ def save_weights(directory: str | Path, params: dict[str, Any]) -> None:
     except OSError as error:
         raise WeightsError(f"{directory} cannot be made ({error.strerror}); give a folder, not a file") from None
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(directory).absolute() / WEIGHTS, string_keys(params), force=True)
+        checkpointer.save(weights_folder(directory), string_keys(params), force=True)
 
 
 def load_weights(
@@ -55,7 +60,7 @@ def load_weights(
     few bits reach the devices.
     Raises WeightsError when the weights are missing, damaged, or not those of `config`.
     """
-    path = Path(directory).absolute() / WEIGHTS
+    path = weights_folder(directory)
     if not path.is_dir():
         raise WeightsError(
             f"{path} does not exist: {directory} is not a converted checkpoint; "
@@ -125,7 +130,7 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
 
     Raises WeightsError for a folder without such a part, and for parameters that `onto` lacks or has in other shapes.
     """
-    path = Path(directory).absolute() / WEIGHTS
+    path = weights_folder(directory)
     if not path.is_dir():
         raise WeightsError(f"{path} does not exist; give the `adapter` folder of a training run")
     with ocp.StandardCheckpointer() as checkpointer:

@@ -125,9 +125,9 @@ class LLaMAVIDLlavaForConditionalGeneration:
         """
         config = LLaMAVIDLlavaConfig.from_pretrained(directory)
         config = config if quantize is None else config.quantized(quantize)
-        params = load_weights(directory, config, dtype, mesh)
         tokenizer, qformer_tokenizer = load_tokenizers(directory)
         check_tokenizers(config, tokenizer, qformer_tokenizer, directory)
+        params = load_weights(directory, config, dtype, mesh)
         tokenizers = {"tokenizer": tokenizer, "qformer_tokenizer": qformer_tokenizer}
         return cls(config, params, dtype=dtype, mesh=mesh, kv_cache=kv_cache, **tokenizers)
 

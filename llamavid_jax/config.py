@@ -269,7 +269,7 @@ class LLaMAVIDLlavaConfig:
             raise ConfigError(f"the checkpoint is {directory!r}; give the path of its folder") from None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{str(path)!r} is not readable JSON: {error}") from None
@@ -307,6 +307,8 @@ class LLaMAVIDLlavaConfig:
         """Reads one of `configs/models/*.yaml`: this class's own field names, every unknown key an error."""
         try:
             return strict(cls, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}, "")
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist; the models are in configs/models/") from None
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ConfigError is a ValueError
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
 

@@ -132,7 +132,7 @@ class LLaMAVIDLlavaImageProcessor:
         path = Path(directory) / FILE_NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not readable JSON: {error}") from None

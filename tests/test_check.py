@@ -55,6 +55,8 @@ def test_bad_arguments(converted, tmp_path, capsys):
         assert check.main([str(directory), "--expected", str(tmp_path / file)]) == 2
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and "\n" not in error
+    assert check.main([str(converted)]) == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: --expected\n"
 
 
 def test_compare():

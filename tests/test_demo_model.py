@@ -1,6 +1,8 @@
 """The shipped model: its size, what it answers about held-out clips, and the picture of `make demo`."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,23 @@ def test_held_out_clips(shipped, tmp_path):
     movie = sample(("long_test", 100_000), tmp_path, seed=1)
     asked = {kind: (truth, answer) for _, kind, _, truth, answer in answers(*shipped, [movie], tmp_path, batch=1)}
     assert asked["colour"][0] == asked["colour"][1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["evaluate", str(DEMO / "model"), "no.json"], "no.json does not exist"),
+        (["evaluate", str(DEMO / "model"), "chat.json"], "chat.json does not say of what type questions are"),
+        (["fresh_qformer", "nowhere", "out"], "nowhere/config.json does not exist"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, arguments, says):
+    (tmp_path / "chat.json").write_text('[{"id": 1, "conversations": []}]')
+    (tmp_path / "demo").symlink_to(DEMO)
+    (tmp_path / "llamavid_jax").symlink_to(DEMO.parent / "llamavid_jax")
+    command = [sys.executable, "-m", f"demo.{arguments[0]}", *arguments[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_the_demo_answers_and_draws(tmp_path, capsys):

@@ -161,6 +161,8 @@ BAD = {
     ],
     "top_p is 2.0": ["--model", "DIR", "--question", "a", "--top-p", "2"],
     "max_new_tokens is 0": ["--model", "DIR", "--question", "a", "--max-new-tokens", "0"],
+    "--tokens is -5; give the length": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--tokens", "-5"],
+    "max_new_tokens is -1": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--max-new-tokens", "-1"],
     "127.0.0.1:9": ["--model", "DIR", "--question", "a", "--video", "http://127.0.0.1:9/a.mp4"],
 }
 
@@ -174,6 +176,17 @@ def test_bad_input(checkpoint, picture, message, capsys):
     line = err.strip().splitlines()[-1]
     assert out == "" and line.startswith("infer.py: ") and message in line
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("option", ["--video", "--image"])
+def test_a_file_that_cannot_be_used_is_known_before_the_weights_are_read(checkpoint, tmp_path, capsys, option):
+    """Loading 7B takes minutes; here it could not even begin."""
+    (tmp_path / "sound.bin").write_bytes(b"no pixels")
+    for path in Path(checkpoint).iterdir():
+        if path.name != "weights":
+            (tmp_path / path.name).symlink_to(path)
+    assert infer.main(["--model", str(tmp_path), "--question", "a", option, str(tmp_path / "sound.bin")]) == 2
+    assert "sound.bin is not a" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_tokenizer(checkpoint, tmp_path, capsys):

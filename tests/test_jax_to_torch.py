@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -106,6 +108,29 @@ def test_configurations_mean_the_same(form):
     for compress_type in ("none", "mean", "grid:2"):
         config = dataclasses.replace(CONFIG, text_config=text, compress_type=compress_type, **changes)
         assert LLaMAVIDLlavaConfig.from_dict(json.loads(json.dumps(form(config)))) == config
+
+
+def test_any_name_of_a_folder(tmp_path, monkeypatch):
+    """What stands for something in URLs, and `..`, which TensorStore refuses in a path."""
+    odd = tmp_path / "a #1 %41?"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    convert(ORIGINAL, odd / "jax")
+    assert_bit_equal(back(odd / "jax", odd / "back", "original"), state_dict())
+    parent = Path("..") / odd.name
+    params = load_weights(parent / "jax", CONFIG)
+    save_weights(parent / "again", params)
+    jax.tree.map(np.testing.assert_array_equal, load_weights(parent / "again", CONFIG), params)
+
+
+def test_damaged_weights_are_one_line(tmp_path, capsys):
+    convert(ORIGINAL, tmp_path / "jax")
+    for file in (tmp_path / "jax/weights/llama.layers.mlp.down.kernel").glob("[0-9]*"):
+        file.write_bytes(file.read_bytes()[:20])
+    assert jax_to_torch.main([str(tmp_path / "jax"), str(tmp_path / "out"), "--layout", "documented"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "weights is damaged (" in error
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
 
 
 def test_bad_arguments(tmp_path, capsys):

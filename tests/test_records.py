@@ -40,8 +40,9 @@ def test_kinds_paths_and_names(tmp_path):
         {"id": "t", "conversations": TALK, "image": None},
         {"id": "abs", "image": str(tmp_path / "z.png"), "conversations": TALK},
     ]
-    records = read_records(write(tmp_path / "data.json", rows), tmp_path / "media")
     media = tmp_path / "media"
+    media.mkdir()
+    records = read_records(write(tmp_path / "data.json", rows), media)
     assert [(r.id, r.kind, r.media) for r in records] == [
         ("a", "image", str(media / "x/y.jpg")),
         ("7", "video", str(media / "clip é.mp4")),
@@ -104,6 +105,8 @@ def test_a_file_that_is_no_data_is_named(tmp_path, name, content, message):
 
 
 def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"the folder of the media, .*nowhere, does not exist"):
+        read_records(write(tmp_path / "data.json", [{"conversations": TALK}]), tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"no\.json does not exist"):
         read_records(tmp_path / "no.json")
 

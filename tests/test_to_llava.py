@@ -149,6 +149,8 @@ def test_written_files_are_json(tmp_path, name, count):
         (["video_chatgpt", "good.csv", "o.json", "--media", "."], "not a readable list"),
         (["split_chat", "no.json", "o.json", "--rounds", "3"], "does not exist"),
         (["split_chat", "in.json", "o.json", "--rounds", "0"], "--rounds is 0"),
+        (["split_chat", "in.json", "o.json"], "arguments are required: --rounds"),
+        (["webvit", "in.json", "o.json"], "invalid choice: 'webvit'"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line_and_leaves_no_file(tmp_path, monkeypatch, capsys, arguments, message):

@@ -147,6 +147,30 @@ def test_bad_checkpoints(tmp_path, capsys, case):
     assert os.listdir(tmp_path) == ["source"]
 
 
+def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch_to_jax, "write_weights", interrupted)
+    assert torch_to_jax.main([str(ORIGINAL), str(tmp_path / "out")]) == 130
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
+
+
+def test_wrong_arguments(tmp_path, capsys):
+    """Of the command line, not of the checkpoint: one line as well."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, message in (
+        ([str(ORIGINAL)], "arguments are required: OUT"),
+        ([str(ORIGINAL), str(tmp_path / "out"), "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
+        ([str(empty), str(tmp_path / "out")], "config.json, which belongs to the weights, does not exist"),
+        ([str(ORIGINAL), "/proc/out"], "/proc/out cannot be made (No such file or directory)"),
+    ):
+        assert torch_to_jax.main(arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and "\n" not in error and message in error
+
+
 def test_tokenizers_are_copied(tmp_path):
     text = dataclasses.replace(CONFIG.text_config, vocab_size=1024)
     config = dataclasses.replace(CONFIG, text_config=text)
@@ -192,7 +216,7 @@ def test_bad_arguments(tmp_path):
         (tmp_path / "gone", out, {}, CheckpointError, "does not exist"),
         (ORIGINAL, tmp_path / "full", {}, CheckpointError, "exists and is not empty"),
         (ORIGINAL, tmp_path / "no/out", {}, CheckpointError, "make it first"),
-        (tmp_path / "source", out, {}, ConfigError, "config.json does not exist"),
+        (tmp_path / "source", out, {}, CheckpointError, "config.json, which belongs to the weights, does not exist"),
         (ORIGINAL, out, {"config_file": tmp_path / "sizes.yaml"}, ConfigError, "while parsing"),
         (ORIGINAL, out, {"config_file": tmp_path / "gone.yaml"}, ConfigError, "gone.yaml"),
         (ORIGINAL, out, {"image_size": 57}, ConfigError, "image_size is 57"),

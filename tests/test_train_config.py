@@ -10,6 +10,7 @@ import pytest
 import yaml
 from flax import nnx
 
+import train
 from conversion.weight_table import weight_table
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
@@ -231,6 +232,37 @@ def test_a_wrong_override_is_named(override, says):
     assert "\n" not in str(error.value)
 
 
+TOGETHER = ["--coordinator", "localhost:7654", "--processes", "2", "--process"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "arguments are required: --config"),
+        (["--config", "FILE", "--steps", "3"], "unrecognized arguments: --steps"),
+        (["--config", "FILE", "--process", "1"], "go together; give all three"),
+        (["--config", "FILE", "--coordinator", "localhost", *TOGETHER[2:], "0"], "is 'localhost'; give HOST:PORT"),
+        (["--config", "FILE", *TOGETHER, "2"], "--process is 2 of --processes 2; count them from 0"),
+        (["--config", "FILE", "--distributed"], "this process does not find the others"),
+        (["--config", "FILE", "--topology", "v5e:8x8"], "go with --compile-only, or this would train"),
+        (["--config", "FILE", "--compile-only"], "give --topology"),
+        (["--config", "FILE", "--compile-only", "--topology", "v5e:8x8", "--num-slices", "0"], "--num-slices is 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, says, capsys):
+    assert train.main([{"FILE": str(STAGE2)}.get(argument, argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("train.py: ") and error.count("\n") == 1
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamavid_jax.training.config.read_config", interrupted)
+    assert train.main(["--config", str(STAGE2)]) == 130
+
+
 def test_wrong_files_are_named(tmp_path):
     file = tmp_path / "x.yaml"
     with pytest.raises(ConfigError, match="does not exist; the configurations are in configs/"):
@@ -249,7 +281,7 @@ def test_wrong_files_are_named(tmp_path):
         assert str(error.value).startswith(str(file)), error.value
     values = yaml.safe_load(STAGE2.read_text()) | {"model": "configs/models/absent.yaml"}
     file.write_text(yaml.safe_dump(values))
-    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist; the models are in"):
         read_config(file).model_config()
 
 

@@ -160,6 +160,12 @@ def test_a_long_report_is_shown_in_part_and_written_whole(tmp_path, media, capsy
     assert "... and 550 more: --json FILE" in out and out.count("missing") < 60
 
 
+def test_a_report_that_cannot_be_written_is_shown(tmp_path, capsys):
+    (tmp_path / "data.json").write_text(json.dumps([GOOD[3]]))
+    assert validate.main([str(tmp_path / "data.json"), "--json", "/proc/x/report.json"]) == 2
+    assert "No sample is broken." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -171,6 +177,7 @@ def test_a_long_report_is_shown_in_part_and_written_whole(tmp_path, media, capsy
         ["DATA", "--model", "no"],
         ["DATA", "--template", "v9"],
         ["DATA", "--json", "/proc/x/report.json"],
+        ["DATA", "--media", "nowhere"],
         ["DATA", "--unknown"],
     ],
 )

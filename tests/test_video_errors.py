@@ -84,6 +84,7 @@ BAD_FILES = {
     "WebM, cut": lambda d: cut(clip(d, "clip.webm", codec="libvpx-vp9"), 0.4),
     "AVI, cut": lambda d: cut(clip(d, "clip.avi", codec="mpeg4"), 0.5),
     "hole in the middle": lambda d: damaged(clip(d, "clip.mp4"), 0.4, 4000),
+    "a few bytes in the middle, which the decoder patches up": lambda d: damaged(clip(d, "clip.mp4"), 0.4, 64),
     "unknown codec": lambda d: replaced(clip(d, "clip.mp4"), b"avc1", b"zzzz"),
     "unknown codec in Matroska": lambda d: replaced(clip(d, "clip.mkv"), b"V_MPEG4/ISO/AVC", b"V_NOBODY/KNO/WSI"),
     "wrong codec": lambda d: replaced(clip(d, "clip.mp4"), b"avc1", b"hvc1"),

@@ -16,7 +16,6 @@ Why a ShardBasedBuilder and not a GeneratorBasedBuilder: above 1 GB that one sor
 writes with TensorFlow, and under Beam it holds all media in memory to sort them.
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -40,7 +39,7 @@ from llamavid_jax.data.media import MediaError, check_size
 from llamavid_jax.data.records import Record, count_frames, media_file, read_records
 from llamavid_jax.data.shards import FORMAT_VERSION, MANIFEST, MediaHeader, read_manifest
 from llamavid_jax.data.video import open_video
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
 MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
@@ -273,16 +272,16 @@ def write_shards(plans: Sequence[Path], folder: Path, pipeline_options) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="build_shards", description=__doc__.split("\n")[0])
+    parser = Parser(prog="build_shards", description=__doc__.split("\n")[0])
     parser.add_argument("source", metavar="JSON", help="samples in LLaVA's format, .json or .jsonl")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--media", default="", metavar="DIR", help="folder of the media (the JSON's own)")
     parser.add_argument("--max-broken", type=float, default=0.01, help="fraction that may be left out (0.01)")
     beam_help = f"write with Apache Beam; the options of its pipeline as one text, --beam='{LOCAL_BEAM}'"
     parser.add_argument("--beam", nargs="?", const=LOCAL_BEAM, metavar="OPTIONS", help=beam_help)
-    options = parser.parse_args(arguments)
-    state = "was complete already" if (Path(options.out) / MANIFEST).is_file() else "is complete"
     try:
+        options = parser.parse_args(arguments)
+        state = "was complete already" if (Path(options.out) / MANIFEST).is_file() else "is complete"
         manifest = build(options.source, options.out, options.media, options.max_broken, options.beam)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -166,13 +166,16 @@ class Records(Sequence):
 def read_records(path: str | Path, media: str | Path = "") -> Sequence:
     """The records of a .json list, a .jsonl or a folder of shards; their media are relative to `media`.
 
-    `media` empty is the folder of `path`.  Raises DataError for a file that is none of them; a record that cannot be
-    used raises it only when it is read.  (So the type is not `Sequence[Record]`: a checker would read some of them.)
+    `media` empty is the folder of `path`.  Raises DataError for a file that is none of them and for `media` that is no
+    folder; a record that cannot be used raises it only when it is read.  (So the type is not `Sequence[Record]`: a
+    checker would read some of them.)
     """
     if os.path.isdir(path):
         from llamavid_jax.data.shards import read_shards
 
         return read_shards(path)
+    if media and not os.path.isdir(media):
+        raise DataError(f"the folder of the media, {media}, does not exist; give the one that the paths start from")
     return Records(JsonRows(path), media or Path(path).parent)
 
 
@@ -213,7 +216,7 @@ def media_size(record: Record, fps: float | int) -> int:
         return count_frames(path, record.kind, fps)
 
 
-def count_frames(path: Path, kind: str, fps: float | int) -> int:
+def count_frames(path: str | Path, kind: str, fps: float | int) -> int:
     """`media_size` of a local file."""
     if kind == "image":
         return 1

@@ -14,7 +14,6 @@ With `--media` only records whose file is there are written.  What is left out i
 The original: convert_webvid_to_llava.py, convert_video_chatgpt_to_llava.py, split_chat.py (whose main does nothing).
 """
 
-import argparse
 import collections
 import csv
 import json
@@ -29,7 +28,7 @@ from typing import Any
 from llamavid_jax.data import features
 from llamavid_jax.data.conversation import IMAGE
 from llamavid_jax.data.records import PICKLES, DataError, JsonRows
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".gif")
 REQUESTS = (
@@ -178,7 +177,7 @@ def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llamavid_jax.data.to_llava", description="Convert data sets to LLaVA format.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -196,9 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument(
                 "--media", required=name == "video_chatgpt", metavar="DIR", help="folder of the videos"
             )
-    options = parser.parse_args(arguments)
     skipped: Skipped = collections.Counter()
     try:
+        options = parser.parse_args(arguments)
         if options.command == "split_chat":
             if options.rounds < 1:
                 raise DataError(f"--rounds is {options.rounds}; give 1 or more")

@@ -39,7 +39,7 @@ from llamavid_jax.data.records import DataError, Record, decode, find_media, med
 from llamavid_jax.data.tokenize import load_tokenizer
 from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.data.video import check_fps
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser
 
 SHOWN = 50  # rows of the table; --json has them all
 CHUNK = 256  # records under way at a time
@@ -197,11 +197,6 @@ class Report:
         console.print(f"{len(self.problems):,} samples are broken: {found}" if found else "No sample is broken.")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(prog="llamavid_jax.data.validate", description="Check training data.", allow_abbrev=False)
@@ -234,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checks = check_all(validator, records)
             for check in track(checks, "Checking", len(records), console=Console(stderr=True), transient=True):
                 report.add(check)
+        report.show(Console())  # before anything can be wrong with the file: the checks may have taken hours
         if options.json:
             full = report.summary() | {"broken": [dataclasses.asdict(check) for check in report.problems]}
             file = Path(options.json)
@@ -241,7 +237,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    report.show(Console())
     return int(bool(report.problems))
 
 

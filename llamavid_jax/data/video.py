@@ -174,7 +174,7 @@ def _decode(path, container, stream) -> Iterator:
         length, start = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
     reached = shown = start  # where the packets read so far end; time of the last frame
     longest_gap = 0.0  # between two frames: the last one may be shown as long without the file saying so
-    count, cut_short = 0, False
+    count, cut_short, concealed = 0, False, False
     packets = container.demux()
     while True:
         try:
@@ -195,10 +195,15 @@ def _decode(path, container, stream) -> Iterator:
             cut_short = True
             break
         for frame in frames:
+            if frame.is_corrupt and container.format.name not in BROADCASTS:  # patched up with parts of others
+                cut_short = concealed = True
+                break
             if frame.time is not None:
                 longest_gap, shown = max(longest_gap, frame.time - shown), frame.time
             count += 1
             yield frame
+        if concealed:
+            break
     if count == 0:
         raise MediaError(f"{path} holds no frame that can be decoded; copy it again or convert it to H.264 .mp4")
     if cut_short or start + length - reached > 0.5 + 2 * longest_gap:

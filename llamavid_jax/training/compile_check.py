@@ -12,7 +12,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser
 
 if TYPE_CHECKING:  # JAX takes seconds to import, which arguments and --help do not need
     from llamavid_jax.training.config import TrainConfig
@@ -35,6 +35,8 @@ def check(config: "TrainConfig", options: argparse.Namespace, mesh: str = "") ->
 
     if not options.topology:
         raise InputError("there is no slice to compile for; give --topology, such as v5e:8x8")
+    if options.num_slices < 1:
+        raise InputError(f"--num-slices is {options.num_slices}; give how many slices run together, 1 or more")
     if getattr(options, "plan", False):
         reports = plan(config, options.topology, options.num_slices, options.features, options.config)
         return show(reports) if any(report.fits for report in reports) else 1
@@ -43,14 +45,14 @@ def check(config: "TrainConfig", options: argparse.Namespace, mesh: str = "") ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compiles a run's train step for a TPU slice.", allow_abbrev=False)
+    parser = Parser(description="Compiles a run's train step for a TPU slice.", allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="one of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="put over the file")
     parser.add_argument("--mesh", default="", metavar="AXIS=N,...", help="put over the file's")
     parser.add_argument("--plan", action="store_true", help="try meshes and remat for the slice; the best first")
     add_arguments(parser)
-    options = parser.parse_intermixed_args(arguments)
     try:
+        options = parser.parse_intermixed_args(arguments)
         from llamavid_jax.training.config import read_config
 
         return check(read_config(options.config, options.overrides), options, options.mesh)

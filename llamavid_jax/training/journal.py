@@ -144,8 +144,8 @@ class Journal:
             name, reason = max(self.unreadable or self.broken)
             raise DataError(
                 f"{count} samples cannot be read, more than data.max_broken = {self.config.data.max_broken:g} of them "
-                f"all; one is {name}: {reason}. All are named in {self.output / 'skipped.jsonl'}; mend them, or raise "
-                "data.max_broken"
+                f"all; one is {name!r}: {reason}. All are named in {self.output / 'skipped.jsonl'}; mend them, or "
+                "raise data.max_broken"
             )
         return samples, truncated, count
 
