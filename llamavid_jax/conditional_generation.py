@@ -7,7 +7,7 @@ the compiled functions of `models/llama_vid.py` and `generation/`.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from llamavid_jax.config import IGNORE_LABEL, ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import FRAME_CHUNK, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.tokenize import Tokenizer
-from llamavid_jax.generation.encode import encode_visuals, frame_features, token_places
+from llamavid_jax.generation.encode import SMALLEST_TEXT, encode_visuals, frame_features, token_places
 from llamavid_jax.generation.generate import generate
 from llamavid_jax.generation.request import (
     Frames,
@@ -156,10 +156,8 @@ class LLaMAVIDLlavaForConditionalGeneration:
 
         The weights of the paper's context token (section 3.2), averaged over the queries.
         """
-        if self.qformer_tokenizer is None:
-            raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
+        text_ids, text_mask = (array[0] for array in self._question_ids([prompt]))
         features = self.vision_features(pixel_values)
-        text_ids, text_mask = (array[0] for array in self.qformer_tokenizer([prompt]))
         chunks = []
         with self._on_mesh():
             for start in range(0, len(features), FRAME_CHUNK):
@@ -315,9 +313,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
         """The table `[N, D]` of all visual tokens, and `places[row][prompt]`: where a prompt's tokens stand in it."""
         if not visuals:
             return jnp.zeros((1, self.config.text_config.hidden_size), self.dtype), [[] for _ in blocks]
-        if self.qformer_tokenizer is None:
-            raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
-        text_ids, text_mask = self.qformer_tokenizer(questions)
+        text_ids, text_mask = self._question_ids(questions)
         table, slots = encode_visuals(
             self.graphdef, self.params, self.config, visuals, text_ids, text_mask, self.dtype, progress
         )
@@ -326,3 +322,11 @@ class LLaMAVIDLlavaForConditionalGeneration:
         if any(len(place) == 0 for row in places for place in row):
             raise RequestError("a video holds no frame; give at least one")
         return table.reshape(-1, table.shape[-1]), places
+
+    def _question_ids(self, questions: Sequence[str]) -> Iterator[np.ndarray]:
+        """Ids and mask `[U, T]` of questions for the Q-Former, T a bucket; those beyond its positions lose their
+        beginning (P5)."""
+        if self.qformer_tokenizer is None:
+            raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
+        read = self.qformer_tokenizer(questions, self.config.qformer_config.max_position_embeddings)
+        return (pad_to(array, len(array), bucket(array.shape[1], SMALLEST_TEXT[1])) for array in read)

@@ -200,6 +200,8 @@ def test_long_prompts_lose_their_beginning(tmp_path):
     ids, mask = QFormerTokenizer(qformer_folder(tmp_path))(["cafe " + "red " * 250 + "blue " * 4])
     assert ids.shape == (1, 256) and mask.all()
     assert ids[0].tolist() == [2, *[5] * 250, *[7] * 4, 3]
+    ids, mask = QFormerTokenizer(qformer_folder(tmp_path))(["red blue cafe", "red"], max_ids=4)
+    assert ids.tolist() == [[2, 7, 9, 3], [2, 5, 3, 0]] and mask.sum() == 7
 
 
 @pytest.fixture
