@@ -13,7 +13,6 @@ Deviations from the original, which calls `Image.open(...).convert("RGB")`: the 
 blended, and an animation gives its first picture.
 """
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +30,10 @@ def open_image(path: str | Path) -> Image.Image:
     """Reads a picture file as an upright RGB picture.  Raises MediaError naming the file."""
     file = local_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd tags; 89 to 178 million pixels, of which more are an error
-            with Image.open(file) as image:
-                check_size(*image.size, path)
-                image.load()
-                return to_rgb(image, path)
+        with Image.open(file) as image:
+            check_size(*image.size, path)
+            image.load()
+            return to_rgb(image, path)
     except MediaError:
         raise
     except Image.UnidentifiedImageError:
