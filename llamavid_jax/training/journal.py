@@ -55,7 +55,8 @@ class Journal:
         self.since_log: list[dict[str, float]] = []  # the steps that the next line of the log is the mean of
         self.bad_steps = self.bad_in_a_row = self.truncated = self.samples = 0
         self.rows = len(loader.rows)  # of a batch, on this process
-        console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, start.config.tokens_per_frame))
+        tokens_per_frame, shares = start.config.tokens_per_frame, start.mesh.shape["sequence"]
+        console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, tokens_per_frame, shares))
         self.broken = {(one["id"], one["reason"]) for one in sizes.broken}  # known to all processes, never planned
         if first_step == 0:
             self._file("skipped").unlink(missing_ok=True)
