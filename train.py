@@ -31,6 +31,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     together = (options.coordinator, options.processes, options.process)
     if any(value is not None for value in together) and None in together:
         parser.error("--coordinator, --processes and --process go together; give all three")
+    if not options.compile_only and (options.topology or options.num_slices > 1 or options.quick or options.features):
+        parser.error("--topology, --num-slices, --quick and --features go with --compile-only; add it, or drop them")
     return options
 
 
