@@ -87,7 +87,7 @@ def split_chat(rows: Iterable[Any], rounds: int, skipped: Skipped) -> Iterator[d
             continue
         turns = _whole_rounds(row)
         pieces = [turns[at : at + 2 * rounds] for at in range(0, len(turns), 2 * rounds)]
-        name = str(row.get("id", number))
+        name = str(number if row.get("id") is None else row["id"])
         if len(pieces) < 2:
             yield {**row, "id": _unique(name, seen)}
             continue
