@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from llamavid_jax.data import features
-from llamavid_jax.data.media import MediaError, check_size
+from llamavid_jax.data.examples import file_header
+from llamavid_jax.data.images import check_picture
+from llamavid_jax.data.media import MediaError
 from llamavid_jax.data.records import Record, count_frames, media_file, read_records
 from llamavid_jax.data.shards import FORMAT_VERSION, MANIFEST, MediaHeader, read_manifest
 from llamavid_jax.data.video import open_video
@@ -241,19 +241,11 @@ def _example_header(header: MediaHeader) -> dict[str, Any]:
 def read_header(record: Record, path: Path) -> MediaHeader:
     """What the media file at `path` says of itself, without decoding it.  Raises MediaError."""
     if record.kind == "features":
-        header = features.read_header(path)
-        return MediaHeader(header.frames, inputs=header.inputs)
+        return file_header(path)
     if record.kind == "video":
         with open_video(path) as (_, _, average_fps):
             return MediaHeader(count_frames(path, "video", average_fps), average_fps)
-    try:
-        with Image.open(path) as image:
-            check_size(*image.size, path)
-    except MediaError:
-        raise
-    # Pillow's readers raise whatever their parsing meets in a damaged file
-    except Exception as error:
-        raise MediaError(f"{path} is not a picture that Pillow can read ({error}); convert it to PNG or JPEG") from None
+    check_picture(path)
     return MediaHeader(1)
 
 

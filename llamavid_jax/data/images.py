@@ -1,6 +1,6 @@
 """Pictures as the vision tower wants them: file -> RGB -> uint8 [H, W, 3] -> float32 [3, H, W], CLIP's preprocessing.
 
-    open_image      any Pillow format -> upright RGB picture
+    open_image      any Pillow format -> upright RGB picture; check_picture looks at its header alone
     pad_to_square   canvas of the mean colour, for stills (P10)
     resize_and_crop shortest edge to the size, bicubic, centre crop -> uint8 [H, W, 3], H = W = size (V10)
     normalize       uint8 [F, H, W, 3] -> float32 [F, 3, H, W]
@@ -43,6 +43,17 @@ def open_image(path: str | Path) -> Image.Image:
     # Pillow's readers raise whatever their parsing meets in a damaged file: SyntaxError, struct.error, KeyError ...
     except Exception as error:
         raise MediaError(f"{path} is cut short or damaged ({error}); copy or export it again") from None
+
+
+def check_picture(path: str | Path) -> None:
+    """Raises MediaError unless the file's header is that of a picture whose size can be used."""
+    try:
+        with Image.open(path) as image:
+            check_size(*image.size, path)
+    except MediaError:
+        raise
+    except Exception as error:  # as above
+        raise MediaError(f"{path} is not a picture that Pillow can read ({error}); convert it to PNG or JPEG") from None
 
 
 def to_rgb(image: Image.Image, name: object = "the picture") -> Image.Image:
