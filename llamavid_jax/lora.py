@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from llamavid_jax.config import ConfigError, check_fields
+from llamavid_jax.config import ConfigError
 from llamavid_jax.models import stack
 from llamavid_jax.models.linear import DropoutKey, Linear, LowRank
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.strict import check_fields
 
 ADAPTERS = "llama.layers.*.lora.*"  # the pattern of the parameters that `add_lora` adds
 TARGETS = {  # target → where it is in a layer

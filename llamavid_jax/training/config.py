@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 
-from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig, check_type, strict
+from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import RowShape
 from llamavid_jax.data.conversation import template_named
 from llamavid_jax.lora import LoraConfig
 from llamavid_jax.models.stack import REMAT
 from llamavid_jax.sharding import parse_mesh
+from llamavid_jax.strict import check_type, strict
 
 TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which have points of their own
 
