@@ -110,7 +110,7 @@ class LLaMAVIDLlavaQFormerConfig(Part):
     dropout: float = 0.1  # in training only (P19)
 
     def __post_init__(self):
-        check_fields(self, "qformer_config.")
+        check_fields(self, "qformer_config.", own_range=["dropout"])
         require_divisible(
             "qformer_config", "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
         )
@@ -142,7 +142,7 @@ class LlamaConfig(Part):
     eos_token_id: int = 2
 
     def __post_init__(self):
-        check_fields(self, "text_config.")
+        check_fields(self, "text_config.", own_range=["eos_token_id"])
         require_divisible(
             "text_config",
             "num_attention_heads",
@@ -190,7 +190,7 @@ class LLaMAVIDLlavaConfig:
     quantization: str = "none"
 
     def __post_init__(self):
-        check_fields(self)
+        check_fields(self, own_range=["image_token_index"])
         grid_stride(self.compress_type, self.vision_tower_config.side)  # raises on a wrong value
         projector_depth(self.mm_projector_type)
         if (

@@ -50,7 +50,7 @@ class LoraConfig:
     base: str = "float"
 
     def __post_init__(self):
-        check_fields(self, "lora.")
+        check_fields(self, "lora.", own_range=["dropout"])
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}; use a number from 0 to below 1")
         if self.base not in ("float", "nf4", "int8"):

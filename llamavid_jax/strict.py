@@ -1,12 +1,10 @@
 """Dataclasses read strictly from mappings: an unknown key, a wrong type or range is an error that names the field."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llamavid_jax.errors import InputError
-
-OWN_RANGE = ("dropout", "eos_token_id", "image_token_index")  # fields that may be 0 or negative
 
 
 class ConfigError(InputError):
@@ -33,13 +31,21 @@ def strict(cls, values: Any, path: str):
     return cls(**arguments)
 
 
-def check_fields(config: Any, section: str = "") -> None:
-    """Every field has its declared type; numbers are above 0 and below 2**31, but for OWN_RANGE."""
+def check_fields(
+    config: Any, section: str = "", from_zero: Collection[str] = (), own_range: Collection[str] = ()
+) -> None:
+    """Every field has its declared type, and numbers are above 0 and below 2**31.
+
+    Those named in `from_zero` may be 0; `own_range` names those whose range the class itself checks.
+    """
     for field in dataclasses.fields(config):
         name, value = section + field.name, getattr(config, field.name)
         check_type(name, value, field.type)
-        if field.type in (int, float) and field.name not in OWN_RANGE and not 0 < value < 2**31:
-            raise ConfigError(f"{name} is {value}; a number above 0 and below 2**31 is needed")
+        if field.type not in (int, float) or field.name in own_range:
+            continue
+        if not 0 <= value < 2**31 or (value == 0 and field.name not in from_zero):
+            least = "of 0 or more" if field.name in from_zero else "above 0"
+            raise ConfigError(f"{name} is {value}; a number {least} and below 2**31 is needed")
 
 
 def check_type(name: str, value: Any, kind: type) -> None:
