@@ -46,7 +46,6 @@ class Journal:
         self.steps, self.first_step, self.output = loader.steps, first_step, Path(config.output)
         sizes = loader.schedule.sizes
         self.allowed = config.data.max_broken * len(sizes.kind)
-        self.metrics = Metrics(self.output, first_step + 1, report=console.print)
         self.throughput = Throughput(start.mesh.size)
         updates = {path for path in start.trained if fnmatch.fnmatchcase(path, ADAPTERS)}
         self.updates = sum(start.trained[path].size for path in updates)
@@ -65,6 +64,7 @@ class Journal:
         self.unreadable = noted["training"] - self.broken  # of this process's rows
         self._append("skipped", _rows(self.broken - noted["training"]))
         self._totals()
+        self.metrics = Metrics(self.output, first_step + 1, report=console.print)  # last: nothing raises with it open
 
     def __enter__(self) -> "Journal":
         return self
