@@ -211,7 +211,10 @@ def questions(options: argparse.Namespace) -> Iterator[str]:
     while options.chat:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise InputError(f"a question on stdin is not UTF-8 ({error}); give it in UTF-8") from None
         if not line:
             return
         if line.strip():
