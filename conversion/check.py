@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from conversion.read_torch import CheckpointError
+from conversion.stored_tensor import CheckpointError
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
 from llamavid_jax.errors import InputError

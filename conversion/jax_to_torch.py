@@ -23,7 +23,8 @@ from rich.table import Table
 
 from conversion import folder
 from conversion.orbax_store import Arrays
-from conversion.read_torch import SAFETENSORS_DTYPES, CheckpointError
+from conversion.read_torch import SAFETENSORS_DTYPES
+from conversion.stored_tensor import CheckpointError
 from conversion.torch_config import documented_config, original_config
 from conversion.transforms import Weight, to_torch
 from conversion.weight_table import weight_table

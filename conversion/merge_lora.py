@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from conversion import folder, orbax_store
-from conversion.read_torch import StoredTensor, read_file
-from conversion.stored_tensor import CheckpointError
+from conversion.read_torch import read_file
+from conversion.stored_tensor import CheckpointError, StoredTensor
 from conversion.transforms import Weight, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.checkpoint import WEIGHTS

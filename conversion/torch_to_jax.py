@@ -28,8 +28,8 @@ from rich.table import Table
 
 from conversion import folder, orbax_store
 from conversion.read_gguf import write_tokenizer
-from conversion.read_torch import CheckpointError
 from conversion.sources import Source, Tensor, model_config, open_sources
+from conversion.stored_tensor import CheckpointError
 from conversion.transforms import Weight, resize_positions, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.errors import InputError
