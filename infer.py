@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llamavid_jax.data.conversation import IMAGE, TEMPLATES, prompt, template_named
 from llamavid_jax.data.media import local_file
 from llamavid_jax.data.tokenize import encode_with_images
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, complain
 from llamavid_jax.generation.request import Settings
 
 
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 result = session.ask(question)
             except InputError as error:
-                code = complain(error)
+                code = complain(error, "infer.py")
                 if session.can_go_on:
                     continue
                 break
@@ -241,18 +241,13 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 print("" if options.stream else result["answer"], flush=True)
     except InputError as error:
-        return complain(error)
+        return complain(error, "infer.py")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the answers has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code
-
-
-def complain(error: InputError) -> int:
-    print(f"infer.py: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from conversion.torch_config import documented_config, original_config
 from conversion.transforms import Weight, to_torch
 from conversion.weight_table import weight_table
 from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, complain
 
 SHARD_BYTES = {"original": 1 << 30, "documented": 5 << 30}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -180,8 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         convert(options.source, options.out, layout=options.layout, max_shard_bytes=options.max_shard_bytes)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 0
 
 

@@ -23,7 +23,7 @@ from conversion.transforms import Weight, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.checkpoint import WEIGHTS
 from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, complain
 from llamavid_jax.lora import LoraConfig
 from llamavid_jax.peft_adapter import check_tensors, peft_tensors, read_peft_config, read_values
 
@@ -126,8 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         merge(options.base, options.adapter, options.out)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 0
 
 

@@ -32,7 +32,7 @@ from conversion.sources import Source, Tensor, model_config, open_sources
 from conversion.stored_tensor import CheckpointError
 from conversion.transforms import Weight, resize_positions, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, complain
 from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.quantize import KERNELS, quantize_kernels
 from llamavid_jax.sharding import flat_paths
@@ -280,8 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         convert(options.pop("source"), options.pop("out"), **options)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 0
 
 

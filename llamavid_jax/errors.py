@@ -1,5 +1,13 @@
-"""The one base of every error that bad input causes: commands print it as one line and exit with 2."""
+"""The one base of every error that bad input causes, and how commands say it: one line, and exit code 2."""
+
+import sys
 
 
 class InputError(ValueError):
     """Input that cannot be used.  The message names the thing, the value and the remedy."""
+
+
+def complain(error: InputError, command: str = "error") -> int:
+    """Prints the error to stderr as one line that begins with `command`; returns the exit code."""
+    print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2

@@ -40,7 +40,7 @@ from llamavid_jax.data.media import MediaError
 from llamavid_jax.data.records import Record, count_frames, media_file, read_records
 from llamavid_jax.data.shards import FORMAT_VERSION, MANIFEST, MediaHeader, read_manifest
 from llamavid_jax.data.video import open_video
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, complain
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
 MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
@@ -277,8 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         manifest = build(options.source, options.out, options.media, options.max_broken, options.beam)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     kinds = ", ".join(f"{counts['samples']} {kind}" for kind, counts in sorted(manifest["kinds"].items()))
     print(f"{options.out} {state}: {manifest['samples']} samples ({kinds}), {len(manifest['skipped'])} skipped")
     for sample in manifest["skipped"][:10]:

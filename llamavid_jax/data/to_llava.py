@@ -29,7 +29,7 @@ from typing import Any
 from llamavid_jax.data import features
 from llamavid_jax.data.conversation import IMAGE
 from llamavid_jax.data.records import PICKLES, DataError, JsonRows
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, complain
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".gif")
 REQUESTS = (
@@ -211,8 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 records = video_chatgpt(JsonRows(options.source), found, skipped)
         count = write_records(options.output, records)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     print(f"{options.output}: {count:,} records")
     for reason, number in skipped.items():
         print(f"left out: {number:,} {reason}")

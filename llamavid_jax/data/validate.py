@@ -39,7 +39,7 @@ from llamavid_jax.data.records import DataError, Record, decode, find_media, med
 from llamavid_jax.data.tokenize import load_tokenizer
 from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.data.video import check_fps
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, complain
 
 SHOWN = 50  # rows of the table; --json has them all
 CHUNK = 256  # records under way at a time
@@ -228,8 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file = Path(options.json)
             write_files(file.parent, {file.name: json.dumps(full, indent=1).encode()})
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     report.show(Console())
     return int(bool(report.problems))
 
