@@ -84,7 +84,7 @@ class Journal:
             self._look(*self.pending.pop(0))
 
     def _look(self, step: int, metrics: StepMetrics, seen: Upcoming) -> None:
-        values = {name: float(value) for name, value in metrics._asdict().items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         self.samples, self.truncated = self.samples + seen.loaded.samples, self.truncated + seen.loaded.truncated
         self.note_unreadable(seen.loaded.skipped)
         if values.pop("finite"):
