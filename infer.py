@@ -25,7 +25,7 @@ from llamavid_jax.data.conversation import IMAGE, TEMPLATES, prompt, template_na
 from llamavid_jax.data.media import local_file
 from llamavid_jax.data.records import count_frames
 from llamavid_jax.data.tokenize import encode_with_images
-from llamavid_jax.errors import InputError, Parser
+from llamavid_jax.errors import InputError, Parser, complain
 from llamavid_jax.generation.request import Settings
 
 
@@ -218,7 +218,10 @@ def questions(options: argparse.Namespace) -> Iterator[str]:
     while options.chat:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise InputError(f"a question on stdin is not UTF-8 ({error}); give it in UTF-8") from None
         if not line:
             return
         if line.strip():
@@ -236,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 result = session.ask(question)
             except InputError as error:
-                code = complain(error)
+                code = complain(error, "infer.py")
                 if session.can_go_on:
                     continue
                 break
@@ -245,18 +248,13 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 print("" if options.stream else result["answer"], flush=True)
     except InputError as error:
-        return complain(error)
+        return complain(error, "infer.py")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the answers has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code
-
-
-def complain(error: InputError) -> int:
-    print(f"infer.py: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

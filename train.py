@@ -12,7 +12,7 @@ import sys
 
 from rich.console import Console
 
-from llamavid_jax.errors import InputError, Parser
+from llamavid_jax.errors import InputError, Parser, complain
 from llamavid_jax.training import compile_check
 
 
@@ -65,8 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return train(config, console, profile=options.profile)
     except InputError as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return complain(error, "train.py")
     except KeyboardInterrupt:  # before the first step; from there on the run saves and stops
         return 130
 

@@ -17,10 +17,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from conversion.read_torch import CheckpointError
+from conversion.stored_tensor import CheckpointError
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
-from llamavid_jax.errors import InputError, Parser
+from llamavid_jax.errors import InputError, Parser, complain
 
 TOLERANCES = {"vision_features": 1e-5, "tokens": 1e-5, "logits": 5e-5, "loss": 1e-5, "greedy": 0.0}
 
@@ -174,8 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.directory, dtype="float32")
         rows = check_case(model, expected)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     table = Table("array", "relative error", "tolerance", "verdict", title=str(options.directory))
     for row in rows:
         table.add_row(row.name, f"{row.error:.2e}", f"{row.tolerance:.0e}", "ok" if row.passed else "FAILED")

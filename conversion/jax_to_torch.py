@@ -22,12 +22,13 @@ from rich.table import Table
 
 from conversion import folder
 from conversion.orbax_store import Arrays
-from conversion.read_torch import SAFETENSORS_DTYPES, CheckpointError
+from conversion.read_torch import SAFETENSORS_DTYPES
+from conversion.stored_tensor import CheckpointError
 from conversion.torch_config import documented_config, original_config
 from conversion.transforms import Weight, to_torch
 from conversion.weight_table import weight_table
 from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError, Parser
+from llamavid_jax.errors import InputError, Parser, complain
 
 SHARD_BYTES = {"original": 1 << 30, "documented": 5 << 30}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -178,8 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         convert(options.source, options.out, layout=options.layout, max_shard_bytes=options.max_shard_bytes)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from conversion import folder, orbax_store
-from conversion.read_torch import StoredTensor, read_file
-from conversion.stored_tensor import CheckpointError
+from conversion.read_torch import read_file
+from conversion.stored_tensor import CheckpointError, StoredTensor
 from conversion.transforms import Weight, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.checkpoint import WEIGHTS
 from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError, Parser
+from llamavid_jax.errors import InputError, Parser, complain
 from llamavid_jax.lora import LoraConfig
 from llamavid_jax.peft_adapter import check_tensors, peft_tensors, read_peft_config, read_values
 
@@ -125,8 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         merge(options.base, options.adapter, options.out)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         return 130
     return 0

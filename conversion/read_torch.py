@@ -16,8 +16,6 @@ from pathlib import Path
 from conversion.stored_tensor import DTYPES, CheckpointError, StoredTensor, row_major
 from conversion.torch_pickle import read_pickled
 
-__all__ = ["CheckpointError", "StoredTensor", "read_checkpoint", "read_file"]
-
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from conversion.read_gguf import GgufTensor, gguf_config, read_gguf
-from conversion.read_torch import CheckpointError, StoredTensor, read_checkpoint, read_json
+from conversion.read_torch import read_checkpoint, read_json
+from conversion.stored_tensor import CheckpointError, StoredTensor
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.foreign_config import llama_config
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from conversion.read_torch import CheckpointError
+from conversion.stored_tensor import CheckpointError
 from llamavid_jax.config import LlamaConfig, LLaMAVIDLlavaConfig
 
 

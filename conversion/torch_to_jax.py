@@ -27,11 +27,11 @@ from rich.table import Table
 
 from conversion import folder, orbax_store
 from conversion.read_gguf import write_tokenizer
-from conversion.read_torch import CheckpointError
 from conversion.sources import Source, Tensor, model_config, open_sources
+from conversion.stored_tensor import CheckpointError
 from conversion.transforms import Weight, resize_positions, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
-from llamavid_jax.errors import InputError, Parser
+from llamavid_jax.errors import InputError, Parser, complain
 from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.quantize import KERNELS, quantize_kernels
 from llamavid_jax.sharding import flat_paths
@@ -279,8 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         options["config_file"] = options.pop("config")
         convert(options.pop("source"), options.pop("out"), **options)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -34,6 +34,9 @@ BEFORE = (
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 CLIP_CAPTION = ("Describe the video.", "What happens in the video?")
 CAPTION = ("Describe the picture.", "What is in the picture?", "Describe what you see.")
+PHRASINGS = (
+    *DIGIT, *CLIP_DIGIT, *ONLY_COLOUR, *COLOUR, *CLIP_COUNT, *WAY, *SECOND, *AFTER, *BEFORE, *CLIP_CAPTION, *CAPTION,
+)  # fmt: skip
 
 
 def clip_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
@@ -103,9 +106,8 @@ def _words(event: Event) -> str:
 def corpus() -> list[str]:
     """Every phrasing with every word that it may hold, and every answer: what the tokenizers are made from."""
     digits, colours = [str(n) for n in range(10)], list(COLOURS)
-    forms = [f for v in globals().values() if isinstance(v, tuple) and v not in (ROWS, COLUMNS) for f in v]
     names = digits + [f"{c} digit" for c in colours] + ["digit"]
-    lines = [form.format(who=who) for form in forms for who in names]
+    lines = [phrasing.format(who=who) for phrasing in PHRASINGS for who in names]
     answers = digits + colours + list(DIRECTIONS) + ["nothing"]
     captions = [f"{c} {d} {y} {x}" for c in colours for d in digits for y in ROWS for x in COLUMNS]
     return lines + answers + captions

@@ -1,28 +1,21 @@
 """`LLaMAVIDLlavaForConditionalGeneration`: the friendly front of the model, NumPy or JAX arrays in and out.
 
-It holds a configuration, parameters and the two tokenizers, lays rows out on the host (`data/batching.py`) and calls
-the compiled functions of `models/llama_vid.py` and `generation/`.
+It lays rows out on the host (`data/batching.py`) and calls the compiled functions of `models/llama_vid.py` and
+`generation/`.  `pretrained.py` loads and saves it.
 """
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
-from llamavid_jax.checkpoint import check_params, load_weights, nest, parse_dtype, save_weights
-from llamavid_jax.config import IGNORE_LABEL, ConfigError, LLaMAVIDLlavaConfig
+from llamavid_jax.config import IGNORE_LABEL
 from llamavid_jax.data.batching import FRAME_CHUNK, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
-from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
-from llamavid_jax.data.tokenize import Tokenizer
-from llamavid_jax.generation.encode import encode_visuals, frame_features, token_places
+from llamavid_jax.generation.encode import SMALLEST_TEXT, encode_visuals, frame_features, token_places
 from llamavid_jax.generation.generate import generate
 from llamavid_jax.generation.request import (
     Frames,
@@ -35,10 +28,8 @@ from llamavid_jax.generation.request import (
 )
 from llamavid_jax.generation.sampling import Sampling
 from llamavid_jax.generation.stopping import RowText
-from llamavid_jax.models.kv_cache import KINDS
-from llamavid_jax.models.llama_vid import LlamaVid, attend_frames, forward, next_token_loss
-from llamavid_jax.processor import check_tokenizers, load_tokenizers
-from llamavid_jax.sharding import flat_paths, param_shardings
+from llamavid_jax.models.llama_vid import attend_frames, forward, next_token_loss
+from llamavid_jax.pretrained import PretrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +58,7 @@ class GenerateOutput:
     seconds: dict[str, float]
 
 
-class LLaMAVIDLlavaForConditionalGeneration:
+class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
     """LLaMA-VID with its weights.
 
     A sample's frames are an array `[F, 3, H, W]` of normalised pixels (`pixel_values`) or `[F, P, E]` of ready
@@ -76,73 +67,10 @@ class LLaMAVIDLlavaForConditionalGeneration:
     conversation).  None is a text-only sample, which costs no vision work.
     """
 
-    def __init__(
-        self,
-        config: LLaMAVIDLlavaConfig,
-        params: dict[str, Any] | None = None,
-        *,
-        dtype: Any = "float32",
-        mesh: Mesh | None = None,
-        seed: int = 0,
-        tokenizer: Tokenizer | None = None,
-        qformer_tokenizer: QFormerTokenizer | None = None,
-        kv_cache: str = "float",
-    ):
-        """Random weights from `seed` where no `params` are given.  `kv_cache` "int8" halves the cache of decoding."""
-        if kv_cache not in KINDS:
-            raise ConfigError(f"kv_cache is {kv_cache!r}; use one of {', '.join(KINDS)}")
-        self.config, self.mesh, self.dtype = config, mesh, parse_dtype(dtype)
-        self.tokenizer, self.qformer_tokenizer = tokenizer, qformer_tokenizer
-
-        def make() -> LlamaVid:
-            types = {"dtype": self.dtype, "param_dtype": self.dtype, "kv_cache": kv_cache}
-            return LlamaVid(config, rngs=nnx.Rngs(seed), **types)
-
-        self.graphdef, abstract = nnx.split(nnx.eval_shape(make), nnx.Param)
-        if params is None:
-            shardings = mesh and param_shardings(nnx.to_pure_dict(abstract), config, mesh)
-            params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param)), out_shardings=shardings)()
-        check_params("params", flat_paths(params), flat_paths(abstract))
-        nnx.replace_by_pure_dict(abstract, params)
-        self.params = abstract
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        *,
-        dtype: Any = "bfloat16",
-        mesh: Mesh | None = None,
-        quantize: str | None = None,
-        kv_cache: str = "float",
-    ) -> "LLaMAVIDLlavaForConditionalGeneration":
-        """Loads a converted checkpoint as `dtype`, straight onto `mesh` where one is given, every host its shards.
-
-        `quantize` "int8" or "int4" holds the kernels of LLaMA's layers so; only these bits reach the devices.  None
-        takes them as they are stored.  `kv_cache` "int8" halves the cache of decoding.
-
-        Raises ConfigError or WeightsError, naming the file and what to do.
-        """
-        config = LLaMAVIDLlavaConfig.from_pretrained(directory)
-        config = config if quantize is None else config.quantized(quantize)
-        tokenizer, qformer_tokenizer = load_tokenizers(directory)
-        check_tokenizers(config, tokenizer, qformer_tokenizer, directory)
-        params = load_weights(directory, config, dtype, mesh)
-        tokenizers = {"tokenizer": tokenizer, "qformer_tokenizer": qformer_tokenizer}
-        return cls(config, params, dtype=dtype, mesh=mesh, kv_cache=kv_cache, **tokenizers)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `config.json`, the weights and the tokenizers."""
-        self.config.save_pretrained(directory)
-        save_weights(directory, nest(flat_paths(self.params)))
-        for tokenizer in (self.tokenizer, self.qformer_tokenizer):
-            if tokenizer is not None:
-                tokenizer.save_pretrained(directory)
-
     def vision_features(self, pixel_values: Frames, progress: Callable[[int], None] | None = None) -> np.ndarray:
         """Features `[F, 1+P, E]` of frames, CLS first, on the host: what `features=` takes with `features_have_cls`."""
         chunks = []
-        with self._on_mesh():
+        with self.on_mesh():
             for chunk in frame_features(self.graphdef, self.params, pixel_values, self.config):
                 chunks.append(chunk)
                 if progress:
@@ -156,12 +84,10 @@ class LLaMAVIDLlavaForConditionalGeneration:
 
         The weights of the paper's context token (section 3.2), averaged over the queries.
         """
-        if self.qformer_tokenizer is None:
-            raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
+        text_ids, text_mask = (array[0] for array in self._question_ids([prompt]))
         features = self.vision_features(pixel_values)
-        text_ids, text_mask = (array[0] for array in self.qformer_tokenizer([prompt]))
         chunks = []
-        with self._on_mesh():
+        with self.on_mesh():
             for start in range(0, len(features), FRAME_CHUNK):
                 chunk = features[start : start + FRAME_CHUNK]
                 padded = pad_to(chunk, chunk_size(len(chunk)))
@@ -179,7 +105,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
         features_have_cls: bool = False,
     ) -> jax.Array:
         """Visual tokens `[prompts, F·(n+1), D]` of one sample: for each prompt, frame after frame, context first."""
-        with self._on_mesh():
+        with self.on_mesh():
             table, places = self._encode(*read_visuals([pixel_values], [features], [prompts], features_have_cls), None)
             if len({len(place) for place in places[0]}) != 1:
                 raise RequestError("visual_tokens takes one video and at least one prompt; call it for each video")
@@ -213,7 +139,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
             labels=labels,
             features_have_cls=features_have_cls,
         )
-        with self._on_mesh():
+        with self.on_mesh():
             table, rows = self._merge(request)
             lengths = np.array([len(row.token_ids) for row in rows])
             batch, length = bucket(len(rows)), bucket(int(lengths.max()))
@@ -265,7 +191,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
             max_new_tokens=max_new_tokens,
         )
         start = time.perf_counter()
-        with self._on_mesh():
+        with self.on_mesh():
             table, rows = self._merge(request, progress, max_new_tokens)
             table.block_until_ready()
             encoded = time.perf_counter()
@@ -299,9 +225,6 @@ class LLaMAVIDLlavaForConditionalGeneration:
             seconds={"encode": encoded - start, "generate": time.perf_counter() - encoded},
         )
 
-    def _on_mesh(self) -> contextlib.AbstractContextManager:
-        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
-
     def _merge(
         self, request: Request, progress: Callable[[int], None] | None = None, max_new_tokens: int = 0
     ) -> tuple[jax.Array, list[Row]]:
@@ -315,9 +238,7 @@ class LLaMAVIDLlavaForConditionalGeneration:
         """The table `[N, D]` of all visual tokens, and `places[row][prompt]`: where a prompt's tokens stand in it."""
         if not visuals:
             return jnp.zeros((1, self.config.text_config.hidden_size), self.dtype), [[] for _ in blocks]
-        if self.qformer_tokenizer is None:
-            raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
-        text_ids, text_mask = self.qformer_tokenizer(questions)
+        text_ids, text_mask = self._question_ids(questions)
         table, slots = encode_visuals(
             self.graphdef, self.params, self.config, visuals, text_ids, text_mask, self.dtype, progress
         )
@@ -326,3 +247,11 @@ class LLaMAVIDLlavaForConditionalGeneration:
         if any(len(place) == 0 for row in places for place in row):
             raise RequestError("a video holds no frame; give at least one")
         return table.reshape(-1, table.shape[-1]), places
+
+    def _question_ids(self, questions: Sequence[str]) -> Iterator[np.ndarray]:
+        """Ids and mask `[U, T]` of questions for the Q-Former, T a bucket; those beyond its positions lose their
+        beginning (P5)."""
+        if self.qformer_tokenizer is None:
+            raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
+        read = self.qformer_tokenizer(questions, self.config.qformer_config.max_position_embeddings)
+        return (pad_to(array, len(array), bucket(array.shape[1], SMALLEST_TEXT[1])) for array in read)

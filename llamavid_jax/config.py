@@ -1,4 +1,4 @@
-"""Model configuration: frozen dataclasses and their strict readers.
+"""Model configuration: frozen dataclasses, read strictly (`strict.py`).
 
 Field names are those of the documented transformers configuration where it has one.  Every field is read by the
 program.  `foreign_config.py` reads the `config.json` of the original and of the documented layout.
@@ -19,15 +19,10 @@ from typing import Any
 import yaml
 
 from llamavid_jax.data.tokenizer_files import write_files
-from llamavid_jax.errors import InputError
+from llamavid_jax.strict import ConfigError, check_fields, require_divisible, strict
 
 IMAGE_TOKEN = -200  # the placeholder id in `input_ids`; the original's IMAGE_TOKEN_INDEX
 IGNORE_LABEL = -100  # the label of positions without a loss; the original's IGNORE_INDEX
-OWN_RANGE = ("dropout", "eos_token_id", "image_token_index")  # fields that may be 0 or negative
-
-
-class ConfigError(InputError):
-    """A configuration that cannot be used: names the field, its value and the remedy."""
 
 
 def grid_stride(compress_type: str, side: int) -> int:
@@ -52,25 +47,6 @@ def projector_depth(mm_projector_type: str) -> int:
     raise ConfigError(
         f"mm_projector_type is {mm_projector_type!r}; use 'linear', 'mlpNx_gelu' (such as mlp2x_gelu) or 'identity'"
     )
-
-
-def require_divisible(section: str, name: str, value: int, by_name: str, by: int) -> None:
-    if by < 1 or value < 1 or value % by:
-        raise ConfigError(f"{section}.{name} is {value}, which is not a positive multiple of {by_name} = {by}")
-
-
-def check_fields(config: Any, section: str = "") -> None:
-    """Every field has its declared type; numbers are above 0 and below 2**31, but for OWN_RANGE."""
-    for field in dataclasses.fields(config):
-        name, value = section + field.name, getattr(config, field.name)
-        check_type(name, value, field.type)
-        if field.type in (int, float) and field.name not in OWN_RANGE and not 0 < value < 2**31:
-            raise ConfigError(f"{name} is {value}; a number above 0 and below 2**31 is needed")
-
-
-def check_type(name: str, value: Any, kind: type) -> None:
-    if type(value) is not kind:
-        raise ConfigError(f"{name} is {value!r}; a value of type {kind.__name__} is needed")
 
 
 class Part:
@@ -134,7 +110,7 @@ class LLaMAVIDLlavaQFormerConfig(Part):
     dropout: float = 0.1  # in training only (P19)
 
     def __post_init__(self):
-        check_fields(self, "qformer_config.")
+        check_fields(self, "qformer_config.", own_range=["dropout"])
         require_divisible(
             "qformer_config", "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
         )
@@ -166,7 +142,7 @@ class LlamaConfig(Part):
     eos_token_id: int = 2
 
     def __post_init__(self):
-        check_fields(self, "text_config.")
+        check_fields(self, "text_config.", own_range=["eos_token_id"])
         require_divisible(
             "text_config",
             "num_attention_heads",
@@ -214,7 +190,7 @@ class LLaMAVIDLlavaConfig:
     quantization: str = "none"
 
     def __post_init__(self):
-        check_fields(self)
+        check_fields(self, own_range=["image_token_index"])
         grid_stride(self.compress_type, self.vision_tower_config.side)  # raises on a wrong value
         projector_depth(self.mm_projector_type)
         if (
@@ -318,23 +294,3 @@ class LLaMAVIDLlavaConfig:
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json` in the project's own form."""
         write_files(directory, {"config.json": (json.dumps(self.to_dict(), indent=1) + "\n").encode()})
-
-
-def strict(cls, values: Any, path: str):
-    """Builds the dataclass `cls` from a mapping: unknown keys and wrong types are errors that name the field."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path.rstrip('.') or 'the configuration'} is {values!r}; a mapping of fields is needed")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields), key=str)
-    if unknown:
-        raise ConfigError(f"unknown field {path}{unknown[0]}; the fields here are {', '.join(fields)}")
-    arguments = {}
-    for name, value in values.items():
-        kind = fields[name].type
-        if dataclasses.is_dataclass(kind):
-            arguments[name] = strict(kind, value, f"{path}{name}.")
-            continue
-        value = float(value) if kind is float and type(value) is int and abs(value) < 2**31 else value
-        check_type(path + name, value, kind)
-        arguments[name] = value
-    return cls(**arguments)

@@ -1,6 +1,7 @@
-"""The one base of every error that bad input causes: commands print it as one line and exit with 2."""
+"""The one base of every error that bad input causes, and how commands say it: one line, and exit code 2."""
 
 import argparse
+import sys
 
 
 class InputError(ValueError):
@@ -12,3 +13,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise InputError(message)
+
+
+def complain(error: InputError, command: str = "error") -> int:
+    """Prints the error to stderr as one line that begins with `command`; returns the exit code."""
+    print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2

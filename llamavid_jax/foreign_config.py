@@ -14,9 +14,8 @@ from llamavid_jax.config import (
     LLaMAVIDLlavaConfig,
     LLaMAVIDLlavaQFormerConfig,
     LLaMAVIDLlavaVisionConfig,
-    require_divisible,
-    strict,
 )
+from llamavid_jax.strict import require_divisible, strict
 
 NUMBER = (int, float)
 

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from llamavid_jax.config import ConfigError, check_fields
+from llamavid_jax.config import ConfigError
 from llamavid_jax.models import stack
 from llamavid_jax.models.linear import DropoutKey, Linear, LowRank
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.strict import check_fields
 
 ADAPTERS = "llama.layers.*.lora.*"  # the pattern of the parameters that `add_lora` adds
 TARGETS = {  # target → where it is in a layer
@@ -49,7 +50,7 @@ class LoraConfig:
     base: str = "float"
 
     def __post_init__(self):
-        check_fields(self, "lora.")
+        check_fields(self, "lora.", own_range=["dropout"])
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}; use a number from 0 to below 1")
         if self.base not in ("float", "nf4", "int8"):

@@ -18,11 +18,12 @@ import safetensors.numpy
 from flax import nnx
 
 from llamavid_jax.checkpoint import WeightsError
-from llamavid_jax.config import ConfigError, LlamaConfig, strict
+from llamavid_jax.config import ConfigError, LlamaConfig
 from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.lora import TARGETS, LoraConfig, linears
 from llamavid_jax.models.llama import Layer
 from llamavid_jax.sharding import flat_paths
+from llamavid_jax.strict import strict
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MODULES = {  # PEFT's name of a target's module → the target

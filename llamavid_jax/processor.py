@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32
 
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.chat import read_messages
@@ -141,10 +140,6 @@ class LLaMAVIDLlavaProcessor:
             template=template,
             progress=progress,
         )
-
-    def qformer_ids(self, prompts: Sequence[Any]) -> tuple[Int32[np.ndarray, "R T"], Bool[np.ndarray, "R T"]]:
-        """BERT ids and mask of prompts, as the Q-Former reads them."""
-        return self.qformer_tokenizer(prompts)
 
     def _sample(self, text, images, videos, prompts, template: str, fps, progress) -> dict[str, Any]:
         check_text(text)

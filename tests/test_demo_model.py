@@ -14,6 +14,7 @@ from demo.evaluate import answers
 from demo.make_data import sample
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
 from llamavid_jax.draw import TILE
+from llamavid_jax.models.llama_vid import attend_frames
 from llamavid_jax.sharding import flat_paths
 
 DEMO = Path(show.__file__).parent
@@ -85,6 +86,24 @@ def test_the_context_token_looks_where_the_question_points(shipped):
             looks = [weights[row : row + 2, column : column + 2].sum() for column, row in places]
             right.append(scene.events[int(np.argmax(looks))] is event)
     assert np.mean(right) >= 0.8
+
+
+def test_a_question_longer_than_the_positions_loses_its_beginning(shipped):
+    """The demo's Q-Former has 64: behind them its embeddings are not numbers."""
+    model, processor = shipped
+    frame = np.zeros((1, 3, 48, 48), np.float32)
+    asked = "Is there a zebra behind the trees, or perhaps a crocodile or a hippopotamus? " + questions.CLIP_DIGIT[0]
+    assert processor.qformer_tokenizer([asked])[0].shape[1] > 64
+    assert np.isfinite(model.visual_tokens(frame, [asked])).all()
+    assert np.isfinite(model.context_attention(frame, asked)).all()
+
+
+def test_questions_of_like_length_share_a_program(shipped):
+    frame = np.zeros((1, 3, 48, 48), np.float32)
+    before = attend_frames._cache_size()
+    for asked in ("Which digit?", "Which digit is the red one?"):
+        shipped[0].context_attention(frame, asked)
+    assert attend_frames._cache_size() <= before + 1
 
 
 def test_a_fresh_qformer_is_all_that_changes(shipped, tmp_path, monkeypatch):

@@ -3,7 +3,9 @@
 import io
 import random
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +187,15 @@ def test_random_damage_gives_a_picture_or_a_media_error(tmp_path, kind):
             assert open_image(path).mode == "RGB"
         except MediaError as error:
             assert str(path) in str(error)
+
+
+def test_threads_leave_the_filters_of_warnings_alone(tmp_path):
+    """They belong to the process: threads that set and restore them leave each other's."""
+    Image.fromarray(NOISE).resize((600, 600)).save(tmp_path / "a.png")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(open_image, [tmp_path / "a.png"] * 200))
+    assert warnings.filters == before
 
 
 def test_a_picture_object_is_checked_as_a_file_is():

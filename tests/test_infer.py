@@ -1,5 +1,6 @@
 """`infer.py` as its users run it: real files, the shell, bad input."""
 
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 
 import infer
 from llamavid_jax import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 CLIP = str(ROOT / "demo" / "space.mp4")
@@ -195,3 +197,10 @@ def test_a_checkpoint_without_tokenizer(checkpoint, tmp_path, capsys):
             (tmp_path / path.name).symlink_to(path)
     assert infer.main(["--model", str(tmp_path), "--question", "a"]) == 2
     assert "holds no tokenizer; convert again with --tokenizer FOLDER" in capsys.readouterr().err
+
+
+def test_a_question_that_is_no_text_is_said(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), encoding="utf-8"))
+    options = infer.parse_arguments(["--model", "DIR", "--chat"])
+    with pytest.raises(InputError, match="a question on stdin is not UTF-8"):
+        next(infer.questions(options))

@@ -13,13 +13,14 @@ from jax.sharding import PartitionSpec
 from torch_models import BAR, CONFIG, ours, reference, relative_error, token_ids
 
 from llamavid_jax.checkpoint import WeightsError
-from llamavid_jax.config import ConfigError, strict
+from llamavid_jax.config import ConfigError
 from llamavid_jax.lora import TARGETS, LoraConfig, add_lora, merge_lora, set_dropout
 from llamavid_jax.models import stack
 from llamavid_jax.models.kv_cache import KVCache
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.peft_adapter import load_adapter, save_adapter
 from llamavid_jax.sharding import ShardingError, flat_paths, make_mesh, param_axes, param_shardings
+from llamavid_jax.strict import strict
 
 LORA = LoraConfig(rank=4, alpha=6, dropout=0.3)
 IDS = jnp.asarray(token_ids(CONFIG, 24))

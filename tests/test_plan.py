@@ -76,6 +76,28 @@ def test_every_chip_that_shares_a_row_holds_its_part_of_every_sample():
     assert crowded >= 10  # rows in which rounding matters
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_row_that_chips_share_has_room_for_all_questions(packing):
+    """A picture is on one chip, whose share of the pairs must hold its questions."""
+    shapes = [RowShape(4, 8, 8, 512), RowShape(4, 32, 8, 1024)]
+    sizes = Sizes.of([SampleSize("pixels", 1, 3, 100)] * 4)
+    for shares, bucket in ((1, 0), (4, 1)):
+        batches = plan(sizes, shapes, batch_size=4, packing=packing, shares=shares)
+        assert {batch.shape_index for batch in batches} == {bucket}
+        schedule = Schedule(sizes, shapes, 4, TOKENS_PER_FRAME, 0, packing, shares=shares)
+        assert {batch.shape_index for batch in schedule.epoch(0)} == {bucket}
+
+
+def test_a_run_of_rows_of_one_sample_may_go_on_where_chips_share_them_alike():
+    def fingerprint(shares: int, questions: int, packing: bool = False) -> str:
+        sizes = Sizes.of([SampleSize("features", 8, questions, 100)] * 4)
+        return Schedule(sizes, [RowShape(8, 16, 4, 512)], 4, 2, 0, packing, shares=shares).fingerprint()
+
+    assert fingerprint(1, 1) == fingerprint(4, 1)
+    assert fingerprint(1, 1, packing=True) != fingerprint(4, 1, packing=True)
+    assert fingerprint(1, 3) != fingerprint(8, 3)  # each chip has pairs for two questions of its frame
+
+
 def test_padding_of_a_mixed_set_is_under_ten_percent():
     sizes = mixed(6000)
     batches = plan(sizes)

@@ -146,7 +146,7 @@ def test_files_on_disk_and_times(processor, tmp_path):
 def test_qformer_ids_of_the_recorded_prompts(processor):
     with np.load(GOLDEN / "short_video_mean" / "expected.npz") as arrays:
         prompts = json.loads(str(arrays["video.prompts"]))[1]
-        ids, mask = processor.qformer_ids(prompts)
+        ids, mask = processor.qformer_tokenizer(prompts)
         assert (ids == arrays["video.qformer_input_ids.1"]).all() and mask.all()
 
 
@@ -157,7 +157,7 @@ def test_save_and_load(processor, folder, tmp_path):
     again = LLaMAVIDLlavaProcessor.from_pretrained(tmp_path / "copy")
     assert again.image_processor == processor.image_processor
     assert again.tokenizer.encode("a </s> b") == processor.tokenizer.encode("a </s> b")
-    assert (again.qformer_ids(["what is it"])[0] == processor.qformer_ids(["what is it"])[0]).all()
+    assert (again.qformer_tokenizer(["what is it"])[0] == processor.qformer_tokenizer(["what is it"])[0]).all()
 
 
 def test_missing_files(folder, tmp_path):

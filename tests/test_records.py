@@ -69,6 +69,13 @@ def test_every_writing_of_a_list_gives_its_values(tmp_path, indent, mark, ascii_
         assert list(JsonRows(lines)) == rows
 
 
+def test_a_link_is_read_by_its_own_name(tmp_path):
+    """The Hugging Face cache links NAME.jsonl to a file that is named by its hash."""
+    (tmp_path / "5f3a").write_text('{"id": 1}\n{"id": 2}\n')
+    (tmp_path / "chat.jsonl").symlink_to("5f3a")
+    assert len(JsonRows(tmp_path / "chat.jsonl")) == 2
+
+
 def test_records_go_to_other_processes_without_their_content(tmp_path):
     rows = [{"id": f"n{i}", "conversations": TALK} for i in range(500)]
     records = read_records(write(tmp_path / "data.json", rows))

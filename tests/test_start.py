@@ -182,3 +182,8 @@ def test_a_part_of_another_model_is_named(model, mesh, tmp_path):
         save_part(tmp_path, {path: jax.numpy.zeros(shape)})
         with pytest.raises(WeightsError, match=f"{path}.*; give the adapter of a run of this model"):
             begin(model, mesh, f"start.adapter={tmp_path}")
+
+
+def test_more_question_tokens_than_positions_are_named(model, mesh):
+    with pytest.raises(ConfigError, match=r"data.question_tokens is 600, but the Q-Former has 512 positions; use 512"):
+        begin(model, mesh, "data.question_tokens=600")

@@ -119,6 +119,11 @@ def test_a_record_of_as_many_rounds_as_allowed_stays_whole():
     assert list(split_chat([row], 2, Counter())) == [row | {"id": "5"}]
 
 
+def test_an_id_of_null_is_no_id():
+    rows = [{"id": None, "image": "i.jpg", "conversations": talk("<image>", "a")}] * 2
+    assert [row["id"] for row in split_chat(rows, 2, Counter())] == ["0", "1"]
+
+
 def test_split_chat_command(tmp_path, capsys):
     source = tmp_path / "in.jsonl"
     write_records(source, [{"id": "x", "image": "i.jpg", "conversations": talk("<image>q", "a", "b", "c")}] * 2)

@@ -17,6 +17,8 @@ from llamavid_jax.data.conversation import ConversationError
 from llamavid_jax.data.labels import training_example
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.tokenize import TextStream, encode_with_images, load_tokenizer, pad_with_mask
+from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.errors import InputError
 
 HERE = Path(__file__).parent
 TEXT = HERE / "golden" / "text"
@@ -200,6 +202,15 @@ def test_long_prompts_lose_their_beginning(tmp_path):
     ids, mask = QFormerTokenizer(qformer_folder(tmp_path))(["cafe " + "red " * 250 + "blue " * 4])
     assert ids.shape == (1, 256) and mask.all()
     assert ids[0].tolist() == [2, *[5] * 250, *[7] * 4, 3]
+    ids, mask = QFormerTokenizer(qformer_folder(tmp_path))(["red blue cafe", "red"], max_ids=4)
+    assert ids.tolist() == [[2, 7, 9, 3], [2, 5, 3, 0]] and mask.sum() == 7
+
+
+def test_files_that_cannot_be_written_leave_nothing_behind(tmp_path):
+    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match="cannot be written to"):
+        write_files(tmp_path, {"a": b"1", "b": b"2"})
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"] and (tmp_path / "a").read_bytes() == b"1"
 
 
 @pytest.fixture

@@ -298,3 +298,10 @@ def test_tables_of_patterns_cover_exactly():
     ):
         with pytest.raises(ConfigError, match=says):
             trainable_paths(paths, table)
+
+
+@pytest.mark.parametrize("option", [("--topology", "v5e:8x8"), ("--num-slices", "2"), ("--quick",), ("--features",)])
+def test_what_a_compile_is_asked_starts_no_run(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--config", str(STAGE2), *option])
+    assert "go with --compile-only" in capsys.readouterr().err

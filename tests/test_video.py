@@ -198,13 +198,6 @@ def test_streaming_and_progress_agree_with_reading_at_once(tmp_path):
     assert {total for _, total in seen} == {2.4}
 
 
-def test_max_frames(tmp_path):
-    path = write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(60)])
-    assert len(read_video(path, max_frames=3).frames) == 3
-    with pytest.raises(MediaError, match=r"clip\.mp4 gives more than 2 frames at 1 a second; use a smaller --fps"):
-        read_video(path, max_frames=2)
-
-
 def test_an_error_of_the_callers_transform_is_not_taken_for_a_bad_file(tmp_path):
     path = write_clip(tmp_path / "clip.mp4", [index_frame(0)])
     with pytest.raises(ZeroDivisionError):

@@ -32,14 +32,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from llamavid_jax.data import features
-from llamavid_jax.data.media import MediaError, check_size
+from llamavid_jax.data.examples import file_header
+from llamavid_jax.data.images import check_picture
+from llamavid_jax.data.media import MediaError
 from llamavid_jax.data.records import Record, count_frames, media_file, read_records
 from llamavid_jax.data.shards import FORMAT_VERSION, MANIFEST, MediaHeader, read_manifest
 from llamavid_jax.data.video import open_video
-from llamavid_jax.errors import InputError, Parser
+from llamavid_jax.errors import InputError, Parser, complain
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
 MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
@@ -240,19 +240,11 @@ def _example_header(header: MediaHeader) -> dict[str, Any]:
 def read_header(record: Record, path: Path) -> MediaHeader:
     """What the media file at `path` says of itself, without decoding it.  Raises MediaError."""
     if record.kind == "features":
-        header = features.read_header(path)
-        return MediaHeader(header.frames, inputs=header.inputs)
+        return file_header(path)
     if record.kind == "video":
         with open_video(path) as (_, _, average_fps):
             return MediaHeader(count_frames(path, "video", average_fps), average_fps)
-    try:
-        with Image.open(path) as image:
-            check_size(*image.size, path)
-    except MediaError:
-        raise
-    # Pillow's readers raise whatever their parsing meets in a damaged file
-    except Exception as error:
-        raise MediaError(f"{path} is not a picture that Pillow can read ({error}); convert it to PNG or JPEG") from None
+    check_picture(path)
     return MediaHeader(1)
 
 
@@ -284,8 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         state = "was complete already" if (Path(options.out) / MANIFEST).is_file() else "is complete"
         manifest = build(options.source, options.out, options.media, options.max_broken, options.beam)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     kinds = ", ".join(f"{counts['samples']} {kind}" for kind, counts in sorted(manifest["kinds"].items()))
     print(f"{options.out} {state}: {manifest['samples']} samples ({kinds}), {len(manifest['skipped'])} skipped")
     for sample in manifest["skipped"][:10]:

@@ -1,6 +1,6 @@
 """Pictures as the vision tower wants them: file -> RGB -> uint8 [H, W, 3] -> float32 [3, H, W], CLIP's preprocessing.
 
-    open_image      any Pillow format -> upright RGB picture
+    open_image      any Pillow format -> upright RGB picture; check_picture looks at its header alone
     pad_to_square   canvas of the mean colour, for stills (P10)
     resize_and_crop shortest edge to the size, bicubic, centre crop -> uint8 [H, W, 3], H = W = size (V10)
     normalize       uint8 [F, H, W, 3] -> float32 [F, 3, H, W]
@@ -13,7 +13,6 @@ Deviations from the original, which calls `Image.open(...).convert("RGB")`: the 
 blended, and an animation gives its first picture.
 """
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +30,10 @@ def open_image(path: str | Path) -> Image.Image:
     """Reads a picture file as an upright RGB picture.  Raises MediaError naming the file."""
     file = local_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd tags; 89 to 178 million pixels, of which more are an error
-            with Image.open(file) as image:
-                check_size(*image.size, path)
-                image.load()
-                return to_rgb(image, path)
+        with Image.open(file) as image:
+            check_size(*image.size, path)
+            image.load()
+            return to_rgb(image, path)
     except MediaError:
         raise
     except Image.UnidentifiedImageError:
@@ -46,6 +43,17 @@ def open_image(path: str | Path) -> Image.Image:
     # Pillow's readers raise whatever their parsing meets in a damaged file: SyntaxError, struct.error, KeyError ...
     except Exception as error:
         raise MediaError(f"{path} is cut short or damaged ({error}); copy or export it again") from None
+
+
+def check_picture(path: str | Path) -> None:
+    """Raises MediaError unless the file's header is that of a picture whose size can be used."""
+    try:
+        with Image.open(path) as image:
+            check_size(*image.size, path)
+    except MediaError:
+        raise
+    except Exception as error:  # as above
+        raise MediaError(f"{path} is not a picture that Pillow can read ({error}); convert it to PNG or JPEG") from None
 
 
 def to_rgb(image: Image.Image, name: object = "the picture") -> Image.Image:

@@ -226,8 +226,11 @@ class Schedule:
             raise InputError(f"none of the {len(sizes.kind)} samples can be read; check the data's path and media")
         self.sizes, self.shapes, self.tokens_per_frame = sizes, shapes, tokens_per_frame
         self._settings = {"seed": seed, "packing": packing, "shuffle": shuffle, "batch_size": batch_size}
-        if packing and shares > 1:  # a row alone is the same however many hold it
-            self._settings["shares"] = shares
+        places = fit(sizes, shapes, tokens_per_frame, shares)
+        settings = repr((sorted(self._settings.items()), list(shapes), tokens_per_frame, shares if packing else "any"))
+        parts = settings.encode(), sizes.fingerprint(), *(array.tobytes() for array in places)
+        self._fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()
+        self._settings["shares"] = shares
         self._plans: dict[int, list[PlannedBatch]] = {}  # of the epochs on either side of a boundary, two at most
         self._starts = [0]  # first step of each epoch known so far
 
@@ -257,14 +260,18 @@ class Schedule:
             return self.epoch(epoch)[step - self._starts[epoch]]
 
     def fingerprint(self) -> str:
-        """Equal exactly where every step's batch is: the same data, buckets and settings."""
-        settings = repr((sorted(self._settings.items()), list(self.shapes), self.tokens_per_frame))
-        return hashlib.sha256(settings.encode() + self.sizes.fingerprint()).hexdigest()
+        """Equal exactly where every step's batch is: the same data, buckets and settings.
+
+        Rows of one sample are mostly the same however many chips hold one, and then `shares` changes nothing.
+        """
+        return self._fingerprint
 
 
-def describe(plan: Sequence[PlannedBatch], sizes: Sizes, shapes: Sequence[RowShape], tokens_per_frame: int) -> str:
+def describe(
+    plan: Sequence[PlannedBatch], sizes: Sizes, shapes: Sequence[RowShape], tokens_per_frame: int, shares: int = 1
+) -> str:
     """One epoch as a table for the log: per bucket its rows, samples, padding in % of its tokens, and cut samples."""
-    _, need, cut = fit(sizes, shapes, tokens_per_frame)
+    _, need, cut = fit(sizes, shapes, tokens_per_frame, shares)
     lines = [
         f"{'frames':>7} {'tokens':>7} {'kind':>9} {'batches':>8} {'rows':>8} {'samples':>8} {'padding':>8} {'cut':>7}"
     ]

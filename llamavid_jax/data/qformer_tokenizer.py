@@ -42,7 +42,6 @@ class QFormerTokenizer:
         bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         bert.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
         bert.add_special_tokens([*SPECIAL, "[DEC]"])
-        bert.enable_truncation(MAX_IDS, direction="left")
         self._bert = bert
         self._pad_id = vocabulary["[PAD]"]
         self.vocab_size = bert.get_vocab_size()  # with [DEC]
@@ -51,10 +50,18 @@ class QFormerTokenizer:
         """Writes `directory`/qformer_tokenizer/vocab.txt."""
         write_files(Path(directory) / self.FOLDER, self._files)
 
-    def __call__(self, prompts: Sequence[Any]) -> tuple[Int32[np.ndarray, "R T"], Bool[np.ndarray, "R T"]]:
-        """(ids, mask), padded on the right to the longest prompt; the mask is False at padding."""
+    def __call__(
+        self, prompts: Sequence[Any], max_ids: int = MAX_IDS
+    ) -> tuple[Int32[np.ndarray, "R T"], Bool[np.ndarray, "R T"]]:
+        """(ids, mask), padded on the right to the longest prompt; the mask is False at padding.
+
+        `max_ids`: of a prompt, at most MAX_IDS; a longer one keeps [CLS] and its last ones (P5).
+        """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
             raise ConversationError(f"prompts is {prompts!r}; a list of one text or more is needed")
         for index, prompt in enumerate(prompts):
             check_text(prompt, f"prompt {index}")
-        return pad_with_mask([encoding.ids for encoding in self._bert.encode_batch(list(prompts))], self._pad_id)
+        limit = min(max_ids, MAX_IDS)
+        ids = [encoding.ids for encoding in self._bert.encode_batch(list(prompts))]
+        ids = [own if len(own) <= limit else [own[0], *own[len(own) - limit + 1 :]] for own in ids]
+        return pad_with_mask(ids, self._pad_id)

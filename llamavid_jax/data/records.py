@@ -62,7 +62,7 @@ class JsonRows(Sequence):
         try:
             self.path = str(local_file(path))
             content = Path(self.path).read_bytes()
-            spans = _line_spans(content) if self.path.endswith(".jsonl") else _list_spans(content.decode())
+            spans = _line_spans(content) if str(path).endswith(".jsonl") else _list_spans(content.decode())
         except MediaError as error:
             raise DataError(str(error)) from None
         except (OSError, ValueError, RecursionError) as error:

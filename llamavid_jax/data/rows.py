@@ -81,8 +81,8 @@ def lay_out_row(
         cut.append(length < len(row.token_ids) or len(kept) < own or asked < len(example.questions))
     question_ids, question_mask = np.zeros((2, shape.questions, question_tokens), np.int32)
     if questions:
-        ids, mask = _cut_left(*qformer_tokenizer(questions), question_tokens)
-        question_ids, question_mask = (pad_to(x, shape.questions, question_tokens) for x in (ids, mask))
+        read = qformer_tokenizer(questions, question_tokens)
+        question_ids, question_mask = (pad_to(x, shape.questions, question_tokens) for x in read)
     return (
         Batch(
             frames,
@@ -110,15 +110,3 @@ def _kept_frames(example: Example, room: int, tokens_per_frame: int) -> np.ndarr
     if own <= room:
         return np.arange(own)
     return np.arange(room) if _has_slots(example) else np.linspace(0, own - 1, room).round().astype(int)
-
-
-def _cut_left(ids: np.ndarray, mask: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most `limit` ids a question: [CLS] and the last ones, as the tokenizer itself cuts at 256 (P5)."""
-    if ids.shape[1] <= limit:
-        return ids, mask
-    out_ids, out_mask = np.zeros((2, len(ids), limit), np.int32)
-    for row, (own, present) in enumerate(zip(ids, mask, strict=True)):
-        own = own[present]
-        own = own if len(own) <= limit else np.concatenate([own[:1], own[len(own) - limit + 1 :]])
-        out_ids[row, : len(own)], out_mask[row, : len(own)] = own, 1
-    return out_ids, out_mask.astype(bool)

@@ -28,7 +28,7 @@ from typing import Any
 from llamavid_jax.data import features
 from llamavid_jax.data.conversation import IMAGE
 from llamavid_jax.data.records import PICKLES, DataError, JsonRows
-from llamavid_jax.errors import InputError, Parser
+from llamavid_jax.errors import InputError, Parser, complain
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".gif")
 REQUESTS = (
@@ -86,7 +86,7 @@ def split_chat(rows: Iterable[Any], rounds: int, skipped: Skipped) -> Iterator[d
             continue
         turns = _whole_rounds(row)
         pieces = [turns[at : at + 2 * rounds] for at in range(0, len(turns), 2 * rounds)]
-        name = str(row.get("id", number))
+        name = str(number if row.get("id") is None else row["id"])
         if len(pieces) < 2:
             yield {**row, "id": _unique(name, seen)}
             continue
@@ -210,8 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 records = video_chatgpt(JsonRows(options.source), found, skipped)
         count = write_records(options.output, records)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     print(f"{options.output}: {count:,} records")
     for reason, number in skipped.items():
         print(f"left out: {number:,} {reason}")

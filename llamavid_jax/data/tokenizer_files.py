@@ -58,10 +58,9 @@ def write_files(directory: str | Path, files: Mapping[str, bytes]) -> None:
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=name, suffix=".tmp", delete=False) as file:
-                file.write(content)
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, folder / name)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            for name, content in files.items():
+                Path(aside, name).write_bytes(content)
+                os.replace(Path(aside, name), folder / name)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror}); give a folder that can") from None

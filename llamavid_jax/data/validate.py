@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -34,12 +33,13 @@ from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
 from llamavid_jax.data.conversation import ConversationError, template_named, training_turns
 from llamavid_jax.data.examples import ExampleReader, check_places, file_header, thinned_inputs
 from llamavid_jax.data.features import read_header
-from llamavid_jax.data.media import MediaError, check_size
+from llamavid_jax.data.images import check_picture
+from llamavid_jax.data.media import MediaError
 from llamavid_jax.data.records import DataError, Record, decode, find_media, media_file, media_size, read_records
 from llamavid_jax.data.tokenize import load_tokenizer
 from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.data.video import check_fps
-from llamavid_jax.errors import InputError, Parser
+from llamavid_jax.errors import InputError, Parser, complain
 
 SHOWN = 50  # rows of the table; --json has them all
 CHUNK = 256  # records under way at a time
@@ -97,7 +97,7 @@ class Validator:
                 for _ in decode(path, record.kind, self.fps):
                     pass
             elif record.kind == "image":
-                _check_picture(path)
+                check_picture(path)
             if record.kind == "features" and self.frame_shape:
                 header = read_header(path)
                 if (header.patches, header.width) != self.frame_shape:
@@ -122,17 +122,6 @@ class Validator:
         if (text.labels == IGNORE_LABEL).all():
             raise ConversationError("no token of it would be trained: it has no answer, or a turn holds </s>")
         return frames, self.reader.expanded_length(text.input_ids, len(text.prompts), frames)
-
-
-def _check_picture(path: Path) -> None:
-    """Its header alone."""
-    try:
-        with Image.open(path) as image:
-            check_size(*image.size, path)
-    except MediaError:
-        raise
-    except Exception as error:  # whatever Pillow's readers meet in a damaged file
-        raise MediaError(f"{path} is not a picture that Pillow can read ({error}); copy or export it again") from None
 
 
 def check_all(validator: Validator, records: Sequence) -> Iterator[Check]:
@@ -235,8 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file = Path(options.json)
             write_files(file.parent, {file.name: json.dumps(full, indent=1).encode()})
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return int(bool(report.problems))
 
 

@@ -43,22 +43,17 @@ class Video:
 def read_video(
     path: str | Path,
     fps: float | int = 1.0,
-    max_frames: int | None = None,
     transform: Transform | None = None,
     progress: Progress | None = None,
 ) -> Video:
     """Samples `fps` frames a second; `transform` maps each uint8 [h, w, 3] to uint8 [H, W, 3].
 
-    Raises MediaError for a file that cannot be read whole, and for more than `max_frames` sampled frames.
+    Raises MediaError for a file that cannot be read whole.
     """
     with open_video(path) as (container, stream, average_fps):
         stride = frame_stride(average_fps, fps, path)
-        times, frames = [], []
-        for time, frame in _sample(path, container, stream, average_fps, stride, transform, progress):
-            if max_frames is not None and len(frames) == max_frames:
-                raise MediaError(f"{path} gives more than {max_frames} frames at {fps:g} a second; use a smaller --fps")
-            times.append(time)
-            frames.append(frame)
+        sampled = _sample(path, container, stream, average_fps, stride, transform, progress)
+        times, frames = zip(*sampled, strict=True)
     return Video(np.stack(frames), np.array(times, np.float64), average_fps, stride)
 
 

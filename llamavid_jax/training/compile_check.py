@@ -12,7 +12,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from llamavid_jax.errors import InputError, Parser
+from llamavid_jax.errors import InputError, Parser, complain
 
 if TYPE_CHECKING:  # JAX takes seconds to import, which arguments and --help do not need
     from llamavid_jax.training.config import TrainConfig
@@ -57,8 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return check(read_config(options.config, options.overrides), options, options.mesh)
     except InputError as error:
-        print(f"compile_check: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return complain(error, "compile_check")
 
 
 if __name__ == "__main__":

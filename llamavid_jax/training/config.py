@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 
-from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig, check_type, strict
+from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import RowShape
 from llamavid_jax.data.conversation import template_named
 from llamavid_jax.lora import LoraConfig
 from llamavid_jax.models.stack import REMAT
 from llamavid_jax.sharding import parse_mesh
+from llamavid_jax.strict import check_fields, strict
 
 TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which have points of their own
 
@@ -64,9 +65,7 @@ class DataConfig:
     processes: int = 0
 
     def __post_init__(self):
-        _check(
-            "data.", self, above=("fps", "question_tokens", "threads"), from_zero=("seed", "max_broken", "processes")
-        )
+        check_fields(self, "data.", from_zero=["seed", "max_broken", "processes"])
         if self.max_broken > 1:
             raise ConfigError(f"data.max_broken is {self.max_broken}; give a part of the samples, from 0 to 1")
 
@@ -99,7 +98,7 @@ class OptimizerConfig:
     lr_factors: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        _check("optimizer.", self, above=("learning_rate", "eps", "max_grad_norm"), from_zero=("weight_decay",))
+        check_fields(self, "optimizer.", from_zero=["weight_decay"], own_range=["warmup"])
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"optimizer.warmup is {self.warmup}; give the part of the steps, from 0 to below 1")
         if len(self.betas) != 2 or not all(type(beta) in (int, float) and 0 <= beta < 1 for beta in self.betas):
@@ -134,8 +133,7 @@ class LoopConfig:
     max_bad_steps: int = 10
 
     def __post_init__(self):
-        positive = ("epochs", "batch_size", "micro_batches", "log_every", "save_every", "keep", "max_bad_steps")
-        _check("training.", self, above=positive, from_zero=("steps", "evaluate_every", "seed"))
+        check_fields(self, "training.", from_zero=["steps", "evaluate_every", "seed"])
         _choice("training.loss_weighting", self.loss_weighting, ("tokens", "micro_batch"))
         _choice("training.dtype", self.dtype, ("float32", "bfloat16"))
         _choice("training.remat", self.remat, tuple(REMAT))
@@ -284,15 +282,6 @@ def _with_floats(values: Any, kind: Any) -> Any:
         except ValueError:
             return values
     return values
-
-
-def _check(section: str, config: Any, above: Sequence[str], from_zero: Sequence[str]) -> None:
-    for field in dataclasses.fields(config):
-        check_type(section + field.name, getattr(config, field.name), field.type)
-    for name in (*above, *from_zero):
-        value = getattr(config, name)
-        if not 0 <= value < 2**31 or (value == 0 and name in above):
-            raise ConfigError(f"{section}{name} is {value}; a number {'above 0' if name in above else 'of 0 or more'}")
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:

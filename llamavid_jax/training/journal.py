@@ -46,7 +46,6 @@ class Journal:
         self.steps, self.first_step, self.output = loader.steps, first_step, Path(config.output)
         sizes = loader.schedule.sizes
         self.allowed = config.data.max_broken * len(sizes.kind)
-        self.metrics = Metrics(self.output, first_step + 1, report=console.print)
         self.throughput = Throughput(start.mesh.size)
         updates = {path for path in start.trained if fnmatch.fnmatchcase(path, ADAPTERS)}
         self.updates = sum(start.trained[path].size for path in updates)
@@ -55,7 +54,8 @@ class Journal:
         self.since_log: list[dict[str, float]] = []  # the steps that the next line of the log is the mean of
         self.bad_steps = self.bad_in_a_row = self.truncated = self.samples = 0
         self.rows = len(loader.rows)  # of a batch, on this process
-        console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, start.config.tokens_per_frame))
+        tokens_per_frame, shares = start.config.tokens_per_frame, start.mesh.shape["sequence"]
+        console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, tokens_per_frame, shares))
         self.broken = {(one["id"], one["reason"]) for one in sizes.broken}  # known to all processes, never planned
         if first_step == 0:
             self._file("skipped").unlink(missing_ok=True)
@@ -64,6 +64,7 @@ class Journal:
         self.unreadable = noted["training"] - self.broken  # of this process's rows
         self._append("skipped", _rows(self.broken - noted["training"]))
         self._totals()
+        self.metrics = Metrics(self.output, first_step + 1, report=console.print)  # last: nothing raises with it open
 
     def __enter__(self) -> "Journal":
         return self
@@ -83,7 +84,7 @@ class Journal:
             self._look(*self.pending.pop(0))
 
     def _look(self, step: int, metrics: StepMetrics, seen: Upcoming) -> None:
-        values = {name: float(value) for name, value in metrics._asdict().items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         self.samples, self.truncated = self.samples + seen.loaded.samples, self.truncated + seen.loaded.truncated
         self.note_unreadable(seen.loaded.skipped)
         if values.pop("finite"):

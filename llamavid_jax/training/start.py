@@ -177,6 +177,12 @@ class Layout:
 def lay_out(config: TrainConfig, mesh: Mesh) -> Layout:
     """The model of a run on `mesh`.  Raises ConfigError or ShardingError; allocates nothing."""
     model_config, dtype = config.model_config(), parse_dtype(config.training.dtype)
+    positions = model_config.qformer_config.max_position_embeddings
+    if config.data.question_tokens > positions:
+        raise ConfigError(
+            f"data.question_tokens is {config.data.question_tokens}, but the Q-Former has {positions} positions; "
+            f"use {positions} or fewer"
+        )
     structure = Structure(nnx.eval_shape(lambda: make_model(config, model_config)))
     adapters = {path for path in structure.shapes if fnmatch.fnmatchcase(path, ADAPTERS)}
     trains = trainable_paths([path for path in structure.shapes if path not in adapters], config.trainable) | adapters
