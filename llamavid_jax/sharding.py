@@ -216,6 +216,11 @@ def activation_spec(shape: tuple[int, ...], *names: str | None) -> PartitionSpec
     return PartitionSpec(*[None] * len(shape)) if mesh.empty else partition_spec(shape, names, mesh)
 
 
+def target() -> Any:
+    """What programs are for, with `platform` and `device_kind`: the devices of the mesh in context, there or not."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins an activation's axes to the mesh in context; nothing without one, or on one device's share of an array."""
     mesh = jax.sharding.get_abstract_mesh()

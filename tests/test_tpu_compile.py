@@ -111,6 +111,7 @@ def test_7b_stage_2_for_64_chips():
     once = 2 * 6.9e9  # bytes of the parameters in bfloat16
     assert gathered["bytes"] < 1.15 * 2 * 2 * once  # forwards and backwards, in each of two micro-batches
     assert reduced["bytes"] < 1.05 * 2 * 2 * once  # there and back
+    assert reduced["asynchronous"] > 0.99 * reduced["count"]  # `training.compiler_options`
 
 
 def test_tiny_inference_for_one_chip():

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llamavid_jax.attention.reference import reference_attention
 from llamavid_jax.attention.ring import ring_attention, ring_supports
 from llamavid_jax.attention.splash import splash_attention, splash_supports
+from llamavid_jax.sharding import target
 
 WITHOUT_KERNELS = ("TPU v2", "TPU v3")  # Pallas has no products of bfloat16 there
 Backend = Literal["reference", "cudnn", "splash"]
@@ -62,21 +63,11 @@ def attention(
 def _fastest(q: jax.Array, k: jax.Array, mask: jax.Array | None, causal: bool) -> Backend:
     if mask is not None:
         return "reference"
-    match _platform():
+    device = target()
+    match device.platform:
         case "gpu" if q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
             return "cudnn"
-        case "tpu" if causal and splash_supports(q, k) and _kind() not in WITHOUT_KERNELS:
+        case "tpu" if causal and splash_supports(q, k) and device.device_kind not in WITHOUT_KERNELS:
             return "splash"
         case _:
             return "reference"
-
-
-def _kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device else jax.devices()[0].device_kind
-
-
-def _platform() -> str:
-    """What the program is for: the mesh in context says so, also in a compile for TPUs that are not there."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from llamavid_jax.aot.chips import CHIPS
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import RowShape
 from llamavid_jax.data.conversation import template_named
@@ -25,6 +26,8 @@ from llamavid_jax.sharding import parse_mesh
 from llamavid_jax.strict import check_fields, strict
 
 TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which have points of their own
+ASYNC_ALL_REDUCE = "xla_enable_async_all_reduce", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
+COMPILER_OPTIONS = dict.fromkeys(("v5e", "v5p", "v6e"), dict.fromkeys(ASYNC_ALL_REDUCE, True))  # beside other work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,8 @@ class LoopConfig:
     A step adds up `micro_batches` gradients; `loss_weighting` "tokens" gives each labelled token the same weight,
     "micro_batch" is the original's mean of means (P20).  `dtype` is that of products and of frozen parameters;
     trained ones are float32.  `remat`: what a layer keeps for the gradient.  A step whose loss or gradient is not
-    finite is skipped; `max_bad_steps` of them in a row end the run.
+    finite is skipped; `max_bad_steps` of them in a row end the run.  `compiler_options` are what the compiler of a TPU
+    generation is told beside its own defaults (docs/tpu.md).
     """
 
     epochs: int = 1
@@ -131,9 +135,14 @@ class LoopConfig:
     keep: int = 2
     evaluate_every: int = 0
     max_bad_steps: int = 10
+    compiler_options: dict = dataclasses.field(default_factory=COMPILER_OPTIONS.copy)
 
     def __post_init__(self):
         check_fields(self, "training.", from_zero=["steps", "evaluate_every", "seed"])
+        for generation, options in self.compiler_options.items():
+            _choice("a generation in training.compiler_options", generation, tuple(CHIPS))
+            if not isinstance(options, dict):
+                raise ConfigError(f"training.compiler_options.{generation} is {options!r}; give {{OPTION: VALUE}}")
         _choice("training.loss_weighting", self.loss_weighting, ("tokens", "micro_batch"))
         _choice("training.dtype", self.dtype, ("float32", "bfloat16"))
         _choice("training.remat", self.remat, tuple(REMAT))

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from llamavid_jax.aot.chips import CHIPS
 from llamavid_jax.config import IGNORE_LABEL
 from llamavid_jax.data.batching import Batch
 from llamavid_jax.lora import set_dropout
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.sequence import ways
-from llamavid_jax.sharding import constrain, pin
+from llamavid_jax.sharding import constrain, pin, target
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.loss import LossSums, next_token_sums
 from llamavid_jax.training.optimizer import clip, learning_rate, make_optimizer
@@ -139,7 +140,12 @@ def make_train_step(
         )
         return TrainState(state.step + 1, params, kept_optimizer), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=_compiler_options(loop))
+
+
+def _compiler_options(loop: LoopConfig) -> dict[str, Any] | None:
+    kind = target().device_kind
+    return next((options for name, options in loop.compiler_options.items() if CHIPS[name].kind == kind), None)
 
 
 def make_evaluate_step(structure: Structure, micro_batches: int = 1) -> Callable[..., LossSums]:
