@@ -71,13 +71,20 @@ def structure(remat: str = "none") -> Structure:
 
 def random_params(seed: int = 0) -> dict[str, jax.Array]:
     """Wide enough that every part matters."""
-    keys = jax.random.split(jax.random.key(seed), len(structure().shapes))
+    random = np.random.default_rng(seed)
     return {
-        path: 0.1 * jax.random.normal(key, leaf.shape) + (1.0 if path.endswith("scale") else 0.0)
-        for key, (path, leaf) in zip(keys, structure().shapes.items(), strict=True)
+        path: jax.numpy.float32(random.normal(path.endswith("scale"), 0.1, leaf.shape))
+        for path, leaf in structure().shapes.items()
     }
 
 
 def state(params: dict[str, jax.Array]) -> TrainState:
     """Step 0 of training `params`."""
-    return TrainState(jax.numpy.int32(0), params, make_optimizer(OPTIMIZER).init(params))
+
+    def zeros(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        """Where its parameter is; from the host, which needs no program for each shape."""
+        value, parameter = jax.numpy.asarray(np.zeros(leaf.shape, leaf.dtype)), params.get(getattr(path[-1], "key", ""))
+        return value if parameter is None or not parameter.committed else jax.device_put(value, parameter.sharding)
+
+    optimizer = jax.eval_shape(make_optimizer(OPTIMIZER).init, params)
+    return TrainState(jax.numpy.int32(0), params, jax.tree.map_with_path(zeros, optimizer))
