@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -79,6 +78,7 @@ def golden(request) -> Path:
 def tiny_model():
     """The tiny configuration with random weights wide enough that tokens differ, and the small tokenizers."""
     import jax.numpy as jnp
+    from training_cases import draw
 
     from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration
     from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
@@ -87,11 +87,9 @@ def tiny_model():
 
     root = Path(__file__).parent
     config = LLaMAVIDLlavaConfig.from_yaml(root.parent / "configs" / "models" / "tiny.yaml")
-    random = np.random.default_rng(7)
-    params = jax.tree.map_with_path(
-        lambda path, leaf: jnp.float32(random.normal("scale" in str(path[-1]), 0.1, leaf.shape)),
-        abstract_params(config),
-    )
+    leaves, structure = jax.tree.flatten(abstract_params(config))
+    values = jax.tree.unflatten(structure, draw(7, [leaf.shape for leaf in leaves]))
+    params = jax.tree.map_with_path(lambda path, value: jnp.asarray(value + ("scale" in str(path[-1]))), values)
     return LLaMAVIDLlavaForConditionalGeneration(
         config,
         params,
