@@ -88,7 +88,7 @@ def tiny_model():
     root = Path(__file__).parent
     config = LLaMAVIDLlavaConfig.from_yaml(root.parent / "configs" / "models" / "tiny.yaml")
     leaves, structure = jax.tree.flatten(abstract_params(config))
-    values = jax.tree.unflatten(structure, draw(7, [leaf.shape for leaf in leaves]))
+    values = jax.tree.unflatten(structure, draw(7, *[leaf.shape for leaf in leaves]))
     params = jax.tree.map_with_path(lambda path, value: jnp.asarray(value + ("scale" in str(path[-1]))), values)
     return LLaMAVIDLlavaForConditionalGeneration(
         config,

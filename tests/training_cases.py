@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -71,7 +70,8 @@ def structure(remat: str = "none") -> Structure:
     return Structure(nnx.eval_shape(lambda: LlamaVid(CONFIG, rngs=nnx.Rngs(0), remat=remat)))
 
 
-def draw(seed: int, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+@functools.cache
+def draw(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     """`0.1 * jax.random.normal(key, shape)` of each shape with its own key, in one program: a prefix is the same."""
     sizes = list(map(math.prod, shapes))
     keys = jax.random.split(jax.random.key(seed), len(shapes))
@@ -82,7 +82,7 @@ def draw(seed: int, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
 def random_params(seed: int = 0) -> dict[str, jax.Array]:
     """Wide enough that every part matters."""
     shapes = {path: leaf.shape for path, leaf in structure().shapes.items()}
-    values = zip(shapes, draw(seed, list(shapes.values())), strict=True)
+    values = zip(shapes, draw(seed, *shapes.values()), strict=True)
     return {path: jax.numpy.asarray(value + path.endswith("scale")) for path, value in values}
 
 
