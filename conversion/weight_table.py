@@ -1,5 +1,7 @@
 """The four tables together: every parameter of a configured model, and every weight of a PyTorch file that fills it."""
 
+import functools
+
 import jax
 
 from conversion import eva_vit_map, llama_map, qformer_map, visual_tokens_map
@@ -8,6 +10,7 @@ from llamavid_jax.config import LLaMAVIDLlavaConfig, projector_depth
 from llamavid_jax.models.llama_vid import abstract_params
 
 
+@functools.cache  # to trace the model takes longer than to convert a small one
 def parameter_shapes(config: LLaMAVIDLlavaConfig) -> dict[str, tuple[int, ...]]:
     """Dotted path → shape of every parameter, stacked layers on axis 0; nothing is allocated."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))

@@ -92,7 +92,8 @@ def load_weights(
             if stored is None:
                 raise WeightsError(f"{path}: its metadata (_METADATA) is missing or damaged; convert again")
             stored = flat_paths(dict(stored.tree))
-            whole = flat_paths(abstract_params(dataclasses.replace(config, quantization="none"), dtype))
+            plain = dataclasses.replace(config, quantization="none")
+            whole = flat_paths(abstract if plain == config else abstract_params(plain, dtype))
             to_quantize = [name for name in stored if f"{name}.qvalue" in target]
             check_params(path, stored, whole if to_quantize else target)
             restored = restore({name: target[name] for name in stored if name in target})

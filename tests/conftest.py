@@ -3,12 +3,17 @@
 import gc
 import os
 
-# Small models compile far longer than they compute: without LLVM's optimisations in less than half the time.
+# Small models compile far longer than they compute: without LLVM's optimisations in less than half the time, and with
+# XLA's older way to write fusions, which does not go through MLIR, in a third of that.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # but for the processes of `training_data.environment`
 
+import tempfile
 from pathlib import Path
 
 import jax
@@ -23,11 +28,27 @@ def pytest_addoption(parser):
     parser.addoption("--golden", default=str(Path(__file__).parent / "golden"), help="folder of recorded cases")
 
 
+def pytest_configure(config):
+    """A folder for programs that one process of a test compiles and others load, such as the many of `train.py`."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # it has the one of all workers
+    folder = tempfile.TemporaryDirectory(prefix="compiled-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
 def pytest_collection_modifyitems(config, items):
     """A kind of recorded case that the golden folder does not hold has no test; pytest would make a skipped one."""
     absent = [item for item in items if item.name.endswith("[NOTSET]")]
     items[:] = [item for item in items if item not in absent]
     config.hook.pytest_deselected(items=absent)
+
+
+def pytest_collection_finish(session):
+    """What all the imports made stays for good: garbage is looked for among what tests make."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -57,6 +78,7 @@ def golden(request) -> Path:
 def tiny_model():
     """The tiny configuration with random weights wide enough that tokens differ, and the small tokenizers."""
     import jax.numpy as jnp
+    from training_cases import draw
 
     from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration
     from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
@@ -66,11 +88,8 @@ def tiny_model():
     root = Path(__file__).parent
     config = LLaMAVIDLlavaConfig.from_yaml(root.parent / "configs" / "models" / "tiny.yaml")
     leaves, structure = jax.tree.flatten(abstract_params(config))
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    values = [0.1 * jax.random.normal(key, leaf.shape, jnp.float32) for key, leaf in zip(keys, leaves, strict=True)]
-    params = jax.tree.map_with_path(
-        lambda path, value: value + 1 if "scale" in str(path[-1]) else value, jax.tree.unflatten(structure, values)
-    )
+    values = jax.tree.unflatten(structure, draw(7, *[leaf.shape for leaf in leaves]))
+    params = jax.tree.map_with_path(lambda path, value: jnp.asarray(value + ("scale" in str(path[-1]))), values)
     return LLaMAVIDLlavaForConditionalGeneration(
         config,
         params,

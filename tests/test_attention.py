@@ -1,5 +1,7 @@
 """The reference attention against torch's, the TPU kernel (interpreted) against it, and the choice of backend."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,7 +189,7 @@ def test_choice_of_the_backend(monkeypatch, device, dtype, size, mask, causal, c
     def pretend(name):
         return lambda q, k, v, **_: called.append(name) or q
 
-    monkeypatch.setattr(jax, "default_backend", lambda: device)
+    monkeypatch.setattr(attention_file, "target", lambda: SimpleNamespace(platform=device, device_kind=device))
     monkeypatch.setattr(jax.nn, "dot_product_attention", pretend("cudnn"))
     monkeypatch.setattr(attention_file, "splash_attention", pretend("splash"))
     monkeypatch.setattr(attention_file, "reference_attention", pretend("reference"))

@@ -1,4 +1,7 @@
-"""The command that compares a checkpoint with recorded outputs: it can fail, and says which array does."""
+"""The command that compares a checkpoint with recorded outputs: it can fail, and says which array does.
+
+That it passes, with every recorded array in a row: tests/test_golden.py.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +9,6 @@ from converted import ORIGINAL, convert
 
 from conversion import check
 from conversion.check import Row, compare, mean_loss, merge_labels, merge_length
-from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +21,6 @@ def converted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recorded():
     return check.read_expected(ORIGINAL / "expected.npz")
-
-
-def test_every_recorded_array_has_a_row(converted, recorded):
-    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(converted, dtype="float32")
-    rows = check.check_case(model, recorded)
-    compared = {name for name in recorded if any(f".{kind}" in name for kind in check.TOLERANCES)}
-    assert {row.name for row in rows} == compared
-    assert all(row.passed for row in rows)
 
 
 @pytest.mark.parametrize("name,change", [("long.logits", 1.001), ("video.loss", 1.001), ("long.tokens", 1.001)])

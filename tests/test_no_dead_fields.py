@@ -5,6 +5,7 @@ logits.  A printed jaxpr hides the values of arrays that a function closes over,
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,8 @@ def changed(section: str, name: str) -> LLaMAVIDLlavaConfig:
     return dataclasses.replace(TINY, **{section: dataclasses.replace(getattr(TINY, section), **{name: value})})
 
 
-def program(config: LLaMAVIDLlavaConfig) -> tuple:
+def program(config: LLaMAVIDLlavaConfig) -> Iterator:
+    """Its parts one after another: what differs early needs no tracing."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0))))
     size = config.vision_tower_config.image_size
 
@@ -116,21 +118,19 @@ def program(config: LLaMAVIDLlavaConfig) -> tuple:
     def logits(state, token_ids, visual):
         return nnx.merge(graphdef, state)(token_ids, visual, token_ids - 1)
 
+    yield jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(state))
     ids, visual = jnp.zeros((1, 6), jnp.int32), jnp.zeros((1, 4, config.text_config.hidden_size))
-    traced = [
-        jax.make_jaxpr(frames)(state, jnp.zeros((1, 3, size, size)), ids[0], jax.random.key(0)),
-        jax.make_jaxpr(logits)(state, ids, visual),
-    ]
-    return (
-        jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(state)),
-        [str(jaxpr) for jaxpr in traced],
-        [[np.asarray(const).tolist() for const in jaxpr.consts] for jaxpr in traced],
-    )
+    for function, arrays in (
+        (frames, (jnp.zeros((1, 3, size, size)), ids[0], jax.random.key(0))),
+        (logits, (ids, visual)),
+    ):
+        jaxpr = jax.make_jaxpr(function)(state, *arrays)
+        yield str(jaxpr), [np.asarray(const).tolist() for const in jaxpr.consts]
 
 
 @pytest.fixture(scope="module")
 def unchanged():
-    return program(TINY)
+    return list(program(TINY))
 
 
 def test_the_lists_cover_every_field():
@@ -141,13 +141,12 @@ def test_the_lists_cover_every_field():
 
 
 def test_the_same_configuration_gives_the_same_program(unchanged):
-    assert program(dataclasses.replace(TINY)) == unchanged
-    assert program(dataclasses.replace(TINY, image_aspect_ratio="crop")) == unchanged  # so the test can fail
+    assert list(program(dataclasses.replace(TINY, image_aspect_ratio="crop"))) == unchanged  # so the test can fail
 
 
 @pytest.mark.parametrize(("section", "name"), FIELDS)
 def test_field_changes_the_program(section, name, unchanged):
-    assert program(changed(section, name)) != unchanged
+    assert any(part != other for part, other in zip(program(changed(section, name)), unchanged, strict=False))
 
 
 def tiny_model(image_token_index: int = -200, **text) -> LLaMAVIDLlavaForConditionalGeneration:

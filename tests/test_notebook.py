@@ -10,25 +10,20 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 from PIL import Image
+from training_data import environment
 
 from conversion import jax_to_torch
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "notebooks" / "colab_tpu_inference.ipynb"
-FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={}"
 
 
 def read() -> nbformat.NotebookNode:
     return nbformat.read(FILE, as_version=4)
 
 
-def execute(notebook: nbformat.NotebookNode, folder: Path, scratch: Path, devices: int, **environment: str) -> None:
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": FLAGS.format(devices),
-        "IPYTHONDIR": str(scratch),
-        **environment,
-    }
+def execute(notebook: nbformat.NotebookNode, folder: Path, scratch: Path, devices: int, **variables: str) -> None:
+    env = environment(devices) | {"IPYTHONDIR": str(scratch), **variables}
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute(env=env)
 
 

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch_models import BAR, CONFIG, SCALES, frame_error, llama_error, qformer_error, tokens_error, vision_error
+from torch_models import (
+    BAR,
+    CONFIG,
+    SCALES,
+    frame_error,
+    llama_error,
+    qformer_error,
+    structure,
+    tokens_error,
+    vision_error,
+)
 
 LLAMA, ROTARY, ATTENTION = "models.llama", "models.rotary", "attention.reference"
 VISION, QFORMER, TOKENS, WHOLE = "models.eva_vit", "models.qformer", "models.visual_tokens", "models.llama_vid"
@@ -203,6 +213,14 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
         "queries = qformer(features[1:], ",
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def made_anew():
+    """No model from before a bug is put in, and none that has it afterwards."""
+    structure.cache_clear()
+    yield
+    structure.cache_clear()
 
 
 def put_bug_in(monkeypatch: pytest.MonkeyPatch, name: str, *pieces: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_data import environment
 
 from llamavid_jax.training.preemption import Preemption
 
@@ -83,7 +84,7 @@ def test_two_processes_stop_after_the_same_step(number):
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, port, str(process), str(int(number))],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+            env=environment(4),
         )
         for process in (0, 1)
     ]  # fmt: skip

@@ -1,7 +1,6 @@
 """Checkpoints of a run: whole or absent, the one before when the newest is damaged, any mesh, two processes."""
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from training_data import environment
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.sharding import make_mesh
@@ -229,7 +229,7 @@ def test_kill_at_any_moment(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVES_FOR_EVER, str(tmp_path / "run"), str(restored)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            env=environment(1),
         )  # fmt: skip
         first, second = process.stdout.readline(), process.stdout.readline()  # a save starts when the last is complete
         time.sleep(pause.uniform(0, 0.25))
@@ -292,7 +292,7 @@ def test_two_processes(tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, port, str(process), str(tmp_path / "run")],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+            env=environment(4),
         )
         for process in (0, 1)
     ]  # fmt: skip

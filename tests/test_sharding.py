@@ -236,12 +236,7 @@ SMALL = LLaMAVIDLlavaConfig(
     ),
     num_query=4,
 )
-MESHES = [
-    {"fsdp": 8},
-    {"tensor": 4, "fsdp": 2},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"sequence": 2, "tensor": 4},
-]
+MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 2, "tensor": 4}]
 
 
 @pytest.fixture(scope="module")

@@ -79,9 +79,8 @@ def test_frozen_parameters_stay_as_they_are(stage):
     assert sum(leaf.size for leaf in arrays) == 2 * sum(value.size for value in trained.values())
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_accumulation_changes_nothing(micro_batches, single):
-    close(run(dataclasses.replace(LOOP, micro_batches=micro_batches)), single, rtol=1e-5)
+def test_accumulation_changes_nothing(single):
+    close(run(dataclasses.replace(LOOP, micro_batches=4)), single, rtol=1e-5)
 
 
 def test_mean_of_micro_batch_means(single):
@@ -172,13 +171,14 @@ def test_packed_rows_equal_separate_rows():
     grad = jax.jit(jax.value_and_grad(mean))
     (loss, gradients), (expected, expected_gradients) = grad(params, packed), grad(params, separate)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-    total = float(jnp.sqrt(sum(jnp.sum(gradient**2) for gradient in expected_gradients.values())))
+    gradients, expected_gradients = jax.device_get((gradients, expected_gradients))
+    total = np.sqrt(sum(np.sum(gradient**2) for gradient in expected_gradients.values()))
     for path, gradient in gradients.items():
         if path.endswith(("key.bias", "key_projector.bias")):  # adds one number to all scores of a query: no gradient
-            assert float(jnp.linalg.norm(gradient)) <= 1e-7 * total, path
+            assert np.linalg.norm(gradient) <= 1e-7 * total, path
             continue
-        scale = float(jnp.linalg.norm(expected_gradients[path]))
-        assert float(jnp.linalg.norm(gradient - expected_gradients[path])) <= 1e-5 * scale + 1e-9, path
+        scale = np.linalg.norm(expected_gradients[path])
+        assert np.linalg.norm(gradient - expected_gradients[path]) <= 1e-5 * scale + 1e-9, path
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
@@ -207,7 +207,6 @@ def test_rows_without_labels_give_no_loss():
     [
         {"fsdp": 8},
         {"tensor": 4},
-        {"data": 2, "fsdp": 4},
         {"data": 2, "fsdp": 2, "tensor": 2},
         {"fsdp": 2, "sequence": 4},
     ],

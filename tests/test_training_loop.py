@@ -270,8 +270,7 @@ def test_rows_follow_the_mesh():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = environment(4, Path("/nowhere")) | {"PYTHONPATH": str(ROOT)}
-    del env["JAX_COMPILATION_CACHE_DIR"]
+    env = environment(4) | {"PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, port, str(number)],

@@ -1,6 +1,6 @@
 """`train.py` as its users run it: stages one after another, interrupted, killed, damaged, on several processes.
 
-Each run is a process of its own; all have the tiny model, and programs compiled once are kept on disk.
+Each run that computes is a process of its own; all have the tiny model, and programs compiled once are kept on disk.
 """
 
 import json
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_data import command, environment, losses, run, start, write_data, write_tokenizers
+from training_data import ROOT, command, environment, losses, run, start, write_data, write_tokenizers
 
+import train
 from llamavid_jax.checkpoint import load_weights
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.sharding import flat_paths
@@ -32,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def env(folder) -> dict[str, str]:
-    return environment(1, folder / "cache")
+    return environment(1)
 
 
 def six_steps(folder: Path, output: Path, *extra: str) -> list[str]:
@@ -155,8 +156,8 @@ def test_stages_follow_one_another(folder, env, whole):
         ),
         env,
     )
-    three = weights(folder / "three")
-    changed = {path for path in three if not np.array_equal(three[path], weights(two)[path])}
+    before, three = weights(two), weights(folder / "three")
+    changed = {path for path in before if not np.array_equal(before[path], three[path])}
     assert changed and all(path.startswith(("llama.", "visual_tokens.projector.")) for path in changed)
 
 
@@ -195,19 +196,26 @@ def test_broken_samples_are_named_and_too_many_stop_the_run(folder, env):
     arguments = command(STAGE2, broken, folder / "tokenizers", folder / "broken", "training.steps=2")
     text = run([*arguments, "data.max_broken=0.01"], env, code=2)
     assert "sample 0" in text and "absent.png" in text and "data.max_broken" in text
-    run([*arguments, "data.max_broken=0.2", "training.steps=8"], env)
+    run([*arguments, "data.max_broken=0.2", "training.steps=4"], env)
     skipped = [json.loads(line) for line in (folder / "broken" / "skipped.jsonl").read_text().splitlines()]
     assert [row["id"] for row in skipped] == ["sample 0"]  # once, however often it was met
 
 
-def test_wrong_paths_are_told_before_the_weights_are_read(folder, env, whole):
+def test_wrong_paths_are_told_before_the_weights_are_read(folder, capsys, monkeypatch):
+    """In this process, as nothing is computed."""
+
+    def refused(arguments: list[str]) -> str:
+        assert train.main([*arguments[2:], "mesh=fsdp=1"]) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.chdir(ROOT)
     data, tokenizers = folder / "data" / "data.json", folder / "tokenizers"
     absent = command(STAGE2, folder / "absent.json", tokenizers, folder / "paths")
-    assert "data.path: " in run(absent, env, code=2)
+    assert "data.path: " in refused(absent)
     held_out = command(STAGE2, data, tokenizers, folder / "paths", f"data.evaluation_path={folder / 'absent.json'}")
-    assert "data.evaluation_path: " in run(held_out, env, code=2)
+    assert "data.evaluation_path: " in refused(held_out)
     adapter = command(STAGE2, data, tokenizers, folder / "paths", f"start.adapter={folder / 'absent'}")
-    assert "start.adapter is " in run(adapter, env, code=2)
+    assert "start.adapter is " in refused(adapter)
     assert not (folder / "paths").exists()
 
 
@@ -225,7 +233,7 @@ def test_two_processes_equal_one(folder, env):
     """Two processes of four devices each, over loopback, give one process of eight's losses; so does another mesh."""
     alone, together = folder / "alone", folder / "together"
     mesh = ("mesh=data=2,fsdp=2,tensor=2",)
-    run(six_steps(folder, alone, *mesh), environment(8, folder / "cache8"))
+    run(six_steps(folder, alone, *mesh), environment(8))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -240,7 +248,7 @@ def test_two_processes_equal_one(folder, env):
                 "--process",
                 str(number),
             ],
-            environment(4, folder / f"cache4-{number}"),
+            environment(4),
         )
         for number in range(2)
     ]
@@ -250,7 +258,7 @@ def test_two_processes_equal_one(folder, env):
     # the checkpoint of two processes goes on as one, on another mesh
     shutil.rmtree(together / "checkpoints" / "6")
     shutil.rmtree(together / "model")
-    assert "step 3" in run(six_steps(folder, together, "mesh=fsdp=4"), environment(8, folder / "cache8"))
+    assert "step 3" in run(six_steps(folder, together, "mesh=fsdp=4"), environment(8))
     # sums in another order, which Adam's first steps enlarge; the bar is that of the original's recorded steps
     np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-4)
 

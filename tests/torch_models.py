@@ -165,10 +165,16 @@ def parameters(config: LLaMAVIDLlavaConfig, scale: float) -> dict:
     return tree
 
 
+@functools.cache
+def structure(config: LLaMAVIDLlavaConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    """Our model with shapes for parameters."""
+    return nnx.split(nnx.eval_shape(lambda: llama_vid.LlamaVid(config, rngs=nnx.Rngs(0), dtype=dtype)))
+
+
 def ours(config: LLaMAVIDLlavaConfig, scale: float, dtype=np.float32) -> nnx.Module:
     """Our model with the reference's weights."""
-    model = nnx.eval_shape(lambda: llama_vid.LlamaVid(config, rngs=nnx.Rngs(0), dtype=dtype))
-    graphdef, state = nnx.split(model)
+    graphdef, shapes = structure(config, dtype)
+    state = jax.tree.map(lambda shape: shape, shapes)
     nnx.replace_by_pure_dict(state, parameters(config, scale))
     return nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
 

@@ -1,6 +1,7 @@
 """Small samples for training tests: pictures, clips and text of random numbers, and the tiny model's structure."""
 
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -69,15 +70,29 @@ def structure(remat: str = "none") -> Structure:
     return Structure(nnx.eval_shape(lambda: LlamaVid(CONFIG, rngs=nnx.Rngs(0), remat=remat)))
 
 
+@functools.cache
+def draw(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """`0.1 * jax.random.normal(key, shape)` of each shape with its own key, in one program: a prefix is the same."""
+    sizes = list(map(math.prod, shapes))
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    rows = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (max(sizes),)))(keys))
+    return [0.1 * row[:size].reshape(shape) for row, size, shape in zip(rows, sizes, shapes, strict=True)]
+
+
 def random_params(seed: int = 0) -> dict[str, jax.Array]:
     """Wide enough that every part matters."""
-    keys = jax.random.split(jax.random.key(seed), len(structure().shapes))
-    return {
-        path: 0.1 * jax.random.normal(key, leaf.shape) + (1.0 if path.endswith("scale") else 0.0)
-        for key, (path, leaf) in zip(keys, structure().shapes.items(), strict=True)
-    }
+    shapes = {path: leaf.shape for path, leaf in structure().shapes.items()}
+    values = zip(shapes, draw(seed, *shapes.values()), strict=True)
+    return {path: jax.numpy.asarray(value + path.endswith("scale")) for path, value in values}
 
 
 def state(params: dict[str, jax.Array]) -> TrainState:
     """Step 0 of training `params`."""
-    return TrainState(jax.numpy.int32(0), params, make_optimizer(OPTIMIZER).init(params))
+
+    def zeros(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        """Where its parameter is; from the host, which needs no program for each shape."""
+        value, parameter = jax.numpy.asarray(np.zeros(leaf.shape, leaf.dtype)), params.get(getattr(path[-1], "key", ""))
+        return value if parameter is None or not parameter.committed else jax.device_put(value, parameter.sharding)
+
+    optimizer = jax.eval_shape(make_optimizer(OPTIMIZER).init, params)
+    return TrainState(jax.numpy.int32(0), params, jax.tree.map_with_path(zeros, optimizer))

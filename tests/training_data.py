@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,22 +56,17 @@ def command(config: str, data: Path, tokenizers: Path, output: Path, *extra: str
     return [
         sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / config),
         f"data.path={data}", f"data.tokenizer={tokenizers}", f"output={output}",
-        "data.buckets=[{frames: 6, pairs: 8, questions: 6, tokens: 384}]", "data.question_tokens=16",
-        "training.batch_size=8", "training.log_every=1", *extra,
+        "data.buckets=[{frames: 6, pairs: 6, questions: 2, tokens: 256}]", "data.question_tokens=16",
+        "training.batch_size=4", "training.log_every=1", *extra,
     ]  # fmt: skip
 
 
-def environment(devices: int, cache: Path) -> dict[str, str]:
-    """`devices` simulated ones, and compiled programs kept in `cache` from one process to the next.
-
-    Programs are compiled without optimisation: that is most of the time of runs so small.
-    """
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+def environment(devices: int) -> dict[str, str]:
+    """That of the tests, but with so many devices, no PyTorch, and what other processes have compiled."""
     return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"]),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "PYTHONPATH": str(ROOT / "tests" / "without_torch"),
     }
 
 
