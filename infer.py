@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and stop")
     parser.add_argument("--topology", metavar="NAME", help="such as v5e:1x1: a generation of TPU, and chips")
-    parser.add_argument("--tokens", type=int, default=7400, metavar="N", help="of the compiled prompt, frames and all")
+    parser.add_argument("--tokens", type=int, default=3584, metavar="N", help="of the compiled prompt, frames and all")
     options = parser.parse_args(arguments)
     if options.compile_only != bool(options.topology):
         parser.error("--compile-only and --topology go together, such as --compile-only --topology v5e:1x1")

@@ -8,6 +8,7 @@ hosts the same command runs on each: with --distributed on TPU pods, which know 
 """
 
 import argparse
+import socket
 import sys
 
 from rich.console import Console
@@ -42,6 +43,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def check_coordinator(address: str, process: int) -> None:
+    """Raises InputError for a host that is not known and, on process 0, a port that is taken: JAX would abort."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.getaddrinfo(host, port)
+        if process == 0:
+            socket.create_server(("", int(port))).close()
+    except OSError as error:
+        raise InputError(f"--coordinator {address}: {error}; give the host of process 0 and a free port") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
@@ -54,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
         import jax
 
         if options.coordinator or options.distributed:
+            if options.coordinator:
+                check_coordinator(options.coordinator, options.process)
+                console.print(f"waiting for {options.processes} processes at {options.coordinator}")
             try:
                 jax.distributed.initialize(options.coordinator, options.processes, options.process)
             except (RuntimeError, ValueError) as error:

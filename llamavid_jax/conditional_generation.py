@@ -15,7 +15,7 @@ import numpy as np
 
 from llamavid_jax.config import IGNORE_LABEL
 from llamavid_jax.data.batching import FRAME_CHUNK, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
-from llamavid_jax.generation.encode import SMALLEST_TEXT, encode_visuals, frame_features, token_places
+from llamavid_jax.generation.encode import SMALLEST_QUESTION, encode_visuals, frame_features, token_places
 from llamavid_jax.generation.generate import generate
 from llamavid_jax.generation.request import (
     Frames,
@@ -253,5 +253,6 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         beginning (P5)."""
         if self.qformer_tokenizer is None:
             raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
-        read = self.qformer_tokenizer(questions, self.config.qformer_config.max_position_embeddings)
-        return (pad_to(array, len(array), bucket(array.shape[1], SMALLEST_TEXT[1])) for array in read)
+        positions = self.config.qformer_config.max_position_embeddings
+        read = self.qformer_tokenizer(questions, positions)
+        return (pad_to(x, len(x), min(bucket(x.shape[1], SMALLEST_QUESTION), positions)) for x in read)

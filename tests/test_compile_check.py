@@ -120,9 +120,21 @@ def test_what_is_whole_everywhere():
     assert len(check_replicated(lay_out(config, make_mesh(data=8)), make_mesh(data=8))) == 5  # copies are wanted
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:", "v5e:axb", "v5litepod-64"])
-def test_an_unknown_topology(name):
-    with pytest.raises(CompileError, match="is no topology; write GENERATION:CHIPS such as v5e:8x8"):
+@pytest.mark.parametrize(
+    ("name", "such_as"),
+    [
+        ("v9:2x2", "v5p:2x2x4"),
+        ("v5litepod-64", "v5p:2x2x4"),
+        ("v5e", "v5e:4x4"),
+        ("v5e:", "v5e:4x4"),
+        ("v5e:axb", "v5e:4x4"),
+        ("v5e:2x2x2", "v5e:4x4"),
+        ("v5e:0x2", "v5e:4x4"),
+        ("v5p:4x4", "v5p:2x2x4"),
+    ],
+)
+def test_an_unknown_topology(name, such_as):
+    with pytest.raises(CompileError, match=f"'{name}' is no topology; write GENERATION:CHIPS .* such as {such_as}"):
         chip_of(name)
 
 

@@ -113,7 +113,7 @@ def program(config: LLaMAVIDLlavaConfig) -> Iterator:
     def frames(state, pixels, text_ids, key):
         model = nnx.merge(graphdef, state)
         features = model.vision(pixels)
-        return model.frame_tokens(features[0], text_ids, text_ids > 0, has_cls=True, dropout_key=key)
+        return model.frames_tokens(features, text_ids, text_ids > 0, key[None], has_cls=True)
 
     def logits(state, token_ids, visual):
         return nnx.merge(graphdef, state)(token_ids, visual, token_ids - 1)
@@ -121,7 +121,7 @@ def program(config: LLaMAVIDLlavaConfig) -> Iterator:
     yield jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(state))
     ids, visual = jnp.zeros((1, 6), jnp.int32), jnp.zeros((1, 4, config.text_config.hidden_size))
     for function, arrays in (
-        (frames, (jnp.zeros((1, 3, size, size)), ids[0], jax.random.key(0))),
+        (frames, (jnp.zeros((1, 3, size, size)), ids, jax.random.key(0))),
         (logits, (ids, visual)),
     ):
         jaxpr = jax.make_jaxpr(function)(state, *arrays)

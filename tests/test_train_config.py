@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,16 @@ def test_wrong_arguments_are_one_line(arguments, says, capsys):
     assert train.main([{"FILE": str(STAGE2)}.get(argument, argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert says in error and error.startswith("train.py: ") and error.count("\n") == 1
+
+
+def test_a_coordinator_that_cannot_be(capsys):
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        together = ["--processes", "2", "--process", "0"]
+        assert train.main(["--config", str(STAGE2), "--coordinator", f"localhost:{port}", *together]) == 2
+    assert "Address already in use; give the host of process 0 and a free port" in capsys.readouterr().err
+    assert train.main(["--config", str(STAGE2), "--coordinator", f"nowhere.invalid:{port}", *together]) == 2
+    assert "--coordinator nowhere.invalid" in capsys.readouterr().err
 
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(monkeypatch):

@@ -26,14 +26,15 @@ class Chip(NamedTuple):
     ici_gbs: float  # 10⁹ bytes/s in one direction over all links to chips of its slice
     dcn_gbs: float  # 10⁹ bytes/s to other slices
     devices: int = 1  # of a chip
+    sides: int = 2  # of a slice: chips stand in a rectangle, or in a box
 
 
 CHIPS = {  # by the name of a topology's generation
     "v2": Chip("TPU v2", 22.5, 8.0, 350.0, 124.0, 3.1, devices=2),
     "v3": Chip("TPU v3", 61.5, 16.0, 450.0, 140.0, 3.1, devices=2),
-    "v4": Chip("TPU v4", 275.0, 32.0, 1200.0, 300.0, 6.2),
+    "v4": Chip("TPU v4", 275.0, 32.0, 1200.0, 300.0, 6.2, sides=3),
     "v5e": Chip("TPU v5 lite", 197.0, 16.0, 819.0, 200.0, 3.1),
-    "v5p": Chip("TPU v5", 459.0, 95.0, 2765.0, 600.0, 6.2),
+    "v5p": Chip("TPU v5", 459.0, 95.0, 2765.0, 600.0, 6.2, sides=3),
     "v6e": Chip("TPU v6 lite", 918.0, 32.0, 1638.0, 400.0, 12.5),
-    "tpu7x": Chip("TPU7x", 1153.5, 96.0, 3690.0, 300.0, 6.2, devices=2),
+    "tpu7x": Chip("TPU7x", 1153.5, 96.0, 3690.0, 300.0, 6.2, devices=2, sides=3),
 }

@@ -24,6 +24,8 @@ from llamavid_jax.aot.topology import chip_of, describe, slice_mesh
 from llamavid_jax.checkpoint import parse_dtype
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.data.batching import FRAME_CHUNK, bucket
+from llamavid_jax.errors import InputError
+from llamavid_jax.generation.encode import SMALLEST_QUESTION
 from llamavid_jax.generation.generate import SMALLEST_LENGTH, DecodeState, answer_room, decode_block, prefill
 from llamavid_jax.generation.sampling import Sampling
 from llamavid_jax.models.kv_cache import AXES, KVCache
@@ -31,7 +33,6 @@ from llamavid_jax.models.llama_vid import LlamaVid, compress_frames, encode_fram
 from llamavid_jax.sharding import activation_spec, flat_paths, param_shardings
 from llamavid_jax.training.flops import PARTS, flops_per_step
 
-QUESTION_TOKENS = 32
 REMEDY = "try a mesh with a larger tensor axis, fewer frames, or a generation with more memory"
 
 
@@ -73,11 +74,16 @@ def check_inference(
     vision, text = config.vision_tower_config, config.text_config
     weights = dtype if config.quantization == "none" else f"{config.quantization} weights"
     named = ", ".join([name, weights, *(["int8 cache"] if kv_cache == "int8" else [])])
+    if tokens + new_tokens > text.max_length:
+        raise InputError(
+            f"{tokens} tokens and {new_tokens} new ones are more than the {text.max_length} positions of {name}; "
+            "give fewer, or a model for long videos"
+        )
     length = bucket(tokens)
 
     def flops(frames: int = 0, pairs: int = 0, rows: int = 0, row_tokens: int = 1) -> int:
         return flops_per_step(
-            config, dict.fromkeys(PARTS, False), frames=frames, pairs=pairs, question_tokens=QUESTION_TOKENS,
+            config, dict.fromkeys(PARTS, False), frames=frames, pairs=pairs, question_tokens=SMALLEST_QUESTION,
             rows=rows, row_tokens=row_tokens,
         )  # fmt: skip
 
@@ -91,8 +97,8 @@ def check_inference(
     with jax.set_mesh(chips):
         frames = whole((FRAME_CHUNK, 3, vision.image_size, vision.image_size), jnp.float32)
         features = whole((FRAME_CHUNK, 1 + vision.num_patches, vision.hidden_size), kind)
-        pairs, questions = whole((FRAME_CHUNK,)), whole((1, QUESTION_TOKENS))
-        mask = whole((1, QUESTION_TOKENS), jnp.bool_)
+        pairs, questions = whole((FRAME_CHUNK,)), whole((1, SMALLEST_QUESTION))
+        mask = whole((1, SMALLEST_QUESTION), jnp.bool_)
         sampling = Sampling(whole((), jnp.float32), whole(()), whole((), jnp.float32))
         row, visual = whole((1, length)), whole((1, length, text.hidden_size), kind)
         prefilled = prefill.lower(
@@ -131,4 +137,5 @@ def check_inference(
 
 
 def _device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8

@@ -55,7 +55,7 @@ def plan(
     Raises CompileError with the remedy where none can fit.
     """
     layout, devices = in_own_process(_layout, config, topology, num_slices)
-    tries = rank(config, layout, topology, devices, num_slices)
+    tries = rank(config, layout, topology, devices, num_slices, features)
     chip, shape = chip_of(topology), largest(config.data.shapes)
     fitting = [one for one in tries if one.gib <= chip.hbm_gib]
     if not fitting:
@@ -81,7 +81,9 @@ def _layout(config: TrainConfig, topology: str, num_slices: int) -> tuple[Layout
     return dataclasses.replace(layout, structure=None, trained=shapes, frozen=frozen), len(devices)
 
 
-def rank(config: TrainConfig, layout: Layout, topology: str, devices: int, num_slices: int = 1) -> list[Try]:
+def rank(
+    config: TrainConfig, layout: Layout, topology: str, devices: int, num_slices: int = 1, features: bool = False
+) -> list[Try]:
     """Every way, the fastest by formula first; of accumulation the least that fits."""
     chip, shape, batch = chip_of(topology), largest(config.data.shapes), config.training.batch_size
     tries = []
@@ -91,7 +93,7 @@ def rank(config: TrainConfig, layout: Layout, topology: str, devices: int, num_s
             number for number in range(1, batch + 1) if batch % number == 0 and batch // number % ways == 0
         ]
         for remat in REMAT:
-            found = [_try(config, layout, topology, mesh, remat, number) for number in micro_batches]
+            found = [_try(config, layout, topology, mesh, remat, number, features) for number in micro_batches]
             tries += next(([one] for one in found if one.gib <= chip.hbm_gib), found[-1:])
     if not tries:
         raise CompileError(
@@ -114,7 +116,13 @@ def meshes(text: LlamaConfig, shape: RowShape, devices: int, num_slices: int) ->
 
 
 def _try(
-    config: TrainConfig, layout: Layout, topology: str, mesh: dict[str, int], remat: str, micro_batches: int
+    config: TrainConfig,
+    layout: Layout,
+    topology: str,
+    mesh: dict[str, int],
+    remat: str,
+    micro_batches: int,
+    features: bool,
 ) -> Try:
     shape, text = largest(config.data.shapes), layout.config.text_config
     rows = config.training.batch_size // micro_batches // (mesh["data"] * mesh["fsdp"])
@@ -123,7 +131,7 @@ def _try(
     run = Try(mesh, remat, micro_batches, 0.0, 0.0).overrides(config)
     best = estimate(
         chip_of(topology),
-        flops=step_flops(run, layout, shape, features=False) / math.prod(mesh.values()),
+        flops=step_flops(run, layout, shape, features) / math.prod(mesh.values()),
         recomputed=recomputed_flops(run, layout, shape) / math.prod(mesh.values()),
         hbm_bytes=0,
         ici_bytes=micro_batches * (gathered + _exchanged(text, mesh, rows, shape.tokens)),

@@ -52,12 +52,14 @@ class OutOfMemoryError(CompileError):
 def chip_of(topology: str) -> Chip:
     """The row of `chips.py`.  Raises CompileError for a name that does not begin with a generation."""
     name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    chip = CHIPS.get(name)
+    sides = [side for side in shape.split("x") if re.fullmatch(r"[1-9]\d*", side)]
+    if chip is None or len(sides) != chip.sides or "x".join(sides) != shape:
         raise CompileError(
-            f"{topology!r} is no topology; write GENERATION:CHIPS such as v5e:8x8 or v5p:2x2x4, "
-            f"with one of {', '.join(CHIPS)}"
+            f"{topology!r} is no topology; write GENERATION:CHIPS with one of {', '.join(CHIPS)}, "
+            f"such as {name if chip else 'v5p'}:{'2x2x4' if chip is None or chip.sides == 3 else '4x4'}"
         )
-    return CHIPS[name]
+    return chip
 
 
 def slice_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
@@ -78,7 +80,7 @@ def slice_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings).devices
     except jax.errors.JaxRuntimeError as error:
-        raise CompileError(f"{topology!r} is no slice that libtpu knows: {_line(error)}") from None
+        raise CompileError(f"{topology!r} is no slice that libtpu knows; v5e:4x4 is one ({_line(error)})") from None
     except RuntimeError as error:
         raise CompileError(
             f"libtpu is not there ({_line(error)}); try pip install 'jax[tpu]=={jax.__version__}'"

@@ -20,7 +20,7 @@ from llamavid_jax.models.llama_vid import compress_frames, encode_frames
 
 SMALLEST_TABLE = 128  # visual tokens
 UNKNOWN_FRAMES = 64  # room for a video whose number of frames is not known yet
-SMALLEST_TEXT = (8, 32)  # questions and their tokens
+SMALLEST_QUESTIONS, SMALLEST_QUESTION = 8, 32  # their number, and the tokens of one
 
 
 def frame_features(graphdef, params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig) -> Iterator[np.ndarray]:
@@ -50,7 +50,8 @@ def encode_visuals(
         (_first_size(visuals, config.tokens_per_frame), config.tokens_per_frame, config.text_config.hidden_size), dtype
     )
     used, running = 0, table
-    text_ids, text_mask = (pad_to(array, *map(bucket, array.shape, SMALLEST_TEXT)) for array in (text_ids, text_mask))
+    questions = bucket(len(text_ids), SMALLEST_QUESTIONS)
+    text_ids, text_mask = (pad_to(array, questions, array.shape[1]) for array in (text_ids, text_mask))
     for (are_features, has_cls), group in itertools.groupby(enumerate(visuals), lambda item: item[1][2:]):
         owned = ((index, frame) for index, visual in group for frame in visual.frames)
         for chunk in _chunks(owned):

@@ -52,23 +52,6 @@ class LlamaVid(nnx.Module):
 
             quantize_base(self, config.quantization)
 
-    def frame_tokens(
-        self,
-        features: Float[Array, "P E"],
-        text_ids: Int[Array, " T"],
-        text_mask: Bool[Array, " T"],
-        *,
-        has_cls: bool,
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "n D"]:
-        """Token compression of one frame for one question: `[n+1, D]`, the context token first.
-
-        `has_cls` says whether `features` start with the CLS token: yes after the vision tower, no for ready features
-        of long videos.  The Q-Former sees it where it is there; the tokens never hold it (P1, Q5).
-        """
-        arrays = features, text_ids, text_mask, dropout_key
-        return _frame_tokens(self.qformer, self.visual_tokens, *arrays, has_cls=has_cls)
-
     def frames_tokens(
         self,
         features: Float[Array, "G P E"],
@@ -79,10 +62,20 @@ class LlamaVid(nnx.Module):
         has_cls: bool,
         remat: str = "none",
     ) -> Float[Array, "G n D"]:
-        """`frame_tokens` of G pairs of a frame and a question, spread over the mesh; `remat` as in `stack.REMAT`."""
+        """Token compression of G pairs of a frame and a question, spread over the mesh: the context token first.
+
+        `has_cls` says whether `features` start with the CLS token: yes after the vision tower, no for ready features
+        of long videos.  The Q-Former sees it where it is there; the tokens never hold it (P1, Q5).  `remat` as in
+        `stack.REMAT`.
+        """
+
+        def one_frame(modules, features, *question):
+            qformer, visual_tokens = modules
+            queries = qformer(features, *question)
+            return visual_tokens(features[1:] if has_cls else features, queries)
 
         def tokens(modules, *arrays):
-            return jax.vmap(functools.partial(_frame_tokens, *modules, has_cls=has_cls))(*arrays)
+            return jax.vmap(functools.partial(one_frame, modules))(*arrays)
 
         keys = () if dropout_keys is None else (dropout_keys,)
         arrays = features, text_ids, text_mask, *keys
@@ -105,20 +98,6 @@ class LlamaVid(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Logits of every position."""
         return self.llama.logits(self.llama(self.merge(token_ids, visual, visual_index)))
-
-
-def _frame_tokens(
-    qformer: QFormer,
-    visual_tokens: VisualTokens,
-    features: jax.Array,
-    text_ids: jax.Array,
-    text_mask: jax.Array,
-    dropout_key: jax.Array | None = None,
-    *,
-    has_cls: bool,
-) -> jax.Array:
-    queries = qformer(features, text_ids, text_mask, dropout_key)
-    return visual_tokens(features[1:] if has_cls else features, queries)
 
 
 def abstract_params(config: LLaMAVIDLlavaConfig, param_dtype=jnp.float32) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def check(config: "TrainConfig", options: argparse.Namespace, mesh: str = "") ->
     if options.num_slices < 1:
         raise InputError(f"--num-slices is {options.num_slices}; give how many slices run together, 1 or more")
     if getattr(options, "plan", False):
+        if mesh:
+            raise InputError(f"--plan tries all meshes, and --mesh says {mesh}; give one of them")
         reports = plan(config, options.topology, options.num_slices, options.features, options.config)
         return show(reports) if any(report.fits for report in reports) else 1
     arguments = config, options.topology, mesh, options.num_slices, options.features, options.config, not options.quick

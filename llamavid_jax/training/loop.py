@@ -259,8 +259,12 @@ def upcoming(loader: Loader, mesh: Mesh, config: TrainConfig) -> Iterator[Upcomi
 def check_same_run(config: TrainConfig, before: dict[str, Any], output: Path) -> None:
     """Raises TrainingError where the data order or the optimiser would change in the middle of a run."""
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    free = {"training": ("log_every", "save_every", "keep", "evaluate_every", "max_bad_steps", "remat"),
-            "data": ("media", "evaluation_path", "max_broken", "threads", "processes")}  # fmt: skip
+    free = {
+        "training": (
+            "log_every", "save_every", "keep", "evaluate_every", "max_bad_steps", "remat", "compiler_options",
+        ),
+        "data": ("media", "evaluation_path", "max_broken", "threads", "processes"),
+    }  # fmt: skip
     for section in ("model", "start", "trainable", "data", "optimizer", "training", "lora"):
         if isinstance(now[section], dict) and isinstance(before[section], dict):
             names = [name for name in now[section].keys() | before[section].keys() if name not in free.get(section, ())]
