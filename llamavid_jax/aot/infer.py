@@ -10,7 +10,6 @@ All weights lie on the chips all the time: a program's peak counts those that it
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llamavid_jax.aot.memory import device_bytes
 from llamavid_jax.aot.report import Report, compile_report
 from llamavid_jax.aot.topology import chip_of, describe, slice_mesh
 from llamavid_jax.checkpoint import parse_dtype
@@ -90,8 +90,8 @@ def check_inference(
     def report(program: str, lowered: jax.stages.Lowered, uses: tuple[str, ...], work: int) -> Report:
         known = {"machine_code": machine_code, "topology": topology, "devices": chips.size, "mesh": describe(chips)}
         own = compile_report(lowered, chip_of(topology), 1, work, remedy=REMEDY, program=f"{named}: {program}", **known)
-        idle = sum(_device_bytes(leaf) for path, leaf in flat_paths(params).items() if not path.startswith(uses))
-        peak = own.peak_gib + idle / 2**30
+        idle = (leaf for path, leaf in flat_paths(params).items() if not path.startswith(uses))
+        peak = own.peak_gib + sum(device_bytes(leaf, leaf.sharding) for leaf in idle) / 2**30
         return dataclasses.replace(own, peak_gib=peak, remedy=REMEDY if peak > own.hbm_gib else own.remedy)
 
     with jax.set_mesh(chips):
@@ -134,8 +134,3 @@ def check_inference(
                 flops(rows=1),
             ),
         ]
-
-
-def _device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Sharding
 
 from llamavid_jax.aot.chips import CHIPS
 from llamavid_jax.aot.topology import chip_of
@@ -30,11 +30,9 @@ from llamavid_jax.generation.generate import SMALLEST_LENGTH
 from llamavid_jax.models.kv_cache import AXES
 from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.sharding import MESH_AXES, flat_paths, param_shardings, partition_spec
+from llamavid_jax.training.flops import PARTS
 
-PARTS = ("vision", "qformer", "visual_tokens", "llama")
 TEXT_TOKENS = 128  # of the template and a question; visual tokens come on top
-BITS = {"int8": 8, "int4": 4}
-BLOCK = 64  # weights in few bits that share a scale
 GIB = 2**30
 
 
@@ -83,6 +81,7 @@ def plan_memory(
     `quantize` "int8" or "int4" is the type of the kernels of LLaMA's layers, in blocks that share a scale of `dtype`.
     `topology` is such as "v5e:1x1"; None is what is attached, all of it.  Raises CompileError for a wrong one.
     """
+    config = config.quantized(quantize) if quantize else config
     name, devices, there = attached() if topology is None else _of_slice(topology)
     kind, vision, text = parse_dtype(dtype), config.vision_tower_config, config.text_config
     mesh = AbstractMesh((1, 1, devices, 1), MESH_AXES)
@@ -95,10 +94,7 @@ def plan_memory(
     leaves, places = flat_paths(abstract), flat_paths(param_shardings(abstract, config, mesh))
     weights = dict.fromkeys(PARTS, 0.0)
     for path, leaf in leaves.items():
-        few = quantize and path.startswith("llama.layers.") and path.endswith(".kernel")
-        bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
-        bits = BITS[quantize] + bits / BLOCK if few else bits
-        weights[path.partition(".")[0]] += math.prod(places[path].shard_shape(leaf.shape)) * bits / 8 / GIB
+        weights[path.partition(".")[0]] += device_bytes(leaf, places[path]) / GIB
 
     visual = frames * config.tokens_per_frame
     prompt = bucket(visual + TEXT_TOKENS, SMALLEST_LENGTH)
@@ -125,6 +121,12 @@ def plan_memory(
         Item(f"prompt in flight: {prompt}", kind.name, layer),
     ]
     return MemoryPlan(name, devices, there, items)
+
+
+def device_bytes(leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> float:
+    """What one device holds of an array; two int4 share a byte."""
+    bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
+    return math.prod(sharding.shard_shape(leaf.shape)) * bits / 8
 
 
 def attached() -> tuple[str, int, float]:
