@@ -7,7 +7,7 @@
     prompt in flight            the largest arrays of one layer
 
 Nothing is compiled, so that the compiler's own copies are not counted: `infer.py --compile-only` asks it.  For 7B in
-bfloat16 and an hour of video it says 19.4 GiB for prefill on one v6e chip (JAX 0.10.2), the plan 19.7 in all.
+bfloat16 and an hour of video it says 19.5 GiB for prefill on one v6e chip (JAX 0.10.2), the plan 20.0 in all.
 """
 
 import dataclasses
