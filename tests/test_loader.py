@@ -268,6 +268,7 @@ def test_sizes_are_cached_until_something_changes(tmp_path, reader, monkeypatch)
     cache.write_bytes(cache.read_bytes()[:100])
     read()
     assert len(measured) == 30
+    (tmp_path / "elsewhere").mkdir()
     read(media=tmp_path / "elsewhere")
     assert len(measured) == 30
     path.write_text(path.read_text() + "\n")

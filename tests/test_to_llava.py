@@ -29,7 +29,9 @@ CSV = """videoid,contentUrl,duration,page_dir,name
 """
 
 
-def test_webvid(tmp_path, capsys):
+def test_webvid(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
     (tmp_path / "w.csv").write_text(CSV, encoding="utf-8-sig")
     assert main(["webvid", str(tmp_path / "w.csv"), str(tmp_path / "out.json")]) == 0
     assert "4 records" in capsys.readouterr().out

@@ -144,6 +144,6 @@ def test_decoding_makes_no_whole_kernel():
         text_config=dataclasses.replace(model.text_config, num_hidden_layers=2),
         vision_tower_config=dataclasses.replace(model.vision_tower_config, num_hidden_layers=1),
     )
-    *_, decode = in_own_process(check_inference, model, "v5e:1x1", "", 7400, 512, "bfloat16", "7b", "int8")
+    *_, decode = in_own_process(check_inference, model, "v5e:1x1", "", 7400, 512, "bfloat16", "7b", "int8", False)
     assert decode.temporaries_gib * 2**30 < 4096 * 8192 * 2
     assert decode.program == "7b, int8 weights, int8 cache: decode one token"

@@ -1,7 +1,6 @@
 """The compiled train step: what trains and what does not, accumulation, packing, devices, steps that are not finite."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +28,15 @@ def split(stage: int) -> tuple[dict, dict]:
     return {p: v for p, v in params.items() if p in trains}, {p: v for p, v in params.items() if p not in trains}
 
 
-@functools.cache
+COMPILED = {}
+
+
 def compiled(stage: int = 2, loop: LoopConfig = LOOP, dropout: bool = False):
     """The step, compiled once for all tests that take it."""
-    return make_train_step(structure(loop.remat), OPTIMIZER, loop, dict.fromkeys(split(stage)[0], 1.0), 10, dropout)
+    if (key := (stage, repr(loop), dropout)) not in COMPILED:
+        factors = dict.fromkeys(split(stage)[0], 1.0)
+        COMPILED[key] = make_train_step(structure(loop.remat), OPTIMIZER, loop, factors, 10, dropout)
+    return COMPILED[key]
 
 
 def run(loop: LoopConfig = LOOP, steps: int = 2, stage: int = 2, data=None, place=lambda params: params, dropout=False):
