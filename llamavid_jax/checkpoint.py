@@ -187,5 +187,8 @@ def check_params(source: Any, given: dict[str, Any], expected: dict[str, Any], r
             )
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+def first_line(error: BaseException) -> str:
+    """Of the error that the others were raised from: it names the file and what is wrong with it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or ["no message"])[0][:300]
