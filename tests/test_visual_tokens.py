@@ -101,7 +101,7 @@ def test_frames_in_blocks_equal_all_at_once():
     """Long videos go through in blocks (Q11): 64 frames give what 8 times 8 do."""
     features = np.random.default_rng(0).normal(size=(64, 256, 40)).astype(np.float32)
     ids, mask = (np.repeat(array[:1], 64, axis=0) for array in questions(CONFIG, 12))
-    frames = jax.vmap(functools.partial(ours(CONFIG, 0.2).frame_tokens, has_cls=False))
+    frames = jax.jit(functools.partial(ours(CONFIG, 0.2).frames_tokens, has_cls=False))
     blocks = [frames(*arrays) for arrays in zip(*(np.split(a, 8) for a in (features, ids, mask)), strict=True)]
     assert relative_error(np.concatenate(blocks), frames(features, ids, mask)) < BAR
 

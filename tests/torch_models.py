@@ -218,7 +218,7 @@ def qformer_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG) -> float:
 def frame_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG, has_cls: bool = True) -> float:
     """Q-Former and token generator together, from features to visual tokens."""
     arrays = (features_of(config, scale, has_cls), *questions(config))
-    got = jax.vmap(functools.partial(ours(config, scale).frame_tokens, has_cls=has_cls))(*arrays)
+    got = jax.jit(functools.partial(ours(config, scale).frames_tokens, has_cls=has_cls))(*map(jnp.asarray, arrays))
     return relative_error(got, reference(config, scale).frame_tokens(*map(torch.tensor, arrays), has_cls))
 
 

@@ -4,7 +4,7 @@ InstructBLIP's Q-Former as LLaMA-VID runs it (Q1-Q6): BERT whose sequence is Q l
 tokens.  All attend to all; every nth layer lets the queries (only them) attend to the frame; queries and text have
 feed-forwards of their own.  Queries carry no position, the embedding norm covers both.  Only the queries come out.
 
-Everything here is about one frame and one question; `llama_vid.frame_tokens` maps it over frames.
+Everything here is about one frame and one question; `LlamaVid.frames_tokens` maps it over frames.
 """
 
 import functools
