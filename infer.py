@@ -59,7 +59,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.compile_only != bool(options.topology):
         parser.error("--compile-only and --topology go together, such as --compile-only --topology v5e:1x1")
     if options.tokens < 1:
-        parser.error(f"--tokens is {options.tokens}; give the length of the prompt, such as 7400")
+        parser.error(f"--tokens is {options.tokens}; give the length of the prompt, such as 3584")
     # said now, not after minutes of loading
     options.settings = Settings(
         options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.stop
