@@ -27,7 +27,9 @@ def bash(script: str, *options: str, **settings) -> subprocess.CompletedProcess:
 
 
 def rows_divide(config: TrainConfig, mesh: str) -> bool:
-    return config.training.batch_size // config.training.micro_batches % math.prod(parse_mesh(mesh).values()) == 0
+    axes = parse_mesh(mesh)
+    copies = axes.get("data", 1) * axes["fsdp"]
+    return math.prod(axes.values()) in (64, 128) and config.training.batch_size % copies == 0
 
 
 @pytest.mark.sharding
