@@ -10,7 +10,7 @@
 
     answer = model.generate(**inputs)   # inputs.timestamps: a sample each, seconds of the frames of each visual
 
-A sample with one visual and n placeholders shows the same frames n times, each time with its own prompt (Q10);
+A sample with one visual and n placeholders shows the same frames n times, each time with its own prompt;
 otherwise there are as many visuals as placeholders, in order, and `pixel_values` holds their list.
 """
 
@@ -199,7 +199,7 @@ def check_tokenizers(
 ) -> None:
     """Raises ConfigError for a tokenizer of `directory` with ids that the model has no embeddings for.
 
-    Tables may have more rows (padding), and one less than the Q-Former's tokenizer: its [DEC] stands in no ids (Q2).
+    Tables may have more rows (padding), and one less than the Q-Former's tokenizer: its [DEC] stands in no ids.
     """
     rows = config.text_config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:

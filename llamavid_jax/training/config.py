@@ -4,7 +4,7 @@
     trainable: {PATTERN: true | false}                   data: ...   optimizer: ...   training: ...
     mesh: fsdp=8                                         lora: {rank: 64, ...}
 
-The original's scripts are these fields (T1-T13); its stages differ in nothing else.
+The original's scripts are these fields; its stages differ in nothing else.
 """
 
 import dataclasses
@@ -86,10 +86,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; linear warm-up over `warmup` of the steps, cosine to zero (T13, P21).
+    """AdamW; linear warm-up over `warmup` of the steps, cosine to zero.
 
     Biases and norms do not decay.  `lr_factors` multiply the rate of the parameters that match a pattern, the
-    original's `lr_multi` (T6).
+    original's `lr_multi`.
     """
 
     learning_rate: float = 2e-5
@@ -116,7 +116,7 @@ class LoopConfig:
     """`steps` 0 runs `epochs` whole epochs.  `batch_size` counts rows over all devices and hosts.
 
     A step adds up `micro_batches` gradients; `loss_weighting` "tokens" gives each labelled token the same weight,
-    "micro_batch" is the original's mean of means (P20).  `dtype` is that of products and of frozen parameters;
+    "micro_batch" is the original's mean of means.  `dtype` is that of products and of frozen parameters;
     trained ones are float32.  `remat`: what a layer keeps for the gradient.  A step whose loss or gradient is not
     finite is skipped; `max_bad_steps` of them in a row end the run.  `compiler_options` are what the compiler of a TPU
     generation is told beside its own defaults (docs/tpu.md).
@@ -202,7 +202,7 @@ class TrainConfig:
         return max(shape.tokens for shape in self.data.shapes)
 
     def model_config(self) -> LLaMAVIDLlavaConfig:
-        """The model's configuration, its rotary factor raised where rows are longer than its positions (T5)."""
+        """The model's configuration, its rotary factor raised where rows are longer than its positions."""
         if self.model:
             config = LLaMAVIDLlavaConfig.from_yaml(self.model)
         else:
