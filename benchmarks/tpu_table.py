@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamavid_jax.aot.infer import check_inference
-from llamavid_jax.aot.report import COLUMNS, Report, versions
-from llamavid_jax.aot.topology import in_own_process
-from llamavid_jax.aot.train import check_training
-from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
+from llamavid_jax.files import write_files
+from llamavid_jax.precompile.infer import check_inference
+from llamavid_jax.precompile.report import COLUMNS, Report, versions
+from llamavid_jax.precompile.topology import in_own_process
+from llamavid_jax.precompile.train import check_training
 from llamavid_jax.training.config import read_config
 
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"

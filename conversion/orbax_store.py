@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from conversion.stored_tensor import CheckpointError
-from llamavid_jax.checkpoint import first_line, nest
+from llamavid_jax.checkpoints.weights import first_line, nest
 
 CHUNK_BYTES = 32 << 20
 GATHER_BYTES = 4 << 20

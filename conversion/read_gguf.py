@@ -16,8 +16,8 @@ import numpy as np
 from einops import rearrange
 
 from conversion.stored_tensor import CheckpointError
-from llamavid_jax.config import LlamaConfig
-from llamavid_jax.foreign_config import llama_config
+from llamavid_jax.config.foreign import llama_config
+from llamavid_jax.config.schema import LlamaConfig
 
 _NAMES = {
     "token_embd": "model.embed_tokens",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from conversion.stored_tensor import CheckpointError
-from llamavid_jax.config import LlamaConfig, LLaMAVIDLlavaConfig
+from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
 
 
 def llama_values(text: LlamaConfig) -> dict[str, Any]:

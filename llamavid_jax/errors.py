@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Input that cannot be used.  The message names the thing, the value and the remedy."""
 
 
+class ConfigError(InputError):
+    """A configuration that cannot be used: names the field, its value and the remedy."""
+
+
 class Parser(argparse.ArgumentParser):
     """Arguments that cannot be read are bad input as any other: one line, without the usage."""
 

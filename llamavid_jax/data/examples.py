@@ -22,9 +22,16 @@ import numpy as np
 from jaxtyping import Int32
 from PIL import Image
 
-from llamavid_jax.config import IMAGE_TOKEN
-from llamavid_jax.data import features
-from llamavid_jax.data.conversation import (
+from llamavid_jax.data.labels import TextExample, training_example
+from llamavid_jax.data.record import DataError, Record
+from llamavid_jax.data.records import count_frames, decode, find_media, media_file, media_size
+from llamavid_jax.data.shards import MediaHeader
+from llamavid_jax.media import features
+from llamavid_jax.media.images import pad_to_square, resize_and_crop
+from llamavid_jax.media.source import MediaError, local_file
+from llamavid_jax.media.video import check_fps, frame_stride
+from llamavid_jax.shapes import IMAGE_TOKEN
+from llamavid_jax.text.conversation import (
     IMAGE,
     ConversationError,
     draw_image_sides,
@@ -33,13 +40,7 @@ from llamavid_jax.data.conversation import (
     template_named,
     training_turns,
 )
-from llamavid_jax.data.images import pad_to_square, resize_and_crop
-from llamavid_jax.data.labels import TextExample, training_example
-from llamavid_jax.data.media import MediaError, local_file
-from llamavid_jax.data.records import DataError, Record, count_frames, decode, find_media, media_file, media_size
-from llamavid_jax.data.shards import MediaHeader
-from llamavid_jax.data.tokenize import Tokenizer, encode_with_images
-from llamavid_jax.data.video import check_fps, frame_stride
+from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images
 
 NO_LIMIT = 10**30  # tokens: rows are cut after expansion
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from llamavid_jax.config import IGNORE_LABEL
-from llamavid_jax.data.conversation import Template, prompt, template_named, training_turns
-from llamavid_jax.data.tokenize import Tokenizer, encode_with_images
+from llamavid_jax.shapes import IGNORE_LABEL
+from llamavid_jax.text.conversation import Template, prompt, template_named, training_turns
+from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from llamavid_jax.data.batching import RowShape
 from llamavid_jax.data.sizes import BROKEN, KINDS, TEXT_ONLY, Sizes
 from llamavid_jax.errors import InputError
+from llamavid_jax.shapes import RowShape
 
 FRAME_TOKENS = 32  # a frame in the vision tower costs about as much as so many tokens in the 7B model; orders buckets
 WINDOW = 4096  # samples that are packed together, largest first

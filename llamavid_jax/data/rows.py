@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
-from llamavid_jax.data.batching import TEXT, Batch, RowShape, merge_row, pad_to
 from llamavid_jax.data.examples import Example
-from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN, TEXT, Batch, RowShape, merge_row, pad_to
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
 
 def lay_out_row(

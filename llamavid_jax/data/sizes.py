@@ -20,8 +20,8 @@ from jaxtyping import Int
 
 from llamavid_jax.data.examples import ExampleReader, SampleSize
 from llamavid_jax.data.shards import Shards
-from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.errors import InputError
+from llamavid_jax.files import write_files
 
 KINDS = ("text", "pixels", "features", "broken")
 TEXT_ONLY, BROKEN = KINDS.index("text"), KINDS.index("broken")

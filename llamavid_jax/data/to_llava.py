@@ -25,10 +25,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamavid_jax.data import features
-from llamavid_jax.data.conversation import IMAGE
-from llamavid_jax.data.records import PICKLES, DataError, JsonRows
+from llamavid_jax.data.record import DataError
+from llamavid_jax.data.records import PICKLES, JsonRows
 from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.media import features
+from llamavid_jax.text.conversation import IMAGE
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".gif")
 REQUESTS = (

@@ -13,10 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from llamavid_jax.attention.attention import attention
-from llamavid_jax.config import LLaMAVIDLlavaVisionConfig
-from llamavid_jax.data.images import CLIP_MEAN, CLIP_STD
+from llamavid_jax.config.schema import LLaMAVIDLlavaVisionConfig
+from llamavid_jax.media.images import CLIP_MEAN, CLIP_STD
 from llamavid_jax.models import stack
-from llamavid_jax.spread import spread
+from llamavid_jax.models.spread import spread
 
 FRAMES_AT_A_TIME = 32  # of a device, in one block of the tower
 

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from llamavid_jax.attention.attention import attention
 from llamavid_jax.attention.reference import cached_attention
-from llamavid_jax.config import LlamaConfig
+from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.models import stack
 from llamavid_jax.models.kv_cache import KeysValues, KVCache
 from llamavid_jax.models.linear import Linear
 from llamavid_jax.models.rotary import rotary, rotate
-from llamavid_jax.sharding import constrain
+from llamavid_jax.parallel.sharding import constrain
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of the new positions → attended
 

@@ -14,21 +14,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import TEXT
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models.eva_vit import EvaViT
 from llamavid_jax.models.llama import Llama
 from llamavid_jax.models.qformer import QFormer
+from llamavid_jax.models.spread import spread
 from llamavid_jax.models.visual_tokens import VisualTokens
-from llamavid_jax.sequence import take_slots
-from llamavid_jax.sharding import constrain
-from llamavid_jax.spread import spread
+from llamavid_jax.parallel.rows import take_slots
+from llamavid_jax.parallel.sharding import constrain
+from llamavid_jax.shapes import IGNORE_LABEL, TEXT
 
 PAIR_CHUNK = 64  # pairs that a device compresses at a time; the original's blocks of frames
 
 
 class LlamaVid(nnx.Module):
-    """The whole model; parameters in `param_dtype`, products in `dtype` (the policy stands in `config.py`)."""
+    """The whole model; parameters in `param_dtype`, products in `dtype` (the policy stands in `config/schema.py`)."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class LlamaVid(nnx.Module):
         self.visual_tokens = VisualTokens(config, **dtypes, rngs=rngs)
         self.llama = Llama(config.text_config, **dtypes, rngs=rngs, remat=remat, kv_cache=kv_cache)
         if config.quantization != "none":
-            from llamavid_jax.quantize import quantize_base  # Qwix takes a second to import
+            from llamavid_jax.models.quantize import quantize_base  # Qwix takes a second to import
 
             quantize_base(self, config.quantization)
 

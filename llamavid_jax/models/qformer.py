@@ -15,9 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llamavid_jax.attention.reference import reference_attention
-from llamavid_jax.config import LLaMAVIDLlavaQFormerConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaQFormerConfig
 from llamavid_jax.models import stack
-from llamavid_jax.sharding import constrain
+from llamavid_jax.parallel.sharding import constrain
 
 MEMORY_NORM_EPS = 1e-5  # InstructBLIP's ln_vision keeps torch's default, unlike every other norm here
 

@@ -13,7 +13,7 @@ from einops import reduce
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llamavid_jax.config import LLaMAVIDLlavaConfig, grid_stride, projector_depth
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, grid_stride, projector_depth
 
 
 def pool_patches(patches: Float[Array, "P E"], stride: int) -> Float[Array, "n E"]:

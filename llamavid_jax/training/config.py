@@ -16,14 +16,15 @@ from typing import Any
 
 import yaml
 
-from llamavid_jax.aot.chips import CHIPS
-from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import RowShape
-from llamavid_jax.data.conversation import template_named
-from llamavid_jax.lora import LoraConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.config.strict import check_fields, strict
+from llamavid_jax.errors import ConfigError
+from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.models.stack import REMAT
-from llamavid_jax.sharding import parse_mesh
-from llamavid_jax.strict import check_fields, strict
+from llamavid_jax.parallel.chips import CHIPS
+from llamavid_jax.parallel.sharding import parse_mesh
+from llamavid_jax.shapes import RowShape
+from llamavid_jax.text.conversation import template_named
 
 TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which have points of their own
 ASYNC_ALL_REDUCE = "xla_enable_async_all_reduce", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce"

@@ -24,17 +24,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llamavid_jax.data.batching import Batch
 from llamavid_jax.data.examples import ExampleReader
 from llamavid_jax.data.loader import FrameLayout, Loader
-from llamavid_jax.data.records import DataError, read_records
+from llamavid_jax.data.record import DataError
+from llamavid_jax.data.records import read_records
 from llamavid_jax.data.sizes import read_sizes
-from llamavid_jax.data.tokenizer_files import write_files
-from llamavid_jax.sharding import ShardingError
+from llamavid_jax.errors import ConfigError
+from llamavid_jax.files import write_files
+from llamavid_jax.models.loss import LossSums
+from llamavid_jax.parallel.sharding import ShardingError
+from llamavid_jax.shapes import Batch
 from llamavid_jax.training.checkpoint import RunCheckpoints
-from llamavid_jax.training.config import ConfigError, TrainConfig
+from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.journal import Journal, TrainingError, Upcoming
-from llamavid_jax.training.loss import LossSums
 from llamavid_jax.training.optimizer import lr_factors, make_optimizer
 from llamavid_jax.training.preemption import Preemption
 from llamavid_jax.training.start import Start, batch_sharding, check_rows, load_start, run_mesh, state_layout

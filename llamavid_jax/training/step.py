@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from llamavid_jax.aot.chips import CHIPS
-from llamavid_jax.config import IGNORE_LABEL
-from llamavid_jax.data.batching import Batch
-from llamavid_jax.lora import set_dropout
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.sequence import ways
-from llamavid_jax.sharding import constrain, pin, target
+from llamavid_jax.models.lora import set_dropout
+from llamavid_jax.models.loss import LossSums, next_token_sums
+from llamavid_jax.parallel.chips import CHIPS
+from llamavid_jax.parallel.rows import ways
+from llamavid_jax.parallel.sharding import constrain, pin, target
+from llamavid_jax.shapes import IGNORE_LABEL, Batch
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
-from llamavid_jax.training.loss import LossSums, next_token_sums
 from llamavid_jax.training.optimizer import clip, learning_rate, make_optimizer
 from llamavid_jax.training.structure import Structure
 

@@ -8,7 +8,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llamavid_jax.config import ConfigError
+from llamavid_jax.errors import ConfigError
 
 
 def matches(paths: Iterable[str], patterns: Mapping[str, Any], name: str) -> dict[str, Any]:
