@@ -1,8 +1,8 @@
 """Base + LoRA → one checkpoint: `python -m conversion.merge_lora BASE ADAPTER OUT`.
 
 BASE is a converted checkpoint.  ADAPTER is a folder as PEFT, `train.py` or the original's training leaves it:
-adapter_config.json, adapter_model.safetensors or .bin, and what was trained in full beside the updates (T8): `weights`
-of `train.py`, non_lora_trainables.bin of the original, which cannot load these itself (B11).  OUT is BASE with B·A·α/r
+adapter_config.json, adapter_model.safetensors or .bin, and what was trained in full beside the updates: `weights`
+of `train.py`, non_lora_trainables.bin of the original, which cannot load these itself.  OUT is BASE with B·A·α/r
 added to the kernels in float32, in BASE's types, and with the full modules in place of its own.  Memory holds one
 weight at a time.
 """

@@ -23,7 +23,7 @@ class Source:
 
     origin: Path
     tensors: Mapping[str, Tensor]
-    resizable: bool = False  # its position table may be of another image size (V5)
+    resizable: bool = False  # its position table may be of another image size
 
 
 def open_sources(

@@ -48,8 +48,8 @@ def merge_row(
 ) -> Row:
     """Lays one row out.  `visuals[i]` holds the table places of one prompt's visual tokens, frame after frame.
 
-    One placeholder a prompt: each is replaced by its prompt's whole block, with ignored labels (M2).  Or one
-    placeholder a visual token, with text between the frames, as in long videos: each is one slot and labels stay (M4).
+    One placeholder a prompt: each is replaced by its prompt's whole block, with ignored labels.  Or one
+    placeholder a visual token, with text between the frames, as in long videos: each is one slot and labels stay.
     `inference/request.py` has checked that the placeholders fit one of the two.
     """
     places = np.flatnonzero(input_ids == IMAGE_TOKEN)

@@ -2,7 +2,7 @@
 
 One A `[r, in]` and one B `[out, r]` a layer and target, under PEFT's names for a transformers LLaMA; here they are
 stacked over the layers and transposed, heads before their size on both sides.  Deviation: the original
-cannot load what its own training saves (B11); `python -m conversion.merge_lora` merges such folders too.
+cannot load what its own training saves; `python -m conversion.merge_lora` merges such folders too.
 """
 
 import json

@@ -122,7 +122,7 @@ def _quantized(
 
 
 def save_part(directory: str | Path, params: Mapping[str, jax.Array]) -> None:
-    """Writes some parameters, by path: what a stage trained, without the rest (T10)."""
+    """Writes some parameters, by path: what a stage trained, without the rest."""
     save_weights(directory, dict(params))
 
 

@@ -1,4 +1,4 @@
-"""Reads the `config.json` of the original, of the documented layout, and of a LLaMA alone (behaviour of 1.11).
+"""Reads the `config.json` of the original, of the documented layout, and of a LLaMA alone.
 
 The released files have oddities: `mean_concat` means mean, `num_qformer` is `num_query`, sizes of the vision tower and
 the Q-Former are absent, and dozens of keys say nothing.  What this model cannot do is refused by name.
@@ -46,7 +46,7 @@ def _vision_config(values: Mapping[str, Any]) -> LLaMAVIDLlavaVisionConfig:
         raise ConfigError(f"vision_tower_config.hidden_act is {section['hidden_act']!r}; the EVA tower has 'gelu'")
     image_size = {}
     if "vision_tower_config" not in values and "336" in str(values.get("image_processor", "")):
-        image_size = {"image_size": 336}  # V6: the original reads the size from its processor folder's name
+        image_size = {"image_size": 336}  # the original reads the size from its processor folder's name
     return _pick(LLaMAVIDLlavaVisionConfig, section, "vision_tower_config", **image_size)
 
 
@@ -89,7 +89,7 @@ def llama_config(values: Any, section: str = "text_config") -> LlamaConfig:
 
 
 def _compress_type(value: str | None) -> str:
-    """The original looks for substrings, `grid:` first (P8), so the released `mean_concat` is mean."""
+    """The original looks for substrings, `grid:` first, so the released `mean_concat` is mean."""
     if value is None:
         return "none"
     if "grid" in value:
@@ -98,7 +98,7 @@ def _compress_type(value: str | None) -> str:
 
 
 def _check_bert_type(bert_type: str) -> None:
-    """`bert_type` is a bag of substrings (Q12); `freeze` and `freeze_all` only say what was trained."""
+    """`bert_type` is a bag of substrings; `freeze` and `freeze_all` only say what was trained."""
     if "qformer" not in bert_type or "pretrain" not in bert_type or "layer" in bert_type:
         raise ConfigError(
             f"bert_type is {bert_type!r}; only the released kinds 'qformer_pretrain', 'qformer_pretrain_freeze' "
@@ -112,21 +112,21 @@ def _shared(values: Mapping[str, Any], text_config: LlamaConfig) -> dict[str, An
         "vision_tower_config": _vision_config(values),
         "qformer_config": _qformer_config(values),
         "text_config": text_config,
-        "num_query": _get(values, "num_query", int, _get(values, "num_qformer", int, 32)),  # Q13
+        "num_query": _get(values, "num_query", int, _get(values, "num_qformer", int, 32)),
         "compress_type": _compress_type(_get(values, "compress_type", str, None)),
     }
 
 
 def from_original(values: Mapping[str, Any]) -> LLaMAVIDLlavaConfig:
     tower = str(values.get("mm_vision_tower", "eva")).lower()
-    if "eva" not in tower and "lavis" not in tower:  # V1
+    if "eva" not in tower and "lavis" not in tower:  # as the original tells its towers apart, by the path
         raise ConfigError(f"mm_vision_tower is {values['mm_vision_tower']!r}; only the EVA ViT-g tower is supported")
     if values.get("mm_use_im_start_end"):
         raise ConfigError("mm_use_im_start_end is true; no released checkpoint uses it, and it is not supported")
     return LLaMAVIDLlavaConfig(
         **_shared(values, llama_config(values, "config")),
         mm_projector_type=_get(values, "mm_projector_type", str, "linear"),
-        image_aspect_ratio="pad" if values.get("image_aspect_ratio") == "pad" else "crop",  # D3
+        image_aspect_ratio="pad" if values.get("image_aspect_ratio") == "pad" else "crop",  # any other value crops
     )
 
 

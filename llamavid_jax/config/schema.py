@@ -24,7 +24,7 @@ from llamavid_jax.shapes import IMAGE_TOKEN
 
 
 def grid_stride(compress_type: str, side: int) -> int:
-    """Kernel and stride of the pooling over `side` × `side` patches, 0 for "none"; floor for non-divisors (Q8, P9)."""
+    """Kernel and stride of the pooling over `side` × `side` patches, 0 for "none"; "grid:N" is rounded down."""
     if compress_type == "none":
         return 0
     if compress_type == "mean":
@@ -36,7 +36,7 @@ def grid_stride(compress_type: str, side: int) -> int:
 
 
 def projector_depth(mm_projector_type: str) -> int:
-    """Linear layers of the content projector: 0 for "identity", 1 for "linear", N for "mlpNx_gelu" (Q14)."""
+    """Linear layers of the content projector: 0 for "identity", 1 for "linear", N for "mlpNx_gelu"."""
     if mm_projector_type in ("identity", "linear"):
         return int(mm_projector_type == "linear")
     mlp = re.fullmatch("mlp([0-9]{1,4})x_gelu", mm_projector_type)
@@ -95,7 +95,7 @@ class LLaMAVIDLlavaVisionConfig(Part):
 
 @dataclasses.dataclass(frozen=True)
 class LLaMAVIDLlavaQFormerConfig(Part):
-    """InstructBLIP's Q-Former: BERT-base with learned queries and cross-attention in every nth layer (Q1-Q6)."""
+    """InstructBLIP's Q-Former: BERT-base with learned queries and cross-attention in every nth layer."""
 
     vocab_size: int = 30523  # bert-base-uncased and [DEC]
     hidden_size: int = 768
@@ -105,7 +105,7 @@ class LLaMAVIDLlavaQFormerConfig(Part):
     max_position_embeddings: int = 512
     layer_norm_eps: float = 1e-12
     cross_attention_frequency: int = 2
-    dropout: float = 0.1  # in training only (P19)
+    dropout: float = 0.1  # in training only
 
     def __post_init__(self):
         check_fields(self, "qformer_config.", own_range=["dropout"])
@@ -135,7 +135,7 @@ class LlamaConfig(Part):
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_factor: float = 1.0  # linear scaling: positions are divided by it (T5, P17)
+    rope_factor: float = 1.0  # linear scaling: positions are divided by it, however short the prompt
     tie_word_embeddings: bool = False
     eos_token_id: int = 2
 
@@ -170,7 +170,7 @@ class LLaMAVIDLlavaConfig:
 
     `compress_type` is "none" (all patches), "mean" (one content token a frame) or "grid:n" (average pooling with
     stride side // n).  `mm_projector_type` is "linear", "mlpNx_gelu" or "identity".  `image_aspect_ratio` is "pad"
-    (to a square, with the mean colour) or "crop"; videos are always cropped (D4).  `frame_tokens` is "both" kinds of
+    (to a square, with the mean colour) or "crop"; videos are always cropped.  `frame_tokens` is "both" kinds of
     token, or "context" or "content" alone (the paper's ablation).  `image_token_index` is the
     placeholder id that `input_ids` may hold besides -200: the documented layout gives it a row of the vocabulary.
     `quantization` is "none", or "int8" or "int4" where the kernels of LLaMA's layers are held so.

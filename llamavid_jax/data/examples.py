@@ -4,10 +4,10 @@
            └ decode, thin, resize ─▶ frames uint8 [F, H, W, 3], or ready features [F, P, E]
 
 Everything follows from (record, index, seed): the sides at which later turns repeat the image are drawn once a sample
-and are the same in every epoch (D8).  Stills are padded or cropped, videos cropped (D3, D4).  A features file with
-`inputs` is a movie: its text replaces `<image>`, with one placeholder a visual token (D5, D12).
+and are the same in every epoch.  Stills are padded or cropped, videos cropped.  A features file with
+`inputs` is a movie: its text replaces `<image>`, with one placeholder a visual token.
 
-Deviations from the original: nothing is truncated here (P14, `data/rows.py`); a prompt belongs to the turn of its
+Deviations from the original: nothing is truncated here (`data/rows.py` does it); a prompt belongs to the turn of its
 placeholder, also where the first turns have none; a placeholder without a medium, a medium without a placeholder and a
 placeholder in an answer are errors, where the original trains on something else in silence.
 """

@@ -5,7 +5,7 @@
 
 A process reads the rows of every batch that its devices hold.  The position is the number of batches handed out, so
 that a run may go on with other numbers of threads, workers and processes.  A sample that cannot be read leaves its
-place in the row empty and is reported; the original puts a random other one there (D6).
+place in the row empty and is reported; the original puts a random other one there.
 """
 
 import atexit

@@ -3,10 +3,10 @@
 Every row of a batch has the shape of one bucket (`RowShape`), so that all processes run the same compiled step.
 Packing fills rows by first fit, largest first, over windows of the shuffled samples: pictures and videos open rows of
 the smallest bucket that holds them, texts fill the room these leave and then open rows themselves.  Without packing a
-row is one sample, and the buckets do what the original's sampler does by length and modality (T7): rows of one batch
+row is one sample, and the buckets do what the original's sampler does by length and modality: rows of one batch
 cost the same.
 
-Deviations (P22): lengths are tokens, not words; one modality alone will do (B15); a text takes the cheapest bucket that
+Unlike the original: lengths are tokens, not words; one modality alone will do; a text takes the cheapest bucket that
 holds it, which may be one of pictures, as its row costs no more there; rows of the last, incomplete batch of a bucket
 may join a larger one's.  The last batches are filled with empty rows, so that every sample is seen once an epoch.
 """

@@ -2,7 +2,7 @@
 
 Planning which samples share a row (`plan.py`) needs the size of each without decoding it.  The table is 13 bytes a
 sample; the cache holds it under a key of the data's files, the number of records and everything the reader is made of.
-The original measures in words and only for one of its samplers (T7).
+The original measures in words and only for one of its samplers.
 """
 
 import concurrent.futures

@@ -7,7 +7,7 @@
 `webvid`: columns videoid, name (the caption) and page_dir -> one caption record a video, PAGE_DIR/VIDEOID.mp4.
 `video_chatgpt`: a list of {q, a, video_id} -> one record a question; the file is looked for under any extension.
 `split_chat`: conversations of more than N rounds are cut into records of N rounds.  Every human turn repeats the visual
-tokens of the image (D8): 12 rounds of 257 and 6 of 577 just fit 4,096, the original's `maxround_12` and `maxround_6`.
+tokens of the image: 12 rounds of 257 and 6 of 577 just fit 4,096, the original's `maxround_12` and `maxround_6`.
 Text alone is left whole, and so are ready features, since a movie stands in its record once.
 
 With `--media` only records whose file is there are written.  What is left out is counted and said.

@@ -2,7 +2,7 @@
 
 Frames come from arrays or from iterators (a video that is still being decoded), of several visuals one after another,
 and fill chunks of `FRAME_CHUNK` together.  The vision tower sees each frame once, the Q-Former each pair of a frame
-and a question once (Q10, Q11).
+and a question once.
 """
 
 import itertools

@@ -126,7 +126,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         `input_ids` `[B, t]` (or ragged lists) hold -200 where visual tokens go; one placeholder a prompt, or, for
         ready features of a long video, one for every visual token.  `attention_mask` `[B, t]` marks the tokens of
         rows padded on either side.  `labels` `[B, t]` hold -100 where no loss is wanted; the loss is the mean over all
-        other labels (M10).  Raises RequestError when rows, prompts and frames do not fit together.
+        other labels.  Raises RequestError when rows, prompts and frames do not fit together.
         """
         request = read_request(
             self.config,
@@ -249,7 +249,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
 
     def _question_ids(self, questions: Sequence[str]) -> Iterator[np.ndarray]:
         """Ids and mask `[U, T]` of questions for the Q-Former, T a bucket; those beyond its positions lose their
-        beginning (P5)."""
+        beginning."""
         if self.qformer_tokenizer is None:
             raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
         positions = self.config.qformer_config.max_position_embeddings

@@ -10,7 +10,7 @@
 
     answer = model.generate(**inputs)   # inputs.timestamps: a sample each, seconds of the frames of each visual
 
-A sample with one visual and n placeholders shows the same frames n times, each time with its own prompt (Q10);
+A sample with one visual and n placeholders shows the same frames n times, each time with its own prompt;
 otherwise there are as many visuals as placeholders, in order, and `pixel_values` holds their list.
 """
 

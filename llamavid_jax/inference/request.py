@@ -54,7 +54,7 @@ class Visual(NamedTuple):
     """One image or video: its frames and the questions asked of it, as places in `Request.questions`.
 
     `frames` yields pixels `[3, H, W]`, or features `[P, E]` where `are_features`; `has_cls` says whether those start
-    with the CLS token (P1).
+    with the CLS token.
     """
 
     frames: Iterable[np.ndarray]
@@ -168,8 +168,8 @@ def check_row(
 ) -> None:
     """Raises RequestError unless the placeholders fit the prompts and the merged row fits the model.
 
-    `tokens` are the row's visual tokens, None while they are unknown.  It holds one placeholder a prompt (M2), or, for
-    a single prompt, one a visual token (M4).
+    `tokens` are the row's visual tokens, None while they are unknown.  It holds one placeholder a prompt, or, for
+    a single prompt, one a visual token.
     """
     placeholders = int((row == IMAGE_TOKEN).sum())
     if placeholders != prompts and not (prompts == 1 and placeholders > 1 and tokens in (None, placeholders)):

@@ -4,9 +4,9 @@
     .npy          the array alone
     .safetensors  tensor `feats` (or `features`), and `inputs` in the file's metadata
 
-P is the square number of patches, or one more with the CLS token first, which is dropped as the original does (D5).
+P is the square number of patches, or one more with the CLS token first, which is dropped as the original does.
 Frames are read one after another and never all at once: an hour at one a second is 2.6 GB in float16.  The kind of file
-is told by its first bytes.  Nothing here runs code from a file: pickles, the original's form, are refused (B19).
+is told by its first bytes.  Nothing here runs code from a file: pickles, the original's form, are refused.
 """
 
 import contextlib

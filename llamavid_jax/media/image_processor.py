@@ -3,8 +3,8 @@
     images: path, URL, Pillow picture or uint8 array [H, W, 3]      -> float32 [1, 3, S, S] each
     videos: path, URL, uint8 array [F, H, W, 3] or list of frames   -> float32 [F, 3, S, S] each, and their times
 
-S is `size`.  Stills are padded to a square or centre-cropped by `image_aspect_ratio`, frames always cropped (D4, P10).
-The settings are stored in `preprocessor_config.json` as transformers stores CLIP's (V10).
+S is `size`.  Stills are padded to a square or centre-cropped by `image_aspect_ratio`, frames always cropped.
+The settings are stored in `preprocessor_config.json` as transformers stores CLIP's.
 """
 
 import dataclasses

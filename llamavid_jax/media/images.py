@@ -1,8 +1,8 @@
 """Pictures as the vision tower wants them: file -> RGB -> uint8 [H, W, 3] -> float32 [3, H, W], CLIP's preprocessing.
 
     open_image      any Pillow format -> upright RGB picture; check_picture looks at its header alone
-    pad_to_square   canvas of the mean colour, for stills (P10)
-    resize_and_crop shortest edge to the size, bicubic, centre crop -> uint8 [H, W, 3], H = W = size (V10)
+    pad_to_square   canvas of the mean colour, for stills
+    resize_and_crop shortest edge to the size, bicubic, centre crop -> uint8 [H, W, 3], H = W = size
     normalize       uint8 [F, H, W, 3] -> float32 [F, 3, H, W]
 
 A frame stays uint8 until `normalize`: an hour of video at one frame a second is 0.5 GB so, and 2.2 GB after it.
@@ -69,7 +69,7 @@ def to_rgb(image: Image.Image, name: object = "the picture") -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float] = CLIP_MEAN) -> Image.Image:
-    """Centres the picture on a square canvas of the colour int(mean * 255) = (122, 116, 104) (P10)."""
+    """Centres the picture on a square canvas of the mean colour, cut to whole numbers: (122, 116, 104)."""
     width, height = image.size
     side = max(width, height)
     canvas = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))

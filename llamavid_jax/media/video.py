@@ -1,7 +1,7 @@
 """Video file -> sampled frames uint8 [F, H, W, 3] and their times in seconds, decoded with PyAV.
 
 Frames 0, s, 2s, ... in order of presentation, with stride s = round(average_fps / fps), where Python rounds halves to
-even (P7, D4): no cap, no padding, never fewer than one frame.  Decoding is sequential, so that an index means the same
+even: no cap, no padding, never fewer than one frame.  Decoding is sequential, so that an index means the same
 frame in every container.  Only sampled frames are kept; `transform` shrinks each as it comes.
 Letters: F sampled frames, H height, W width; h, w before `transform`.
 
@@ -76,7 +76,7 @@ def check_fps(fps: Any, name: object) -> None:
 
 
 def frame_stride(average_fps: float, fps: float | int, name: object = "the video") -> int:
-    """round(average_fps / fps): 23.976 -> 24, 2.5 -> 2 (P7).  MediaError where it would be 0 (D4)."""
+    """round(average_fps / fps): 23.976 -> 24, 2.5 -> 2.  MediaError where it would be 0."""
     check_fps(fps, name)
     stride = round(average_fps / fps)
     if stride == 0:

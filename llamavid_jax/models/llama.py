@@ -104,7 +104,7 @@ class Llama(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of whole rows.  Rows are padded on the right, where causality hides the padding (P15).
+        """Final hidden states of whole rows.  Rows are padded on the right, where causality hides the padding.
 
         A row may hold several samples: `segment_ids` number them, `positions` count from 0 in each.
         """

@@ -1,6 +1,6 @@
 """LoRA: low-rank updates of the LLaMA's linear layers, trained in place of their kernels.
 
-Hu et al. 2021, with the original's setting (T8): rank 64, α 16, dropout 0.05, every linear layer of the decoder but the
+Hu et al. 2021, with the original's setting: rank 64, α 16, dropout 0.05, every linear layer of the decoder but the
 head.  `add_lora` changes the tree of parameters so (L layers, r the rank):
 
     llama.layers.attn.q.kernel  [L, D, n, h]     llama.layers.attn.q.kernel  [L, D, n, h]   frozen
@@ -39,7 +39,7 @@ TARGETS = {  # target → where it is in a layer
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """The update is `alpha / rank · A·B`; `base` holds the frozen kernels as they are, or in "nf4" or "int8" (T9).
+    """The update is `alpha / rank · A·B`; `base` holds the frozen kernels as they are, or in "nf4" or "int8".
 
     Raises ConfigError for a field out of its range.
     """

@@ -30,7 +30,7 @@ def next_token_sums(
     kernel: Float[Array, "D V"],
     labels: Int[Array, "B T"],
 ) -> LossSums:
-    """Position t is scored against label t+1; labels of IGNORE_LABEL do not count (M10).
+    """Position t is scored against label t+1; labels of IGNORE_LABEL do not count.
 
     `kernel` is the head's; products in its type, sums in float32.
     """

@@ -1,4 +1,4 @@
-"""Kernels in 4 or 8 bits, made whole again in the product: LLaMA's for small chips, or frozen under LoRA (QLoRA, T9).
+"""Kernels in 4 or 8 bits, made whole again in the product: LLaMA's for small chips, or frozen under LoRA (QLoRA).
 
 By Qwix: blocks of 64 inputs share one scale, in the kernel's own type.  "int8" and "int4" are whole numbers, "nf4" the
 16 quantiles of a normal distribution (Dettmers et al. 2023).  The tree changes so (L layers):

@@ -4,8 +4,8 @@
      {"role": "user", "content": [{"type": "video", "path": "walk.mp4"}, {"type": "text", "text": "Who walks?"}]},
      {"role": "assistant", "content": "A man."}, {"role": "user", "content": "Alone?"}]
 
-A turn's placeholders go to its front, each on a line, where training has them (D11); a visual stays in the turn it was
-given in, and its prompt is that turn's text, newlines kept (P6).
+A turn's placeholders go to its front, each on a line, where training has them; a visual stays in the turn it was
+given in, and its prompt is that turn's text, newlines kept.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ A conversation is a list of turns, strings that alternate user, assistant, user,
 of one visual.  Flow:  record or chat -> turns -> `prompt(template, turns)` -> text for the LLaMA tokenizer
                                             -> `prompts`: what the Q-Former reads, one string per visual.
 
-Deviations from the original: a later turn of a long-video sample gets no lone `<image>` (its bug B16: the placeholders
+Deviations from the original: a later turn of a long-video sample gets no lone `<image>` (a bug of it: the placeholders
 would no longer match the frames); unknown names are errors instead of another template.
 """
 
@@ -54,7 +54,7 @@ class Template:
     `system_form` is the system text's place (`{}`); `system_in_turn` puts it inside the first user turn.
     `masking` says how labels are made (`data/labels.py`): "rounds" splits at `answer_marker`, "caption" keeps all but
     the placeholder, "turns" counts turn by turn.  `guided`: training gives the Q-Former each user turn's words.
-    `image_every_turn`: training repeats the placeholder in every later user turn (D8).  `image_only`: of a user turn
+    `image_every_turn`: training repeats the placeholder in every later user turn.  `image_only`: of a user turn
     only the placeholders are kept (its words reach the Q-Former alone).
     """
 
@@ -139,7 +139,7 @@ def prompt(template: Template, turns: Sequence[str], open_answer: bool = True) -
 def question_per_image(template: Template, text: str) -> list[str]:
     """The user's words around each `<image>` of a ready prompt: what the Q-Former reads by default at inference.
 
-    Newlines stay (P6).  Text without the template's role names is taken as the words of one turn.
+    Newlines stay.  Text without the template's role names is taken as the words of one turn.
     """
     opening = template.user.opening.removeprefix("<s>")
     closing = (template.user.closing + template.assistant.opening).strip()
@@ -159,13 +159,13 @@ def long_video_text(frames_and_subtitles: str, question: str, tokens_per_frame: 
     """The user turn of a long video at inference (section "movie" of the original's entry points).
 
     `frames_and_subtitles` holds one `<image>` per frame with the subtitles between them; each becomes
-    `tokens_per_frame` placeholders (D5, P18).
+    `tokens_per_frame` placeholders.
     """
     return MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END + "\n" + question
 
 
 def movie_inputs(frames_and_subtitles: str, tokens_per_frame: int, training: bool = False) -> str:
-    """One placeholder per visual token; training also deletes every '...' of the subtitles (D5)."""
+    """One placeholder per visual token; training also deletes every '...' of the subtitles."""
     text = frames_and_subtitles.replace("...", "") if training else frames_and_subtitles
     return text.replace(IMAGE, IMAGE * tokens_per_frame)
 
@@ -179,8 +179,8 @@ def training_turns(
 ) -> tuple[list[str], list[str]]:
     """A training record's `conversations` -> (turns, prompts for the Q-Former).
 
-    `image_sides` are the draws of D8, 0 for the start and 1 for the end, used in order; see `draw_image_sides`.
-    `movie` replaces `<image>` in a long-video sample (D12).  Where the template is not guided the original has no
+    `image_sides` put the later turns' placeholders at the start (0) or the end (1), in order; see `draw_image_sides`.
+    `movie` replaces `<image>` in a long-video sample.  Where the template is not guided the original has no
     prompts; here every user turn that holds a placeholder then gives one.
     """
     speakers, turns = _speakers_and_turns(conversations)
@@ -215,7 +215,7 @@ def training_turns(
 
 
 def draw_image_sides(seed: int, turns: int) -> list[int]:
-    """The draws of D8 for one sample, reproducible from its seed: 0 start, 1 end."""
+    """Where the later turns of a sample get their placeholder, drawn from its seed: 0 start, 1 end."""
     return np.random.default_rng(seed).integers(0, 2, turns).tolist()
 
 
@@ -232,12 +232,12 @@ def _speakers_and_turns(conversations: Sequence[Any]) -> tuple[list[str], list[s
 
 
 def _image_first(turn: str) -> str:
-    """D11: one placeholder, at the front, on a line of its own."""
+    """One placeholder, at the front, on a line of its own."""
     return (IMAGE + "\n" + turn.replace(IMAGE, "").strip()).strip() if IMAGE in turn else turn
 
 
 def _image_in_later_turns(turns: Sequence[str], image_sides: Iterable[int]) -> list[str]:
-    """D8: after a turn with a placeholder every later user turn gets one, at the drawn side."""
+    """After a turn with a placeholder every later user turn gets one, at the drawn side."""
     sides, seen, result = iter(image_sides), False, []
     for index, turn in enumerate(turns):
         seen = seen or IMAGE in turn
@@ -251,5 +251,5 @@ def _image_in_later_turns(turns: Sequence[str], image_sides: Iterable[int]) -> l
 
 
 def _training_prompt(turn: str) -> str:
-    """D9: newlines are deleted, so words on both sides of one fuse."""
+    """Newlines are deleted, not replaced by blanks, so the words on both sides of one fuse."""
     return turn.replace(IMAGE, "").replace("\n", "")

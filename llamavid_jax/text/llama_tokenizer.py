@@ -1,6 +1,6 @@
 """LLaMA token ids from a sentencepiece `tokenizer.model`: text -> list of int, and back.
 
-The ids are those of transformers 4.31's slow tokenizer, which the released checkpoints were trained with (D15, P12).
+The ids are those of transformers 4.31's slow tokenizer, which the released checkpoints were trained with.
 Special tokens in the text (`</s>` after every answer) are cut out first; each stretch between them goes to
 sentencepiece on its own, and two versions of that step exist:
   legacy      every stretch gets sentencepiece's leading blank, also after a special token;
@@ -35,7 +35,7 @@ class SpecialToken:
 
 
 class LlamaTokenizer:
-    """The sentencepiece tokenizer of a LLaMA or Vicuna folder; padding is `<unk>`, id 0, as in the original (D15).
+    """The sentencepiece tokenizer of a LLaMA or Vicuna folder; padding is `<unk>`, id 0, as in the original.
 
     Raises ConversationError when a file is missing or broken.
     """

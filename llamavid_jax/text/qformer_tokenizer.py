@@ -1,7 +1,7 @@
 """BERT ids for the Q-Former: prompts -> ids [R, T] and mask [R, T], R prompts of one conversation.
 
-Lower-cased WordPiece from `vocab.txt`, `[CLS] text [SEP]`; a prompt of more than 256 ids loses its beginning (Q1, P5).
-`[DEC]` is the special token after the vocabulary: the embedding table has a row for it, no prompt holds it (Q2).
+Lower-cased WordPiece from `vocab.txt`, `[CLS] text [SEP]`; a prompt of more than 256 ids loses its beginning.
+`[DEC]` is the special token after the vocabulary: the embedding table has a row for it, no prompt holds it.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class QFormerTokenizer:
     ) -> tuple[Int32[np.ndarray, "R T"], Bool[np.ndarray, "R T"]]:
         """(ids, mask), padded on the right to the longest prompt; the mask is False at padding.
 
-        `max_ids`: of a prompt, at most MAX_IDS; a longer one keeps [CLS] and its last ones (P5).
+        `max_ids`: of a prompt, at most MAX_IDS; a longer one keeps [CLS] and its last ones.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
             raise ConversationError(f"prompts is {prompts!r}; a list of one text or more is needed")

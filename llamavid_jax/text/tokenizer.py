@@ -81,9 +81,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def encode_with_images(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids with -200 for every `<image>` (M1, the original's `tokenizer_image_token`).
+    """Ids with -200 for every `<image>` (the original's `tokenizer_image_token`).
 
-    Each chunk of text around a placeholder is tokenised on its own, the BOS kept on the first alone (P12).
+    Each chunk of text around a placeholder is tokenised on its own, the BOS kept on the first alone.
     """
     first, *others = text.split(IMAGE)
     ids = tokenizer.encode(first)

@@ -5,7 +5,7 @@
     mesh: fsdp=8                                         lora: {rank: 64, ...}
     base: stage2_instruct.yaml                           a file beside this one, which it says the differences from
 
-The original's scripts are these fields (T1-T13); its stages differ in nothing else.
+The original's scripts are these fields; its stages differ in nothing else.
 """
 
 import dataclasses
@@ -91,10 +91,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; linear warm-up over `warmup` of the steps, cosine to zero (T13, P21).
+    """AdamW; linear warm-up over `warmup` of the steps, cosine to zero.
 
     Biases and norms do not decay.  `lr_factors` multiply the rate of the parameters that match a pattern, the
-    original's `lr_multi` (T6).
+    original's `lr_multi`.
     """
 
     learning_rate: float = 2e-5
@@ -121,7 +121,7 @@ class LoopConfig:
     """`steps` 0 runs `epochs` whole epochs.  `batch_size` counts rows over all devices and hosts.
 
     A step adds up `micro_batches` gradients; `loss_weighting` "tokens" gives each labelled token the same weight,
-    "micro_batch" is the original's mean of means (P20).  `dtype` is that of products and of frozen parameters;
+    "micro_batch" is the original's mean of means.  `dtype` is that of products and of frozen parameters;
     trained ones are float32.  `remat`: what a layer keeps for the gradient.  A step whose loss or gradient is not
     finite is skipped; `max_bad_steps` of them in a row end the run.  `compiler_options` are what the compiler of a TPU
     generation is told beside its own defaults (docs/tpu.md).

@@ -2,7 +2,7 @@
 
     output/config.yaml  checkpoints/  metrics.jsonl  tensorboard/  skipped.jsonl     while it runs
     output/model/       a whole checkpoint, which infer.py and the next stage read   at its end
-    output/adapter/     the trained parameters alone (T10), or LoRA's in PEFT's layout
+    output/adapter/     the trained parameters alone, or LoRA's in PEFT's layout
 
 A step's numbers are looked at one step later, so that the host never waits for the device with nothing queued; rows of
 long videos are the exception, as two batches of them may not fit.
@@ -73,7 +73,7 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
         text = start.config.text_config
         if text.rope_factor > 1:
             console.print(
-                f"rotary positions are divided by {text.rope_factor:g} (T5): the largest bucket has "
+                f"rotary positions are divided by {text.rope_factor:g}: the largest bucket has "
                 f"{config.max_tokens} tokens, the model {text.max_position_embeddings} positions"
             )
         state = initial_state(config, start, mesh)

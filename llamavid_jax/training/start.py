@@ -57,7 +57,7 @@ class Start:
     run: TrainConfig
 
     def save(self, output: Path, trained: dict[str, jax.Array]) -> None:
-        """Writes `output/model`, a whole checkpoint, and `output/adapter`: what was trained alone (T10).
+        """Writes `output/model`, a whole checkpoint, and `output/adapter`: what was trained alone.
 
         With LoRA the model holds the updates merged, and the adapter is in PEFT's layout, with whatever else was
         trained beside it in `adapter/weights`.  The adapter, which is small, comes first.
@@ -292,7 +292,7 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
 
 
 def quantized(structure: Structure, params: dict[str, jax.Array], kind: str) -> tuple[Structure, dict[str, jax.Array]]:
-    """The same model with LLaMA's kernels in few bits (QLoRA, T9).
+    """The same model with LLaMA's kernels in few bits (QLoRA).
 
     Empties `params`: a whole kernel goes when its few bits are there, so that the two models are never both whole.
     """

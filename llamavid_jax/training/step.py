@@ -52,7 +52,7 @@ def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Arr
     rows, frames = batch.frames.shape[:2]
     if frames == 0:
         return jnp.zeros((1, 1, model.llama.config.hidden_size))
-    has_cls = batch.frames.ndim == 5  # pixels go through the tower; ready features come without CLS (D5)
+    has_cls = batch.frames.ndim == 5  # pixels go through the tower; ready features come without CLS
     features = batch.frames.reshape(-1, *batch.frames.shape[2:])
     features = model.vision(features) if has_cls else features
 
@@ -75,7 +75,7 @@ def _pick(tables: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def loss_sums(model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: Any = None) -> LossSums:
-    """The loss of a batch as sums over its labelled tokens; `dropout_key` switches dropout on (P19, T8)."""
+    """The loss of a batch as sums over its labelled tokens; `dropout_key` switches dropout on."""
     pairs_key = None
     if dropout_key is not None:
         pairs_key, lora_key = jax.random.split(dropout_key)

@@ -1,7 +1,7 @@
 """Which parameters train: a table of patterns over parameter paths, `{"visual_tokens.*": true, "llama.*": false}`.
 
 Strict both ways: a parameter matches exactly one pattern, a pattern at least one parameter.  The stages of the paper
-are three such tables (T2-T4).
+are three such tables.
 """
 
 import fnmatch

@@ -85,7 +85,7 @@ def test_released_long_video_config():
 
 
 def test_released_336_config():
-    """Sizes that the original keeps in code are the released ones; 336 px comes from the processor's name (V6)."""
+    """Sizes that the original keeps in code are the released ones; 336 px comes from the processor's name."""
     config = LLaMAVIDLlavaConfig.from_dict(
         {
             **ORIGINAL,
@@ -145,7 +145,7 @@ def test_parts_are_saved_and_loaded_by_themselves(tmp_path):
     [(16, "grid:2", 4), (16, "grid:6", 64), (16, "grid:7", 64), (16, "grid:12", 256), (24, "grid:5", 36)],
 )
 def test_grid_counts(side, kind, tokens):
-    """Numbers that do not divide the side give other counts than their square (P9)."""
+    """Numbers that do not divide the side give other counts than their square."""
     assert (side // grid_stride(kind, side)) ** 2 == tokens
 
 

@@ -167,7 +167,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", ["text", "pixels", "features"])
 def test_one_modality_alone(kind, packing):
-    """The original's sampler dies without a text, or without a picture (B15)."""
+    """The original's sampler dies without a text, or without a picture."""
     sizes = Sizes.of([SampleSize(kind, int(kind != "text"), int(kind != "text"), 100 + i) for i in range(30)])
     batches = plan(sizes, packing=packing)
     assert sorted(samples_of(batches)) == list(range(30))

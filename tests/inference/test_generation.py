@@ -46,7 +46,7 @@ def test_cache_gives_the_ids_of_whole_rows(tiny_model, alone):
 
 
 def test_a_row_does_not_depend_on_its_batch(tiny_model, alone):
-    """Video, text-only, two videos and a long row together: every row answers as it does alone (B1, B2)."""
+    """Video, text-only, two videos and a long row together: every row answers as it does alone."""
     long_row = [1, *range(100, 180)]
     out = tiny_model.generate(
         [VIDEO, TEXT, long_row],
@@ -95,7 +95,7 @@ def test_several_videos_in_one_conversation(tiny_model):
 
 
 def test_images_and_text_in_one_batch_have_their_own_loss(tiny_model):
-    """The loss is the mean over all labels of the batch (M10)."""
+    """The loss is the mean over all labels of the batch."""
     labels = [[-100, -100, -100, -100, 42, 43, 44], [-100, 300, 301, 302]]
     both = tiny_model([VIDEO, TEXT], pixel_values=[frames(3), None], prompts=[[PROMPT], []], labels=labels)
     video = tiny_model([VIDEO], pixel_values=[frames(3)], prompts=[[PROMPT]], labels=labels[:1])
@@ -104,7 +104,7 @@ def test_images_and_text_in_one_batch_have_their_own_loss(tiny_model):
 
 
 def test_ready_features_give_the_tokens_of_pixels(tiny_model):
-    """Features of the vision tower with their CLS token stand for the pixels; without it the Q-Former differs (P1)."""
+    """Features of the vision tower with their CLS token stand for the pixels; without it the Q-Former differs."""
     pixels = frames(40)  # more than one chunk
     features = tiny_model.vision_features(pixels)
     tokens = np.asarray(tiny_model.visual_tokens(pixels, [PROMPT]))
@@ -197,7 +197,7 @@ def test_text_only_costs_no_vision_work(tiny_model, monkeypatch):
 
 
 def test_tower_once_a_frame_and_qformer_once_a_pair(tiny_model, monkeypatch):
-    """Q10: two prompts about 5 frames are 5 frames for the tower and 10 pairs for the Q-Former."""
+    """Two prompts about 5 frames are 5 frames for the tower and 10 pairs for the Q-Former."""
     from llamavid_jax.inference import encode
 
     seen = {"frames": 0, "pairs": 0}

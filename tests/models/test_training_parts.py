@@ -116,7 +116,7 @@ def test_learning_rate_by_hand():
 
 
 def test_biases_and_norms_do_not_decay():
-    """The original leaves out `bias` in a name and every parameter of a norm (T6): of ours these, and no others."""
+    """The original leaves out `bias` in a name and every parameter of a norm: of ours these, and no others."""
     paths = flat_paths(abstract_params(LLaMAVIDLlavaConfig()))
     kept = {path for path in paths if not decays(path)}
     assert {path.rsplit(".", 1)[-1] for path in kept} == {"bias", "q_bias", "v_bias", "scale"}

@@ -44,7 +44,7 @@ def test_the_question_guides_the_queries(qformer, arrays):
 
 
 def test_the_cls_token_is_seen_where_it_is_there(qformer, arrays):
-    """257 tokens of memory and 256 are different answers (P1)."""
+    """257 tokens of memory and 256 are different answers."""
     features, ids, mask = arrays
     assert relative_error(qformer(features[1:], ids, mask), qformer(*arrays)) > 100 * BAR
 

@@ -20,7 +20,7 @@ from torch_models import (
     tokens_error,
 )
 
-# Content tokens of a frame for sides 16 and 24; n that does not divide the side gives another number than n² (P9).
+# Content tokens of a frame for sides 16 and 24; n that does not divide the side gives another number than n².
 COUNTS = {
     "none": (256, 576),
     "mean": (1, 1),
@@ -98,7 +98,7 @@ def test_context_attention_is_what_the_context_token_saw():
 
 
 def test_frames_in_blocks_equal_all_at_once():
-    """Long videos go through in blocks (Q11): 64 frames give what 8 times 8 do."""
+    """Long videos go through in blocks: 64 frames give what 8 times 8 do."""
     features = np.random.default_rng(0).normal(size=(64, 256, 40)).astype(np.float32)
     ids, mask = (np.repeat(array[:1], 64, axis=0) for array in questions(CONFIG, 12))
     frames = jax.jit(functools.partial(ours(CONFIG, 0.2).frames_tokens, has_cls=False))

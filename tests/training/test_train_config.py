@@ -112,7 +112,7 @@ def test_every_script_has_a_recipe_and_its_numbers():
         assert config.data.packing == (name.startswith("stage2") and "image" not in name), name
         assert (loop.epochs, loop.steps, loop.dtype, loop.remat) == (1, 0, "bfloat16", "full"), name
         other = config.optimizer
-        assert (other.warmup, other.weight_decay, other.max_grad_norm) == (0.03, 0, 1), name  # T13, P21
+        assert (other.warmup, other.weight_decay, other.max_grad_norm) == (0.03, 0, 1), name
         assert (other.betas, other.eps, other.lr_factors) == ([0.9, 0.999], 1e-8, {}), name
         assert model.text_config.hidden_size == (5120 if "13b" in name else 4096), name
         assert model.vision_tower_config.image_size == (336 if "336" in name else 224), name
@@ -149,7 +149,7 @@ def test_the_recorded_names_train(golden, original_names, stage, recipes):
 
 @pytest.mark.golden
 def test_stage_3_trains_llama_and_the_content_projector(original_names):
-    """T4: `…_freeze_all` leaves `mm_projector` and LLaMA."""
+    """`…_freeze_all` leaves `mm_projector` and LLaMA."""
     every = set().union(*original_names.values())
     expected = {name for name in every if not name.startswith(("model.vision_tower.", "model.vlm_att_"))}
     parts = {name.removeprefix("model.").split(".")[0] for name in expected}
@@ -159,7 +159,7 @@ def test_stage_3_trains_llama_and_the_content_projector(original_names):
 
 
 def test_rows_of_64k_tokens_divide_the_positions_by_16():
-    """T5: the factor that the rows need, whether the model's file has it or not; shorter rows change nothing."""
+    """The factor that the rows need, whether the model's file has it or not; shorter rows change nothing."""
     row = 'data.buckets=[{"frames": 0, "pairs": 0, "questions": 0, "tokens": %d}]'
     factors = {tokens: recipe("stage2_instruct", row % tokens).model_config().text_config.rope_factor
                for tokens in (2048, 4096, 4224, 65536)}  # fmt: skip

@@ -88,7 +88,7 @@ def test_accumulation_changes_nothing(single):
 
 
 def test_mean_of_micro_batch_means(single):
-    """P20: rows with few labels weigh as much as rows with many."""
+    """Rows with few labels weigh as much as rows with many."""
     seen, _ = run(dataclasses.replace(LOOP, micro_batches=4, loss_weighting="micro_batch"), steps=1)
     sums = make_evaluate_step(structure())
     parts = [sums(*split(2), jax.tree.map(lambda x, n=n: x[n::4], batch(ROWS, SHAPE))) for n in range(4)]

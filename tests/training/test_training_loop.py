@@ -168,7 +168,7 @@ def test_what_a_run_tells(tmp_path, monkeypatch):
     run()
     text = (tmp_path / "console").read_text()
     assert "leaves 7 devices idle" in text
-    assert "divided by 2 (T5): the largest bucket has 4096 tokens, the model 2048 positions" in text
+    assert "divided by 2: the largest bucket has 4096 tokens, the model 2048 positions" in text
     assert len(closed) == 1
     assert all(line["padding"] == 0.5 for line in run.metrics() if "loss" in line)
     assert [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()] == [
