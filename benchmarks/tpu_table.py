@@ -67,13 +67,13 @@ def _micro(number: int) -> tuple[str, ...]:
 
 ROWS: list[Step | Inference] = [
     # stage 2, the original's global batch
-    Step("stage2_instruct", "v5e:8x8", "fsdp=64", _micro(2)),
+    Step("stage2_instruct", "v5e:8x8", "fsdp=32,sequence=2", _micro(1)),
     Step("stage2_instruct", "v5p:2x2x4", "fsdp=16"),
     Step("stage2_instruct", "v6e:4x4", "fsdp=16"),
-    Step("stage2_instruct", "v5e:4x8", "data=2,fsdp=32", _micro(2), num_slices=2),
-    Step("stage2_instruct_13b", "v5e:8x8", "fsdp=32,tensor=2", _micro(1)),
-    Step("stage2_instruct_13b", "v5p:2x2x4", "fsdp=16"),
-    Step("stage2_instruct_13b", "v6e:4x4", "fsdp=16"),
+    Step("stage2_instruct", "v5e:4x8", "data=2,fsdp=16,sequence=2", _micro(1), num_slices=2),
+    Step("stage2_instruct_13b", "v5e:8x8", "fsdp=8,sequence=8"),
+    Step("stage2_instruct_13b", "v5p:2x2x4", "fsdp=8,sequence=2"),
+    Step("stage2_instruct_13b", "v6e:4x4", "fsdp=8,sequence=2"),
     Step("stage2_instruct_image_336", "v5e:8x8", "fsdp=64"),
     Step("stage2_instruct_image_336", "v5p:2x2x4", "fsdp=16"),
     Step("stage2_instruct_image_336", "v6e:4x4", "fsdp=16", _micro(4)),

@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from llamavid_jax.config.recipe import read_recipe
 from llamavid_jax.config.strict import check_fields, require_divisible, strict
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import write_files
@@ -280,12 +279,11 @@ class LLaMAVIDLlavaConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> "LLaMAVIDLlavaConfig":
         """Reads one of `configs/models/*.yaml`: this class's own field names, every unknown key an error."""
+        values = read_recipe(path, home="configs/models/")
         try:
-            return strict(cls, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}, "")
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist; the models are in configs/models/") from None
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ConfigError is a ValueError
-            raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+            return strict(cls, values, "")
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         return {"model_type": "llamavid_jax", **dataclasses.asdict(self)}

@@ -1,7 +1,7 @@
 """Compiles a run's train step for a TPU slice, without TPU, weights or data: what it needs, and whether it fits.
 
     python -m llamavid_jax.precompile.compile_check --config configs/stage2_instruct.yaml --topology v5e:8x8 \\
-        --mesh fsdp=64 training.micro_batches=2
+        --mesh fsdp=32,sequence=2 training.micro_batches=1
 
 A row and a line of JSON: peak memory beside the chip's, bytes that collectives move, FLOPs, and a roofline's estimate
 of the step's time.  The step is the one that train.py runs, on rows of the config's largest bucket; --features says

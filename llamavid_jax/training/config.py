@@ -3,6 +3,7 @@
     model: configs/models/llamavid_7b_224_video.yaml     start: {model: DIR, adapter: DIR}     output: DIR
     trainable: {PATTERN: true | false}                   data: ...   optimizer: ...   training: ...
     mesh: fsdp=8                                         lora: {rank: 64, ...}
+    base: stage2_instruct.yaml                           a file beside this one, which it says the differences from
 
 The original's scripts are these fields; its stages differ in nothing else.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from llamavid_jax.config.recipe import read_recipe
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.config.strict import check_fields, strict
 from llamavid_jax.errors import ConfigError
@@ -49,7 +51,8 @@ class DataConfig:
 
     `media` empty is the folder of `path`.  `tokenizer`: a folder with the two tokenizers, empty for those of
     `start.model`.  `buckets`: the row shapes, mappings of RowShape's fields.  `max_broken`: the part of the samples
-    that may be unreadable before the run stops.  `threads` and `processes` read ahead.
+    that may be unreadable before the run stops.  `threads` and `processes` read ahead.  `image_aspect_ratio`: "pad" or
+    "crop" for stills, empty for the model's; the model that the run leaves holds it.
     """
 
     path: str = ""
@@ -57,6 +60,7 @@ class DataConfig:
     evaluation_path: str = ""
     tokenizer: str = ""
     template: str = "imgsp_v1"
+    image_aspect_ratio: str = ""
     fps: float = 1.0
     buckets: list = dataclasses.field(
         default_factory=lambda: [{"frames": 8, "pairs": 8, "questions": 4, "tokens": 512}]
@@ -203,11 +207,13 @@ class TrainConfig:
         return max(shape.tokens for shape in self.data.shapes)
 
     def model_config(self) -> LLaMAVIDLlavaConfig:
-        """The model's configuration, its rotary factor raised where rows are longer than its positions."""
+        """The model's configuration with the run's aspect, and a rotary factor for rows longer than its positions."""
         if self.model:
             config = LLaMAVIDLlavaConfig.from_yaml(self.model)
         else:
             config = LLaMAVIDLlavaConfig.from_pretrained(self.start.model)
+        if self.data.image_aspect_ratio:
+            config = dataclasses.replace(config, image_aspect_ratio=self.data.image_aspect_ratio)
         text = config.require_whole(self.model or self.start.model).text_config
         if self.max_tokens > text.max_length:
             factor = float(math.ceil(self.max_tokens / text.max_position_embeddings))
@@ -220,14 +226,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises ConfigError that names the file or the override, the field and what it may be.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; the configurations are in configs/") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no mapping of fields")
+    values = read_recipe(path, whole=TABLES)
     for override in overrides:
         _put(values, override)
     try:

@@ -27,7 +27,9 @@ def bash(script: str, *options: str, **settings) -> subprocess.CompletedProcess:
 
 
 def rows_divide(config: TrainConfig, mesh: str) -> bool:
-    return config.training.batch_size // config.training.micro_batches % math.prod(parse_mesh(mesh).values()) == 0
+    axes = parse_mesh(mesh)
+    copies = axes.get("data", 1) * axes["fsdp"]
+    return math.prod(axes.values()) in (64, 128) and config.training.batch_size % copies == 0
 
 
 @pytest.mark.sharding
@@ -59,9 +61,9 @@ def test_compile_check_understands_its_lines(monkeypatch):
     for line in re.findall(r"^python -m llamavid_jax.precompile.compile_check (.*)$", "".join(ELSEWHERE), re.MULTILINE):
         assert compile_check.main(shlex.split(line)) == 0
     assert [(mesh, options.plan, options.num_slices) for _, options, mesh in seen] == [
-        ("fsdp=64", False, 1),
+        ("fsdp=32,sequence=2", False, 1),
         ("", True, 1),
-        ("data=2,fsdp=64", False, 2),
+        ("data=2,fsdp=16,sequence=4", False, 2),
     ]
     assert all(rows_divide(config, mesh) for config, _, mesh in seen if mesh)
 
@@ -73,10 +75,12 @@ def test_what_reaches_the_hosts(monkeypatch):
     assert said.returncode == 0, said.stderr
     commands = re.findall(r"^--command=(.*)$", said.stdout, re.MULTILINE)
     jobs = [command for command in commands if "nohup" in command]
-    for job, mesh in zip(jobs, ("", "data=2,fsdp=64"), strict=True):  # on one slice, on two
+    for job, mesh in zip(
+        jobs, ("fsdp=32,sequence=2", "data=2,fsdp=16,sequence=4"), strict=True
+    ):  # on one slice, on two
         assert job.startswith("cd llamavid_jax && nohup .venv/bin/python train.py ") and job.endswith("< /dev/null &")
         options = train.parse_arguments(shlex.split(job.partition("train.py ")[2].partition(" >>")[0]))
         config = read_config(options.config, options.overrides)
         assert options.distributed and config.mesh == mesh and config.training.save_every == 200
-        assert config.output.endswith("/bucket/runs/stage2") and rows_divide(config, mesh or "fsdp=64")
+        assert config.output.endswith("/bucket/runs/stage2") and rows_divide(config, mesh)
     assert "gcsfuse --metadata-cache-ttl-secs=0 my-llama-vid bucket" in said.stdout

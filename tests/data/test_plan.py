@@ -198,7 +198,7 @@ def test_broken_samples_are_not_planned():
 
 def test_windows_lose_nothing(monkeypatch):
     """Rows that stay open from one window to the next, and those that are closed half empty."""
-    monkeypatch.setattr("llamavid_jax.data.plan.WINDOW", 64)
+    monkeypatch.setattr("llamavid_jax.data.plan.WINDOW", 16)
     counts = []
     for carried in (1, 8):
         monkeypatch.setattr("llamavid_jax.data.plan.CARRIED", carried)

@@ -38,7 +38,7 @@ def test_webvid(tmp_path, monkeypatch, capsys):
     records = read_records(tmp_path / "out.json", "m")
     assert [r.media for r in records] == ["m/000_1/12.mp4", "m/000_1/13.mp4", "m/14.mp4", "m/000_2/12a.mp4"]
     question, answer = records[1].conversations
-    assert answer == {"from": "gpt", "value": "Été"} and question["value"].removeprefix("<image>\n") in REQUESTS
+    assert answer == {"from": "gpt", "value": "Été"} and question["value"].removesuffix("\n<image>") in REQUESTS
     media = touch(tmp_path / "media", "000_1/12.mp4", "13.webm", "x/14.txt")
     assert main(["webvid", str(tmp_path / "w.csv"), str(tmp_path / "out.jsonl"), "--media", str(media)]) == 0
     out = capsys.readouterr().out
@@ -60,7 +60,11 @@ def test_video_chatgpt(tmp_path, capsys):
     media = touch(tmp_path / "media", "v_a.b.mkv", "sub/v_c.MP4", "v_c.txt")
     assert main(["video_chatgpt", str(tmp_path / "q.json"), str(tmp_path / "o.json"), "--media", str(media)]) == 0
     out = capsys.readouterr().out
-    assert "3 records" in out and "1 without a file" in out and "3 without q, a or video_id" in out
+    assert (
+        "3 records" in out
+        and "1 without a file" in out
+        and "3 without q, a and video_id, or video and conversations" in out
+    )
     records = read_records(tmp_path / "o.json", media)
     assert [(r.id, r.media) for r in records] == [
         ("v_a.b_0", str(media / "v_a.b.mkv")),
@@ -68,6 +72,31 @@ def test_video_chatgpt(tmp_path, capsys):
         ("v_c_6", str(media / "sub/v_c.MP4")),
     ]
     assert records[1].conversations == talk("<image>\nWho?", "He.")
+
+
+def test_video_chatgpts_own_training_file(tmp_path, capsys):
+    """Features that nobody here has are named in place of the video, which `<video>` stands for."""
+    rows = [
+        {"id": "v_a", "video": "v_a.pkl", "conversations": talk("What is this?\n<video>", "A dog.")},
+        {"id": "v_a", "video": "v_a.pkl", "conversations": talk("<video>\nWho?", "He.", "Where?", "There.")},
+        {"id": "v_b", "video": "v_b.pkl", "conversations": talk("No place for it", "Yes.")},
+        {"id": "v_c", "video": "v_c.pkl", "conversations": talk("<video>", "Gone.")},
+        {"id": "v_a", "video": "v_a.pkl", "conversations": "none"},
+        {"id": "v_a", "video": 3, "conversations": talk("<video>", "x")},
+    ]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    media = touch(tmp_path / "media", "v_a.mp4", "x/v_b.avi")
+    assert main(["video_chatgpt", str(tmp_path / "q.json"), str(tmp_path / "o.json"), "--media", str(media)]) == 0
+    assert "1 without a file, 2 without q, a" in capsys.readouterr().out
+    records = list(read_records(tmp_path / "o.json", media))
+    assert [(r.id, r.media) for r in records] == [
+        ("v_a_0", str(media / "v_a.mp4")),
+        ("v_a_1", str(media / "v_a.mp4")),
+        ("v_b_2", str(media / "x/v_b.avi")),
+    ]
+    assert records[0].conversations == talk("What is this?\n<image>", "A dog.")
+    assert records[1].conversations == talk("<image>\nWho?", "He.", "Where?", "There.")
+    assert records[2].conversations == talk("<image>\nNo place for it", "Yes.")
 
 
 def test_of_several_files_of_one_name_the_likeliest_is_taken(tmp_path):
@@ -128,7 +157,8 @@ def test_an_id_of_null_is_no_id():
 
 def test_split_chat_command(tmp_path, capsys):
     source = tmp_path / "in.jsonl"
-    write_records(source, [{"id": "x", "image": "i.jpg", "conversations": talk("<image>q", "a", "b", "c")}] * 2)
+    rows = [{"id": "x", "image": "i.jpg", "conversations": talk("<image>q", "a", "b", "c")}] * 2
+    write_records(source, rows, Counter())
     assert main(["split_chat", str(source), str(tmp_path / "new" / "out.json"), "--rounds", "1"]) == 0
     records = read_records(tmp_path / "new" / "out.json")
     assert [record.id for record in records] == ["x_0", "x_1", "x_0_", "x_1_"]
@@ -136,9 +166,9 @@ def test_split_chat_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["o.json", "o.jsonl"])
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [1, 3])
 def test_written_files_are_json(tmp_path, name, count):
-    assert write_records(tmp_path / name, [{"id": "é\n"}] * count) == count
+    assert write_records(tmp_path / name, [{"id": "é\n"}] * count, Counter()) == count
     text = (tmp_path / name).read_text()
     rows = json.loads(text) if name == "o.json" else [json.loads(line) for line in text.splitlines() if line]
     assert rows == [{"id": "é\n"}] * count
@@ -153,6 +183,11 @@ def test_written_files_are_json(tmp_path, name, count):
         (["webvid", "good.csv", "o.txt"], "neither .json nor .jsonl"),
         (["webvid", "good.csv", "/proc/x/o.json"], "cannot be written"),
         (["webvid", "good.csv", "o.json", "--media", "no"], "no is not a folder"),
+        (
+            ["webvid", "good.csv", "o.json", "--media", "."],
+            "o.json would hold no record: 4 without a file, 1 without v",
+        ),
+        (["video_chatgpt", "in.json", "o.json", "--media", "."], "would hold no record: 1 without q, a and video_id"),
         (["video_chatgpt", "good.csv", "o.json", "--media", "."], "not a readable list"),
         (["split_chat", "no.json", "o.json", "--rounds", "3"], "does not exist"),
         (["split_chat", "in.json", "o.json", "--rounds", "0"], "--rounds is 0"),

@@ -107,16 +107,17 @@ def stated_peak(report: Report) -> float:
 
 
 def test_7b_stage_2_for_64_chips():
-    """The original's 128 samples a step, five minutes of video each: what docs/tpu.md says."""
-    stage = read_config(ROOT / "configs" / "stage2_instruct.yaml", ["training.micro_batches=2"])
-    report = in_own_process(check_training, stage, "v5e:8x8", "fsdp=64", 1, False, "stage2_instruct", False)
+    """32 rows of five minutes of video, each on two chips: what docs/tpu.md says."""
+    stage = read_config(ROOT / "configs" / "stage2_instruct.yaml", ["training.micro_batches=1"])
+    mesh = "fsdp=32,sequence=2"
+    report = in_own_process(check_training, stage, "v5e:8x8", mesh, 1, False, "stage2_instruct", False)
     assert report.fits and report.peak_gib < 9
     assert report.peak_gib == pytest.approx(stated_peak(report), rel=0.05)
     gathered, reduced = report.collectives["all-gather"], report.collectives["all-reduce"]
     assert gathered["asynchronous"] == gathered["count"]
     once = 2 * 6.9e9  # bytes of the parameters in bfloat16
-    assert gathered["bytes"] < 1.15 * 2 * 2 * once  # forwards and backwards, in each of two micro-batches
-    assert reduced["bytes"] < 1.05 * 2 * 2 * once  # there and back
+    assert gathered["bytes"] < 1.15 * 2 * once  # forwards and backwards
+    assert reduced["bytes"] < 1.05 * 2 * once  # there and back
     assert reduced["asynchronous"] > 0.99 * reduced["count"]  # `training.compiler_options`
 
 

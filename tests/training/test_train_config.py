@@ -12,8 +12,10 @@ from flax import nnx
 from paths import CONFIGS
 
 import train
+from benchmarks.packing import mixed
 from conversion.weight_table import weight_table
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.data.plan import fit, plan_epoch
 from llamavid_jax.errors import ConfigError, InputError
 from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
 from llamavid_jax.models.lora import add_lora
@@ -85,24 +87,36 @@ def test_every_recipe_builds(file):
         assert shape.tokens % 128 == 0 or file.parent.name == "demo"  # which is for a CPU
 
 
+def padding(plan, sizes, shapes, tokens_per_frame) -> float:
+    """The part of an epoch's tokens that no sample fills."""
+    _, need, _ = fit(sizes, shapes, tokens_per_frame, packing=True)
+    return 1 - need[0].sum() / sum(len(batch.rows) * shapes[batch.shape_index].tokens for batch in plan)
+
+
 def test_every_script_has_a_recipe_and_its_numbers():
     staged = {path.stem for path in RECIPES if path.parent == CONFIGS and path.stem != "lora"}
     assert staged == SCRIPTS.keys()
     for name, (rate, samples, accumulated, tokens, compress, per_frame) in SCRIPTS.items():
         config = recipe(name)
         model, loop = config.model_config(), config.training
-        found = (config.optimizer.learning_rate, loop.batch_size, loop.micro_batches, config.max_tokens)
-        assert found == (rate, samples, accumulated, tokens), name
+        assert (config.optimizer.learning_rate, config.max_tokens) == (rate, tokens), name
+        if config.data.packing:  # its rows hold about as many samples as the original's step
+            sizes = mixed(4000, per_frame)
+            plan = plan_epoch(sizes, config.data.shapes, loop.batch_size, per_frame, 0, 0, packing=True)
+            assert 0.9 < len(sizes.kind) / len(plan) / samples < 1.3, name
+            assert padding(plan, sizes, config.data.shapes, per_frame) < 0.1, name
+        else:
+            assert (loop.batch_size, loop.micro_batches) == (samples, accumulated), name
         assert (model.compress_type, model.tokens_per_frame) == (compress, per_frame), name
         assert config.data.template == ("plain_guided" if name.startswith("stage1") else "imgsp_v1"), name
-        assert not config.data.packing, f"{name}: a packed row is more than one sample of the step"
+        assert config.data.packing == (name.startswith("stage2") and "image" not in name), name
         assert (loop.epochs, loop.steps, loop.dtype, loop.remat) == (1, 0, "bfloat16", "full"), name
         other = config.optimizer
         assert (other.warmup, other.weight_decay, other.max_grad_norm) == (0.03, 0, 1), name
         assert (other.betas, other.eps, other.lr_factors) == ([0.9, 0.999], 1e-8, {}), name
         assert model.text_config.hidden_size == (5120 if "13b" in name else 4096), name
         assert model.vision_tower_config.image_size == (336 if "336" in name else 224), name
-        assert model.image_aspect_ratio == "pad", name
+        assert model.image_aspect_ratio == ("crop" if name.startswith("stage1") else "pad"), name
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +172,10 @@ def test_rows_of_64k_tokens_divide_the_positions_by_16():
 def test_overrides_are_yaml():
     config = recipe(
         "stage2_instruct", "training.steps=3", "optimizer.learning_rate=3e-5", "lora.rank=8", "data.path=a=b.json",
-        "mesh=fsdp=2,tensor=2", "start.adapter=", "optimizer.betas=[0.8, 0.9]", "data.packing=true",
+        "mesh=fsdp=2,tensor=2", "start.adapter=", "optimizer.betas=[0.8, 0.9]", "data.packing=false",
         "trainable.llama.*=false", "optimizer.lr_factors.qformer.query=2",
     )  # fmt: skip
-    assert (config.training.steps, config.optimizer.learning_rate, config.data.packing) == (3, 3e-5, True)
+    assert (config.training.steps, config.optimizer.learning_rate, config.data.packing) == (3, 3e-5, False)
     assert (config.data.path, config.mesh, config.start.adapter) == ("a=b.json", "fsdp=2,tensor=2", "")
     assert (config.lora.rank, config.lora.alpha, config.optimizer.betas) == (8, 16, [0.8, 0.9])
     assert config.start.model == recipe("stage2_instruct").start.model  # the rest of a section stays
@@ -194,7 +208,7 @@ def test_buckets_are_mounted(name):
         ("training.steps=1.5", ("training.steps is 1.5", "type int")),
         ("training.steps=-1", ("training.steps is -1", "0 or more")),
         ("training.batch_size=0", ("training.batch_size is 0", "above 0")),
-        ("training.batch_size=130", ("training.batch_size is 130", "micro_batches = 4")),
+        ("training.batch_size=131", ("training.batch_size is 131", "micro_batches = 2")),
         ("training.dtype=float16", ("training.dtype is 'float16'", "float32 or bfloat16")),
         ("training.remat=half", ("training.remat is 'half'", "none or dots or full")),
         ("training.loss_weighting=rows", ("training.loss_weighting is 'rows'", "tokens or micro_batch")),
@@ -277,7 +291,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(monkeypatch):
 
 def test_wrong_files_are_named(tmp_path):
     file = tmp_path / "x.yaml"
-    with pytest.raises(ConfigError, match="does not exist; the configurations are in configs/"):
+    with pytest.raises(ConfigError, match="does not exist; such files are in configs/"):
         read_config(file)
     for text, says in (
         ("model: m\nlora: {base: nf4}", "lora.base is 'nf4', but start.model is empty; give start.model=DIR"),
@@ -293,8 +307,30 @@ def test_wrong_files_are_named(tmp_path):
         assert str(error.value).startswith(str(file)), error.value
     values = yaml.safe_load(STAGE2.read_text()) | {"model": "configs/models/absent.yaml"}
     file.write_text(yaml.safe_dump(values))
-    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist; the models are in"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist; such files are in configs/models/"):
         read_config(file).model_config()
+
+
+def test_a_base_is_put_under_a_file(tmp_path):
+    """Sections field by field, tables of patterns whole, one level deep."""
+    (tmp_path / "base.yaml").write_text(
+        "model: m\ntrainable: {a: true, b: false}\ntraining: {steps: 3, batch_size: 4}\n"
+        "optimizer: {learning_rate: 1.0e-3, lr_factors: {a: 2}}"
+    )
+    file = tmp_path / "x.yaml"
+    file.write_text("base: base.yaml\ntrainable: {c: true}\ntraining: {steps: 5}\noptimizer: {lr_factors: {c: 3}}")
+    config = read_config(file, ["training.keep=3"])
+    assert (config.model, config.trainable) == ("m", {"c": True})
+    assert (config.training.steps, config.training.batch_size, config.training.keep) == (5, 4, 3)
+    assert (config.optimizer.learning_rate, config.optimizer.lr_factors) == (1e-3, {"c": 3})
+    for name, text, says in (
+        ("y", "base: x.yaml", r"y\.yaml: its base, x\.yaml, has a base itself \(base\.yaml\)"),
+        ("y", "base: absent.yaml", r"absent\.yaml does not exist"),
+        ("y", "base: 5", "base is 5; give the name of a file beside it"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            read_config(tmp_path / f"{name}.yaml")
 
 
 def test_tables_of_patterns_cover_exactly():
