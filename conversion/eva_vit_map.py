@@ -5,7 +5,7 @@ convolution (o = e outputs, c = 3 colours, p q the patch).  EVA has no key bias:
 query bias, zeros and the value bias into one `qkv.bias`; `[0]` and `[2]` are its first and last third.
 """
 
-from conversion.transforms import Row
+from .transforms import Row
 
 _ORIGINAL = "model.vision_tower.vision_tower."
 _BLOCK = _ORIGINAL + "blocks.{l}."

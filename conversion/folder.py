@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from conversion.stored_tensor import CheckpointError
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+
+from .stored_tensor import CheckpointError
 
 TEXT_FILES = (
     "tokenizer.model",

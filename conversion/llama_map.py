@@ -5,7 +5,7 @@ documented names are the original's behind `language_model.`.  Rotary pairs are 
 keep their order.
 """
 
-from conversion.transforms import Row
+from .transforms import Row
 
 _ROWS = (
     ("model.embed_tokens.weight", "llama.embed.embedding", "v d -> v d"),

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion import folder, orbax_store
-from conversion.read_torch import read_file
-from conversion.stored_tensor import CheckpointError, StoredTensor
-from conversion.transforms import Weight, to_jax
-from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.checkpoints.adapter import check_tensors, peft_tensors, read_peft_config, read_values
 from llamavid_jax.checkpoints.weights import WEIGHTS
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError, Parser, complain
 from llamavid_jax.models.lora import LoraConfig
+
+from . import folder, orbax_store
+from .read_torch import read_file
+from .stored_tensor import CheckpointError, StoredTensor
+from .transforms import Weight, to_jax
+from .weight_table import parameter_shapes, weight_table
 
 PREFIX = "base_model.model."  # PEFT's, before every name of the model that it wraps
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

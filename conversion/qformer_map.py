@@ -5,7 +5,7 @@ width, e width of the vision features, n heads, h head size, m MLP width, q quer
 memory, which the original keeps beside the encoder (`vlm_att_query`, `vlm_att_ln`), belong to it here.
 """
 
-from conversion.transforms import Row
+from .transforms import Row
 
 _ORIGINAL = "model.vlm_att_encoder.bert."
 _DOCUMENTED = "qformer."

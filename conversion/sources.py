@@ -7,11 +7,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from conversion.read_gguf import GgufTensor, gguf_config, read_gguf
-from conversion.read_torch import read_checkpoint, read_json
-from conversion.stored_tensor import CheckpointError, StoredTensor
 from llamavid_jax.config.foreign import llama_config
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+
+from .read_gguf import GgufTensor, gguf_config, read_gguf
+from .read_torch import read_checkpoint, read_json
+from .stored_tensor import CheckpointError, StoredTensor
 
 VISION = "model.vision_tower.vision_tower."
 Tensor = StoredTensor | GgufTensor

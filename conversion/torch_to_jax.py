@@ -25,16 +25,18 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from conversion import folder, orbax_store
-from conversion.read_gguf import write_tokenizer
-from conversion.sources import Source, Tensor, model_config, open_sources
-from conversion.stored_tensor import CheckpointError
-from conversion.transforms import Weight, resize_positions, to_jax
-from conversion.weight_table import parameter_shapes, weight_table
+from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.errors import InputError, Parser, complain
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.quantize import KERNELS, quantize_kernels
 from llamavid_jax.parallel.sharding import flat_paths
+
+from . import folder, orbax_store
+from .read_gguf import write_tokenizer
+from .sources import Source, Tensor, model_config, open_sources
+from .stored_tensor import CheckpointError
+from .transforms import Weight, resize_positions, to_jax
+from .weight_table import parameter_shapes, weight_table
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
@@ -258,7 +260,7 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m conversion.torch_to_jax", description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("source", metavar="SRC", type=Path, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="stored type (keep: bit-exact)")
@@ -277,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = vars(parser.parse_args(arguments))
         options["config_file"] = options.pop("config")
+        keep_programs()
         convert(options.pop("source"), options.pop("out"), **options)
     except InputError as error:
         return complain(error)

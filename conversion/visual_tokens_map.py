@@ -4,7 +4,7 @@ The content projector is a torch `Sequential` of Linear, GELU, Linear, ..., so i
 one layer alone ("linear") has no number, and "identity" has no weight.  The documented layout knows two layers.
 """
 
-from conversion.transforms import Row
+from .transforms import Row
 
 
 def _linear(original: str, path: str, documented: str) -> tuple[Row, ...]:

@@ -4,10 +4,11 @@ import functools
 
 import jax
 
-from conversion import eva_vit_map, llama_map, qformer_map, visual_tokens_map
-from conversion.transforms import Weight, weights
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, projector_depth
 from llamavid_jax.models.llama_vid import abstract_params
+
+from . import eva_vit_map, llama_map, qformer_map, visual_tokens_map
+from .transforms import Weight, weights
 
 
 @functools.cache  # to trace the model takes longer than to convert a small one

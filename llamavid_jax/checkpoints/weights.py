@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError, InputError
+from llamavid_jax.files import find
 from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.parallel.sharding import flat_paths, make_mesh, param_shardings
 
@@ -60,7 +61,7 @@ def load_weights(
     few bits reach the devices.
     Raises WeightsError when the weights are missing, damaged, or not those of `config`.
     """
-    path = weights_folder(directory)
+    path = weights_folder(find(directory))
     if not path.is_dir():
         raise WeightsError(
             f"{path} does not exist: {directory} is not a converted checkpoint; "
