@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
 from .stored_tensor import CheckpointError

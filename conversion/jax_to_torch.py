@@ -21,15 +21,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.weights.files import Weight, to_torch, weight_table
 
 from . import folder
 from .orbax_store import Arrays
 from .read_torch import SAFETENSORS_DTYPES
-from .stored_tensor import CheckpointError
 from .torch_config import documented_config, original_config
-from .transforms import Weight, to_torch
-from .weight_table import weight_table
 
 SHARD_BYTES = {"original": 1 << 30, "documented": 5 << 30}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

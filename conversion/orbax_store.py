@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from llamavid_jax.checkpoints.weights import first_line, nest
+from llamavid_jax.errors import CheckpointError
 
 from .stored_tensor import CheckpointError
 

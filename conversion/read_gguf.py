@@ -17,6 +17,7 @@ from einops import rearrange
 
 from llamavid_jax.config.foreign import llama_config
 from llamavid_jax.config.schema import LlamaConfig
+from llamavid_jax.errors import CheckpointError
 
 from .stored_tensor import CheckpointError
 

@@ -13,7 +13,9 @@ import os
 import struct
 from pathlib import Path
 
-from .stored_tensor import DTYPES, CheckpointError, StoredTensor, row_major
+from llamavid_jax.errors import CheckpointError
+
+from .stored_tensor import DTYPES, StoredTensor, row_major
 from .torch_pickle import read_pickled
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

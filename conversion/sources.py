@@ -9,10 +9,11 @@ from pathlib import Path
 
 from llamavid_jax.config.foreign import llama_config
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.errors import CheckpointError
 
 from .read_gguf import GgufTensor, gguf_config, read_gguf
 from .read_torch import read_checkpoint, read_json
-from .stored_tensor import CheckpointError, StoredTensor
+from .stored_tensor import StoredTensor
 
 VISION = "model.vision_tower.vision_tower."
 Tensor = StoredTensor | GgufTensor

@@ -3,6 +3,7 @@
 from typing import Any
 
 from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
+from llamavid_jax.errors import CheckpointError
 
 from .stored_tensor import CheckpointError
 
