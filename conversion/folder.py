@@ -11,8 +11,6 @@ from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
-from .stored_tensor import CheckpointError
-
 TEXT_FILES = (
     "tokenizer.model",
     "tokenizer.json",

@@ -20,8 +20,6 @@ import tensorstore
 from llamavid_jax.checkpoints.weights import first_line, nest
 from llamavid_jax.errors import CheckpointError
 
-from .stored_tensor import CheckpointError
-
 CHUNK_BYTES = 32 << 20
 GATHER_BYTES = 4 << 20
 

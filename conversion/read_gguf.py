@@ -19,8 +19,6 @@ from llamavid_jax.config.foreign import llama_config
 from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.errors import CheckpointError
 
-from .stored_tensor import CheckpointError
-
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",

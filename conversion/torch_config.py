@@ -5,8 +5,6 @@ from typing import Any
 from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 
-from .stored_tensor import CheckpointError
-
 
 def llama_values(text: LlamaConfig) -> dict[str, Any]:
     """transformers' names."""
