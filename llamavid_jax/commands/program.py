@@ -1,7 +1,6 @@
 """How every command begins and ends: compiled programs are kept for the next call, and the process leaves at once."""
 
 import gc
-import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -37,8 +36,3 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def llamavid() -> NoReturn:
-    """The console script of `commands/infer.py`."""
-    run(importlib.import_module("llamavid_jax.commands.infer").main)
