@@ -37,7 +37,7 @@ def weights_folder(directory: str | Path) -> Path:
 
 
 def save_weights(directory: str | Path, params: dict[str, Any]) -> None:
-    """Writes `directory/weights`; Orbax writes aside and renames, so that it is whole or absent."""
+    """Writes `directory/weights`; Orbax writes aside and renames, so that it is complete or absent."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,8 +56,8 @@ def load_weights(
     """Reads the parameters as `dtype` onto `mesh`, every host only its shards, or onto the default device.
 
     The paths in `float32` are read so whatever `dtype` is: training keeps what it trains in full precision.
-    Kernels that `config` has quantised and the checkpoint whole are quantised by the host, one at a time: only their
-    few bits reach the devices.
+    Kernels that are quantised in `config` but not in the checkpoint are quantised by the host, one at a time: the
+    devices never hold them in full precision.
     Raises WeightsError when the weights are missing, damaged, or not those of `config`.
     """
     path = weights_folder(directory)
@@ -111,7 +111,7 @@ def load_weights(
 def _quantized(
     name: str, kernel: jax.ShapeDtypeStruct, restore: Callable, kind: str, shardings: dict[str, Any]
 ) -> dict[str, jax.Array]:
-    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host sees whole."""
+    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host holds in full precision."""
     from llamavid_jax.models.quantize import quantize_kernels  # Qwix takes a second to import
 
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])

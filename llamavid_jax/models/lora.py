@@ -66,7 +66,7 @@ class LoraConfig:
 
 
 def linears(layers: nnx.Module, targets: Iterable[str] = TARGETS) -> Iterator[tuple[str, Linear]]:
-    """Each target's path within a layer ("attn.q") and the Linear there, of one layer or a stack."""
+    """Each target's path within a layer ("attn.q") and its Linear, of one layer or a stack."""
     for target in targets:
         part, name = TARGETS[target].split(".")
         yield TARGETS[target], getattr(getattr(layers, part), name)

@@ -91,34 +91,34 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     needed, asked = math.prod(shape), ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if needed > len(devices):
-        raise ShardingError(f"a mesh of {asked} needs {needed} devices; {len(devices)} are there")
+        raise ShardingError(f"a mesh of {asked} needs {needed} devices; {len(devices)} are attached")
     types, used = (AxisType.Auto,) * len(MESH_AXES), devices[:needed]
     slices = Counter(getattr(device, "slice_index", 0) for device in used)
     if len(set(slices.values())) > 1:
         raise ShardingError(
             f"a mesh of {asked} takes {sorted(slices.values())} devices of the slices; use whole slices"
         )
-    ways: list[int] = []
+    over_slices: list[int] = []
     for size in shape:  # slices of TPUs, or hosts of GPUs, go over the outermost axes
-        ways.append(math.gcd(size, len(slices) // math.prod(ways)))
-    inner = [size // outer for size, outer in zip(shape, ways, strict=True)]
+        over_slices.append(math.gcd(size, len(slices) // math.prod(over_slices)))
+    inner = [size // outer for size, outer in zip(shape, over_slices, strict=True)]
     tensor, sequence = shape[2:]
     if len(slices) == 1 and tensor == 1 and (rings := closed_rings(used, sequence)) is not None:
         grid = rings.reshape(shape)
     elif len(slices) == 1:
         grid = create_device_mesh(shape, used, allow_split_physical_axes=True)
     else:
-        grid = create_hybrid_device_mesh(inner, ways, used, allow_split_physical_axes=True)
+        grid = create_hybrid_device_mesh(inner, over_slices, used, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=types)
 
 
-def closed_rings(devices: list, ways: int) -> np.ndarray | None:
-    """`[rings, ways]`: the chips of a flat TPU slice in rings of neighbours, out along a line, back along the next.
+def closed_rings(devices: list, length: int) -> np.ndarray | None:
+    """`[rings, length]`: the chips of a flat TPU slice in rings of neighbours, out along a line, back along the next.
 
     The links of v5e and v6e slices do not wrap around.  Along a straight line the last chip would send to the first
     across all others, and for that the compiler of v5e stops other work.  None where there is nothing to close.
     """
-    if ways < 4 or ways % 2 or any(device.platform != "tpu" or device.coords[2] for device in devices):
+    if length < 4 or length % 2 or any(device.platform != "tpu" or device.coords[2] for device in devices):
         return None
     sides = np.max([device.coords[:2] for device in devices], axis=0) + 1
     if math.prod(sides) != len(devices):
@@ -126,18 +126,18 @@ def closed_rings(devices: list, ways: int) -> np.ndarray | None:
     grid = np.empty(sides, object)
     for device in devices:
         grid[tuple(device.coords[:2])] = device
-    half = ways // 2
+    half = length // 2
     grid = grid if grid.shape[0] % 2 == 0 and grid.shape[1] % half == 0 else grid.T
     if grid.shape[0] % 2 or grid.shape[1] % half:
         return None
     there, back = np.moveaxis(grid.reshape(grid.shape[0] // 2, 2, -1, half), 1, 0)
-    return np.concatenate([there, back[..., ::-1]], axis=-1).reshape(-1, ways)
+    return np.concatenate([there, back[..., ::-1]], axis=-1).reshape(-1, length)
 
 
 def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str | None, ...]]:
-    """Axis names of every parameter path.  Updates of the linear layers may be there or not, all of one rank.
+    """Axis names of every parameter path.  Updates of the linear layers are optional, all of one rank.
 
-    Quantised kernels have the rows of whole ones, and None for the inputs of a block.
+    Quantised kernels have the rows of full-precision ones, and None for the inputs of a block.
     Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes are errors.
     """
     sizes, unused, axes = axis_sizes(config), set(PARAM_AXES) - OPTIONAL_ROWS, {}
@@ -170,13 +170,13 @@ def _row(path: str) -> str:
 
 
 def _axes_in_blocks(path: str, shape: tuple[int, ...], row: str, sizes: dict[str, int]) -> tuple[str | None, ...]:
-    """The axes of a quantised kernel's `qvalue` or `scale`, which must be those of whole blocks."""
+    """The axes of a quantised kernel's `qvalue` or `scale`, which must be those of complete blocks."""
     names = in_blocks(row)
     at, whole = names.index(None) - 1, [sizes[name] for name in names if name]
     number = shape[at] if len(shape) == len(names) and shape[at] and whole[at] % shape[at] == 0 else 1
     expected = (*whole[:at], number, whole[at] // number if path.endswith("qvalue") else 1, *whole[at + 1 :])
     if shape != expected:
-        raise ShardingError(f"PARAM_AXES says the whole of {path} is {row} = {tuple(whole)}; {shape} is not its blocks")
+        raise ShardingError(f"PARAM_AXES says all of {path} is {row} = {tuple(whole)}; {shape} is not its blocks")
     return names
 
 
@@ -217,7 +217,7 @@ def activation_spec(shape: tuple[int, ...], *names: str | None) -> PartitionSpec
 
 
 def target() -> Any:
-    """What programs are for, with `platform` and `device_kind`: the devices of the mesh in context, there or not."""
+    """The compile target, with `platform` and `device_kind`: a device of the mesh in context, attached or not."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
@@ -231,5 +231,5 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def pin(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Parameters by path, pinned to their places on the mesh in context: so are their gradients, which are then
-    scattered as they are summed, rather than whole on every device first."""
+    scattered as they are summed, rather than replicated first."""
     return {path: constrain(value, *_ROWS[_row(path)].split()) for path, value in params.items()}

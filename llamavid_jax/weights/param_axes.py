@@ -91,7 +91,7 @@ PARAM_AXES: dict[str, str] = {
 
 
 def input_axes(axes: str) -> int:
-    """How many axes of a stacked kernel are summed over: the hidden state, "embed" alone, is one side of a product."""
+    """How many axes of a stacked kernel are summed over: the hidden state, "embed" alone, is one side of a matmul."""
     _, first, *inner = axes.split()
     return 1 if first.endswith("embed") else len(inner)
 
@@ -103,7 +103,7 @@ def in_blocks(axes: str) -> tuple[str | None, ...]:
 
 
 def _adapter_axes(path: str, axes: str) -> dict[str, str]:
-    """The rows of a kernel's low-rank update: the axes on either side of the product, and the rank."""
+    """The rows of a kernel's low-rank update: the axes on either side of the matmul, and the rank."""
     layers, *inner = axes.split()
     cut, place = input_axes(axes), path.removesuffix("kernel") + "lora"
     return {
