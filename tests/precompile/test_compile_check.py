@@ -140,7 +140,7 @@ def test_an_unknown_topology(name, such_as):
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
-        (RuntimeError("JAX TPU support not installed"), "libtpu is not there .* try pip install 'jax\\[tpu\\]=="),
+        (RuntimeError("JAX TPU support not installed"), "libtpu is not installed .* try pip install 'jax\\[tpu\\]=="),
         (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: not divisible"), "'v5e:3x7' is no slice .* not divisible"),
     ],
 )
