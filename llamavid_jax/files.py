@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all."""
+"""Small files, written completely or not at all."""
 
 import os
 import tempfile
