@@ -125,7 +125,7 @@ def gguf_config(file: Path) -> LlamaConfig:
     reader = _open(file)
     names = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in names:
-        raise CheckpointError(f"{file} holds no token_embd.weight; give the GGUF file of a whole model")
+        raise CheckpointError(f"{file} holds no token_embd.weight; give the GGUF file of a complete model")
     heads = _value(reader, "llama.attention.head_count")
     values = {
         "vocab_size": int(names["token_embd.weight"].shape[-1]),

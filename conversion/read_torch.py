@@ -90,7 +90,7 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
         if shard not in shards:
             if not (index.parent / shard).is_file():
                 raise CheckpointError(
-                    f"{index} names the shard {shard}, which is not there; download it into {index.parent}"
+                    f"{index} names the shard {shard}, which does not exist; download it into {index.parent}"
                 )
             shards[shard] = read_file(index.parent / shard)
         if name not in shards[shard]:

@@ -1,6 +1,6 @@
 """Where weights come from: one checkpoint, or a language model and the files of the other parts.
 
-Parts have names of their own; here they get the names of a whole original checkpoint, which the tables know.
+Parts have names of their own; here they get the names of a complete original checkpoint, which the tables know.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Tensor = StoredTensor | GgufTensor
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Tensors of one file or folder under the names of a whole checkpoint."""
+    """Tensors of one file or folder under the names of a complete checkpoint."""
 
     origin: Path
     tensors: Mapping[str, Tensor]
@@ -31,7 +31,7 @@ class Source:
 def open_sources(
     checkpoint: Path, vision: Path | None, qformer: Path | None, projectors: Path | None, resizable: bool
 ) -> list[Source]:
-    """All sources, the whole checkpoint first: where two hold a weight, the later one counts."""
+    """All sources, the complete checkpoint first: where two hold a weight, the later one counts."""
     whole = read_gguf(checkpoint) if checkpoint.suffix == ".gguf" else read_checkpoint(checkpoint)
     found = [Source(checkpoint, whole, resizable)]
     parts = ((vision, vision_name), (qformer, qformer_name), (projectors, projector_name))

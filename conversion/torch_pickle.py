@@ -1,4 +1,4 @@
-"""Tensors of a file written by `torch.save`, found without torch and without running anything the file asks for.
+"""Tensors of a file written by `torch.save`, read without torch and without running anything the file asks for.
 
 A pickle is a program that may call any Python function.  The unpickler here knows the dozen names with which
 torch describes tensors; they only build `StoredTensor`s.  Every other name is refused, and the error says which one it

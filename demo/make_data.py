@@ -33,7 +33,7 @@ WEIGHT = {"digit": 3.0, "count": 1.0, "colour": 1.0, "way": 1.5, "second": 3.0, 
 
 
 def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
-    """Draws sample `number` of one JSON file, writes its medium and returns its record."""
+    """Draws sample `number` of one JSON file, writes its media file and returns its record."""
     name, number = task
     kind, test = name.removesuffix("_test"), name.endswith("_test")
     rng = generator(name, number, seed)

@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all; and the files that the package brings along, wherever it stands."""
+"""Small files, written completely or not at all; and the files that come with the package, wherever it stands."""
 
 import os
 import tempfile

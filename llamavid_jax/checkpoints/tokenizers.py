@@ -34,7 +34,7 @@ def check_tokenizers(
 
 
 def load_tokenizers(directory: str | Path) -> tuple[Tokenizer | None, QFormerTokenizer | None]:
-    """Both tokenizers of a checkpoint folder, None for the one whose files are not there."""
+    """Both tokenizers of a checkpoint folder, None for the one whose files are missing."""
     directory = find(directory)
     has_text = (directory / "tokenizer.model").exists() or (directory / "tokenizer.json").exists()
     qformer = directory / QFormerTokenizer.FOLDER

@@ -36,7 +36,7 @@ def weights_folder(directory: str | Path) -> Path:
     return Path(directory).resolve() / WEIGHTS
 
 
-def save_weights(directory: str | Path, params: Mapping[str, jax.Array]) -> None:
+def save_weights(directory: str | Path, params: Mapping[str, Any]) -> None:
     """Writes `directory/weights`; Orbax writes aside and renames, so that it is whole or absent."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 Field names are those of the documented transformers configuration where it has one.  Every field is read by the
 program.  `config/foreign.py` reads the `config.json` of the original and of the documented layout.
 
-Numerics policy (the one statement of it).  Parameters are stored in `param_dtype` and matrix products computed in
+Numerics policy (the one statement of it).  Parameters are stored in `param_dtype` and matmuls computed in
 `dtype`, both float32 or bfloat16.  Softmax, layer and RMS norms and rotary angles are always computed in float32 and
 cast back.  The original casts its vision tower to float16 and everything else to bfloat16.
 """
@@ -216,7 +216,7 @@ class LLaMAVIDLlavaConfig:
         return dataclasses.replace(self, quantization=kind)
 
     def require_whole(self, source: Any) -> "LLaMAVIDLlavaConfig":
-        """Itself.  Raises ConfigError for quantised weights, where `source` is read for whole ones."""
+        """Itself.  Raises ConfigError for quantised weights, where `source` is read for full-precision ones."""
         if self.quantization != "none":
             raise ConfigError(
                 f"{source} holds {self.quantization} weights, which are for inference alone; "

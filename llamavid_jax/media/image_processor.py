@@ -36,7 +36,7 @@ Pixels = Float32[np.ndarray, "F 3 S S"]
 
 @dataclasses.dataclass(frozen=True)
 class LLaMAVIDLlavaImageProcessor:
-    """`processor(images=[...], videos=[...])` gives `pixel_values` and `timestamps`, one entry for each medium."""
+    """`processor(images=[...], videos=[...])` gives `pixel_values` and `timestamps`, one entry each."""
 
     size: int = 224  # pixels: S
     image_mean: tuple[float, ...] = CLIP_MEAN
@@ -69,7 +69,7 @@ class LLaMAVIDLlavaImageProcessor:
         """`pixel_values`: float32 [1, 3, S, S] for each image, then [F, 3, S, S] for each video; `timestamps`: float64
         [1] or [F] seconds for each.
 
-        One medium need not be put in a list; a list of frames or a [F, H, W, 3] array is one video, already sampled at
+        One alone need not be in a list; a list of frames or a [F, H, W, 3] array is one video, already sampled at
         `fps`.  Raises MediaError for media that cannot be used.
         """
         pixel_values, timestamps = [], []
@@ -161,7 +161,7 @@ class LLaMAVIDLlavaImageProcessor:
 
 
 def _as_list(media: Any, one_has_dimensions: int) -> Sequence:
-    """One medium becomes a list of one; a flat list of frames is one video (4 dimensions once stacked)."""
+    """A single image or video becomes a list of one; a flat list of frames is one video (4 dimensions once stacked)."""
     if media is None:
         return []
     if isinstance(media, str | Path | Image.Image) or getattr(media, "ndim", 0) == one_has_dimensions:

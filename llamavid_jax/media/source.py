@@ -42,7 +42,7 @@ def check_size(width: int, height: int, name: object) -> None:
 
 
 def local_file(path: str | Path) -> Path:
-    """`path` as the absolute path of a file that is there, is no folder and is not empty; else MediaError."""
+    """`path` as the absolute path of a file that exists, is no folder and is not empty; else MediaError."""
     if path == "":  # the current folder to pathlib
         raise MediaError("the path is empty; give the name of a file")
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-Params = dict[str, jax.Array]  # by dotted path
+Params = dict[str, Any]  # arrays by dotted path
 
 
 def flat_paths(tree: Any) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def activation_spec(shape: tuple[int, ...], *names: str | None) -> PartitionSpec
 
 
 def target() -> Any:
-    """What programs are for, with `platform` and `device_kind`: the devices of the mesh in context, there or not."""
+    """The compile target, with `platform` and `device_kind`: a device of the mesh in context, attached or not."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 

@@ -104,12 +104,12 @@ class TextStream:
     """Turns ids into text as they come: `push(id)` returns what is new, `finish()` what was held back.
 
     A character may be several byte pieces in both kinds of tokenizer, so text that ends in U+FFFD is held until it is
-    whole.  All returned strings joined are `tokenizer.decode` of all ids; each push decodes only the last few of them.
+    complete.  All returned strings joined are `tokenizer.decode` of all ids; each push decodes only the last few.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # ids since the last but one place where the text was whole
+        self._ids: list[int] = []  # ids since the last but one place where the text was complete
         self._shown = 0  # how many of them are in text already returned
 
     def push(self, token: int) -> str:

@@ -1,7 +1,7 @@
 """The training loop: restore, step, log, save, evaluate; it stops when it is done, told to (SIGTERM) or going wrong.
 
     output/config.yaml  checkpoints/  metrics.jsonl  tensorboard/  skipped.jsonl     while it runs
-    output/model/       a whole checkpoint, which infer.py and the next stage read   at its end
+    output/model/       a complete checkpoint, which infer.py and the next stage read   at its end
     output/adapter/     the trained parameters alone, or LoRA's in PEFT's layout
 
 A step's numbers are looked at one step later, so that the host never waits for the device with nothing queued; rows of

@@ -45,7 +45,7 @@ from llamavid_jax.training.trainable import trainable_paths
 
 @dataclasses.dataclass
 class Start:
-    """The model of a run.  `trained` (float32) and `frozen` (in the type of products) are parameters by path."""
+    """The model of a run.  `trained` (float32) and `frozen` (in the compute dtype) are parameters by path."""
 
     config: LLaMAVIDLlavaConfig
     structure: Structure
@@ -57,7 +57,7 @@ class Start:
     run: TrainConfig
 
     def save(self, output: Path, trained: dict[str, jax.Array]) -> None:
-        """Writes `output/model`, a whole checkpoint, and `output/adapter`: what was trained alone.
+        """Writes `output/model`, a complete checkpoint, and `output/adapter`: what was trained alone.
 
         With LoRA the model holds the updates merged, and the adapter is in PEFT's layout, with whatever else was
         trained beside it in `adapter/weights`.  The adapter, which is small, comes first.
@@ -86,9 +86,9 @@ class Start:
         save_weights(folder, {path: value.astype(dtype) for path, value in params.items()})
 
     def _merged_on_host(self, updates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What the run started from, read again, with the updates in its whole kernels.
+        """What the run started from, read again, with the updates added to its full-precision kernels.
 
-        QLoRA's devices may have no room for it beside the kernels in few bits; every process makes all of it.
+        QLoRA's devices may have no room for it beside the quantised kernels; every process makes all of it.
         """
         start, mesh = self.run.start, host_mesh()
         with jax.set_mesh(mesh):
@@ -117,13 +117,13 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
                     f"data.buckets[{number}].{name} is {getattr(shape, name)}, which the mesh's sequence={shares} does "
                     f"not divide; use a multiple of {shares}, or another mesh"
                 )
-    ways = copies(mesh)
+    batch_shards = copies(mesh)
     rows = config.training.batch_size // config.training.micro_batches
-    if rows % ways:
+    if rows % batch_shards:
         raise ConfigError(
             f"training.batch_size is {config.training.batch_size} in {config.training.micro_batches} micro-batches of "
-            f"{rows} rows, which data × fsdp = {ways} does not divide; use a multiple of "
-            f"{ways * config.training.micro_batches}, or another mesh"
+            f"{rows} rows, which data × fsdp = {batch_shards} does not divide; use a multiple of "
+            f"{batch_shards * config.training.micro_batches}, or another mesh"
         )
 
 
@@ -153,7 +153,7 @@ def read_updates(config: TrainConfig, model_config: LLaMAVIDLlavaConfig) -> dict
 
 
 def check_lora_trains(lora: LoraConfig, trains: Container[str]) -> None:
-    """Raises ConfigError for a kernel that would train itself under its update, or in few bits."""
+    """Raises ConfigError for a kernel that would train itself under its update, or quantised."""
     for target in lora.targets if lora.base == "float" else TARGETS:
         kernel = f"llama.layers.{TARGETS[target]}.kernel"
         if kernel in trains:
@@ -277,9 +277,9 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
 
 
 def quantized(structure: Structure, params: dict[str, jax.Array], kind: str) -> tuple[Structure, dict[str, jax.Array]]:
-    """The same model with LLaMA's kernels in few bits (QLoRA).
+    """The same model with LLaMA's kernels quantised (QLoRA).
 
-    Empties `params`: a whole kernel goes when its few bits are there, so that the two models are never both whole.
+    Empties `params`: each kernel goes once it is quantised, so that memory never holds both models.
     """
     from llamavid_jax.models.quantize import quantize_base  # Qwix takes a second to import
 

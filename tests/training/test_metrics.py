@@ -36,7 +36,7 @@ def by_hand() -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    "trained,factors",  # factors of the products with weights and between activations, part by part
+    "trained,factors",  # factors of the matmuls with weights and between activations, part by part
     [
         ((), {"vision": (1, 1), "qformer": (1, 1), "visual_tokens": (1, 1), "llama": (1, 1)}),
         (("visual_tokens",), {"vision": (1, 1), "qformer": (1, 1), "visual_tokens": (3, 3), "llama": (2, 3)}),
