@@ -1,4 +1,4 @@
-"""The package as it is installed: what the wheel holds, and what runs from a folder that has nothing of the repository."""
+"""The package as it is installed: what the wheel holds, and what runs from a folder without the repository."""
 
 import json
 import os
