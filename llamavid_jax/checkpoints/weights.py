@@ -143,20 +143,15 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
         raise CheckpointError(f"{path} does not exist; give the `adapter` folder of a training run")
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = dict(checkpointer.metadata(path).item_metadata or {})
+            tree = dict(checkpointer.metadata(path).item_metadata or {})
+            stored = flat_paths(tree)
+            known = {name: onto[name] for name in stored if name in onto}
+            check_params(path, stored, known, "give the adapter of a run of this model")
+            target = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in known.values()]
+            return flat_paths(checkpointer.restore(path, jax.tree.unflatten(jax.tree.structure(tree), target)))
+        except CheckpointError:
+            raise
         except Exception as error:  # of many kinds, as in load_weights
-            raise CheckpointError(
-                f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
-            ) from error
-        known = {name: onto[name] for name in stored if name in onto}
-        check_params(path, flat_paths(stored), known, "give the adapter of a run of this model")
-        target = {
-            name: jax.ShapeDtypeStruct(onto[name].shape, onto[name].dtype, sharding=onto[name].sharding)
-            for name in stored
-        }
-        try:
-            return checkpointer.restore(path, target)
-        except Exception as error:
             raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
             ) from error
