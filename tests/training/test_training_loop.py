@@ -96,7 +96,7 @@ class Run:
             "make_loader": lambda *_, held_out=False, resumed=False: loaders[held_out],
             "check_same_data": lambda *_: None,
             "initial_state": lambda *_: TrainState(jnp.int32(0), {"a": jnp.zeros(1)}, None),
-            "make_train_step": lambda *_: self.step,
+            "make_train_step": lambda *_, **__: self.step,
             "make_evaluate_step": lambda *_: self.evaluate_step,
             "RunCheckpoints": lambda *_, **__: checkpoints,
             "Preemption": lambda: preemption,
