@@ -31,12 +31,12 @@ def parse_dtype(name: Any) -> jnp.dtype:
 
 
 def weights_folder(directory: str | Path) -> Path:
-    """Its full path, without the `..` that TensorStore does not take."""
+    """The full path of the weights, without `..`, which TensorStore does not take."""
     return Path(directory).resolve() / WEIGHTS
 
 
 def save_weights(directory: str | Path, params: Mapping[str, Any]) -> None:
-    """Writes `directory/weights`; Orbax writes aside and renames, so that it is whole or absent."""
+    """Writes `directory/weights`; Orbax writes aside and renames, so that it is complete or absent."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -120,7 +120,7 @@ def abstract_params(
 def _quantized(
     kernel: jax.ShapeDtypeStruct, name: str, restore: Callable, kind: str, target: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host sees in full precision."""
+    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host holds in full precision."""
     from llamavid_jax.models.quantize import quantize_kernels  # Qwix takes a second to import
 
     parts = flat_paths({name: quantize_kernels(restore({name: kernel})[name], QUANTISED[name], kind)})

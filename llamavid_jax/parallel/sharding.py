@@ -106,5 +106,5 @@ def specs(params: Mapping[str, Any]) -> dict[str, PartitionSpec]:
 
 def pin(params: dict[str, jax.Array], specs: Mapping[str, PartitionSpec]) -> dict[str, jax.Array]:
     """Parameters by path, pinned to their places on the mesh in context: so are their gradients, which are then
-    scattered as they are summed, rather than whole on every device first."""
+    scattered as they are summed, rather than replicated first."""
     return {path: jax.lax.with_sharding_constraint(value, specs[path]) for path, value in params.items()}
