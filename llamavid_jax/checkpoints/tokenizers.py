@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
+from llamavid_jax.files import find
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -34,7 +35,7 @@ def check_tokenizers(
 
 def load_tokenizers(directory: str | Path) -> tuple[Tokenizer | None, QFormerTokenizer | None]:
     """Both tokenizers of a checkpoint folder, None for the one whose files are missing."""
-    directory = Path(directory)
+    directory = find(directory)
     has_text = (directory / "tokenizer.model").exists() or (directory / "tokenizer.json").exists()
     qformer = directory / QFormerTokenizer.FOLDER
     return (

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, ConfigError
+from llamavid_jax.files import find
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.parallel.mesh import host_mesh, make_mesh
 from llamavid_jax.parallel.sharding import param_shardings
@@ -59,7 +60,7 @@ def load_weights(
     few bits reach the devices.
     Raises CheckpointError when the weights are missing, damaged, or not those of `config`.
     """
-    path = weights_folder(directory)
+    path = weights_folder(find(directory))
     if not path.is_dir():
         raise CheckpointError(
             f"{path} does not exist: {directory} is not a converted checkpoint; "

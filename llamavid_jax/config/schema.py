@@ -19,7 +19,7 @@ from typing import Any
 from llamavid_jax.config.recipe import read_recipe
 from llamavid_jax.config.strict import check_fields, require_divisible, strict
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.files import write_files
+from llamavid_jax.files import find, write_files
 from llamavid_jax.shapes import IMAGE_TOKEN
 
 
@@ -242,7 +242,7 @@ class LLaMAVIDLlavaConfig:
         except TypeError:
             raise ConfigError(f"the checkpoint is {directory!r}; give the path of its folder") from None
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(find(path).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
         except (OSError, ValueError, RecursionError) as error:
