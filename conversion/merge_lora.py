@@ -35,7 +35,7 @@ FULL_MODULES = "non_lora_trainables.bin"
 def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, StoredTensor]]:
     """An adapter's configuration and its tensors, `model....lora_A.weight` → tensor.
 
-    Raises CheckpointError without a file of weights, CheckpointError where they are not of this model.
+    Raises CheckpointError without a file of weights, and for weights of another model.
     """
     file = next((source / name for name in ADAPTER_FILES if (source / name).is_file()), None)
     if file is None:

@@ -17,7 +17,7 @@ def check_tokenizers(
 ) -> None:
     """Raises ConfigError for a tokenizer of `directory` with ids that the model has no embeddings for.
 
-    Tables may have more rows (padding), and one less than the Q-Former's tokenizer: its [DEC] stands in no ids.
+    Tables may have more rows (padding).  The Q-Former's may lack a row for [DEC], which no prompt contains.
     """
     rows = config.text_config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:

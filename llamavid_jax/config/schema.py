@@ -207,7 +207,7 @@ class LLaMAVIDLlavaConfig:
             raise ConfigError(f"quantization is {self.quantization!r}; use 'none', 'int8' or 'int4'")
 
     def quantized(self, kind: str) -> "LLaMAVIDLlavaConfig":
-        """The same model with quantised kernels.  Raises ConfigError where they have lost what `kind` would need."""
+        """The same model with quantised kernels.  Raises ConfigError where they are of another kind already."""
         if self.quantization not in ("none", kind):
             raise ConfigError(
                 f"quantize is {kind!r}, but the weights are {self.quantization} already; "
@@ -216,7 +216,7 @@ class LLaMAVIDLlavaConfig:
         return dataclasses.replace(self, quantization=kind)
 
     def require_whole(self, source: Any) -> "LLaMAVIDLlavaConfig":
-        """Itself.  Raises ConfigError for quantised weights, where `source` is read for full-precision ones."""
+        """Returns itself.  Raises ConfigError for quantised weights, where `source` is read for full-precision ones."""
         if self.quantization != "none":
             raise ConfigError(
                 f"{source} holds {self.quantization} weights, which are for inference alone; "
