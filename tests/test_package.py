@@ -100,6 +100,6 @@ def test_no_circle():
 
 @pytest.mark.parametrize("folder", ["conversion", "demo"])
 def test_folders_that_stand_in_two_places(folder):
-    """At the top of the repository, and in the package once it is installed: their files import each other relatively."""
+    """At the top of the repository and in the installed package: they import their own files relatively."""
     absolute = re.compile(rf"^\s*(from|import) {folder}\b", re.MULTILINE)
     assert not [file.name for file in (ROOT / folder).glob("*.py") if absolute.search(file.read_text(encoding="utf-8"))]
