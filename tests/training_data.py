@@ -69,7 +69,7 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def run(arguments: list[str], env: dict[str, str], code: int = 0) -> str:
-    done = subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == code, done.stderr[-4000:]
     return done.stdout + done.stderr
 

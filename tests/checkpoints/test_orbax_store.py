@@ -103,7 +103,7 @@ def test_memory_is_that_of_one_tensor(large, tmp_path):
 
 def test_a_killed_conversion_leaves_nothing_that_loads(large, tmp_path):
     process = run(str(large), str(tmp_path / "out"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1200
     while not list(tmp_path.glob("out.partial-*/weights/llama.layers.mlp.down.kernel/[0-9]*")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)

@@ -24,7 +24,7 @@ def read() -> nbformat.NotebookNode:
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, scratch: Path, devices: int, **variables: str) -> None:
     env = environment(devices) | {"IPYTHONDIR": str(scratch), **variables}
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute(env=env)
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute(env=env)
 
 
 def printed(notebook: nbformat.NotebookNode, cell: str) -> str:

@@ -92,7 +92,7 @@ def test_preempted_and_resumed(folder, env, whole):
     process = start(six_steps(folder, output, "training.save_every=100"), env)
     until(lambda: len(metrics_lines(output)) >= 1, process)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=1200)
     assert process.returncode == 143, text
     assert "the same command goes on" in text and not (output / "model").exists()
     assert "resuming" in run(six_steps(folder, output, "training.save_every=100"), env)
@@ -252,7 +252,7 @@ def test_two_processes_equal_one(folder, env):
         )
         for number in range(2)
     ]
-    texts = [process.communicate(timeout=600)[0] for process in processes]
+    texts = [process.communicate(timeout=1200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-5)
     # the checkpoint of two processes goes on as one, on another mesh

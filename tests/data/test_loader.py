@@ -188,7 +188,7 @@ if __name__ == "__main__":
     script.write_text(code)
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, env=environment, timeout=240, start_new_session=True
+        [sys.executable, script], capture_output=True, text=True, env=environment, timeout=1200, start_new_session=True
     )
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 

@@ -49,7 +49,7 @@ def test_a_second_signal_ends_the_process(number):
     for line in ("ready\n", "requested\n"):
         assert process.stdout.readline() == line
         process.send_signal(number)
-    process.communicate(timeout=20)
+    process.communicate(timeout=1200)
     assert process.returncode == -number
 
 
@@ -86,5 +86,5 @@ def test_two_processes_stop_after_the_same_step(number):
         )
         for process in (0, 1)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=1200)[0] for process in processes]
     assert all("stopped after 21 True" in output for output in outputs), "\n".join(outputs)

@@ -295,5 +295,5 @@ def test_two_processes(tmp_path):
         )
         for process in (0, 1)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=1200)[0] for process in processes]
     assert all("done" in output for output in outputs), "\n".join(outputs)

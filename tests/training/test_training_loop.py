@@ -279,5 +279,5 @@ def test_rows_follow_the_mesh():
         for number in range(2)
     ]  # fmt: skip
     for process in processes:
-        out, errors = process.communicate(timeout=300)
+        out, errors = process.communicate(timeout=1200)
         assert out.strip() == "a mesh of 4 devices leaves process 1 without one; use all 8", errors[-3000:]
