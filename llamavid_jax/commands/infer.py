@@ -26,7 +26,7 @@ from llamavid_jax.errors import InputError, Parser, complain, open_streams, prin
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import local_file
-from llamavid_jax.text.conversation import TEMPLATES, check_text
+from llamavid_jax.text.conversation import TEMPLATES
 from llamavid_jax.text.subtitles import read_subtitles
 
 # what the original's command line does, but for the seed; an option of its own wins over it
@@ -67,7 +67,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and stop")
     parser.add_argument("--topology", metavar="NAME", help="such as v5e:1x1: a generation of TPU, and chips")
     parser.add_argument("--tokens", type=int, default=3584, metavar="N", help="of the compiled prompt, frames and all")
-    parser.set_defaults(image_aspect_ratio=None, **(LIKE_ORIGINAL if "--like-original" in arguments else {}))
+    parser.set_defaults(**{"image_aspect_ratio": None} | (LIKE_ORIGINAL if "--like-original" in arguments else {}))
     options = parser.parse_args(arguments)
     options.model = os.path.expanduser(options.model)
     if options.compile_only != bool(options.topology):
@@ -80,9 +80,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     if options.compile_only:
         return options
-    options.question = (options.question or "").strip()
-    for name, text in (("--question", options.question), *(("--stop", text) for text in options.stop)):
-        check_text(text, name)
+    options.question = checked((options.question or "").strip(), "--question")
+    for text in options.stop:
+        checked(text, "--stop")
     if not options.question and not options.chat:
         parser.error("there is no question; give --question TEXT or --chat")
     if options.stream and options.json:
@@ -94,6 +94,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             parser.error("--subtitles goes with one --video alone; give that")
         options.subtitles = read_subtitles(options.subtitles)
     return options
+
+
+def checked(text: str, name: str) -> str:
+    """`text`, if UTF-8 can hold it: bytes of arguments and of stdin that it cannot come as half surrogate pairs."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{name} is {text!r}, which is not UTF-8; give it in UTF-8")
+    return text
 
 
 def compile_only(options: argparse.Namespace) -> int:
@@ -215,6 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
         loaded = time.perf_counter() - start
         for question in questions(options):
             try:
+                checked(question, "the question on stdin")
                 with progress_bar(console) as session.progress:
                     answer = session.ask(question, options.settings, write if options.stream else None)
             except InputError as error:

@@ -14,6 +14,7 @@ half of the turns is left out.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -197,7 +198,7 @@ class Session:
             nonlocal expected
             if seconds:
                 self._check_length(number, video, seconds, new_tokens)
-                expected = int(seconds * self.fps) + 1
+                expected = math.ceil(seconds * self.fps)
 
         if isinstance(video, str | Path):
             pieces = self.image_processor.stream_video(video, self.fps, progress=on_read)
