@@ -141,7 +141,7 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
     images = image_processor(options)  # before minutes of loading, and before JAX is imported
     from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
     from llamavid_jax.inference.session import Session
-    from llamavid_jax.parallel.sharding import make_mesh, parse_mesh
+    from llamavid_jax.parallel.mesh import make_mesh, parse_mesh
 
     mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
     with console.status(Text(printable(f"loading {options.model}"))):

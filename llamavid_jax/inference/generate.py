@@ -11,17 +11,17 @@ within a block nothing leaves the device.  A row's greedy ids depend neither on 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from llamavid_jax.inference.sampling import Sampling, next_tokens
 from llamavid_jax.models.kv_cache import KeysValues, KVCache
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.models.structure import Params, Structure
 from llamavid_jax.parallel.rows import ways
 from llamavid_jax.parallel.sharding import target
 from llamavid_jax.shapes import TEXT, Row, bucket, pad_rows
@@ -43,8 +43,8 @@ class DecodeState(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="greedy")
 def prefill(
-    graphdef,
-    params,
+    structure: Structure,
+    params: Params,
     token_ids: Int[Array, "B T"],
     visual: Float[Array, "1 N D"],
     visual_index: Int[Array, "B T"],
@@ -55,7 +55,7 @@ def prefill(
     greedy: bool,
 ) -> tuple[Int[Array, " B"], Key[Array, " B"], KeysValues]:
     """Runs the prompts: the first token of every row, its key, and what the cache holds of the prompts."""
-    model: LlamaVid = nnx.merge(graphdef, params)
+    model: LlamaVid = structure.model(params)
     hidden, prompt = model.llama.prefill(model.merge(token_ids, visual, visual_index))
     token, keys = _first_tokens(model, hidden, lengths - 1, lengths, seed, sampling, greedy)
     return token, keys, prompt
@@ -63,8 +63,8 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="greedy", donate_argnames="prompt")
 def extend(
-    graphdef,
-    params,
+    structure: Structure,
+    params: Params,
     token: Int[Array, " B"],
     prompt: KeysValues,
     token_ids: Int[Array, "B T"],
@@ -81,7 +81,7 @@ def extend(
 
     A row that does not end in this chunk keeps its `token`.
     """
-    model: LlamaVid = nnx.merge(graphdef, params)
+    model: LlamaVid = structure.model(params)
     hidden, prompt = model.llama.extend(model.merge(token_ids, visual, visual_index), start, prompt)
     last = lengths - 1 - start
     ends = (last >= 0) & (last < token_ids.shape[1])
@@ -102,8 +102,8 @@ answer_room = jax.jit(KeysValues.room, static_argnames="slots")
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("greedy",), donate_argnames="state")
 def decode_block(
-    graphdef,
-    params,
+    structure: Structure,
+    params: Params,
     state: DecodeState,
     steps: Int[Array, ""],
     eos: Int[Array, ""],
@@ -115,7 +115,7 @@ def decode_block(
 
     They come as `[B, BLOCK_STEPS]`, filled up with `eos`.
     """
-    model: LlamaVid = nnx.merge(graphdef, params)
+    model: LlamaVid = structure.model(params)
     tokens = jnp.full((len(state.token), BLOCK_STEPS), eos, jnp.int32)
 
     def more(carry):
@@ -137,8 +137,8 @@ def decode_block(
 
 
 def generate(
-    graphdef: Any,
-    params: Any,
+    structure: Structure,
+    params: Params,
     rows: Sequence[Row],
     visual: Float[Array | np.ndarray, "N D"],
     *,
@@ -158,7 +158,7 @@ def generate(
     lengths = np.pad(lengths, (0, bucket(len(rows)) - len(rows)), constant_values=1)
     greedy, batch = sampling.temperature == 0, len(lengths)
     choice = (lengths, np.uint32(seed), _as_arrays(sampling))
-    token, keys, prompt = _prefill(graphdef, params, rows, visual, choice, greedy, kept)
+    token, keys, prompt = _prefill(structure, params, rows, visual, choice, greedy, kept)
     cache = KVCache(prompt, answer_room(prompt, slots=bucket(max_new_tokens, SMALLEST_LENGTH)), jnp.int32(0))
     state = DecodeState(token, jnp.asarray(lengths), jnp.arange(batch) >= len(rows), cache, keys)
     new: list[list[int]] = [[] for _ in rows]
@@ -166,7 +166,7 @@ def generate(
     for done in range(0, max_new_tokens, BLOCK_STEPS):
         steps = min(BLOCK_STEPS, max_new_tokens - done)
         state, tokens = decode_block(
-            graphdef, params, state, np.int32(steps), np.int32(eos), _as_arrays(sampling), greedy=greedy
+            structure, params, state, np.int32(steps), np.int32(eos), _as_arrays(sampling), greedy=greedy
         )
         for index, ids in enumerate(np.asarray(tokens)[: len(rows), :steps].tolist()):
             if ended[index]:
@@ -186,7 +186,7 @@ def prefills_at_once() -> bool:
     return target().platform != "cpu" or ways() > 1
 
 
-def _prefill(graphdef, params, rows, visual, choice, greedy: bool, kept):
+def _prefill(structure, params, rows, visual, choice, greedy: bool, kept):
     """The first token of every row, its key and the prompts' keys and values, in as many pieces as it takes."""
     lengths = choice[0]
     batch, length = len(lengths), int(lengths.max())
@@ -195,7 +195,7 @@ def _prefill(graphdef, params, rows, visual, choice, greedy: bool, kept):
         token_ids, visual_index = _columns(rows, batch, 0, size)
         head = np.minimum(lengths, size)
         token, keys, prompt = prefill(
-            graphdef, params, token_ids, visual[None], visual_index, head, *choice[1:], greedy=greedy
+            structure, params, token_ids, visual[None], visual_index, head, *choice[1:], greedy=greedy
         )
         start = size
     else:
@@ -211,7 +211,7 @@ def _prefill(graphdef, params, rows, visual, choice, greedy: bool, kept):
         own = table[np.maximum(visual_index, 0)]  # each position's own visual token, so that no program holds them all
         places = np.where(visual_index == TEXT, TEXT, np.arange(size, dtype=np.int32))
         token, keys, prompt = extend(
-            graphdef, params, token, prompt, token_ids, own, places, np.int32(at), *choice, greedy=greedy
+            structure, params, token, prompt, token_ids, own, places, np.int32(at), *choice, greedy=greedy
         )
     return token, keys, prompt
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from test_generation import PROMPT, TEXT, VIDEO, frames
 
 from llamavid_jax.inference import generate as generation
@@ -11,7 +10,8 @@ from llamavid_jax.inference.generate import extend
 from llamavid_jax.inference.prompt_cache import PromptCache
 from llamavid_jax.inference.sampling import Sampling
 from llamavid_jax.models.kv_cache import KeysValues
-from llamavid_jax.parallel.sharding import make_mesh, param_shardings
+from llamavid_jax.parallel.mesh import make_mesh
+from llamavid_jax.parallel.sharding import param_shardings
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}])
@@ -47,7 +47,7 @@ def test_memory_does_not_grow_with_the_prompt(tiny_model):
         cache = of((text.num_hidden_layers, 1, slots, text.num_key_value_heads, text.head_dim), jnp.float32)
         size = generation.PREFILL_CHUNK
         lowered = extend.lower(
-            tiny_model.graphdef, tiny_model.params, of((1,)), KeysValues(cache, cache), of((1, size)),
+            tiny_model.structure, tiny_model.params, of((1,)), KeysValues(cache, cache), of((1, size)),
             of((1, size, text.hidden_size), jnp.float32), of((1, size)), of(()), of((1,)), of((), jnp.uint32),
             Sampling(of((), jnp.float32), of(()), of((), jnp.float32)), greedy=True,
         )  # fmt: skip
@@ -61,7 +61,7 @@ def test_memory_does_not_grow_with_the_prompt(tiny_model):
 @pytest.mark.parametrize("axes", [{"tensor": 2, "fsdp": 4}, {"sequence": 4, "data": 2}])
 def test_a_kept_prompt_on_a_mesh(tiny_model, axes):
     mesh = make_mesh(**axes)
-    params = nnx.to_pure_dict(tiny_model.params)
+    params = tiny_model.params
     placed = jax.device_put(params, param_shardings(params, tiny_model.config, mesh))
     model = type(tiny_model)(tiny_model.config, placed, mesh=mesh)
     block, cache = tiny_model.visual_tokens(frames(20), [PROMPT])[0], PromptCache()

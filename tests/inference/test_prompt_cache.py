@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from flax import nnx
 from test_generation import PROMPT, TEXT, frames
 
 from llamavid_jax.inference.generate import decode_block, extend, prefill
@@ -37,7 +36,7 @@ def test_ready_tokens_answer_as_frames_do(tiny_model, blocks):
 
 @pytest.mark.parametrize("kind", ["float", "int8"])
 def test_the_second_question_computes_what_is_new(tiny_model, blocks, kind):
-    model = type(tiny_model)(tiny_model.config, nnx.to_pure_dict(tiny_model.params), kv_cache=kind)
+    model = type(tiny_model)(tiny_model.config, tiny_model.params, kv_cache=kind)
     cache = PromptCache()
     ask(model, FIRST, blocks[:1], cache)
     again = ask(model, SECOND, blocks, cache)
