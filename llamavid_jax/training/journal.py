@@ -58,11 +58,11 @@ class Journal:
         console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, tokens_per_frame, shares))
         self.broken = {(one["id"], one["reason"]) for one in sizes.broken}  # known to all processes, never planned
         if first_step == 0:
-            self._file("skipped").unlink(missing_ok=True)
+            self._log("skipped").replace([])
         noted = self._noted()
         self.held_out = noted["evaluation"]
         self.unreadable = noted["training"] - self.broken  # of this process's rows
-        self._append("skipped", _rows(self.broken - noted["training"]))
+        self._log("skipped").append(_rows(self.broken - noted["training"]))
         self._totals()
         self.metrics = Metrics(self.output, first_step + 1, report=console.print)  # last: nothing raises with it open
 
@@ -122,7 +122,7 @@ class Journal:
         """Names samples in the log, each once, and stops a run of one process where they are too many."""
         new = {(one["id"], one["reason"]) for one in skipped} - self.unreadable
         self.unreadable |= new
-        self._append("skipped", _rows(new))
+        self._log("skipped").append(_rows(new))
         if new and jax.process_count() == 1:
             self._totals()
 
@@ -130,7 +130,7 @@ class Journal:
         """Names samples of the held-out set, which stop no run."""
         new = {(one["id"], one["reason"]) for one in skipped} - self.held_out
         self.held_out |= new
-        self._append("skipped", [row | {"set": "evaluation"} for row in _rows(new)])
+        self._log("skipped").append([row | {"set": "evaluation"} for row in _rows(new)])
 
     def _totals(self) -> tuple[int, int, int]:
         """How many samples were read and cut, and how many cannot be read, on all processes.
@@ -152,17 +152,17 @@ class Journal:
 
     def _noted(self) -> dict[str, set[tuple[str, str]]]:
         """What the log names already, when a run goes on, of either set."""
-        file, noted = self._file("skipped"), {"training": set(), "evaluation": set()}
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else ():
-            with contextlib.suppress(ValueError, KeyError):  # a killed run leaves half a line, the next goes on in it
-                row = json.loads(line)
-                noted[row.get("set", "training")].add((row["id"], row["reason"]))
+        noted: dict[str, set[tuple[str, str]]] = {"training": set(), "evaluation": set()}
+        for row in self._log("skipped").rows():
+            of, sample = row.get("set", "training"), (row.get("id"), row.get("reason"))
+            if of in ("training", "evaluation") and all(isinstance(part, str) for part in sample):
+                noted[of].add(sample)
         return noted
 
     def _note_bad(self, step: int, values: dict[str, float], ids: list[list[str]]) -> None:
         self.bad_steps, self.bad_in_a_row = self.bad_steps + 1, self.bad_in_a_row + 1
         names = [name for row in ids for name in row]
-        self._append("not_finite", [{"step": step + 1, **values, "samples": names}])
+        self._log("not_finite").append([{"step": step + 1, **values, "samples": names}])
         self.console.print(
             f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: skipped; samples {names}"
         )
@@ -172,14 +172,10 @@ class Journal:
                 f"at the samples in {self.output / 'not_finite.jsonl'}, or lower optimizer.learning_rate"
             )
 
-    def _file(self, name: str) -> Path:
+    def _log(self, name: str) -> JsonLines:
+        """One of the logs of which every process has its own."""
         suffix = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
-        return self.output / f"{name}{suffix}.jsonl"
-
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        if rows:
-            with open(self._file(name), "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return self.logs.setdefault(name, JsonLines(self.output / f"{name}{suffix}.jsonl", self.report))
 
     def summary(self) -> str:
         """What was left out or cut, in a sentence."""
