@@ -26,15 +26,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from conversion import folder, orbax_store
+from conversion.positions import resize_positions
 from conversion.read_gguf import write_tokenizer
 from conversion.sources import Source, Tensor, model_config, open_sources
-from conversion.stored_tensor import CheckpointError
-from conversion.transforms import Weight, resize_positions, to_jax
-from conversion.weight_table import parameter_shapes, weight_table
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.models.quantize import KERNELS, quantize_kernels
-from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.models.quantize import quantize_kernels
+from llamavid_jax.models.structure import flat_paths
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import Weight, to_jax, weight_table
+from llamavid_jax.weights.llama import QUANTISED
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
@@ -61,17 +62,13 @@ class Plan:
     overridden: list[str]  # names that a later source holds too
     leftovers: int
 
-    def layer_shape(self, weight: Weight) -> tuple[int, ...]:
-        """Our shape of what one weight fills: a layer of a stacked parameter, or a whole one."""
-        return self.shapes[weight.path] if weight.index is None else self.shapes[weight.path][1:]
-
 
 def plan(config, sources: list[Source], init_missing: bool) -> Plan:
     """Matches names and checks every shape before anything is read.
 
     Raises CheckpointError for a wrong shape or dtype, and for missing weights unless they are to be initialised.
     """
-    shapes = parameter_shapes(config)
+    shapes = inventory.shapes(config)
     table = weight_table(config, "original")
     by_name: dict[str, list[Weight]] = defaultdict(list)
     for weight in {*table, *weight_table(config, "documented")}:
@@ -155,7 +152,10 @@ def write_weights(
     }
 
     def few_bits(leaves: dict[str, Any]) -> dict[str, Any]:
-        return {path: quantize_kernels(x, path, quantize) if path in KERNELS else x for path, x in leaves.items()}
+        return {
+            path: quantize_kernels(x, QUANTISED[path], quantize) if path in QUANTISED else x
+            for path, x in leaves.items()
+        }
 
     whole = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in plan.shapes.items()}
     stored = whole if quantize is None else flat_paths(jax.eval_shape(few_bits, whole))
@@ -183,10 +183,10 @@ def write_weights(
             weight, value = fill.weight, fill.tensor.read()
             if fill.resize:
                 value = resize_positions(value[0], math.isqrt(weight.shape[1] - 1))[None]
-            write(weight, to_jax(value, weight, plan.layer_shape(weight)))
+            write(weight, to_jax(value, weight))
             progress.advance(task, fill.tensor.nbytes)
     for weight in plan.missing:
-        write(weight, random_layer(weight, plan.layer_shape(weight), seed))
+        write(weight, random_layer(weight, weight.layer_shape, seed))
     bits = (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for leaf in stored.values())
     return sum(leaf.size * size // 8 for leaf, size in zip(stored.values(), bits, strict=True))
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.models.stack import REMAT
-from llamavid_jax.parallel.sharding import MESH_AXES, make_mesh, param_axes, partition_spec
+from llamavid_jax.parallel.mesh import MESH_AXES, make_mesh
+from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.precompile.report import Report
 from llamavid_jax.precompile.roofline import estimate
 from llamavid_jax.precompile.topology import CompileError, chip_of, in_own_process, slice_devices
@@ -24,6 +25,7 @@ from llamavid_jax.precompile.train import check_training, largest, recomputed_fl
 from llamavid_jax.shapes import RowShape
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.start import Layout, lay_out
+from llamavid_jax.weights import inventory
 
 LONG = 8192  # tokens of a row from which on it may be cut over `sequence`
 LANES = 128  # a cut row keeps a multiple of it
@@ -143,7 +145,7 @@ def _parameters(layout: Layout, mesh: dict[str, int]) -> tuple[float, float]:
     """Bytes of a device that hold the state and the gradients; bytes that it receives of parameters and gradients."""
     cut = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
     leaves = layout.trained | layout.frozen
-    axes = param_axes({path: leaf.shape for path, leaf in leaves.items()}, layout.config)
+    axes = inventory.axes(layout.config, {path: leaf.shape for path, leaf in leaves.items()})
     held = received = 0.0
     for path, leaf in leaves.items():
         spec = partition_spec(leaf.shape, axes[path], cut)

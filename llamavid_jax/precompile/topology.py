@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.parallel.chips import CHIPS, Chip
-from llamavid_jax.parallel.sharding import MESH_AXES, ShardingError, make_mesh, parse_mesh
+from llamavid_jax.parallel.mesh import MESH_AXES, ShardingError, make_mesh, parse_mesh
 
 ENVIRONMENT = {  # read when libtpu loads: nobody to ask about an attached TPU, and none to keep to itself
     "TPU_SKIP_MDS_QUERY": "1",

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models.flops import PARTS, flops_per_step
-from llamavid_jax.parallel.sharding import ShardingError
+from llamavid_jax.parallel.mesh import ShardingError, copies
 from llamavid_jax.precompile.report import Report, compile_report
 from llamavid_jax.precompile.topology import chip_of, describe, slice_mesh
 from llamavid_jax.shapes import Batch, RowShape
@@ -46,7 +46,12 @@ def check_training(
         layout = lay_out(config, device_mesh)
         replicated = check_replicated(layout, device_mesh)
         step = make_train_step(
-            layout.structure, config.optimizer, loop, lr_factors(layout.trained, config.optimizer), loop.steps or 1000
+            layout.structure,
+            config.optimizer,
+            loop,
+            lr_factors(layout.trained, config.optimizer),
+            loop.steps or 1000,
+            specs={path: leaf.sharding.spec for path, leaf in layout.trained.items()},
         )
         state = state_layout(config.optimizer, layout.trained, device_mesh)
         batch = abstract_batch(config, layout.config, shape, device_mesh, features)
@@ -145,7 +150,7 @@ def check_replicated(layout: Layout, mesh: Mesh) -> dict[str, float]:
 
 def remedy(config: TrainConfig, mesh: Mesh, shape: RowShape) -> str:
     """What to change where the step does not fit."""
-    loop, ways = config.training, mesh.shape["data"] * mesh.shape["fsdp"]
+    loop, ways = config.training, copies(mesh)
     tries = [] if loop.remat == "full" else ["training.remat=full"]
     if loop.batch_size // loop.micro_batches > ways:
         tries.append(f"training.micro_batches={min(2 * loop.micro_batches, loop.batch_size // ways)}")

@@ -20,9 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from paths import ROOT
 from training_data import environment
 
-from llamavid_jax.errors import InputError
-from llamavid_jax.parallel.sharding import make_mesh
-from llamavid_jax.training.checkpoint import CheckpointError, RunCheckpoints, fingerprints
+from llamavid_jax.errors import CheckpointError, InputError
+from llamavid_jax.parallel.mesh import make_mesh
+from llamavid_jax.training.checkpoint import RunCheckpoints, fingerprints
 
 
 def on_mesh(tree, **sizes):

@@ -12,11 +12,11 @@ from training_cases import CONFIG, random_params
 from training_data import write_tokenizers
 
 from conversion import merge_lora
-from llamavid_jax.checkpoints.weights import WeightsError, load_weights, nest, save_part, save_weights
-from llamavid_jax.errors import ConfigError, InputError
+from llamavid_jax.checkpoints.weights import load_weights, save_part, save_weights
+from llamavid_jax.errors import CheckpointError, ConfigError, InputError
 from llamavid_jax.models import quantize
 from llamavid_jax.models.lora import TARGETS
-from llamavid_jax.parallel.sharding import flat_paths, make_mesh
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.training import start
 from llamavid_jax.training.config import read_config
 from llamavid_jax.training.start import load_start
@@ -32,7 +32,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_tokenizers(folder)
     CONFIG.save_pretrained(folder)
-    save_weights(folder, nest(random_params()))
+    save_weights(folder, random_params())
     return folder
 
 
@@ -56,7 +56,7 @@ def moved(run: start.Start) -> dict[str, jax.Array]:
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    return {path: np.asarray(value) for path, value in flat_paths(load_weights(folder, CONFIG)).items()}
+    return {path: np.asarray(value) for path, value in load_weights(folder, CONFIG).items()}
 
 
 def trained_by(run: start.Start) -> dict[str, np.ndarray]:
@@ -180,7 +180,7 @@ def test_a_kernel_does_not_train_under_its_update(base, model, mesh):
 def test_a_part_of_another_model_is_named(model, mesh, tmp_path):
     for path, shape in (("qformer.query", (2, 3)), ("qformer.nothing", (2,))):
         save_part(tmp_path, {path: jax.numpy.zeros(shape)})
-        with pytest.raises(WeightsError, match=f"{path}.*; give the adapter of a run of this model"):
+        with pytest.raises(CheckpointError, match=f"{path}.*; give the adapter of a run of this model"):
             begin(model, mesh, f"start.adapter={tmp_path}")
 
 

@@ -20,7 +20,8 @@ from training_data import ROOT, environment
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.data.loader import LoadedBatch, Loader
 from llamavid_jax.models.loss import LossSums
-from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.models.structure import Structure
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.shapes import Batch
 from llamavid_jax.training import journal as journal_module
 from llamavid_jax.training import loop
@@ -28,7 +29,6 @@ from llamavid_jax.training.config import DataConfig, LoopConfig, TrainConfig, re
 from llamavid_jax.training.journal import Journal
 from llamavid_jax.training.start import Start
 from llamavid_jax.training.step import StepMetrics, TrainState
-from llamavid_jax.training.structure import Structure
 
 BROKEN = {"id": "sample 7", "reason": "absent.png"}
 
