@@ -21,6 +21,10 @@ class CheckpointError(InputError):
     """Weights, an adapter or a run's checkpoint that cannot be used: names the file, what is wrong and the remedy."""
 
 
+class TrainingError(InputError):
+    """A run that cannot go on: says at which step, why, and what to do."""
+
+
 class Parser(argparse.ArgumentParser):
     """Arguments that cannot be read are bad input as any other: one line, without the usage."""
 

@@ -1,4 +1,4 @@
-"""Logs that are never worth a run: one that cannot be written is said once, nobody waits for it, odd lines are left out.
+"""Logs that are never worth a run: what cannot be written is said once, nobody waits for it, odd lines are left out.
 
 Everything is written where it is asked for.  TensorBoard's usual writer has a thread of its own, which dies of a full
 disk, and a queue, on which the run would wait for ever.
