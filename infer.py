@@ -77,7 +77,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def compile_only(options: argparse.Namespace) -> int:
-    """Compiles the programs for a slice that need not be there.  `--model` may be one of configs/models/."""
+    """Compiles the programs for a slice that need not be attached.  `--model` may be one of configs/models/."""
     from llamavid_jax import LLaMAVIDLlavaConfig
     from llamavid_jax.precompile.infer import check_inference
     from llamavid_jax.precompile.report import show

@@ -10,6 +10,7 @@ hosts the same command runs on each: with --distributed on TPU pods, which know 
 import argparse
 import socket
 
+from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.errors import InputError, Parser, command, say
 from llamavid_jax.precompile import compile_check
 
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = read_config(options.config, options.overrides)
     if options.compile_only:
         return compile_check.check(config, options)
+    keep_programs()
     if options.coordinator or options.distributed:
         join(options)
     from llamavid_jax.training.loop import train

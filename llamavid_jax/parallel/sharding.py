@@ -86,7 +86,7 @@ def activation_spec(shape: tuple[int, ...], *names: str | None) -> PartitionSpec
 
 
 def target() -> Any:
-    """What programs are for, with `platform` and `device_kind`: the devices of the mesh in context, there or not."""
+    """The compile target, with `platform` and `device_kind`: a device of the mesh in context, attached or not."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
@@ -98,7 +98,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, *names))
 
 
+def specs(params: Mapping[str, Any]) -> dict[str, PartitionSpec]:
+    """Where the parameters lie that are placed on a mesh, by path."""
+    placed = ((path, leaf.sharding) for path, leaf in params.items())
+    return {path: sharding.spec for path, sharding in placed if isinstance(sharding, NamedSharding)}
+
+
 def pin(params: dict[str, jax.Array], specs: Mapping[str, PartitionSpec]) -> dict[str, jax.Array]:
     """Parameters by path, pinned to their places on the mesh in context: so are their gradients, which are then
-    scattered as they are summed, rather than whole on every device first."""
+    scattered as they are summed, rather than replicated first."""
     return {path: jax.lax.with_sharding_constraint(value, specs[path]) for path, value in params.items()}

@@ -44,7 +44,7 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of one device in GiB; `there_gib` is what it has.  `items` need not all be there at the same time."""
+    """Memory of one device in GiB; `there_gib` is what it has.  `items` are not all held at the same time."""
 
     device: str
     devices: int
@@ -87,8 +87,8 @@ def plan_memory(
     mesh = AbstractMesh((1, 1, devices, 1), MESH_AXES)
 
     def gib(shape: tuple[int, ...], names: tuple[str | None, ...], of: jnp.dtype = kind) -> float:
-        ways = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(tuple(partition_spec(shape, names, mesh))))
-        return math.prod(shape) * of.itemsize / ways / GIB
+        shards = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(tuple(partition_spec(shape, names, mesh))))
+        return math.prod(shape) * of.itemsize / shards / GIB
 
     weights = dict.fromkeys(PARTS, 0.0)
     for path, leaf in abstract_params(config, kind, mesh).items():

@@ -3,7 +3,7 @@
     memory     parameters, gradients and Adam's moments, exactly; what the layers of LLaMA keep for the gradient
     time       the roofline of `roofline.py` over FLOPs, those done again, and the collectives that a mesh needs
 
-The formula leaves out what else is there, so that it rules out what cannot fit and nothing that can.
+The formula leaves out what else takes memory: it rules out only what cannot fit.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ LANES = 128  # a cut row keeps a multiple of it
 
 
 class Try(NamedTuple):
-    """One way to run, with the GiB that it needs at least and the seconds of a step at best, by formula."""
+    """One set of choices, with the GiB that it needs at least and the seconds of a step at best, by formula."""
 
     mesh: dict[str, int]
     remat: str
@@ -52,7 +52,7 @@ class Try(NamedTuple):
 def plan(
     config: TrainConfig, topology: str, num_slices: int = 1, features: bool = False, name: str = "", compiles: int = 4
 ) -> list[Report]:
-    """Reports of the `compiles` most promising ways, the fastest that fits first.
+    """Reports of the `compiles` most promising choices, the fastest that fits first.
 
     Raises CompileError with the remedy where none can fit.
     """
@@ -63,7 +63,7 @@ def plan(
     if not fitting:
         least = min(tries, key=lambda one: one.gib)
         raise CompileError(
-            f"{least.gib:.1f} GiB needed at least, {chip.hbm_gib:g} GiB there, with mesh={least.text} and "
+            f"{least.gib:.1f} GiB needed at least, {chip.hbm_gib:g} GiB available, with mesh={least.text} and "
             f"training.remat={least.remat} on {topology}: "
             f"try {'shorter rows, ' if shape.tokens >= LONG else ''}a larger slice, or a generation with more memory"
         )
@@ -86,13 +86,13 @@ def _layout(config: TrainConfig, topology: str, num_slices: int) -> tuple[Layout
 def rank(
     config: TrainConfig, layout: Layout, topology: str, devices: int, num_slices: int = 1, features: bool = False
 ) -> list[Try]:
-    """Every way, the fastest by formula first; of accumulation the least that fits."""
+    """Every choice, the fastest by formula first; of accumulation the least that fits."""
     chip, shape, batch = chip_of(topology), largest(config.data.shapes), config.training.batch_size
     tries = []
     for mesh in meshes(layout.config.text_config, shape, devices, num_slices):
-        ways = mesh["data"] * mesh["fsdp"]
+        batch_shards = mesh["data"] * mesh["fsdp"]
         micro_batches = [
-            number for number in range(1, batch + 1) if batch % number == 0 and batch // number % ways == 0
+            number for number in range(1, batch + 1) if batch % number == 0 and batch // number % batch_shards == 0
         ]
         for remat in REMAT:
             found = [_try(config, layout, topology, mesh, remat, number, features) for number in micro_batches]
@@ -150,21 +150,21 @@ def _parameters(layout: Layout, mesh: dict[str, int]) -> tuple[float, float]:
     for path, leaf in leaves.items():
         spec = partition_spec(leaf.shape, axes[path], cut)
         axes_used = {axis for part in spec if part for axis in np.atleast_1d(part)}
-        ways, tensor = math.prod(mesh[axis] for axis in axes_used), mesh["tensor"] if "tensor" in axes_used else 1
+        shards, tensor = math.prod(mesh[axis] for axis in axes_used), mesh["tensor"] if "tensor" in axes_used else 1
         trains = path in layout.trained
-        held += leaf.size / ways * (16 if trains else leaf.dtype.itemsize)  # itself, gradient, two moments
-        whole = leaf.size * (1 - tensor / ways) / tensor  # what others hold of the part that this device computes with
-        received += whole * (2 * 2 + 4 * trains)  # forwards and backwards in 16 bits, the gradient in 32
+        held += leaf.size / shards * (16 if trains else leaf.dtype.itemsize)  # itself, gradient, two moments
+        gathered = leaf.size * (1 - tensor / shards) / tensor  # of what this device computes with, what others hold
+        received += gathered * (2 * 2 + 4 * trains)  # forwards and backwards in 16 bits, the gradient in 32
     return held, received
 
 
 def _kept(text: LlamaConfig, mesh: dict[str, int], tokens: int, remat: str) -> float:
     """Bytes that LLaMA's layers keep for the gradient, in 16 bits."""
-    whole = text.hidden_size
-    products = 2 * whole + (
+    hidden = text.hidden_size
+    matmuls = 2 * hidden + (
         (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim + 2 * text.intermediate_size
     ) / mesh["tensor"]  # fmt: skip
-    kept = {"full": whole, "dots": whole + products, "none": whole + 1.5 * products}[remat]
+    kept = {"full": hidden, "dots": hidden + matmuls, "none": hidden + 1.5 * matmuls}[remat]
     return 2.0 * text.num_hidden_layers * tokens * kept
 
 

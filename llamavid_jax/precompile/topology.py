@@ -1,4 +1,4 @@
-"""TPU slices that are not there: `"v5e:8x8"` → devices that programs can be compiled for, on any machine.
+"""TPU slices that are not attached: `"v5e:8x8"` → devices that programs can be compiled for, on any machine.
 
 The compiler is the one in the `libtpu` wheel, the same that a TPU runs with (jax.experimental.topologies).  It runs
 in a process of its own, whose memory is free again afterwards and whose end by the system is an error like others.
@@ -39,10 +39,10 @@ class CompileError(InputError):
 
 
 class OutOfMemoryError(CompileError):
-    """A program that needs more memory than a chip has: `needed` and `there` in GiB."""
+    """A program that needs more memory than a chip has: `needed`, and what is `there`, in GiB."""
 
     def __init__(self, needed: float, there: float):
-        super().__init__(f"{needed:.1f} GiB needed, {there:.1f} GiB there")
+        super().__init__(f"{needed:.1f} GiB needed, {there:.1f} GiB available")
         self.needed, self.there = needed, there
 
     def __reduce__(self):
@@ -83,7 +83,7 @@ def slice_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
         raise CompileError(f"{topology!r} is no slice that libtpu knows; v5e:4x4 is one ({_line(error)})") from None
     except RuntimeError as error:
         raise CompileError(
-            f"libtpu is not there ({_line(error)}); try pip install 'jax[tpu]=={jax.__version__}'"
+            f"libtpu is not installed ({_line(error)}); try pip install 'jax[tpu]=={jax.__version__}'"
         ) from None
 
 

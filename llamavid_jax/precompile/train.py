@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models.flops import PARTS, flops_per_step
 from llamavid_jax.parallel.mesh import ShardingError, copies
+from llamavid_jax.parallel.sharding import specs
 from llamavid_jax.precompile.report import Report, compile_report
 from llamavid_jax.precompile.topology import chip_of, describe, slice_mesh
 from llamavid_jax.shapes import Batch, RowShape
@@ -22,7 +23,7 @@ from llamavid_jax.training.layout import Layout, batch_sharding, check_rows, lay
 from llamavid_jax.training.optimizer import lr_factors
 from llamavid_jax.training.step import make_train_step
 
-REPLICATED = 0.02  # of the parameters may be whole on every device of a mesh that cuts them
+REPLICATED = 0.02  # of the parameters may be replicated on a mesh that could shard them
 
 
 def check_training(
@@ -51,7 +52,7 @@ def check_training(
             loop,
             lr_factors(layout.trained, config.optimizer),
             loop.steps or 1000,
-            specs={path: leaf.sharding.spec for path, leaf in layout.trained.items()},
+            specs=specs(layout.trained),
         )
         state = state_layout(config.optimizer, layout.trained, device_mesh)
         batch = abstract_batch(config, layout.config, shape, device_mesh, features)
@@ -122,7 +123,7 @@ def step_flops(config: TrainConfig, layout: Layout, shape: RowShape, features: b
 
 
 def recomputed_flops(config: TrainConfig, layout: Layout, shape: RowShape) -> int:
-    """FLOPs that remat=full does again: one forward pass of LLaMA; what "dots" does again is no product."""
+    """FLOPs that remat=full does again: one forward pass of LLaMA; what "dots" does again is no matmul."""
     if config.training.remat != "full":
         return 0
     rows, nothing = config.training.batch_size, dict.fromkeys(PARTS, False)
@@ -132,9 +133,9 @@ def recomputed_flops(config: TrainConfig, layout: Layout, shape: RowShape) -> in
 
 
 def check_replicated(layout: Layout, mesh: Mesh) -> dict[str, float]:
-    """The largest parameters that every device holds whole, in MiB.
+    """The largest parameters of which every device holds a copy, in MiB.
 
-    Raises ShardingError where they are more than REPLICATED of all parameters on a mesh that is there to cut them.
+    Raises ShardingError where they are more than REPLICATED of all parameters on a mesh that is meant to shard them.
     """
     leaves: Mapping[str, jax.ShapeDtypeStruct] = layout.trained | layout.frozen
     whole = {path: leaf for path, leaf in leaves.items() if leaf.sharding.is_fully_replicated}
@@ -142,7 +143,7 @@ def check_replicated(layout: Layout, mesh: Mesh) -> dict[str, float]:
     part = sum(leaf.size for leaf in whole.values()) / sum(leaf.size for leaf in leaves.values())
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and part > REPLICATED:
         raise ShardingError(
-            f"{part:.1%} of the parameters are whole on every device, {by_size[0]} {whole[by_size[0]].shape} first; "
+            f"{part:.1%} of the parameters are replicated, {by_size[0]} {whole[by_size[0]].shape} first; "
             f"at most {REPLICATED:.0%} may be: choose axes that divide them, not {describe(mesh)}"
         )
     return {path: whole[path].size * whole[path].dtype.itemsize / 2**20 for path in by_size}
@@ -150,10 +151,10 @@ def check_replicated(layout: Layout, mesh: Mesh) -> dict[str, float]:
 
 def remedy(config: TrainConfig, mesh: Mesh, shape: RowShape) -> str:
     """What to change where the step does not fit."""
-    loop, ways = config.training, copies(mesh)
+    loop, batch_shards = config.training, copies(mesh)
     tries = [] if loop.remat == "full" else ["training.remat=full"]
-    if loop.batch_size // loop.micro_batches > ways:
-        tries.append(f"training.micro_batches={min(2 * loop.micro_batches, loop.batch_size // ways)}")
+    if loop.batch_size // loop.micro_batches > batch_shards:
+        tries.append(f"training.micro_batches={min(2 * loop.micro_batches, loop.batch_size // batch_shards)}")
     if mesh.shape["fsdp"] < mesh.size:
         tries.append("more of the mesh on fsdp")
     elif shape.tokens >= 8192:

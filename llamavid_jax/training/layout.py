@@ -41,7 +41,7 @@ def batch_sharding(mesh: Mesh, field: str = "") -> NamedSharding:
 
 def check_rows(shapes: Sequence[RowShape], batch_size: int, micro_batches: int, mesh: Mesh) -> None:
     """Raises ConfigError unless micro-batches divide over the copies of the model, and rows over `sequence`."""
-    shards, ways, rows = row_shards(mesh), copies(mesh), batch_size // micro_batches
+    shards, batch_shards, rows = row_shards(mesh), copies(mesh), batch_size // micro_batches
     for number, shape in enumerate(shapes):
         for name in ("frames", "pairs", "tokens"):
             if getattr(shape, name) % shards:
@@ -49,10 +49,10 @@ def check_rows(shapes: Sequence[RowShape], batch_size: int, micro_batches: int, 
                     f"data.buckets[{number}].{name} is {getattr(shape, name)}, which the mesh's sequence={shards} does "
                     f"not divide; use a multiple of {shards}, or another mesh"
                 )
-    if rows % ways:
+    if rows % batch_shards:
         raise ConfigError(
-            f"training.batch_size is {batch_size} in {micro_batches} micro-batches of {rows} rows, which "
-            f"data × fsdp = {ways} does not divide; use a multiple of {ways * micro_batches}, or another mesh"
+            f"training.batch_size is {batch_size} in {micro_batches} micro-batches of {rows} rows, which data × fsdp = "
+            f"{batch_shards} does not divide; use a multiple of {batch_shards * micro_batches}, or another mesh"
         )
 
 
@@ -128,7 +128,7 @@ def initial_state(optimizer: OptimizerConfig, trained: dict[str, jax.Array], mes
 
 
 def check_lora_trains(lora: LoraConfig, trains: Container[str]) -> None:
-    """Raises ConfigError for a kernel that would train itself under its update, or in few bits."""
+    """Raises ConfigError for a kernel that would train itself under its update, or quantised."""
     for target in lora.targets if lora.base == "float" else TARGETS:
         kernel = f"llama.layers.{TARGETS[target]}.kernel"
         if kernel in trains:

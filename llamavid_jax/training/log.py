@@ -32,7 +32,8 @@ class Log:
             yield
         except (OSError, InputError) as error:
             if not self._failed:
-                self._report(f"{self.path} cannot be written ({error}); the run goes on without it")
+                reason = getattr(error, "strerror", None) or error
+                self._report(f"{self.path} cannot be written ({reason}); the run goes on without it")
             self._failed = True
 
 

@@ -1,7 +1,7 @@
 """The training loop: restore, step, log, save, evaluate; it stops when it is done, told to (SIGTERM) or going wrong.
 
     output/config.yaml  checkpoints/  metrics.jsonl  tensorboard/  skipped.jsonl     while it runs
-    output/model/       a whole checkpoint, which infer.py and the next stage read   at its end
+    output/model/       a complete checkpoint, which infer.py and the next stage read   at its end
     output/adapter/     the trained parameters alone, or LoRA's in PEFT's layout
 
 A step's numbers are looked at one step later, so that the host never waits for the device with nothing queued; rows of
@@ -21,6 +21,7 @@ from llamavid_jax.files import write_files
 from llamavid_jax.models.loss import LossSums
 from llamavid_jax.models.structure import Params
 from llamavid_jax.parallel.mesh import row_shards
+from llamavid_jax.parallel.sharding import specs
 from llamavid_jax.training.batches import (
     Upcoming,
     check_same_data,
@@ -107,8 +108,8 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
 
         # 5. The compiled steps.
         factors = lr_factors(start.trained, config.optimizer)
-        specs = {path: value.sharding.spec for path, value in start.trained.items()}
-        train_step = make_train_step(start.structure, config.optimizer, loop, factors, loader.steps, specs=specs)
+        places = specs(start.trained)
+        train_step = make_train_step(start.structure, config.optimizer, loop, factors, loader.steps, specs=places)
         evaluate_step = make_evaluate_step(start.structure, loop.micro_batches)
 
         # 6. Step after step; a batch is on its way while the one before is computed with.

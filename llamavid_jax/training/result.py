@@ -1,6 +1,6 @@
-"""What a run leaves at its end: `model`, a whole checkpoint, and `adapter`, what was trained alone.
+"""What a run leaves at its end: `model`, a complete checkpoint, and `adapter`, what was trained alone.
 
-Each folder is made beside its place and renamed when it is whole, so that a full disk leaves nothing half-made.
+Each folder is made beside its place and renamed when it is complete, so that a full disk leaves nothing half-made.
 """
 
 import contextlib
@@ -59,9 +59,9 @@ def save_result(
 def merged_on_host(
     start: Start, source: StartConfig, updates: dict[str, np.ndarray], dtype: str, lora: LoraConfig
 ) -> dict[str, np.ndarray]:
-    """What the run started from, read again, with the updates in its whole kernels.
+    """What the run started from, read again, with the updates added to its full-precision kernels.
 
-    QLoRA's devices may have no room for it beside the kernels in few bits; every process makes all of it.
+    QLoRA's devices may have no room for it beside the quantised kernels; every process makes all of it.
     """
     mesh = host_mesh()
     with jax.set_mesh(mesh):

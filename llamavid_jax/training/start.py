@@ -30,7 +30,7 @@ from llamavid_jax.training.layout import lay_out, make_model
 
 @dataclasses.dataclass
 class Start:
-    """The model of a run.  `trained` (float32) and `frozen` (in the type of products) are parameters by path.
+    """The model of a run.  `trained` (float32) and `frozen` (in the compute dtype) are parameters by path.
 
     `read` has the fingerprints of the frozen ones as they were read, before they were quantised; none of random ones.
     """
@@ -121,9 +121,9 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
 
 
 def quantized(structure: Structure, params: Params, kind: str) -> tuple[Structure, Params]:
-    """The same model with LLaMA's kernels in few bits (QLoRA).
+    """The same model with LLaMA's kernels quantised (QLoRA).
 
-    Empties `params`: a whole kernel goes when its few bits are there, so that the two models are never both whole.
+    Empties `params`: each kernel goes once it is quantised, so that memory never holds both models.
     """
     from llamavid_jax.models.quantize import quantize_base  # Qwix takes a second to import
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import random, relative_error, segments
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
-from test_attention import random, relative_error, segments
 
 from llamavid_jax.attention import tile as tile_file
 from llamavid_jax.attention.attention import attention
@@ -221,7 +221,7 @@ def test_no_device_holds_a_row_or_its_table_whole(structure, params, batch):
 
 
 def test_the_vision_part_uses_all_devices(structure, params, batch):
-    """Equal tokens, and a device does little more than its eighth of the products, on `tensor` and `sequence` too."""
+    """Equal tokens, and a device does little more than its eighth of the matmuls, on `tensor` and `sequence` too."""
 
     def tokens(params, batch):
         return visual_table(structure.model(params), batch, "none", None)

@@ -147,7 +147,7 @@ def test_parse_mesh_names_the_wrong_part(text):
 
 
 def test_a_mesh_of_more_devices_than_there_are():
-    with pytest.raises(ShardingError, match="a mesh of fsdp=4, tensor=4 needs 16 devices; 8 are there"):
+    with pytest.raises(ShardingError, match="a mesh of fsdp=4, tensor=4 needs 16 devices; 8 are attached"):
         make_mesh(fsdp=4, tensor=4)
 
 

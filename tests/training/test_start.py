@@ -1,4 +1,4 @@
-"""What LoRA runs start from and leave: adapters of earlier runs, kernels in few bits, the model merged at the end."""
+"""What LoRA runs start from and leave: adapters of earlier runs, quantised kernels, the model merged at the end."""
 
 import json
 import weakref
@@ -182,7 +182,7 @@ def test_updates_that_the_run_cannot_take_are_named(model, mesh, tmp_path):
 @BASES
 def test_a_kernel_does_not_train_under_its_update(base, model, mesh):
     overrides = (f"lora.base={base}", "trainable.llama.*=true", "lora.targets=[k]")
-    named = "k" if base == "float" else "q"  # in few bits no kernel trains
+    named = "k" if base == "float" else "q"  # quantised kernels do not train
     with pytest.raises(InputError, match=rf"trainable: llama\.layers\.attn\.{named}\.kernel trains, but lora"):
         begin(model, mesh, *overrides)
 

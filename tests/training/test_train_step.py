@@ -130,7 +130,7 @@ def test_no_random_key_serves_twice(monkeypatch):
 
 
 def test_the_compiler_cannot_undo_rematerialisation():
-    """Outside a loop, where it would find the forward's products again, stands a guard."""
+    """Outside a loop, where it would find the forward's matmuls again, stands a guard."""
     model = structure("full").model(random_params())
     traced = jax.make_jaxpr(lambda rows: loss_sums(model, rows, "full").loss)(batch(ROWS, SHAPE))
     guards = set()

@@ -238,7 +238,7 @@ import jax, numpy as np
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from types import SimpleNamespace as Some
 from llamavid_jax.shapes import Batch
-from llamavid_jax.parallel.sharding import MESH_AXES, ShardingError
+from llamavid_jax.parallel.mesh import MESH_AXES, ShardingError
 from llamavid_jax.training.batches import own_rows, upcoming
 
 def mesh(*order, sequence=1):
