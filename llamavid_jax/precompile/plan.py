@@ -24,7 +24,7 @@ from llamavid_jax.precompile.topology import CompileError, chip_of, in_own_proce
 from llamavid_jax.precompile.train import check_training, largest, recomputed_flops, step_flops
 from llamavid_jax.shapes import RowShape
 from llamavid_jax.training.config import TrainConfig
-from llamavid_jax.training.start import Layout, lay_out
+from llamavid_jax.training.layout import Layout, lay_out
 from llamavid_jax.weights import inventory
 
 LONG = 8192  # tokens of a row from which on it may be cut over `sequence`

@@ -19,8 +19,8 @@ from llamavid_jax.precompile.report import Report, compile_report
 from llamavid_jax.precompile.topology import chip_of, describe, slice_mesh
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.training.config import TrainConfig
+from llamavid_jax.training.layout import Layout, batch_sharding, check_rows, lay_out, state_layout
 from llamavid_jax.training.optimizer import lr_factors
-from llamavid_jax.training.start import Layout, batch_sharding, check_rows, lay_out, state_layout
 from llamavid_jax.training.step import make_train_step
 
 REPLICATED = 0.02  # of the parameters may be replicated on a mesh that could shard them
@@ -41,8 +41,8 @@ def check_training(
     for what does not go together, CompileError for what the compiler refuses; what does not fit is a Report.
     """
     device_mesh = slice_mesh(topology, mesh or config.mesh, num_slices)
-    check_rows(config, device_mesh)
     shape, loop = largest(config.data.shapes), config.training
+    check_rows(config.data.shapes, loop.batch_size, loop.micro_batches, device_mesh)
     with jax.set_mesh(device_mesh):
         layout = lay_out(config, device_mesh)
         replicated = check_replicated(layout, device_mesh)
