@@ -96,7 +96,7 @@ class Session:
     def __init__(self, options: argparse.Namespace, console: Console):
         start = time.perf_counter()
         from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaImageProcessor
-        from llamavid_jax.parallel.sharding import make_mesh, parse_mesh
+        from llamavid_jax.parallel.mesh import make_mesh, parse_mesh
 
         self.options, self.console = options, console
         self.images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)

@@ -13,6 +13,8 @@ import argparse
 import functools
 import itertools
 import json
+import math
+import operator
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -33,12 +35,12 @@ from llamavid_jax.errors import InputError
 from llamavid_jax.files import write_files
 from llamavid_jax.inference.request import read_request
 from llamavid_jax.models.kv_cache import KVCache
-from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
+from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.quantize import quantize_linear
-from llamavid_jax.parallel.sharding import flat_paths
 from llamavid_jax.shapes import TEXT, bucket, pad_rows
 from llamavid_jax.text.conversation import IMAGE, prompt, template_named
 from llamavid_jax.text.tokenizer import encode_with_images
+from llamavid_jax.weights import table
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COLUMNS = (
@@ -87,10 +89,9 @@ def load(folder: Path, variant: Variant) -> LLaMAVIDLlavaForConditionalGeneratio
     )
     if variant.vision:
         whole = nnx.merge(model.graphdef, model.params)
-        for part, names in (("attn", ("qkv", "out")), ("mlp", ("fc1", "fc2"))):
-            for name in names:
-                linear = getattr(getattr(whole.vision.blocks, part), name)
-                quantize_linear(linear, f"vision.blocks.{part}.{name}", variant.vision)
+        for row in table.rows(model.config):
+            if row.path.startswith("vision.blocks.") and row.path.endswith(".kernel"):
+                quantize_linear(operator.attrgetter(row.path.removesuffix(".kernel"))(whole), row, variant.vision)
         model.graphdef, model.params = nnx.split(whole, nnx.Param)
     return model
 
@@ -159,11 +160,14 @@ def gib_of_7b(variant: Variant) -> float:
     """GiB of the 7B model's parameters."""
     config = LLaMAVIDLlavaConfig.from_yaml(SEVEN)
     config = config.quantized(variant.quantize) if variant.quantize else config
-    leaves = flat_paths(abstract_params(config, variant.dtype))
-    bits = {path: 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for path, leaf in leaves.items()}
+    leaves = table.parameters(config)
+    bits = {
+        path: {"int4": 4, "int8": 8}.get(leaf.dtype, 8 * jnp.dtype(variant.dtype).itemsize)
+        for path, leaf in leaves.items()
+    }
     if variant.vision:  # eight bits a weight, and a scale of sixteen for a block of 64
         bits |= {path: 8.25 for path in bits if path.startswith("vision.blocks") and path.endswith(".kernel")}
-    return sum(leaf.size * bits[path] for path, leaf in leaves.items()) / 8 / 2**30
+    return sum(math.prod(leaf.shape) * bits[path] for path, leaf in leaves.items()) / 8 / 2**30
 
 
 def rows(data: Path, limit: int) -> Iterator[list[str]]:

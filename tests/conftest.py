@@ -78,10 +78,10 @@ def golden(request) -> Path:
 def tiny_model():
     """The tiny configuration with random weights wide enough that tokens differ, and the small tokenizers."""
     import jax.numpy as jnp
+    from built import abstract_params
     from training_cases import draw
 
     from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration
-    from llamavid_jax.models.llama_vid import abstract_params
     from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
     from llamavid_jax.text.tokenizer import load_tokenizer
 

@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 
 from conversion.torch_to_jax import main as torch_to_jax
-from conversion.weight_table import weight_table
 from llamavid_jax.checkpoints.weights import load_weights
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.examples import Example
@@ -21,6 +20,7 @@ from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.optimizer import make_optimizer
 from llamavid_jax.training.step import TrainState, make_train_step
 from llamavid_jax.training.structure import Structure
+from llamavid_jax.weights.table import weight_table
 
 
 def recorded_batch(record: dict[str, np.ndarray], config: LLaMAVIDLlavaConfig, tokenizer: QFormerTokenizer) -> Batch:

@@ -18,7 +18,6 @@ from flax import nnx
 from torch.nn import functional
 
 from conversion.transforms import to_jax
-from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.config.schema import (
     LlamaConfig,
     LLaMAVIDLlavaConfig,
@@ -27,6 +26,8 @@ from llamavid_jax.config.schema import (
     projector_depth,
 )
 from llamavid_jax.models import llama_vid
+from llamavid_jax.weights.table import parameters as inventory
+from llamavid_jax.weights.table import weight_table
 
 BAR = 1e-5  # relative error of one module in float32; each test says next to it what was measured
 SCALES = (0.02, 0.2)  # of the weights: small ones show wrong epsilons, large ones wrong positions, masks, activations
@@ -149,12 +150,11 @@ def reference(config: LLaMAVIDLlavaConfig, scale: float) -> TorchLlamaVid:
 @functools.cache
 def parameters(config: LLaMAVIDLlavaConfig, scale: float) -> dict:
     """The reference's weights as our nested dict."""
-    state, shapes = reference(config, scale).state_dict(), parameter_shapes(config)
-    flat = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
+    state = reference(config, scale).state_dict()
+    flat = {path: np.full(row.shape, np.nan, np.float32) for path, row in inventory(config).items()}
     for weight in weight_table(config, "documented"):
-        stacked = weight.index is not None
-        value = to_jax(state[weight.name].numpy(), weight, shapes[weight.path][1 if stacked else 0 :])
-        flat[weight.path][weight.index if stacked else ...] = value
+        place = ... if weight.layer is None else weight.layer
+        flat[weight.path][place] = to_jax(state[weight.name].numpy(), weight)
     tree: dict = {}
     for path, value in flat.items():
         *parents, leaf = path.split(".")

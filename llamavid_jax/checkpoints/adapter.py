@@ -6,65 +6,33 @@ cannot load what its own training saves; `python -m conversion.merge_lora` merge
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax import nnx
 
 from llamavid_jax.checkpoints.weights import WeightsError
 from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.config.strict import strict
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import write_files
-from llamavid_jax.models.llama import Layer
-from llamavid_jax.models.lora import TARGETS, LoraConfig, linears
+from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.weights.llama import TARGETS
+from llamavid_jax.weights.row import TorchWeight
+from llamavid_jax.weights.table import adapter_table
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MODULES = {  # PEFT's name of a target's module → the target
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
-    "self_attn.o_proj": "o",
-    "mlp.gate_proj": "gate",
-    "mlp.up_proj": "up",
-    "mlp.down_proj": "down",
-}
+MODULES = {target: ".".join(row.name.split(".")[-3:-1]) for target, row in TARGETS.items()}  # q: "self_attn.q_proj"
 PLAIN = {  # fields of adapter_config.json that would change the product, and the values with which they do not
     "peft_type": ("LORA",),
     "bias": ("none",),
     **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), (False, None)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"), (None, {}, [])),
 }
-
-
-class PeftTensor(NamedTuple):
-    """One tensor of a file, of `shape`: one layer, of shape `ours`, of the parameter at `path`."""
-
-    path: str
-    layer: int
-    ours: tuple[int, ...]
-    shape: tuple[int, int]
-
-
-def peft_tensors(config: LoraConfig, text_config: LlamaConfig) -> dict[str, PeftTensor]:
-    """Every tensor of an adapter by its name in the file."""
-    layer = nnx.eval_shape(lambda: Layer(text_config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    modules, tensors = {TARGETS[target]: module for module, target in MODULES.items()}, {}
-    for path, linear in linears(layer, config.targets):
-        ways_in, ways_out = math.prod(linear.in_features), math.prod(linear.out_features)
-        for index in range(text_config.num_hidden_layers):
-            name, place = f"base_model.model.model.layers.{index}.{modules[path]}", f"llama.layers.{path}.lora"
-            a, b = (*linear.in_features, config.rank), (config.rank, *linear.out_features)
-            tensors[f"{name}.lora_A.weight"] = PeftTensor(f"{place}.a", index, a, (config.rank, ways_in))
-            tensors[f"{name}.lora_B.weight"] = PeftTensor(f"{place}.b", index, b, (ways_out, config.rank))
-    return tensors
 
 
 def save_adapter(
@@ -74,8 +42,8 @@ def save_adapter(
     leaves = flat_paths(params)
     stacked = {path: np.asarray(leaf) for path, leaf in leaves.items() if ".lora." in path}
     tensors = {
-        name: np.ascontiguousarray(stacked[tensor.path][tensor.layer].reshape(tensor.shape[::-1]).T)
-        for name, tensor in peft_tensors(config, text_config).items()
+        tensor.name: np.ascontiguousarray(tensor.to_torch(stacked[tensor.path][tensor.layer]))
+        for tensor in adapter_table(text_config, config.rank, config.targets)
     }
     values = {
         "base_model_name_or_path": base,
@@ -85,7 +53,7 @@ def save_adapter(
         "lora_dropout": config.dropout,
         "peft_type": "LORA",
         "r": config.rank,
-        "target_modules": [module.split(".")[1] for module, target in MODULES.items() if target in config.targets],
+        "target_modules": [module.split(".")[1] for target, module in MODULES.items() if target in config.targets],
         "task_type": "CAUSAL_LM",
     }
     files = {WEIGHTS_FILE: safetensors.numpy.save(tensors, {"format": "pt"})}
@@ -109,11 +77,11 @@ def load_adapter(directory: str | Path, text_config: LlamaConfig) -> tuple[LoraC
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save the adapter again") from None
     config = read_peft_config(values, given, folder)
-    tensors = peft_tensors(config, text_config)
+    tensors = adapter_table(text_config, config.rank, config.targets)
     check_tensors(given, tensors, folder)
     layers: dict[str, list[np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        layers.setdefault(tensor.path, []).append(given[name].T.reshape(tensor.ours))
+    for tensor in tensors:
+        layers.setdefault(tensor.path, []).append(tensor.to_jax(given[tensor.name]))
     return config, {path: np.stack(found) for path, found in layers.items()}
 
 
@@ -139,7 +107,7 @@ def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Pa
             raise WeightsError(
                 f"{folder}: {field} is {values[field]!r} in {CONFIG_FILE}, which is more than LoRA; merge it with PEFT"
             )
-    targets = [target for module, target in MODULES.items() if any(f".{module}.lora_" in name for name in names)]
+    targets = [target for target, module in MODULES.items() if any(f".{module}.lora_" in name for name in names)]
     alpha = values.get("lora_alpha")
     fields = {
         "rank": values.get("r"),
@@ -153,8 +121,9 @@ def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Pa
         raise WeightsError(f"{folder}: {CONFIG_FILE} or the tensors' names do not fit: {error}") from None
 
 
-def check_tensors(given: Mapping[str, Any], expected: Mapping[str, PeftTensor], folder: Path) -> None:
+def check_tensors(given: Mapping[str, Any], tensors: Iterable[TorchWeight], folder: Path) -> None:
     """Raises WeightsError unless a file holds just the tensors of an adapter of this model."""
+    expected = {tensor.name: tensor for tensor in tensors}
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:
         raise WeightsError(

@@ -56,9 +56,9 @@ class PretrainedModel:
         if params is None:
             shardings = mesh and param_shardings(nnx.to_pure_dict(abstract), config, mesh)
             params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param)), out_shardings=shardings)()
-        check_params("params", flat_paths(params), flat_paths(abstract))
-        nnx.replace_by_pure_dict(abstract, params)
-        self.params = abstract
+        given, expected = flat_paths(params), flat_paths(abstract)
+        check_params("params", given, expected)
+        self.params = jax.tree.unflatten(jax.tree.structure(abstract), [given[path] for path in expected])
 
     @classmethod
     def from_pretrained(

@@ -1,6 +1,5 @@
 """Weights on disk: an Orbax checkpoint of the nested dict of parameters, read straight onto a mesh."""
 
-import dataclasses
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from jax.sharding import Mesh
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError, InputError
-from llamavid_jax.models.llama_vid import abstract_params
-from llamavid_jax.parallel.sharding import flat_paths, make_mesh, param_shardings
+from llamavid_jax.parallel.mesh import make_mesh
+from llamavid_jax.parallel.sharding import flat_paths, placed_params
+from llamavid_jax.weights.llama import KERNELS
+from llamavid_jax.weights.table import parameters
 
 WEIGHTS = "weights"  # the folder in a checkpoint's directory
 
@@ -67,15 +68,7 @@ def load_weights(
             "make one with `python -m conversion.torch_to_jax SRC OUT`"
         )
     dtype = parse_dtype(dtype)
-    abstract = abstract_params(config, dtype)
-    if mesh is None:
-        mesh = make_mesh()
-    shardings = flat_paths(param_shardings(abstract, config, mesh))
-    kinds = {name: jnp.float32 if name in float32 else leaf.dtype for name, leaf in flat_paths(abstract).items()}
-    target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, kinds[name], sharding=shardings[name])
-        for name, leaf in flat_paths(abstract).items()
-    }
+    target = placed_params(config, dtype, mesh or make_mesh(), float32)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
 
         def restore(some: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -92,32 +85,32 @@ def load_weights(
             if stored is None:
                 raise WeightsError(f"{path}: its metadata (_METADATA) is missing or damaged; convert again")
             stored = flat_paths(dict(stored.tree))
-            plain = dataclasses.replace(config, quantization="none")
-            whole = flat_paths(abstract if plain == config else abstract_params(plain, dtype))
             to_quantize = [name for name in stored if f"{name}.qvalue" in target]
-            check_params(path, stored, whole if to_quantize else target)
+            plain = parameters(config, quantization="none" if to_quantize else "")
+            check_params(path, stored, plain)
             restored = restore({name: target[name] for name in stored if name in target})
             for name in to_quantize:
-                restored |= _quantized(name, whole[name], restore, config.quantization, shardings)
+                kernel = jax.ShapeDtypeStruct(plain[name].shape, dtype)
+                restored |= _quantized(name, kernel, restore, config.quantization, target)
         except WeightsError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
             raise WeightsError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}); convert again"
             ) from error
-    return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in target])
+    return nest({name: restored[name] for name in target})
 
 
 def _quantized(
-    name: str, kernel: jax.ShapeDtypeStruct, restore: Callable, kind: str, shardings: dict[str, Any]
+    name: str, kernel: jax.ShapeDtypeStruct, restore: Callable, kind: str, target: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host holds in full precision."""
     from llamavid_jax.models.quantize import quantize_kernels  # Qwix takes a second to import
 
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     read = restore({name: jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=host)})
-    parts = flat_paths({name: quantize_kernels(read[name], name, kind)})
-    placed = {part: jax.device_put(value, shardings[part]) for part, value in parts.items()}
+    parts = flat_paths({name: quantize_kernels(read[name], KERNELS[name], kind)})
+    placed = {part: jax.device_put(value, target[part].sharding) for part, value in parts.items()}
     return jax.block_until_ready(placed)  # before the next kernel is read
 
 

@@ -7,7 +7,6 @@ The compiled functions take `(graphdef, params)` apart, so that one program serv
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +40,7 @@ class LlamaVid(nnx.Module):
         kv_cache: str = "float",
     ):
         """`remat` names what the gradient keeps of a layer (`stack.REMAT`), `kv_cache` a kind of `kv_cache.KINDS`."""
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        dtypes, self.config = {"dtype": dtype, "param_dtype": param_dtype}, config
         self.vision = EvaViT(config.vision_tower_config, **dtypes, rngs=rngs)
         memory_width = config.vision_tower_config.hidden_size
         self.qformer = QFormer(config.qformer_config, config.num_query, memory_width, **dtypes, rngs=rngs, remat=remat)
@@ -50,7 +49,7 @@ class LlamaVid(nnx.Module):
         if config.quantization != "none":
             from llamavid_jax.models.quantize import quantize_base  # Qwix takes a second to import
 
-            quantize_base(self, config.quantization)
+            quantize_base(self.llama, config.quantization)
 
     def frames_tokens(
         self,
@@ -98,12 +97,6 @@ class LlamaVid(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Logits of every position."""
         return self.llama.logits(self.llama(self.merge(token_ids, visual, visual_index)))
-
-
-def abstract_params(config: LLaMAVIDLlavaConfig, param_dtype=jnp.float32) -> dict[str, Any]:
-    """The nested dict of parameters as shapes and types; nothing is allocated."""
-    model = nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0), param_dtype=param_dtype))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 @functools.partial(jax.jit, static_argnums=0)

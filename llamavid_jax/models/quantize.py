@@ -23,45 +23,42 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.models.lora import TARGETS, linears
+from llamavid_jax.models.llama import Llama
+from llamavid_jax.models.lora import linears
 from llamavid_jax.parallel.sharding import constrain
-from llamavid_jax.weights.param_axes import PARAM_AXES, in_blocks, input_axes
+from llamavid_jax.weights.row import BLOCK, W
 
 KINDS = ("nf4", "int8", "int4")
-BLOCK = 64
-KERNELS = tuple(f"llama.layers.{place}.kernel" for place in TARGETS.values())  # of those that `quantize_base` replaces
 
 
-def quantize_base(model: LlamaVid, kind: str) -> None:
+def quantize_base(llama: Llama, kind: str) -> None:
     """Replaces the kernels of the decoder's linear layers, frozen from here on.
 
     On a mesh, call it with the mesh in context.  Raises ConfigError for an unknown kind.
     """
     if kind not in KINDS:
         raise ConfigError(f"the kind of quantisation is {kind!r}; use one of {', '.join(KINDS)}")
-    for path, linear in linears(model.llama.layers):
-        quantize_linear(linear, f"llama.layers.{path}", kind)
+    for row, linear in linears(llama):
+        quantize_linear(linear, row, kind)
 
 
-def quantize_linear(linear: nnx.LinearGeneral | nnx.Linear, path: str, kind: str) -> None:
-    """One linear layer of a stack, at `path` in the model."""
-    names = in_blocks(PARAM_AXES[f"{path}.kernel"])
+def quantize_linear(linear: nnx.LinearGeneral | nnx.Linear, row: W, kind: str) -> None:
+    """One linear layer of a stack; `row` is its kernel's of the inventory."""
 
     def quantize_all(kernels: jax.Array) -> qwix.QArray:
-        return jax.tree.map(lambda part: constrain(part, *names), quantize_kernels(kernels, f"{path}.kernel", kind))
+        return jax.tree.map(lambda part: constrain(part, *row.block_axes), quantize_kernels(kernels, row, kind))
 
     linear.kernel = nnx.Param(jax.jit(quantize_all)(linear.kernel[...]))
     linear.promote_dtype, linear.dot_general = _promote_but_kernel, _product_in_blocks
 
 
-@functools.partial(jax.jit, static_argnames=("path", "kind"))
-def quantize_kernels(kernels: jax.Array, path: str, kind: str) -> qwix.QArray:
-    """The kernels `[L, *in, *out]` of the parameter `path`, quantised.
+@functools.partial(jax.jit, static_argnames=("row", "kind"))
+def quantize_kernels(kernels: jax.Array, row: W, kind: str) -> qwix.QArray:
+    """The kernels `[L, *in, *out]` of a row of the inventory, quantised.
 
     One layer after the other: its float32 copy is one layer large.
     """
-    axis = input_axes(PARAM_AXES[path])  # of the block in a layer, behind the inputs
+    axis = row.inputs  # of the block in a layer, behind the inputs
 
     def quantize(kernel: jax.Array) -> qwix.QArray:
         inputs, outputs = kernel.shape[:axis], kernel.shape[axis:]

@@ -1,183 +1,42 @@
-"""Where every array lives on a device mesh: `weights/param_axes.py` names dimensions, one table here gives mesh axes.
+"""Where every array lives on a device mesh: axis names of `weights/` and of activations, put on mesh axes.
 
-The mesh has four axes: `data` (copies of the model; across slices), `fsdp` (parameters cut along their width),
-`tensor` (heads and MLP cut) and `sequence` (long rows cut; parameters too, as along `fsdp`).  Modules know nothing of
-it but `constrain`.
+Modules know nothing of the mesh but `constrain`.
 """
 
-import math
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError
-from llamavid_jax.weights.param_axes import ADAPTER_AXES, OPTIONAL_ROWS, PARAM_AXES, axis_sizes, in_blocks
-
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
-
-AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    # activations
-    "batch": ("data", "fsdp"),
-    "frames": ("data", "fsdp", "sequence", "tensor"),
-    "sequence": "sequence",
-    # llama
-    "layers": None,
-    "embed": ("fsdp", "sequence"),  # chips that share rows share the parameters' memory too
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "rank": None,
-    # vision
-    "vision_layers": None,
-    "vision_embed": ("fsdp", "sequence"),
-    "vision_heads": "tensor",
-    "vision_head_dim": None,
-    "vision_mlp": "tensor",
-    "context": "tensor",
-    "qkv": None,
-    "patch_row": None,
-    "patch_column": None,
-    "channels": None,
-    "positions": None,
-    # q-former
-    "qformer_layers": None,
-    "qformer_cross_layers": None,
-    "qformer_embed": ("fsdp", "sequence"),
-    "qformer_heads": "tensor",
-    "qformer_head_dim": None,
-    "qformer_mlp": "tensor",
-    "qformer_vocab": None,
-    "qformer_positions": None,
-    "queries": None,
-    "hidden": "tensor",
-}
-
-
-class ShardingError(InputError):
-    """A mesh or a table row that does not fit: names it, the sizes and the remedy."""
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """`"fsdp=4,tensor=2"` → axis sizes.  Raises ShardingError on an unknown axis or a size that is not a number."""
-    sizes = {}
-    for part in text.replace(",", " ").split():
-        name, _, size = part.partition("=")
-        if name not in MESH_AXES or name in sizes or not size.isdecimal() or not 1 <= int(size) < 2**31:
-            raise ShardingError(
-                f"mesh part {part!r} is not AXIS=SIZE with AXIS one of {', '.join(MESH_AXES)}, each once"
-            )
-        sizes[name] = int(size)
-    return sizes
-
-
-def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
-    """A mesh of the four axes; axes that are not named have size 1.  `data` and then `fsdp` go across slices."""
-    unknown = sorted(set(sizes) - set(MESH_AXES))
-    if unknown:
-        raise ShardingError(f"{unknown[0]!r} is no mesh axis; the axes are {', '.join(MESH_AXES)}")
-    for axis, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise ShardingError(f"mesh axis {axis} has size {size!r}; use a whole number of 1 or more")
-    devices = jax.devices() if devices is None else devices
-    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    needed, asked = math.prod(shape), ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    if needed > len(devices):
-        raise ShardingError(f"a mesh of {asked} needs {needed} devices; {len(devices)} are attached")
-    types, used = (AxisType.Auto,) * len(MESH_AXES), devices[:needed]
-    slices = Counter(getattr(device, "slice_index", 0) for device in used)
-    if len(set(slices.values())) > 1:
-        raise ShardingError(
-            f"a mesh of {asked} takes {sorted(slices.values())} devices of the slices; use whole slices"
-        )
-    over_slices: list[int] = []
-    for size in shape:  # slices of TPUs, or hosts of GPUs, go over the outermost axes
-        over_slices.append(math.gcd(size, len(slices) // math.prod(over_slices)))
-    inner = [size // outer for size, outer in zip(shape, over_slices, strict=True)]
-    tensor, sequence = shape[2:]
-    if len(slices) == 1 and tensor == 1 and (rings := closed_rings(used, sequence)) is not None:
-        grid = rings.reshape(shape)
-    elif len(slices) == 1:
-        grid = create_device_mesh(shape, used, allow_split_physical_axes=True)
-    else:
-        grid = create_hybrid_device_mesh(inner, over_slices, used, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=types)
-
-
-def closed_rings(devices: list, length: int) -> np.ndarray | None:
-    """`[rings, length]`: the chips of a flat TPU slice in rings of neighbours, out along a line, back along the next.
-
-    The links of v5e and v6e slices do not wrap around.  Along a straight line the last chip would send to the first
-    across all others, and for that the compiler of v5e stops other work.  None where there is nothing to close.
-    """
-    if length < 4 or length % 2 or any(device.platform != "tpu" or device.coords[2] for device in devices):
-        return None
-    sides = np.max([device.coords[:2] for device in devices], axis=0) + 1
-    if math.prod(sides) != len(devices):
-        return None
-    grid = np.empty(sides, object)
-    for device in devices:
-        grid[tuple(device.coords[:2])] = device
-    half = length // 2
-    grid = grid if grid.shape[0] % 2 == 0 and grid.shape[1] % half == 0 else grid.T
-    if grid.shape[0] % 2 or grid.shape[1] % half:
-        return None
-    there, back = np.moveaxis(grid.reshape(grid.shape[0] // 2, 2, -1, half), 1, 0)
-    return np.concatenate([there, back[..., ::-1]], axis=-1).reshape(-1, length)
+from llamavid_jax.parallel.mesh import AXIS_RULES, ShardingError
+from llamavid_jax.weights.llama import TARGETS
+from llamavid_jax.weights.row import Parameter
+from llamavid_jax.weights.table import parameters
 
 
 def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str | None, ...]]:
-    """Axis names of every parameter path.  Updates of the linear layers are optional, all of one rank.
+    """Axis names of every parameter path, as the inventory (`weights/`) has them; None for the inputs of a block.
 
-    Quantised kernels have the rows of full-precision ones, and None for the inputs of a block.
-    Strict both ways: a path without a row, a row without a path and a row whose axes have other sizes are errors.
+    LLaMA's linear layers may be quantised and may have updates, all of one rank.  Strict: a path without a row, a row
+    without a path and a row whose axes have other sizes are errors.
     """
-    sizes, unused, axes = axis_sizes(config), set(PARAM_AXES) - OPTIONAL_ROWS, {}
-    sizes["rank"] = next((shape[-1] for path, shape in shapes.items() if path.endswith(".lora.a")), 0)
+    rank = next((shape[-1] for path, shape in shapes.items() if path.endswith(".lora.a")), 0)
+    targets = [target for target, row in TARGETS.items() if row.low_rank()[0].path in shapes]
+    kind = "int8" if any(path.endswith(".qvalue") for path in shapes) else "none"
+    expected = parameters(config, rank, targets, kind)
     for path, shape in shapes.items():
-        kernel, _, part = path.rpartition(".")
-        if kernel in _ROWS and part in ("qvalue", "scale"):
-            axes[path] = _axes_in_blocks(path, tuple(shape), _ROWS[kernel], sizes)
-            unused.discard(kernel)
-            continue
-        row = _row(path)
-        if row not in _ROWS:
-            raise ShardingError(f"parameter {path} {shape} has no row in PARAM_AXES; add one")
-        names = tuple(_ROWS[row].split())
-        expected = tuple(sizes[name] for name in names)
-        if expected != tuple(shape):
-            raise ShardingError(f"PARAM_AXES says {path} is {' '.join(names)} = {expected}, but it is {tuple(shape)}")
-        unused.discard(row)
-        axes[path] = names
-    if unused:
-        raise ShardingError(f"PARAM_AXES row {min(unused)} matches no parameter; remove it")
-    return axes
-
-
-_ROWS = PARAM_AXES | ADAPTER_AXES
-
-
-def _row(path: str) -> str:
-    return path if path in _ROWS else ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
-def _axes_in_blocks(path: str, shape: tuple[int, ...], row: str, sizes: dict[str, int]) -> tuple[str | None, ...]:
-    """The axes of a quantised kernel's `qvalue` or `scale`, which must be those of complete blocks."""
-    names = in_blocks(row)
-    at, whole = names.index(None) - 1, [sizes[name] for name in names if name]
-    number = shape[at] if len(shape) == len(names) and shape[at] and whole[at] % shape[at] == 0 else 1
-    expected = (*whole[:at], number, whole[at] // number if path.endswith("qvalue") else 1, *whole[at + 1 :])
-    if shape != expected:
-        raise ShardingError(f"PARAM_AXES says all of {path} is {row} = {tuple(whole)}; {shape} is not its blocks")
-    return names
+        if path not in expected:
+            raise ShardingError(f"parameter {path} {tuple(shape)} has no row in the inventory, weights/; add one")
+        if expected[path].shape != tuple(shape):
+            row = f"{' '.join(name or 'block' for name in expected[path].axes)} = {expected[path].shape}"
+            raise ShardingError(f"the inventory says {path} is {row}, but it is {tuple(shape)}")
+    if missing := expected.keys() - shapes.keys():
+        raise ShardingError(f"the inventory's row {min(missing)} matches no parameter; remove it")
+    return {path: expected[path].axes for path in shapes}
 
 
 def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> PartitionSpec:
@@ -185,9 +44,9 @@ def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: 
     spec = []
     for size, name in zip(shape, names, strict=True):
         axes = []
-        for axis in np.atleast_1d(AXIS_RULES[name] or []) if name else []:
+        for axis in AXIS_RULES[name] if name else ():
             if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0:
-                axes.append(str(axis))
+                axes.append(axis)
                 size //= mesh.shape[axis]
         spec.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*spec)
@@ -210,6 +69,19 @@ def param_shardings(params: Any, config: LLaMAVIDLlavaConfig, mesh: Mesh | Abstr
     return jax.tree.unflatten(jax.tree.structure(params), shardings)
 
 
+def placed_params(
+    config: LLaMAVIDLlavaConfig, dtype: Any, mesh: Mesh | AbstractMesh, float32: Container[str] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter of a model by its path, in `dtype` (those of `float32` in it), with its place on `mesh`."""
+
+    def place(path: str, parameter: Parameter) -> jax.ShapeDtypeStruct:
+        kind = jnp.float32 if path in float32 else parameter.dtype or dtype
+        sharding = NamedSharding(mesh, partition_spec(parameter.shape, parameter.axes, mesh))
+        return jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(kind), sharding=sharding)
+
+    return {path: place(path, parameter) for path, parameter in parameters(config).items()}
+
+
 def activation_spec(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
     """The spec of an activation on the mesh in context; replicated without one."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -229,7 +101,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, *names))
 
 
-def pin(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def pin(params: dict[str, jax.Array], axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, jax.Array]:
     """Parameters by path, pinned to their places on the mesh in context: so are their gradients, which are then
     scattered as they are summed, rather than replicated first."""
-    return {path: constrain(value, *_ROWS[_row(path)].split()) for path, value in params.items()}
+    return {path: constrain(value, *axes[path]) for path, value in params.items()}

@@ -24,7 +24,7 @@ from llamavid_jax.errors import ConfigError
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.models.stack import REMAT
 from llamavid_jax.parallel.chips import CHIPS
-from llamavid_jax.parallel.sharding import parse_mesh
+from llamavid_jax.parallel.mesh import parse_mesh
 from llamavid_jax.shapes import RowShape
 from llamavid_jax.text.conversation import template_named
 

@@ -32,7 +32,7 @@ from llamavid_jax.data.sizes import read_sizes
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import write_files
 from llamavid_jax.models.loss import LossSums
-from llamavid_jax.parallel.sharding import ShardingError
+from llamavid_jax.parallel.mesh import ShardingError, shards
 from llamavid_jax.shapes import Batch
 from llamavid_jax.training.checkpoint import RunCheckpoints
 from llamavid_jax.training.config import TrainConfig
@@ -103,7 +103,7 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
 
         tracing = exits.enter_context(contextlib.ExitStack())
         device_rows = batch_sharding(mesh).shard_shape((config.training.batch_size,))[0]
-        ahead = loader.row_bytes * device_rows // mesh.shape["sequence"] <= FETCHED_AHEAD
+        ahead = loader.row_bytes * device_rows // shards(mesh.shape, "sequence") <= FETCHED_AHEAD
         every = config.training.evaluate_every or steps
         batches, following = upcoming(loader, mesh, config), None
         for step in range(journal.first_step, steps):
@@ -215,7 +215,7 @@ def make_loader(
         threads=data.threads,
         processes=0 if held_out else data.processes,
         rows=rows,
-        shares=start.mesh.shape["sequence"],
+        shares=shards(start.mesh.shape, "sequence"),
     )
 
 

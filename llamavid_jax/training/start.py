@@ -32,8 +32,9 @@ from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.models.lora import ADAPTERS, TARGETS, LoraConfig, add_lora, merge_lora
-from llamavid_jax.parallel.sharding import flat_paths, make_mesh, param_axes, parse_mesh, partition_spec
+from llamavid_jax.models.lora import ADAPTERS, LoraConfig, add_lora, merge_lora
+from llamavid_jax.parallel.mesh import FSDP, make_mesh, parse_mesh, shards, spec_of
+from llamavid_jax.parallel.sharding import flat_paths, partition_spec
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.text.tokenizer import Tokenizer
 from llamavid_jax.training.config import OptimizerConfig, TrainConfig
@@ -41,6 +42,7 @@ from llamavid_jax.training.optimizer import make_optimizer
 from llamavid_jax.training.step import TrainState
 from llamavid_jax.training.structure import Structure
 from llamavid_jax.training.trainable import trainable_paths
+from llamavid_jax.weights.llama import TARGETS
 
 
 @dataclasses.dataclass
@@ -99,17 +101,17 @@ class Start:
 
 def run_mesh(text: str) -> Mesh:
     """The mesh of `fsdp=4,tensor=2`; all devices on `fsdp` where nothing is said."""
-    return make_mesh(**(parse_mesh(text) or {"fsdp": jax.device_count()}))
+    return make_mesh(**(parse_mesh(text) or {FSDP: jax.device_count()}))
 
 
 def batch_sharding(mesh: Mesh, field: str = "") -> NamedSharding:
     """Of a field of `Batch`: rows over the copies of the model, and their frames over the chips that share a row."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(["sequence"] if field == "frames" else [])))
+    return NamedSharding(mesh, spec_of("batch", *(["sequence"] if field == "frames" else [])))
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ConfigError unless micro-batches divide over the copies of the model, and rows over `sequence`."""
-    shares = mesh.shape["sequence"]
+    shares = shards(mesh.shape, "sequence")
     for number, shape in enumerate(config.data.shapes):
         for name in ("frames", "pairs", "tokens"):
             if getattr(shape, name) % shares:
@@ -117,7 +119,7 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
                     f"data.buckets[{number}].{name} is {getattr(shape, name)}, which the mesh's sequence={shares} does "
                     f"not divide; use a multiple of {shares}, or another mesh"
                 )
-    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_shards = shards(mesh.shape, "batch")
     rows = config.training.batch_size // config.training.micro_batches
     if rows % batch_shards:
         raise ConfigError(
@@ -166,7 +168,7 @@ def read_updates(config: TrainConfig, model_config: LLaMAVIDLlavaConfig) -> dict
 def check_lora_trains(lora: LoraConfig, trains: Container[str]) -> None:
     """Raises ConfigError for a kernel that would train itself under its update, or quantised."""
     for target in lora.targets if lora.base == "float" else TARGETS:
-        kernel = f"llama.layers.{TARGETS[target]}.kernel"
+        kernel = TARGETS[target].path
         if kernel in trains:
             raise ConfigError(
                 f"trainable: {kernel} trains, but lora holds it fixed; set its pattern to false, such as llama.*: false"
@@ -199,12 +201,11 @@ def lay_out(config: TrainConfig, mesh: Mesh) -> Layout:
         check_lora_trains(config.lora, trains)
         if config.lora.base != "float":
             host_mesh()  # for the end
-    axes = param_axes({path: leaf.shape for path, leaf in structure.shapes.items()}, model_config)
     leaves = {
         path: jax.ShapeDtypeStruct(
             leaf.shape,
             jnp.float32 if path in trains else dtype,
-            sharding=NamedSharding(mesh, partition_spec(leaf.shape, axes[path], mesh)),
+            sharding=NamedSharding(mesh, partition_spec(leaf.shape, structure.axes[path], mesh)),
         )
         for path, leaf in structure.shapes.items()
     }
@@ -221,7 +222,7 @@ def make_model(config: TrainConfig, model_config: LLaMAVIDLlavaConfig) -> LlamaV
     rngs = nnx.Rngs(config.training.seed)
     model = LlamaVid(model_config, rngs=rngs, dtype=parse_dtype(config.training.dtype), remat=config.training.remat)
     if config.lora:
-        add_lora(model, config.lora, rngs)
+        add_lora(model.llama, config.lora, rngs)
     return model
 
 
@@ -300,5 +301,5 @@ def quantized(structure: Structure, params: dict[str, jax.Array], kind: str) -> 
 
     model = structure.model(params)
     params.clear()
-    quantize_base(model, kind)
+    quantize_base(model.llama, kind)
     return Structure(model), flat_paths(nnx.state(model, nnx.Param))

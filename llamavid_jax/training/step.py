@@ -79,7 +79,7 @@ def loss_sums(model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: A
     pairs_key = None
     if dropout_key is not None:
         pairs_key, lora_key = jax.random.split(dropout_key)
-        set_dropout(model, lora_key)
+        set_dropout(model.llama, lora_key)
     visual = visual_table(model, batch, remat, pairs_key)
     hidden = model.llama(model.merge(batch.token_ids, visual, batch.visual_index), batch.segment_ids, batch.positions)
     return next_token_sums(hidden, model.llama.head_kernel(), batch.labels)
@@ -111,7 +111,7 @@ def make_train_step(
 
         def loss(params, micro: Batch, weight, number):
             key = jax.random.fold_in(step_key, number) if dropout else None
-            sums = loss_sums(structure.model(pin(params), frozen), micro, loop.remat, key)
+            sums = loss_sums(structure.model(pin(params, structure.axes), frozen), micro, loop.remat, key)
             return sums.loss * weight, sums
 
         def add(total, part):

@@ -4,17 +4,19 @@ import jax
 from flax import nnx
 
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.parallel.sharding import flat_paths, param_axes
 
 
 class Structure:
-    """What is left of a model when its parameters are taken out.  `shapes`: path → jax.ShapeDtypeStruct, in order."""
+    """What is left of a model when its parameters are taken out.  `shapes`: path → jax.ShapeDtypeStruct, in order,
+    `axes`: path → names of its axes."""
 
     def __init__(self, model: LlamaVid):
         """`model` may be abstract (`nnx.eval_shape`)."""
         self._graphdef, state = nnx.split(model, nnx.Param)
         self._tree = jax.tree.structure(state)
         self.shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat_paths(state).items()}
+        self.axes = param_axes({path: x.shape for path, x in self.shapes.items()}, model.config)
 
     def model(self, *params: dict[str, jax.Array]) -> LlamaVid:
         """The model with the given parameters, all of them."""

@@ -12,7 +12,7 @@ from llamavid_jax.attention import attention as attention_file
 from llamavid_jax.attention.attention import attention
 from llamavid_jax.attention.reference import QUERY_BLOCK, reference_attention
 from llamavid_jax.attention.splash import splash_attention, splash_supports
-from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.parallel.mesh import make_mesh
 
 BAR = 1e-5  # relative error in float32
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import yaml
+from built import abstract_params
 from paths import ROOT
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, grid_stride, projector_depth
 from llamavid_jax.errors import ConfigError, InputError
-from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.parallel.sharding import flat_paths, param_axes
 
 MODELS = ROOT / "configs" / "models"

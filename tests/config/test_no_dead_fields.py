@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from built import abstract_params
 from flax import nnx
 
 from llamavid_jax.config.schema import (
@@ -21,7 +22,7 @@ from llamavid_jax.config.schema import (
 )
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import RequestError
-from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
+from llamavid_jax.models.llama_vid import LlamaVid
 
 TINY = LLaMAVIDLlavaConfig(
     LLaMAVIDLlavaVisionConfig(

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from built import abstract_params
 
 from llamavid_jax.inference.generate import decode_block, prefill
-from llamavid_jax.models.llama_vid import abstract_params, compress_frames, encode_frames, forward
+from llamavid_jax.models.llama_vid import compress_frames, encode_frames, forward
 from llamavid_jax.shapes import IMAGE_TOKEN
 
 VIDEO = [1, 40, 41, IMAGE_TOKEN, 42, 43, 44]

@@ -19,8 +19,10 @@ from llamavid_jax.errors import ConfigError
 from llamavid_jax.models import stack
 from llamavid_jax.models.kv_cache import KVCache
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.models.lora import TARGETS, LoraConfig, add_lora, merge_lora, set_dropout
-from llamavid_jax.parallel.sharding import ShardingError, flat_paths, make_mesh, param_axes, param_shardings
+from llamavid_jax.models.lora import LoraConfig, add_lora, linears, merge_lora, set_dropout
+from llamavid_jax.parallel.mesh import ShardingError, make_mesh
+from llamavid_jax.parallel.sharding import flat_paths, param_axes, param_shardings
+from llamavid_jax.weights.llama import TARGETS
 
 LORA = LoraConfig(rank=4, alpha=6, dropout=0.3)
 IDS = jnp.asarray(token_ids(CONFIG, 24))
@@ -33,11 +35,10 @@ def pure(model: nnx.Module) -> dict:
 def adapted(config: LoraConfig = LORA, b_scale: float = 0.2, dtype=jnp.float32) -> LlamaVid:
     """The reference's weights with updates whose B is random, as after training."""
     model = ours(CONFIG, 0.2, dtype)
-    add_lora(model, config, nnx.Rngs(1))
+    add_lora(model.llama, config, nnx.Rngs(1))
     keys = iter(jax.random.split(jax.random.key(2), 7))
-    for target in config.targets:
-        part, name = TARGETS[target].split(".")
-        b = getattr(getattr(model.llama.layers, part), name).lora.b
+    for _, linear in linears(model.llama, config.targets):
+        b = linear.lora.b
         b[...] = b_scale * jax.random.normal(next(keys), b.shape)
     return model
 
@@ -63,7 +64,7 @@ def base_logits():
 def test_a_new_update_changes_no_bit(targets, base_logits):
     model = adapted(LoraConfig(rank=4, targets=targets), b_scale=0)
     added = [path for path in flat_paths(pure(model)) if ".lora." in path]
-    assert added == [f"llama.layers.{TARGETS[t]}.lora.{m}" for t in sorted(targets, key=TARGETS.get) for m in "ab"]
+    assert added == sorted(row.path for target in targets for row in TARGETS[target].low_rank())
     np.testing.assert_array_equal(logits(model), base_logits)
 
 
@@ -112,7 +113,7 @@ def adapter_loss(model: LlamaVid, remat: bool, key=None):
     def loss(updates):
         model = nnx.merge(graphdef, updates, frozen)
         if key is not None:
-            set_dropout(model, key)
+            set_dropout(model.llama, key)
 
         def run(ids):
             return model.llama.logits(model.llama(model.llama.embed(ids)))
@@ -157,7 +158,7 @@ def test_dropout_drops_inputs_at_its_rate_and_keeps_the_mean():
     """Each layer draws its own: kernels of zeros and A, B that hand one input through show the mask."""
     model = adapted(LoraConfig(rank=1, alpha=1, dropout=0.25, targets=["down"]))
     down = model.llama.layers.mlp.down
-    set_dropout(model, jax.random.key(0))
+    set_dropout(model.llama, jax.random.key(0))
     down.kernel[...] = jnp.zeros_like(down.kernel[...])
     down.lora.a[...] = jnp.zeros_like(down.lora.a[...]).at[:, 0].set(1)
     down.lora.b[...] = jnp.ones_like(down.lora.b[...])

@@ -21,10 +21,11 @@ from llamavid_jax.inference.generate import DecodeState, decode_block, prefill
 from llamavid_jax.inference.sampling import Sampling
 from llamavid_jax.models import quantize as quantization
 from llamavid_jax.models.kv_cache import KVCache, Rounded
-from llamavid_jax.models.quantize import KERNELS
-from llamavid_jax.parallel.sharding import ShardingError, flat_paths, make_mesh, param_axes
+from llamavid_jax.parallel.mesh import ShardingError, make_mesh
+from llamavid_jax.parallel.sharding import flat_paths, param_axes
 from llamavid_jax.shapes import TEXT
 from llamavid_jax.training.config import read_config
+from llamavid_jax.weights.llama import KERNELS
 
 load = LLaMAVIDLlavaForConditionalGeneration.from_pretrained
 
@@ -98,7 +99,7 @@ def test_a_quantized_checkpoint(whole, int8):
     for params in found:
         assert params.keys() == wanted.keys()
         assert all(np.array_equal(params[path], wanted[path]) for path in wanted)
-    assert wanted[f"{KERNELS[0]}.qvalue"].dtype == jnp.int8
+    assert wanted[f"{next(iter(KERNELS))}.qvalue"].dtype == jnp.int8
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -119,11 +120,11 @@ def test_no_whole_kernel_reaches_the_device(whole, monkeypatch):
     def on_device() -> int:
         return sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted() and x.devices() == {device})
 
-    def watched(kernels, path, kind):
+    def watched(kernels, row, kind):
         if not isinstance(kernels, jax.core.Tracer):  # of the shapes alone
             assert kernels.devices() == {jax.devices("cpu")[0]}
             held.append(on_device())
-        return quantize(kernels, path, kind)
+        return quantize(kernels, row, kind)
 
     monkeypatch.setattr(quantization, "quantize_kernels", watched)
     model = load(whole, dtype="float32", quantize="int8", mesh=make_mesh([device]))
@@ -196,8 +197,8 @@ def test_errors(whole, int8, tmp_path, capsys):
 def test_blocks_that_are_none_of_the_kernel(int8):
     config = LLaMAVIDLlavaConfig.from_pretrained(int8)
     shapes = {path: leaf.shape for path, leaf in flat_paths(load(int8).params).items()}
-    path = f"{KERNELS[0]}.qvalue"
+    path = f"{next(iter(KERNELS))}.qvalue"
     for wrong in ((3, 2, 64, 4, 16), (3, 64, 4, 16), (3, 1, 60, 4, 16)):
-        with pytest.raises(ShardingError, match=f"the whole of {path} is layers embed heads head_dim"):
+        with pytest.raises(ShardingError, match=f"the inventory says {path} is layers embed block heads head_dim"):
             param_axes(shapes | {path: wrong}, config)
     assert dataclasses.replace(config, quantization="none").quantized("int8") == config

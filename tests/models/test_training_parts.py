@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 import torch
+from built import abstract_params
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.models import loss
-from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.parallel.sharding import flat_paths
 from llamavid_jax.shapes import IGNORE_LABEL
 from llamavid_jax.training.config import OptimizerConfig

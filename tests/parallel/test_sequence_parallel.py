@@ -23,8 +23,9 @@ from llamavid_jax.config.schema import (
     LLaMAVIDLlavaVisionConfig,
 )
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.parallel.rows import take_slots
-from llamavid_jax.parallel.sharding import make_mesh, param_axes, partition_spec
+from llamavid_jax.parallel.sharding import param_axes, partition_spec
 from llamavid_jax.shapes import TEXT, Batch
 from llamavid_jax.training.start import batch_sharding
 from llamavid_jax.training.step import loss_sums, visual_table

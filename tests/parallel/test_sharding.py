@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from built import abstract_params
 
 from llamavid_jax.config.schema import (
     LlamaConfig,
@@ -14,18 +15,11 @@ from llamavid_jax.config.schema import (
     LLaMAVIDLlavaVisionConfig,
 )
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
-from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.parallel import sharding
-from llamavid_jax.parallel.sharding import (
-    ShardingError,
-    closed_rings,
-    flat_paths,
-    make_mesh,
-    param_axes,
-    param_shardings,
-    parse_mesh,
-)
+from llamavid_jax.parallel.mesh import AXIS_RULES, ShardingError, closed_rings, make_mesh, parse_mesh
+from llamavid_jax.parallel.sharding import flat_paths, param_axes, param_shardings
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.weights.table import axis_sizes, parameters
 
 pytestmark = pytest.mark.sharding
 BAR = 1e-5  # relative error of logits on eight devices against one
@@ -78,7 +72,7 @@ def different_shapes():
 
 
 def test_sizes_of_the_test_configuration_tell_all_axes_apart():
-    sizes = {name: size for name, size in sharding.axis_sizes(ALL_DIFFERENT).items() if name not in SAME_BY_NATURE}
+    sizes = {name: size for name, size in axis_sizes(ALL_DIFFERENT).items() if name not in SAME_BY_NATURE}
     assert len(set(sizes.values())) == len(sizes)
 
 
@@ -86,30 +80,30 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter(different_shapes):
     axes = param_axes(different_shapes, ALL_DIFFERENT)
     assert set(axes) == set(different_shapes)
     used = {name for names in axes.values() for name in names}
-    assert used == set(sharding.axis_sizes(ALL_DIFFERENT))
-    assert used <= set(sharding.AXIS_RULES)
+    assert used == set(axis_sizes(ALL_DIFFERENT))
+    assert used <= set(AXIS_RULES)
 
 
 def test_names_in_another_order_are_refused(different_shapes, monkeypatch):
     """Each row with its first and last axis exchanged, one row at a time."""
-    exchanged = 0
-    for row, names in sharding.PARAM_AXES.items():
-        first, *middle, last = names.split() if " " in names else (names, names)
-        if SAME_BY_NATURE.get(last, last) == SAME_BY_NATURE.get(first, first):
+    exchanged, table = 0, sharding.parameters
+    for path, row in parameters(ALL_DIFFERENT).items():
+        if row.shape == (other := (row.shape[-1], *row.shape[1:-1], row.shape[0])[: len(row.shape)]):
             continue
         with monkeypatch.context() as patch:
-            patch.setitem(sharding._ROWS, row, " ".join([last, *middle, first]))
-            with pytest.raises(ShardingError, match="PARAM_AXES says"):
+            wrong = {path: row._replace(shape=other)}
+            patch.setattr(sharding, "parameters", lambda *args, wrong=wrong: table(*args) | wrong)
+            with pytest.raises(ShardingError, match="the inventory says"):
                 param_axes(different_shapes, ALL_DIFFERENT)
         exchanged += 1
     assert exchanged > 50
 
 
 def test_strict_both_ways(different_shapes, monkeypatch):
-    with pytest.raises(ShardingError, match=r"llama\.new \(3,\) has no row"):
+    with pytest.raises(ShardingError, match=r"llama\.new \(3,\) has no row in the inventory"):
         param_axes({**different_shapes, "llama.new": (3,)}, ALL_DIFFERENT)
     with pytest.raises(
-        ShardingError, match=r"PARAM_AXES says llama\.norm\.scale is embed = \(52,\), but it is \(53,\)"
+        ShardingError, match=r"the inventory says llama\.norm\.scale is embed = \(52,\), but it is \(53,\)"
     ):
         param_axes({**different_shapes, "llama.norm.scale": (53,)}, ALL_DIFFERENT)
     fewer = {path: shape for path, shape in different_shapes.items() if path != "qformer.query"}

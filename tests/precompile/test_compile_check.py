@@ -18,7 +18,7 @@ from training_cases import CONFIG, ROOT, batch, example
 from training_data import write_tokenizers
 
 from llamavid_jax.parallel.chips import CHIPS, Chip, peak_flops
-from llamavid_jax.parallel.sharding import ShardingError, make_mesh
+from llamavid_jax.parallel.mesh import ShardingError, make_mesh
 from llamavid_jax.precompile import plan as plans
 from llamavid_jax.precompile import report as reports
 from llamavid_jax.precompile.buffers import read

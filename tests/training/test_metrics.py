@@ -6,12 +6,12 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from built import abstract_params
 from flax import nnx
 from paths import CONFIGS
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models.flops import PARTS, _visual_tokens, flops_per_step
-from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.models.visual_tokens import VisualTokens
 from llamavid_jax.parallel.chips import PEAK_TFLOPS, peak_flops
 from llamavid_jax.training import metrics

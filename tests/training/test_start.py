@@ -15,11 +15,12 @@ from conversion import merge_lora
 from llamavid_jax.checkpoints.weights import WeightsError, load_weights, nest, save_part, save_weights
 from llamavid_jax.errors import ConfigError, InputError
 from llamavid_jax.models import quantize
-from llamavid_jax.models.lora import TARGETS
-from llamavid_jax.parallel.sharding import flat_paths, make_mesh
+from llamavid_jax.parallel.mesh import make_mesh
+from llamavid_jax.parallel.sharding import flat_paths
 from llamavid_jax.training import start
 from llamavid_jax.training.config import read_config
 from llamavid_jax.training.start import load_start
+from llamavid_jax.weights.llama import KERNELS
 
 RECIPE = ROOT / "configs" / "tiny" / "lora.yaml"
 BASES = pytest.mark.parametrize("base", ["float", "nf4"])
@@ -73,7 +74,7 @@ def test_the_adapter_merged_is_the_runs_model(base, model, mesh, tmp_path):
     for path, value in wanted.items():
         np.testing.assert_allclose(found[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
     changed = {path for path, value in wanted.items() if not np.array_equal(value, before[path])}
-    adapted = {f"llama.layers.{place}.kernel" for place in TARGETS.values()}
+    adapted = set(KERNELS)
     assert changed == adapted | {path for path in before if path.startswith(("qformer.", "visual_tokens."))}
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         model
@@ -121,11 +122,11 @@ def test_quantizing_lets_go_of_each_whole_kernel(model, mesh, monkeypatch):
     alive, kernels, quantized, linears = [], [], start.quantized, quantize.linears
 
     def watched(structure, params, kind):
-        kernels.extend(weakref.ref(params[f"llama.layers.{place}.kernel"]) for place in TARGETS.values())
+        kernels.extend(weakref.ref(params[path]) for path in KERNELS)
         return quantized(structure, params, kind)
 
-    def counted(layers):
-        for one in linears(layers):
+    def counted(llama):
+        for one in linears(llama):
             alive.append(sum(kernel() is not None for kernel in kernels))
             yield one
 

@@ -8,21 +8,22 @@ import socket
 import numpy as np
 import pytest
 import yaml
+from built import abstract_params
 from flax import nnx
 from paths import CONFIGS
 
 import train
 from benchmarks.packing import mixed
-from conversion.weight_table import weight_table
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.plan import fit, plan_epoch
 from llamavid_jax.errors import ConfigError, InputError
-from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
+from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.lora import add_lora
 from llamavid_jax.parallel.sharding import flat_paths, param_axes
 from llamavid_jax.training.config import read_config
 from llamavid_jax.training.optimizer import lr_factors
 from llamavid_jax.training.trainable import matches, trainable_paths
+from llamavid_jax.weights.table import weight_table
 
 RECIPES = sorted(path for path in CONFIGS.glob("**/*.yaml") if path.parent.name != "models")
 STAGE2 = CONFIGS / "stage2_instruct.yaml"

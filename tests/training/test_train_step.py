@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding
 from training_cases import CONFIG, LOOP, OPTIMIZER, STAGES, batch, example, random_params, state, structure
 
 from llamavid_jax.models import eva_vit, llama_vid
-from llamavid_jax.parallel.sharding import make_mesh, param_axes, partition_spec
+from llamavid_jax.parallel.mesh import make_mesh
+from llamavid_jax.parallel.sharding import param_axes, partition_spec
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.training import step
 from llamavid_jax.training.config import LoopConfig
