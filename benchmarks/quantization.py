@@ -13,8 +13,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
-import operator
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,23 +22,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from conversion.check import read_expected
 from conversion.torch_to_jax import main as torch_to_jax
 from demo.evaluate import answers, questions_of
 from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.errors import InputError
 from llamavid_jax.files import write_files
 from llamavid_jax.inference.request import read_request
 from llamavid_jax.models.kv_cache import KVCache
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.quantize import quantize_linear
+from llamavid_jax.models.structure import Structure, params_of
 from llamavid_jax.shapes import TEXT, bucket, pad_rows
 from llamavid_jax.text.conversation import IMAGE, prompt, template_named
 from llamavid_jax.text.tokenizer import encode_with_images
-from llamavid_jax.weights import table
+from llamavid_jax.weights import vision
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COLUMNS = (
@@ -88,20 +87,22 @@ def load(folder: Path, variant: Variant) -> LLaMAVIDLlavaForConditionalGeneratio
         folder, dtype=variant.dtype, quantize=variant.quantize, kv_cache=variant.kv_cache
     )
     if variant.vision:
-        whole = nnx.merge(model.graphdef, model.params)
-        for row in table.rows(model.config):
-            if row.path.startswith("vision.blocks.") and row.path.endswith(".kernel"):
-                quantize_linear(operator.attrgetter(row.path.removesuffix(".kernel"))(whole), row, variant.vision)
-        model.graphdef, model.params = nnx.split(whole, nnx.Param)
+        whole = model.structure.model(model.params)
+        rows_by_path = {row.path: row for row in vision.ROWS}
+        for part, names in (("attn", ("qkv", "out")), ("mlp", ("fc1", "fc2"))):
+            for name in names:
+                linear = getattr(getattr(whole.vision.blocks, part), name)
+                quantize_linear(linear, rows_by_path[f"vision.blocks.{part}.{name}.kernel"], variant.vision)
+        model.structure, model.params = Structure(whole), params_of(whole)
     return model
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def decoded_logits(
-    graphdef, params, token_ids: Int[Array, "1 T"], visual: Float[Array, "1 N D"], visual_index: Int[Array, "1 T"]
+    structure, params, token_ids: Int[Array, "1 T"], visual: Float[Array, "1 N D"], visual_index: Int[Array, "1 T"]
 ) -> Float[Array, "T V"]:
     """Logits of a row whose first tokens are prefilled and whose others are decoded one by one."""
-    model: LlamaVid = nnx.merge(graphdef, params)
+    model: LlamaVid = structure.model(params)
     row = model.merge(token_ids, visual, visual_index)
     length = row.shape[1]
     hidden, prompt = model.llama.prefill(row[:, :PREFILLED])
@@ -123,7 +124,7 @@ def logits_of(model: LLaMAVIDLlavaForConditionalGeneration, *request: Any, **vis
     for row in rows:
         size = bucket(len(row.token_ids), ROW)
         ids, index = pad_rows([row.token_ids], 1, size, 0), pad_rows([row.visual_index], 1, size, TEXT)
-        found.append(np.asarray(decoded_logits(model.graphdef, model.params, ids, table[None], index)))
+        found.append(np.asarray(decoded_logits(model.structure, model.params, ids, table[None], index)))
         found[-1] = found[-1][: len(row.token_ids)]
     return np.concatenate(found)
 
@@ -160,14 +161,11 @@ def gib_of_7b(variant: Variant) -> float:
     """GiB of the 7B model's parameters."""
     config = LLaMAVIDLlavaConfig.from_yaml(SEVEN)
     config = config.quantized(variant.quantize) if variant.quantize else config
-    leaves = table.parameters(config)
-    bits = {
-        path: {"int4": 4, "int8": 8}.get(leaf.dtype, 8 * jnp.dtype(variant.dtype).itemsize)
-        for path, leaf in leaves.items()
-    }
+    leaves = abstract_params(config, variant.dtype)
+    bits = {path: 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for path, leaf in leaves.items()}
     if variant.vision:  # eight bits a weight, and a scale of sixteen for a block of 64
         bits |= {path: 8.25 for path in bits if path.startswith("vision.blocks") and path.endswith(".kernel")}
-    return sum(math.prod(leaf.shape) * bits[path] for path, leaf in leaves.items()) / 8 / 2**30
+    return sum(leaf.size * bits[path] for path, leaf in leaves.items()) / 8 / 2**30
 
 
 def rows(data: Path, limit: int) -> Iterator[list[str]]:

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from conversion.stored_tensor import CheckpointError
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
 TEXT_FILES = (

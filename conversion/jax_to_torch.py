@@ -23,12 +23,10 @@ from rich.table import Table
 from conversion import folder
 from conversion.orbax_store import Arrays
 from conversion.read_torch import SAFETENSORS_DTYPES
-from conversion.stored_tensor import CheckpointError
 from conversion.torch_config import documented_config, original_config
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError, Parser, complain
-from llamavid_jax.weights.row import TorchWeight
-from llamavid_jax.weights.table import weight_table
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.weights.files import Weight, to_torch, weight_table
 
 SHARD_BYTES = {"original": 1 << 30, "documented": 5 << 30}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -37,7 +35,7 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 class FileWeight:
     """One weight of the file to write: its parts in the checkpoint (two for a fused `qkv.bias`), shape and size."""
 
-    def __init__(self, name: str, parts: list[TorchWeight], arrays: Arrays):
+    def __init__(self, name: str, parts: list[Weight], arrays: Arrays):
         self.name, self.parts, self.arrays = name, parts, arrays
         self.shape = parts[0].shape
         self.dtype = arrays[parts[0].path].dtype.numpy_dtype
@@ -45,7 +43,7 @@ class FileWeight:
 
     def read(self) -> np.ndarray:
         """The values in the file's layout; a fused bias is put together around its zero third."""
-        values = [part.to_torch(self.arrays.read(part.path, part.layer)) for part in self.parts]
+        values = [to_torch(self.arrays.read(part.path, part.index), part.pattern) for part in self.parts]
         if self.parts[0].third is not None:
             thirds = dict(zip((part.third for part in self.parts), values, strict=True))
             return np.concatenate([thirds[0], np.zeros_like(thirds[0]), thirds[2]])
@@ -61,7 +59,7 @@ def file_weights(source: Path, config: LLaMAVIDLlavaConfig, layout: str) -> list
             f"{source} has other parameters than its config.json describes: {', '.join(sorted(differing)[:6])}; "
             "convert it again"
         )
-    parts: dict[str, list[TorchWeight]] = {}
+    parts: dict[str, list[Weight]] = {}
     for weight in table:
         parts.setdefault(weight.name, []).append(weight)
     if layout == "original" and config.text_config.tie_word_embeddings:

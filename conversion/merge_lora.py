@@ -17,16 +17,16 @@ import numpy as np
 
 from conversion import folder, orbax_store
 from conversion.read_torch import read_file
-from conversion.stored_tensor import CheckpointError, StoredTensor
-from conversion.transforms import to_jax
-from llamavid_jax.checkpoints.adapter import check_tensors, read_peft_config, read_values
+from conversion.stored_tensor import StoredTensor
+from llamavid_jax.checkpoints.adapter import check_tensors, peft_tensors, read_peft_config, read_values
 from llamavid_jax.checkpoints.weights import WEIGHTS
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.models.lora import LoraConfig
-from llamavid_jax.weights.row import PEFT_PREFIX, TorchWeight
-from llamavid_jax.weights.table import adapter_table, parameters, weight_table
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import Weight, to_jax, weight_table
 
+PREFIX = "base_model.model."  # PEFT's, before every name of the model that it wraps
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 FULL_MODULES = "non_lora_trainables.bin"
 
@@ -34,22 +34,22 @@ FULL_MODULES = "non_lora_trainables.bin"
 def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, StoredTensor]]:
     """An adapter's configuration and its tensors, `model....lora_A.weight` → tensor.
 
-    Raises CheckpointError without a file of weights, WeightsError where they are not of this model.
+    Raises CheckpointError without a file of weights, CheckpointError where they are not of this model.
     """
     file = next((source / name for name in ADAPTER_FILES if (source / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{source} holds no {' or '.join(ADAPTER_FILES)}; give the folder of an adapter")
     tensors = {name.replace(".default.", "."): tensor for name, tensor in read_file(file).items()}
     lora = read_peft_config(read_values(source), tensors, source)
-    check_tensors(tensors, adapter_table(config.text_config, lora.rank, lora.targets), source)
-    return lora, {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    check_tensors(tensors, peft_tensors(lora, config), source)
+    return lora, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def read_full_modules(source: Path, table: list[TorchWeight]) -> dict[str, StoredTensor]:
+def read_full_modules(source: Path, table: list[Weight]) -> dict[str, StoredTensor]:
     """The tensors of non_lora_trainables.bin under the names of the table; none where there is no such file."""
     file, shapes = source / FULL_MODULES, {weight.name: weight.shape for weight in table}
     tensors = read_file(file) if file.is_file() else {}
-    full = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    full = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     for name, tensor in full.items():
         if shapes.get(name) != tensor.shape:
             raise CheckpointError(
@@ -76,7 +76,7 @@ def read_full_parameters(source: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 
 def merged(
     base: np.ndarray,
-    weight: TorchWeight,
+    weight: Weight,
     lora: LoraConfig,
     updates: Mapping[str, StoredTensor],
     full: Mapping[str, StoredTensor],
@@ -96,7 +96,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     config = LLaMAVIDLlavaConfig.from_pretrained(base).require_whole(base)
     table, arrays = weight_table(config, "original"), orbax_store.Arrays(base / "weights")
     lora, updates = read_adapter(adapter, config)
-    shapes = {path: parameter.shape for path, parameter in parameters(config).items()}
+    shapes = inventory.shapes(config)
     full, own = read_full_modules(adapter, table), read_full_parameters(adapter, shapes)
     replaced = set(own.paths) if own else set()
     if differing := set(shapes) ^ set(arrays.paths):
@@ -104,13 +104,13 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     with folder.whole_folder(out) as partial:
         shutil.copytree(base, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("weights"))
         dtypes = {path: arrays[path].dtype.numpy_dtype for path in shapes}
-        stacked = {weight.path for weight in table if weight.layer is not None}
+        stacked = {weight.path for weight in table if weight.index is not None}
         orbax_store.create(partial / "weights", shapes, dtypes, stacked)
         written = orbax_store.Arrays(partial / "weights")
         for weight in table:
-            start = (own if weight.path in replaced else arrays).read(weight.path, weight.layer)
+            start = (own if weight.path in replaced else arrays).read(weight.path, weight.index)
             value = merged(start.astype(dtypes[weight.path]), weight, lora, updates, full)
-            written.write(weight.path, weight.layer, value)
+            written.write(weight.path, weight.index, value)
     count = len(full) + sum(weight.path in replaced for weight in table)
     print(f"{out}: {len(updates) // 2} kernels updated, {count} weights replaced")
 

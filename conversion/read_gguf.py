@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from conversion.stored_tensor import CheckpointError
 from llamavid_jax.config.foreign import llama_config
 from llamavid_jax.config.schema import LlamaConfig
+from llamavid_jax.errors import CheckpointError
 
 _NAMES = {
     "token_embd": "model.embed_tokens",

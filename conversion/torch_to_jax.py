@@ -15,7 +15,9 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -24,17 +26,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from conversion import folder, orbax_store
+from conversion.positions import resize_positions
 from conversion.read_gguf import write_tokenizer
 from conversion.sources import Source, Tensor, model_config, open_sources
-from conversion.stored_tensor import CheckpointError
-from conversion.transforms import resize_positions, to_jax
-from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.quantize import quantize_kernels
-from llamavid_jax.weights.llama import KERNELS
-from llamavid_jax.weights.row import TorchWeight
-from llamavid_jax.weights.table import parameters, weight_table
+from llamavid_jax.models.structure import flat_paths
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import Weight, to_jax, weight_table
+from llamavid_jax.weights.llama import QUANTISED
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
@@ -45,7 +46,7 @@ INIT_STD = 0.02  # LLaMA's and BERT's initializer_range
 class Fill:
     """One layer of one parameter and the tensor that fills it."""
 
-    weight: TorchWeight
+    weight: Weight
     tensor: Tensor
     resize: bool
 
@@ -54,21 +55,22 @@ class Fill:
 class Plan:
     """Where every parameter comes from and what becomes of every tensor."""
 
-    config: LLaMAVIDLlavaConfig
+    shapes: dict[str, tuple[int, ...]]
     fills: dict[tuple[str, int | None], Fill]
-    missing: list[TorchWeight]
+    missing: list[Weight]
     unused: list[str]  # names in the sources that this model has no place for
     overridden: list[str]  # names that a later source holds too
     leftovers: int
 
 
-def plan(config: LLaMAVIDLlavaConfig, sources: list[Source], init_missing: bool) -> Plan:
+def plan(config, sources: list[Source], init_missing: bool) -> Plan:
     """Matches names and checks every shape before anything is read.
 
     Raises CheckpointError for a wrong shape or dtype, and for missing weights unless they are to be initialised.
     """
+    shapes = inventory.shapes(config)
     table = weight_table(config, "original")
-    by_name: dict[str, list[TorchWeight]] = defaultdict(list)
+    by_name: dict[str, list[Weight]] = defaultdict(list)
     for weight in {*table, *weight_table(config, "documented")}:
         by_name[weight.name].append(weight)
     fills: dict[tuple[str, int | None], Fill] = {}
@@ -80,17 +82,17 @@ def plan(config: LLaMAVIDLlavaConfig, sources: list[Source], init_missing: bool)
             elif name not in by_name:
                 unused.append(name)
             for weight in by_name.get(name, ()):
-                place = (weight.path, weight.layer)
+                place = (weight.path, weight.index)
                 if place in fills:
                     overridden.append(name)
                 fills[place] = Fill(weight, tensor, _check(source, weight, tensor))
-    missing = [weight for weight in table if (weight.path, weight.layer) not in fills]
+    missing = [weight for weight in table if (weight.path, weight.index) not in fills]
     if missing and not init_missing:
         _refuse_missing(sources[0], fills, missing)
-    return Plan(config, fills, missing, unused, overridden, leftovers)
+    return Plan(shapes, fills, missing, unused, overridden, leftovers)
 
 
-def _check(source: Source, weight: TorchWeight, tensor: Tensor) -> bool:
+def _check(source: Source, weight: Weight, tensor: Tensor) -> bool:
     """Whether the tensor is a position table to resize; CheckpointError if it does not fit."""
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise CheckpointError(
@@ -107,7 +109,7 @@ def _check(source: Source, weight: TorchWeight, tensor: Tensor) -> bool:
     )
 
 
-def _refuse_missing(checkpoint: Source, fills: Iterable[tuple[str, int | None]], missing: list[TorchWeight]) -> None:
+def _refuse_missing(checkpoint: Source, fills: Iterable[tuple[str, int | None]], missing: list[Weight]) -> None:
     if {path.split(".")[0] for path, _ in fills} == {"llama"}:
         raise CheckpointError(
             f"{checkpoint.origin} holds only the language model: no vlm_att weights and no vision tower. Give them "
@@ -123,17 +125,16 @@ def _refuse_missing(checkpoint: Source, fills: Iterable[tuple[str, int | None]],
 def leaf_dtypes(plan: Plan, dtype: str) -> dict[str, np.dtype]:
     """The stored type of every parameter: as asked, or ("keep") the one that holds all its layers exactly."""
     if dtype != "keep":
-        return dict.fromkeys(parameters(plan.config), DTYPES[dtype])
+        return dict.fromkeys(plan.shapes, DTYPES[dtype])
     dtypes: dict[str, np.dtype] = {}
     for (path, _), fill in plan.fills.items():
         dtypes[path] = np.dtype(jnp.promote_types(dtypes.get(path, fill.tensor.dtype), fill.tensor.dtype))
     usual = max(set(dtypes.values()), key=list(dtypes.values()).count, default=DTYPES["float32"])
-    return {path: dtypes.get(path, usual) for path in parameters(plan.config)}
+    return {path: dtypes.get(path, usual) for path in plan.shapes}
 
 
-def random_layer(weight: TorchWeight, seed: int) -> np.ndarray:
+def random_layer(weight: Weight, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """A starting value that depends on the seed and the weight's name alone: ones, zeros or N(0, 0.02²)."""
-    shape = weight.layer_shape
     if weight.path.endswith("scale"):
         return np.ones(shape, np.float32)
     if weight.path.endswith("bias"):
@@ -146,27 +147,33 @@ def write_weights(
     plan: Plan, dtypes: dict[str, np.dtype], out: Path, seed: int | None, quantize: str | None, console: Console
 ) -> int:
     """Streams every tensor into the checkpoint at `out`, in the order in which the files hold them; returns bytes."""
-    stored = parameters(plan.config, quantization=quantize or "")
-    kinds = {
-        path: jnp.dtype(parameter.dtype) if parameter.dtype else dtypes.get(path, dtypes.get(path.rpartition(".")[0]))
-        for path, parameter in stored.items()
+    stacked = {path for path, index in plan.fills if index is not None} | {
+        weight.path for weight in plan.missing if weight.index is not None
     }
+
+    def few_bits(leaves: dict[str, Any]) -> dict[str, Any]:
+        return {
+            path: quantize_kernels(x, QUANTISED[path], quantize) if path in QUANTISED else x
+            for path, x in leaves.items()
+        }
+
+    whole = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in plan.shapes.items()}
+    stored = whole if quantize is None else flat_paths(jax.eval_shape(few_bits, whole))
     orbax_store.create(
         out,
-        {path: parameter.shape for path, parameter in stored.items()},
-        kinds,
-        {path for path, parameter in stored.items() if parameter.stacked},
+        {path: leaf.shape for path, leaf in stored.items()},
+        {path: leaf.dtype for path, leaf in stored.items()},
+        {path for path in stored if path in stacked or path.rpartition(".")[0] in stacked},
     )
     arrays = orbax_store.Arrays(out)
 
-    def write(weight: TorchWeight, value: np.ndarray) -> None:
+    def write(weight: Weight, value: np.ndarray) -> None:
         value = value.astype(dtypes[weight.path], copy=False)
         if weight.path in stored:
-            arrays.write(weight.path, weight.layer, value)
+            arrays.write(weight.path, weight.index, value)
             return
-        quantised = quantize_kernels(value[None], KERNELS[weight.path], quantize)
-        for part in ("qvalue", "scale"):
-            arrays.write(f"{weight.path}.{part}", weight.layer, np.asarray(getattr(quantised, part)[0]))
+        for path, part in flat_paths(few_bits({weight.path: value[None]})).items():
+            arrays.write(path, weight.index, np.asarray(part[0]))
 
     fills = sorted(plan.fills.values(), key=lambda fill: (str(fill.tensor.file), fill.tensor.offset))
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -179,9 +186,9 @@ def write_weights(
             write(weight, to_jax(value, weight))
             progress.advance(task, fill.tensor.nbytes)
     for weight in plan.missing:
-        write(weight, random_layer(weight, seed))
-    bits = {path: 4 if kind == jnp.int4 else 8 * kind.itemsize for path, kind in kinds.items()}
-    return sum(math.prod(stored[path].shape) * size // 8 for path, size in bits.items())
+        write(weight, random_layer(weight, weight.layer_shape, seed))
+    bits = (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for leaf in stored.values())
+    return sum(leaf.size * size // 8 for leaf, size in zip(stored.values(), bits, strict=True))
 
 
 def convert(
@@ -227,7 +234,7 @@ def convert(
 def _report(console: Console, plan: Plan, out: Path, written: int, seconds: float, notes: list[str]) -> None:
     table = Table(title=str(out), show_header=False)
     table.add_row("weights", f"{len(plan.fills)}")
-    table.add_row("parameters", f"{len(parameters(plan.config))}")
+    table.add_row("parameters", f"{len(plan.shapes)}")
     table.add_row("size", f"{written / 2**30:.3f} GiB ({written:,} bytes)")
     table.add_row("time", f"{seconds:.1f} s")
     console.print(table)

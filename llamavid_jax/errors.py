@@ -12,6 +12,10 @@ class ConfigError(InputError):
     """A configuration that cannot be used: names the field, its value and the remedy."""
 
 
+class CheckpointError(InputError):
+    """Weights, an adapter or a run's checkpoint that cannot be used: names the file, what is wrong and the remedy."""
+
+
 class Parser(argparse.ArgumentParser):
     """Arguments that cannot be read are bad input as any other: one line, without the usage."""
 

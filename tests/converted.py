@@ -14,7 +14,7 @@ from rich.console import Console
 
 from conversion import torch_to_jax
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.weights.table import weight_table
+from llamavid_jax.weights.files import to_torch, weight_table
 
 ORIGINAL = GOLDEN / "short_video_mean"
 CONFIG = LLaMAVIDLlavaConfig.from_pretrained(ORIGINAL)
@@ -54,8 +54,8 @@ def as_torch(params: dict[str, np.ndarray], config: LLaMAVIDLlavaConfig) -> dict
     """Parameters under the original's names and in its layout."""
     found = {}
     for weight in weight_table(config, "original"):
-        value = params[weight.path] if weight.layer is None else params[weight.path][weight.layer]
-        found[weight.name] = weight.to_torch(value)
+        value = params[weight.path] if weight.index is None else params[weight.path][weight.index]
+        found[weight.name] = to_torch(value, weight.pattern)
     return found
 
 

@@ -14,19 +14,18 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from llamavid_jax.checkpoints.weights import WeightsError
-from llamavid_jax.config.schema import LlamaConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.config.strict import strict
-from llamavid_jax.errors import ConfigError
+from llamavid_jax.errors import CheckpointError, ConfigError
 from llamavid_jax.files import write_files
 from llamavid_jax.models.lora import LoraConfig
-from llamavid_jax.parallel.sharding import flat_paths
-from llamavid_jax.weights.llama import TARGETS
-from llamavid_jax.weights.row import TorchWeight
-from llamavid_jax.weights.table import adapter_table
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import Weight, expand, to_jax, to_torch
+from llamavid_jax.weights.llama import KERNELS
+from llamavid_jax.weights.row import low_rank
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MODULES = {target: ".".join(row.name.split(".")[-3:-1]) for target, row in TARGETS.items()}  # q: "self_attn.q_proj"
+MODULES = {row.name.split(".{l}.")[1].removesuffix(".weight"): target for target, row in KERNELS.items()}
 PLAIN = {  # fields of adapter_config.json that would change the product, and the values with which they do not
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -35,15 +34,21 @@ PLAIN = {  # fields of adapter_config.json that would change the product, and th
 }
 
 
+def peft_tensors(config: LoraConfig, model_config: LLaMAVIDLlavaConfig) -> dict[str, Weight]:
+    """Every tensor of an adapter by its name in the file: A `[rank, in]` and B `[out, rank]` of each layer."""
+    rows = [row for target in config.targets for row in low_rank(KERNELS[target])]
+    sizes = inventory.axis_sizes(model_config) | {"rank": config.rank}
+    return {weight.name: weight for weight in expand(rows, "original", sizes)}
+
+
 def save_adapter(
-    directory: str | Path, params: dict[str, Any], config: LoraConfig, text_config: LlamaConfig, base: str = ""
+    directory: str | Path, params: Mapping[str, Any], config: LoraConfig, model: LLaMAVIDLlavaConfig, base: str = ""
 ) -> None:
     """Writes the updates among `params`, in their type; `base` names the language model that they belong to."""
-    leaves = flat_paths(params)
-    stacked = {path: np.asarray(leaf) for path, leaf in leaves.items() if ".lora." in path}
+    stacked = {path: np.asarray(leaf) for path, leaf in params.items() if ".lora." in path}
     tensors = {
-        tensor.name: np.ascontiguousarray(tensor.to_torch(stacked[tensor.path][tensor.layer]))
-        for tensor in adapter_table(text_config, config.rank, config.targets)
+        name: np.ascontiguousarray(to_torch(stacked[tensor.path][tensor.index], tensor.pattern))
+        for name, tensor in peft_tensors(config, model).items()
     }
     values = {
         "base_model_name_or_path": base,
@@ -53,7 +58,7 @@ def save_adapter(
         "lora_dropout": config.dropout,
         "peft_type": "LORA",
         "r": config.rank,
-        "target_modules": [module.split(".")[1] for target, module in MODULES.items() if target in config.targets],
+        "target_modules": [module.split(".")[1] for module, target in MODULES.items() if target in config.targets],
         "task_type": "CAUSAL_LM",
     }
     files = {WEIGHTS_FILE: safetensors.numpy.save(tensors, {"format": "pt"})}
@@ -64,10 +69,10 @@ def is_adapter(directory: str | Path) -> bool:
     return (Path(directory) / CONFIG_FILE).exists()
 
 
-def load_adapter(directory: str | Path, text_config: LlamaConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def load_adapter(directory: str | Path, model: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """An adapter's configuration and its stacked parameters by dotted path, in the stored type.
 
-    Raises WeightsError for a missing or damaged file and for what `read_peft_config` and `check_tensors` refuse.
+    Raises CheckpointError for a missing or damaged file and for what `read_peft_config` and `check_tensors` refuse.
     """
     folder = Path(directory)
     values = read_values(folder)
@@ -75,13 +80,13 @@ def load_adapter(directory: str | Path, text_config: LlamaConfig) -> tuple[LoraC
         with safetensors.safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
             given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save the adapter again") from None
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save the adapter again") from None
     config = read_peft_config(values, given, folder)
-    tensors = adapter_table(text_config, config.rank, config.targets)
+    tensors = peft_tensors(config, model)
     check_tensors(given, tensors, folder)
     layers: dict[str, list[np.ndarray]] = {}
-    for tensor in tensors:
-        layers.setdefault(tensor.path, []).append(tensor.to_jax(given[tensor.name]))
+    for name, tensor in tensors.items():
+        layers.setdefault(tensor.path, []).append(to_jax(given[name], tensor))
     return config, {path: np.stack(found) for path, found in layers.items()}
 
 
@@ -90,24 +95,26 @@ def read_values(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{folder / CONFIG_FILE} cannot be read ({error}); give the folder of an adapter") from None
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} cannot be read ({error}); give the folder of an adapter"
+        ) from None
     if not isinstance(values, dict):
-        raise WeightsError(f"{folder / CONFIG_FILE} holds a JSON {type(values).__name__}; an object is needed")
+        raise CheckpointError(f"{folder / CONFIG_FILE} holds a JSON {type(values).__name__}; an object is needed")
     return values
 
 
 def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Path) -> LoraConfig:
     """The LoraConfig of an adapter_config.json.
 
-    The targets are read off the tensors' names: `target_modules` may be a pattern.  Raises WeightsError for an adapter
-    that is more than A and B of one rank (DoRA, biases, full modules).
+    The targets are read off the tensors' names: `target_modules` may be a pattern.  Raises CheckpointError for an
+    adapter that is more than A and B of one rank (DoRA, biases, full modules).
     """
     for field, plain in PLAIN.items():
         if values.get(field, plain[0]) not in plain:
-            raise WeightsError(
+            raise CheckpointError(
                 f"{folder}: {field} is {values[field]!r} in {CONFIG_FILE}, which is more than LoRA; merge it with PEFT"
             )
-    targets = [target for target, module in MODULES.items() if any(f".{module}.lora_" in name for name in names)]
+    targets = [target for module, target in MODULES.items() if any(f".{module}.lora_" in name for name in names)]
     alpha = values.get("lora_alpha")
     fields = {
         "rank": values.get("r"),
@@ -118,21 +125,20 @@ def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Pa
     try:
         return strict(LoraConfig, fields, "lora.")
     except ConfigError as error:
-        raise WeightsError(f"{folder}: {CONFIG_FILE} or the tensors' names do not fit: {error}") from None
+        raise CheckpointError(f"{folder}: {CONFIG_FILE} or the tensors' names do not fit: {error}") from None
 
 
-def check_tensors(given: Mapping[str, Any], tensors: Iterable[TorchWeight], folder: Path) -> None:
-    """Raises WeightsError unless a file holds just the tensors of an adapter of this model."""
-    expected = {tensor.name: tensor for tensor in tensors}
+def check_tensors(given: Mapping[str, Any], expected: Mapping[str, Weight], folder: Path) -> None:
+    """Raises CheckpointError unless a file holds just the tensors of an adapter of this model."""
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:
-        raise WeightsError(
+        raise CheckpointError(
             f"{folder} is no adapter of this model: {len(missing)} tensors missing ({', '.join(missing[:2])}), "
             f"{len(unknown)} unknown ({', '.join(unknown[:2])}); give the model that it was trained on"
         )
     for name, tensor in expected.items():
         if tuple(given[name].shape) != tensor.shape:
-            raise WeightsError(
+            raise CheckpointError(
                 f"{folder}: {name} is {tuple(given[name].shape)}, but the model asks for {tensor.shape}; "
                 "give the model that it was trained on"
             )

@@ -16,6 +16,7 @@ import numpy as np
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.inference.request import RequestError, Visual
 from llamavid_jax.models.llama_vid import compress_frames, encode_frames
+from llamavid_jax.models.structure import Params, Structure
 from llamavid_jax.shapes import FRAME_CHUNK, bucket, chunk_size, pad_to
 
 SMALLEST_TABLE = 128  # visual tokens
@@ -23,16 +24,18 @@ UNKNOWN_FRAMES = 64  # room for a video whose number of frames is not known yet
 SMALLEST_QUESTIONS, SMALLEST_QUESTION = 8, 32  # their number, and the tokens of one
 
 
-def frame_features(graphdef, params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig) -> Iterator[np.ndarray]:
+def frame_features(
+    structure: Structure, params: Params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig
+) -> Iterator[np.ndarray]:
     """Features `[f, 1+P, E]` of every chunk of frames, brought to the host."""
     for chunk in _chunks(frames):
         pixels = np.stack([_checked(frame, config, None) for frame in chunk])
-        yield np.asarray(encode_frames(graphdef, params, pad_to(pixels, chunk_size(len(chunk)))))[: len(chunk)]
+        yield np.asarray(encode_frames(structure, params, pad_to(pixels, chunk_size(len(chunk)))))[: len(chunk)]
 
 
 def encode_visuals(
-    graphdef: Any,
-    params: Any,
+    structure: Structure,
+    params: Params,
     config: LLaMAVIDLlavaConfig,
     visuals: Sequence[Visual],
     text_ids: np.ndarray,
@@ -57,7 +60,7 @@ def encode_visuals(
         for chunk in _chunks(owned):
             array = np.stack([_checked(frame, config, has_cls if are_features else None) for _, frame in chunk])
             array = pad_to(array, chunk_size(len(chunk)))
-            features = jnp.asarray(array, dtype) if are_features else encode_frames(graphdef, params, array)
+            features = jnp.asarray(array, dtype) if are_features else encode_frames(structure, params, array)
             running.block_until_ready()  # of the chunk before: decoding may run ahead by one chunk, not by the video
             running = features
             pairs = []
@@ -73,7 +76,7 @@ def encode_visuals(
                 slot += len(table)  # padding goes beyond the table, where it is dropped
                 frame[: len(some)], question[: len(some)], slot[: len(some)] = zip(*some, strict=True)
                 tokens = compress_frames(
-                    graphdef, params, features, frame, question, text_ids, text_mask, has_cls=has_cls
+                    structure, params, features, frame, question, text_ids, text_mask, has_cls=has_cls
                 )
                 table = _write(table, slot, tokens)
             if progress:

@@ -6,17 +6,17 @@ within a block nothing leaves the device.  A row's greedy ids depend neither on 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from llamavid_jax.inference.sampling import Sampling, next_tokens
 from llamavid_jax.models.kv_cache import KeysValues, KVCache
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.models.structure import Params, Structure
 from llamavid_jax.shapes import TEXT, Row, bucket, pad_rows
 
 BLOCK_STEPS = 16  # decode steps between two looks of the host
@@ -35,8 +35,8 @@ class DecodeState(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="greedy")
 def prefill(
-    graphdef,
-    params,
+    structure: Structure,
+    params: Params,
     token_ids: Int[Array, "B T"],
     visual: Float[Array, "1 N D"],
     visual_index: Int[Array, "B T"],
@@ -47,7 +47,7 @@ def prefill(
     greedy: bool,
 ) -> tuple[Int[Array, " B"], Key[Array, " B"], KeysValues]:
     """Runs the prompts: the first token of every row, its key, and what the cache holds of the prompts."""
-    model: LlamaVid = nnx.merge(graphdef, params)
+    model: LlamaVid = structure.model(params)
     hidden, prompt = model.llama.prefill(model.merge(token_ids, visual, visual_index))
     rows = jnp.arange(len(lengths))
     logits = model.llama.logits(hidden[rows, lengths - 1])
@@ -60,8 +60,8 @@ answer_room = jax.jit(KeysValues.room, static_argnames="slots")
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("greedy",), donate_argnames="state")
 def decode_block(
-    graphdef,
-    params,
+    structure: Structure,
+    params: Params,
     state: DecodeState,
     steps: Int[Array, ""],
     eos: Int[Array, ""],
@@ -73,7 +73,7 @@ def decode_block(
 
     They come as `[B, BLOCK_STEPS]`, filled up with `eos`.
     """
-    model: LlamaVid = nnx.merge(graphdef, params)
+    model: LlamaVid = structure.model(params)
     tokens = jnp.full((len(state.token), BLOCK_STEPS), eos, jnp.int32)
 
     def more(carry):
@@ -95,8 +95,8 @@ def decode_block(
 
 
 def generate(
-    graphdef: Any,
-    params: Any,
+    structure: Structure,
+    params: Params,
     rows: Sequence[Row],
     visual: Float[Array, "N D"],
     *,
@@ -115,7 +115,7 @@ def generate(
     lengths = np.pad(lengths, (0, batch - len(rows)), constant_values=1)
     greedy = sampling.temperature == 0
     token, keys, prompt = prefill(
-        graphdef,
+        structure,
         params,
         pad_rows([row.token_ids for row in rows], batch, length, 0),
         visual[None],
@@ -132,7 +132,7 @@ def generate(
     for done in range(0, max_new_tokens, BLOCK_STEPS):
         steps = min(BLOCK_STEPS, max_new_tokens - done)
         state, tokens = decode_block(
-            graphdef, params, state, np.int32(steps), np.int32(eos), _as_arrays(sampling), greedy=greedy
+            structure, params, state, np.int32(steps), np.int32(eos), _as_arrays(sampling), greedy=greedy
         )
         for index, ids in enumerate(np.asarray(tokens)[: len(rows), :steps].tolist()):
             if ended[index]:

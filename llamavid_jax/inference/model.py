@@ -27,7 +27,8 @@ from llamavid_jax.inference.request import (
 )
 from llamavid_jax.inference.sampling import Sampling
 from llamavid_jax.inference.stopping import RowText
-from llamavid_jax.models.llama_vid import attend_frames, forward, next_token_loss
+from llamavid_jax.models.llama_vid import attend_frames, forward
+from llamavid_jax.models.loss import next_token_loss
 from llamavid_jax.shapes import FRAME_CHUNK, IGNORE_LABEL, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
 
 
@@ -70,7 +71,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         """Features `[F, 1+P, E]` of frames, CLS first, on the host: what `features=` takes with `features_have_cls`."""
         chunks = []
         with self.on_mesh():
-            for chunk in frame_features(self.graphdef, self.params, pixel_values, self.config):
+            for chunk in frame_features(self.structure, self.params, pixel_values, self.config):
                 chunks.append(chunk)
                 if progress:
                     progress(len(chunk))
@@ -90,7 +91,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
             for start in range(0, len(features), FRAME_CHUNK):
                 chunk = features[start : start + FRAME_CHUNK]
                 padded = pad_to(chunk, chunk_size(len(chunk)))
-                weights = attend_frames(self.graphdef, self.params, padded, text_ids, text_mask)
+                weights = attend_frames(self.structure, self.params, padded, text_ids, text_mask)
                 chunks.append(np.asarray(weights)[: len(chunk)])
         side = self.config.vision_tower_config.side
         return np.concatenate(chunks).reshape(-1, side, side)
@@ -145,7 +146,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
 
             token_ids = pad_rows([row.token_ids for row in rows], batch, length, 0)
             visual_index = pad_rows([row.visual_index for row in rows], batch, length, TEXT)
-            logits = forward(self.graphdef, self.params, token_ids, table[None], visual_index)
+            logits = forward(self.structure, self.params, token_ids, table[None], visual_index)
             loss = None
             if labels is not None:
                 loss = next_token_loss(logits, pad_rows([row.labels for row in rows], batch, length, IGNORE_LABEL))
@@ -203,7 +204,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
                 return texts[row].stopped
 
             token_ids = generate(
-                self.graphdef,
+                self.structure,
                 self.params,
                 rows,
                 table,
@@ -239,7 +240,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
             return jnp.zeros((1, self.config.text_config.hidden_size), self.dtype), [[] for _ in blocks]
         text_ids, text_mask = self._question_ids(questions)
         table, slots = encode_visuals(
-            self.graphdef, self.params, self.config, visuals, text_ids, text_mask, self.dtype, progress
+            self.structure, self.params, self.config, visuals, text_ids, text_mask, self.dtype, progress
         )
         width = self.config.tokens_per_frame
         places = [[token_places(slots[visual][question], width) for visual, question in row] for row in blocks]

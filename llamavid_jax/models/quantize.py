@@ -26,7 +26,9 @@ from llamavid_jax.errors import ConfigError
 from llamavid_jax.models.llama import Llama
 from llamavid_jax.models.lora import linears
 from llamavid_jax.parallel.sharding import constrain
-from llamavid_jax.weights.row import BLOCK, W
+from llamavid_jax.weights.inventory import BLOCK
+from llamavid_jax.weights.llama import KERNELS
+from llamavid_jax.weights.row import W, in_blocks
 
 KINDS = ("nf4", "int8", "int4")
 
@@ -38,15 +40,16 @@ def quantize_base(llama: Llama, kind: str) -> None:
     """
     if kind not in KINDS:
         raise ConfigError(f"the kind of quantisation is {kind!r}; use one of {', '.join(KINDS)}")
-    for row, linear in linears(llama):
-        quantize_linear(linear, row, kind)
+    for target, linear in linears(llama.layers):
+        quantize_linear(linear, KERNELS[target], kind)
 
 
 def quantize_linear(linear: nnx.LinearGeneral | nnx.Linear, row: W, kind: str) -> None:
-    """One linear layer of a stack; `row` is its kernel's of the inventory."""
+    """One linear layer of a stack, whose kernel is that of `row`."""
+    names = in_blocks(row)
 
     def quantize_all(kernels: jax.Array) -> qwix.QArray:
-        return jax.tree.map(lambda part: constrain(part, *row.block_axes), quantize_kernels(kernels, row, kind))
+        return jax.tree.map(lambda part: constrain(part, *names), quantize_kernels(kernels, row, kind))
 
     linear.kernel = nnx.Param(jax.jit(quantize_all)(linear.kernel[...]))
     linear.promote_dtype, linear.dot_general = _promote_but_kernel, _product_in_blocks
@@ -54,11 +57,11 @@ def quantize_linear(linear: nnx.LinearGeneral | nnx.Linear, row: W, kind: str) -
 
 @functools.partial(jax.jit, static_argnames=("row", "kind"))
 def quantize_kernels(kernels: jax.Array, row: W, kind: str) -> qwix.QArray:
-    """The kernels `[L, *in, *out]` of a row of the inventory, quantised.
+    """The kernels `[L, *in, *out]` of `row`, quantised.
 
     One layer after the other: its float32 copy is one layer large.
     """
-    axis = row.inputs  # of the block in a layer, behind the inputs
+    axis = row.input_axes  # of the block in a layer, behind the inputs
 
     def quantize(kernel: jax.Array) -> qwix.QArray:
         inputs, outputs = kernel.shape[:axis], kernel.shape[axis:]

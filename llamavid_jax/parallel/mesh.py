@@ -1,36 +1,16 @@
-"""The device mesh, and the only place that knows its axes.
-
-`data` holds copies of the model, across slices; `fsdp` cuts parameters along their width; `tensor` cuts heads and MLP;
-`sequence` cuts long rows, and parameters too, as `fsdp` does.  Everything else names what a dimension is ("heads",
-"batch"), and AXIS_RULES says which mesh axes cut it.
-"""
+"""The device mesh: its axes, how a mesh is asked for, and which devices stand next to each other on it."""
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import ConfigError, InputError
 
-MESH_AXES = DATA, FSDP, TENSOR, SEQUENCE = ("data", "fsdp", "tensor", "sequence")
-
-AXIS_RULES: Mapping[str, tuple[str, ...]] = {  # what a dimension is → the mesh axes that cut it
-    "batch": (DATA, FSDP),
-    "frames": (DATA, FSDP, SEQUENCE, TENSOR),
-    "sequence": (SEQUENCE,),
-    # chips that share rows share the parameters' memory too
-    **dict.fromkeys(("embed", "vision_embed", "qformer_embed"), (FSDP, SEQUENCE)),
-    **dict.fromkeys(("heads", "kv_heads", "vision_heads", "qformer_heads"), (TENSOR,)),
-    **dict.fromkeys(("mlp", "vision_mlp", "qformer_mlp", "vocab", "context", "hidden"), (TENSOR,)),
-    **dict.fromkeys(("layers", "vision_layers", "qformer_layers", "qformer_cross_layers"), ()),
-    **dict.fromkeys(("head_dim", "vision_head_dim", "qformer_head_dim", "rank", "qkv"), ()),
-    **dict.fromkeys(("patch_row", "patch_column", "channels", "positions"), ()),
-    **dict.fromkeys(("qformer_vocab", "qformer_positions", "queries"), ()),
-}
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 class ShardingError(InputError):
@@ -105,16 +85,22 @@ def closed_rings(devices: list, length: int) -> np.ndarray | None:
     return np.concatenate([there, back[..., ::-1]], axis=-1).reshape(-1, length)
 
 
-def shards(sizes: Mapping[str, int], name: str) -> int:
-    """Into how many parts a mesh of these sizes (`mesh.shape`) cuts a dimension, such as "batch"."""
-    return math.prod(sizes[axis] for axis in AXIS_RULES[name])
+def host_mesh() -> Mesh:
+    """This process's CPU."""
+    try:
+        return make_mesh(jax.local_devices(backend="cpu"))
+    except RuntimeError:
+        platforms = jax.config.jax_platforms
+        raise ConfigError(
+            f"JAX_PLATFORMS is {platforms}, but the CPU quantises and merges; use {platforms},cpu"
+        ) from None
 
 
-def spec_of(*names: str | None) -> PartitionSpec:
-    """The spec of an array whose every dimension divides."""
-    return PartitionSpec(*(AXIS_RULES[name] if name else None for name in names))
+def copies(mesh: Mesh | AbstractMesh) -> int:
+    """Over how many devices the rows of a batch are spread: `data` × `fsdp`."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def describe(sizes: Mapping[str, int]) -> str:
-    """`fsdp=4,tensor=2`: what `parse_mesh` reads."""
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """How many devices share a row."""
+    return mesh.shape["sequence"]

@@ -1,42 +1,58 @@
-"""Where every array lives on a device mesh: axis names of `weights/` and of activations, put on mesh axes.
+"""Where every array lives on a device mesh: `weights/` names the dimensions, one table here gives them mesh axes.
 
-Modules know nothing of the mesh but `constrain`.
+The mesh has four axes: `data` (copies of the model; across slices), `fsdp` (parameters cut along their width),
+`tensor` (heads and MLP cut) and `sequence` (long rows cut; parameters too, as along `fsdp`).  Modules know nothing of
+it but `constrain`.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.parallel.mesh import AXIS_RULES, ShardingError
-from llamavid_jax.weights.llama import TARGETS
-from llamavid_jax.weights.row import Parameter
-from llamavid_jax.weights.table import parameters
+from llamavid_jax.weights import inventory
 
-
-def param_axes(shapes: Mapping[str, tuple[int, ...]], config: LLaMAVIDLlavaConfig) -> dict[str, tuple[str | None, ...]]:
-    """Axis names of every parameter path, as the inventory (`weights/`) has them; None for the inputs of a block.
-
-    LLaMA's linear layers may be quantised and may have updates, all of one rank.  Strict: a path without a row, a row
-    without a path and a row whose axes have other sizes are errors.
-    """
-    rank = next((shape[-1] for path, shape in shapes.items() if path.endswith(".lora.a")), 0)
-    targets = [target for target, row in TARGETS.items() if row.low_rank()[0].path in shapes]
-    kind = "int8" if any(path.endswith(".qvalue") for path in shapes) else "none"
-    expected = parameters(config, rank, targets, kind)
-    for path, shape in shapes.items():
-        if path not in expected:
-            raise ShardingError(f"parameter {path} {tuple(shape)} has no row in the inventory, weights/; add one")
-        if expected[path].shape != tuple(shape):
-            row = f"{' '.join(name or 'block' for name in expected[path].axes)} = {expected[path].shape}"
-            raise ShardingError(f"the inventory says {path} is {row}, but it is {tuple(shape)}")
-    if missing := expected.keys() - shapes.keys():
-        raise ShardingError(f"the inventory's row {min(missing)} matches no parameter; remove it")
-    return {path: expected[path].axes for path in shapes}
+AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "frames": ("data", "fsdp", "sequence", "tensor"),
+    "sequence": "sequence",
+    # llama
+    "layers": None,
+    "embed": ("fsdp", "sequence"),  # chips that share rows share the parameters' memory too
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "rank": None,
+    # vision
+    "vision_layers": None,
+    "vision_embed": ("fsdp", "sequence"),
+    "vision_heads": "tensor",
+    "vision_head_dim": None,
+    "vision_mlp": "tensor",
+    "context": "tensor",
+    "qkv": None,
+    "patch_row": None,
+    "patch_column": None,
+    "channels": None,
+    "positions": None,
+    # q-former
+    "qformer_layers": None,
+    "qformer_cross_layers": None,
+    "qformer_embed": ("fsdp", "sequence"),
+    "qformer_heads": "tensor",
+    "qformer_head_dim": None,
+    "qformer_mlp": "tensor",
+    "qformer_vocab": None,
+    "qformer_positions": None,
+    "queries": None,
+    "hidden": "tensor",
+}
 
 
 def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> PartitionSpec:
@@ -44,42 +60,23 @@ def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: 
     spec = []
     for size, name in zip(shape, names, strict=True):
         axes = []
-        for axis in AXIS_RULES[name] if name else ():
+        for axis in np.atleast_1d(AXIS_RULES[name] or []) if name else []:
             if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0:
-                axes.append(axis)
+                axes.append(str(axis))
                 size //= mesh.shape[axis]
         spec.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*spec)
 
 
-def flat_paths(state: Any) -> dict[str, Any]:
-    """`{"llama.norm.scale": leaf}` of a state or a nested dict."""
-    tree = nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state
-    return {
-        ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path): leaf
-        for path, leaf in jax.tree.flatten_with_path(tree)[0]
-    }
+def param_shardings(
+    params: Mapping[str, Any], config: LLaMAVIDLlavaConfig, mesh: Mesh | AbstractMesh
+) -> dict[str, NamedSharding]:
+    """A NamedSharding for every parameter by its path; the values are arrays or ShapeDtypeStructs.
 
-
-def param_shardings(params: Any, config: LLaMAVIDLlavaConfig, mesh: Mesh | AbstractMesh) -> Any:
-    """A NamedSharding for every parameter of a pure nested dict (arrays or ShapeDtypeStructs)."""
-    paths = flat_paths(params)
-    axes = param_axes({path: leaf.shape for path, leaf in paths.items()}, config)
-    shardings = [NamedSharding(mesh, partition_spec(leaf.shape, axes[path], mesh)) for path, leaf in paths.items()]
-    return jax.tree.unflatten(jax.tree.structure(params), shardings)
-
-
-def placed_params(
-    config: LLaMAVIDLlavaConfig, dtype: Any, mesh: Mesh | AbstractMesh, float32: Container[str] = ()
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every parameter of a model by its path, in `dtype` (those of `float32` in it), with its place on `mesh`."""
-
-    def place(path: str, parameter: Parameter) -> jax.ShapeDtypeStruct:
-        kind = jnp.float32 if path in float32 else parameter.dtype or dtype
-        sharding = NamedSharding(mesh, partition_spec(parameter.shape, parameter.axes, mesh))
-        return jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(kind), sharding=sharding)
-
-    return {path: place(path, parameter) for path, parameter in parameters(config).items()}
+    Raises CheckpointError for parameters that are not the configuration's.
+    """
+    axes = inventory.axes(config, {path: leaf.shape for path, leaf in params.items()})
+    return {path: NamedSharding(mesh, partition_spec(leaf.shape, axes[path], mesh)) for path, leaf in params.items()}
 
 
 def activation_spec(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
@@ -101,7 +98,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, *names))
 
 
-def pin(params: dict[str, jax.Array], axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, jax.Array]:
+def pin(params: dict[str, jax.Array], specs: Mapping[str, PartitionSpec]) -> dict[str, jax.Array]:
     """Parameters by path, pinned to their places on the mesh in context: so are their gradients, which are then
     scattered as they are summed, rather than replicated first."""
-    return {path: constrain(value, *axes[path]) for path, value in params.items()}
+    return {path: jax.lax.with_sharding_constraint(value, specs[path]) for path, value in params.items()}

@@ -18,7 +18,7 @@ from llamavid_jax.data.record import DataError
 from llamavid_jax.errors import InputError
 from llamavid_jax.models.flops import PARTS, flops_per_step
 from llamavid_jax.models.lora import ADAPTERS
-from llamavid_jax.parallel.mesh import shards
+from llamavid_jax.parallel.mesh import row_shards
 from llamavid_jax.shapes import Batch
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.metrics import Metrics, Throughput
@@ -55,7 +55,7 @@ class Journal:
         self.since_log: list[dict[str, float]] = []  # the steps that the next line of the log is the mean of
         self.bad_steps = self.bad_in_a_row = self.truncated = self.samples = 0
         self.rows = len(loader.rows)  # of a batch, on this process
-        tokens_per_frame, shares = start.config.tokens_per_frame, shards(start.mesh.shape, "sequence")
+        tokens_per_frame, shares = start.config.tokens_per_frame, row_shards(start.mesh)
         console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, tokens_per_frame, shares))
         self.broken = {(one["id"], one["reason"]) for one in sizes.broken}  # known to all processes, never planned
         if first_step == 0:

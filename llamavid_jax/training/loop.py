@@ -32,7 +32,7 @@ from llamavid_jax.data.sizes import read_sizes
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import write_files
 from llamavid_jax.models.loss import LossSums
-from llamavid_jax.parallel.mesh import ShardingError, shards
+from llamavid_jax.parallel.mesh import ShardingError, row_shards
 from llamavid_jax.shapes import Batch
 from llamavid_jax.training.checkpoint import RunCheckpoints
 from llamavid_jax.training.config import TrainConfig
@@ -93,7 +93,12 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
             journal.note_held_out(held_out.schedule.sizes.broken)
         evaluate_step = make_evaluate_step(start.structure, config.training.micro_batches)
         train_step = make_train_step(
-            start.structure, config.optimizer, config.training, lr_factors(start.trained, config.optimizer), steps
+            start.structure,
+            config.optimizer,
+            config.training,
+            lr_factors(start.trained, config.optimizer),
+            steps,
+            specs={path: value.sharding.spec for path, value in start.trained.items()},
         )
 
         def save(step: int, position: dict[str, Any]) -> None:
@@ -103,7 +108,7 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
 
         tracing = exits.enter_context(contextlib.ExitStack())
         device_rows = batch_sharding(mesh).shard_shape((config.training.batch_size,))[0]
-        ahead = loader.row_bytes * device_rows // shards(mesh.shape, "sequence") <= FETCHED_AHEAD
+        ahead = loader.row_bytes * device_rows // row_shards(mesh) <= FETCHED_AHEAD
         every = config.training.evaluate_every or steps
         batches, following = upcoming(loader, mesh, config), None
         for step in range(journal.first_step, steps):
@@ -215,7 +220,7 @@ def make_loader(
         threads=data.threads,
         processes=0 if held_out else data.processes,
         rows=rows,
-        shares=shards(start.mesh.shape, "sequence"),
+        shares=row_shards(start.mesh),
     )
 
 

@@ -23,7 +23,6 @@ from llamavid_jax.checkpoints.weights import (
     WEIGHTS,
     load_part,
     load_weights,
-    nest,
     parse_dtype,
     save_part,
     save_weights,
@@ -32,17 +31,16 @@ from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.models.lora import ADAPTERS, LoraConfig, add_lora, merge_lora
-from llamavid_jax.parallel.mesh import FSDP, make_mesh, parse_mesh, shards, spec_of
-from llamavid_jax.parallel.sharding import flat_paths, partition_spec
+from llamavid_jax.models.lora import ADAPTERS, TARGETS, LoraConfig, add_lora, merge_lora
+from llamavid_jax.models.structure import Structure, params_of
+from llamavid_jax.parallel.mesh import copies, host_mesh, make_mesh, parse_mesh, row_shards
+from llamavid_jax.parallel.sharding import param_shardings
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.text.tokenizer import Tokenizer
 from llamavid_jax.training.config import OptimizerConfig, TrainConfig
 from llamavid_jax.training.optimizer import make_optimizer
 from llamavid_jax.training.step import TrainState
-from llamavid_jax.training.structure import Structure
 from llamavid_jax.training.trainable import trainable_paths
-from llamavid_jax.weights.llama import TARGETS
 
 
 @dataclasses.dataclass
@@ -77,15 +75,15 @@ class Start:
         if lora:
             updates = multihost_utils.process_allgather(updates, tiled=True)
             if jax.process_index() == 0:
-                save_adapter(adapter, updates, lora, self.config.text_config, base=self.run.start.model)
+                save_adapter(adapter, updates, lora, self.config, base=self.run.start.model)
         if self.frozen and beside:
             save_part(adapter, beside)
         if lora and lora.base != "float":
             params = self._merged_on_host(updates) | beside
         else:
             params = self.frozen | trained
-            params = flat_paths(merge_lora(nest(params), lora)) if lora else params
-        save_weights(folder, nest({path: value.astype(dtype) for path, value in params.items()}))
+            params = merge_lora(params, lora) if lora else params
+        save_weights(folder, {path: value.astype(dtype) for path, value in params.items()})
 
     def _merged_on_host(self, updates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the run started from, read again, with the updates added to its full-precision kernels.
@@ -94,24 +92,24 @@ class Start:
         """
         start, mesh = self.run.start, host_mesh()
         with jax.set_mesh(mesh):
-            params = flat_paths(load_weights(start.model, self.config, self.run.training.dtype, mesh))
-            merged = merge_lora(nest(with_adapter(params, start.adapter) | updates), self.run.lora)
-        return {path: np.asarray(value) for path, value in flat_paths(merged).items()}  # process 0 writes these
+            params = load_weights(start.model, self.config, self.run.training.dtype, mesh)
+            merged = merge_lora(with_adapter(params, start.adapter) | updates, self.run.lora)
+        return {path: np.asarray(value) for path, value in merged.items()}  # process 0 writes these
 
 
 def run_mesh(text: str) -> Mesh:
     """The mesh of `fsdp=4,tensor=2`; all devices on `fsdp` where nothing is said."""
-    return make_mesh(**(parse_mesh(text) or {FSDP: jax.device_count()}))
+    return make_mesh(**(parse_mesh(text) or {"fsdp": jax.device_count()}))
 
 
 def batch_sharding(mesh: Mesh, field: str = "") -> NamedSharding:
     """Of a field of `Batch`: rows over the copies of the model, and their frames over the chips that share a row."""
-    return NamedSharding(mesh, spec_of("batch", *(["sequence"] if field == "frames" else [])))
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(["sequence"] if field == "frames" else [])))
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ConfigError unless micro-batches divide over the copies of the model, and rows over `sequence`."""
-    shares = shards(mesh.shape, "sequence")
+    shares = row_shards(mesh)
     for number, shape in enumerate(config.data.shapes):
         for name in ("frames", "pairs", "tokens"):
             if getattr(shape, name) % shares:
@@ -119,7 +117,7 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
                     f"data.buckets[{number}].{name} is {getattr(shape, name)}, which the mesh's sequence={shares} does "
                     f"not divide; use a multiple of {shares}, or another mesh"
                 )
-    batch_shards = shards(mesh.shape, "batch")
+    batch_shards = copies(mesh)
     rows = config.training.batch_size // config.training.micro_batches
     if rows % batch_shards:
         raise ConfigError(
@@ -127,17 +125,6 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
             f"{rows} rows, which data × fsdp = {batch_shards} does not divide; use a multiple of "
             f"{batch_shards * config.training.micro_batches}, or another mesh"
         )
-
-
-def host_mesh() -> Mesh:
-    """This process's CPU."""
-    try:
-        return make_mesh(jax.local_devices(backend="cpu"))
-    except RuntimeError:
-        raise ConfigError(
-            f"JAX_PLATFORMS is {jax.config.jax_platforms}, but lora.base other than 'float' is merged on the CPU; "
-            f"use {jax.config.jax_platforms},cpu"
-        ) from None
 
 
 def with_adapter(params: dict[str, jax.Array], adapter: str) -> dict[str, jax.Array]:
@@ -157,7 +144,7 @@ def read_updates(config: TrainConfig, model_config: LLaMAVIDLlavaConfig) -> dict
             f"start.adapter is {folder}, which holds LoRA updates, but lora is null; set lora as it was there, or "
             "merge them with `python -m conversion.merge_lora BASE ADAPTER OUT` and start from OUT"
         )
-    found, updates = load_adapter(folder, model_config.text_config)
+    found, updates = load_adapter(folder, model_config)
     for name in ("rank", "alpha", "targets"):
         there, here = getattr(found, name), getattr(lora, name)
         if there != here and (name != "targets" or set(there) != set(here)):
@@ -168,7 +155,7 @@ def read_updates(config: TrainConfig, model_config: LLaMAVIDLlavaConfig) -> dict
 def check_lora_trains(lora: LoraConfig, trains: Container[str]) -> None:
     """Raises ConfigError for a kernel that would train itself under its update, or quantised."""
     for target in lora.targets if lora.base == "float" else TARGETS:
-        kernel = TARGETS[target].path
+        kernel = f"llama.layers.{TARGETS[target]}.kernel"
         if kernel in trains:
             raise ConfigError(
                 f"trainable: {kernel} trains, but lora holds it fixed; set its pattern to false, such as llama.*: false"
@@ -201,12 +188,9 @@ def lay_out(config: TrainConfig, mesh: Mesh) -> Layout:
         check_lora_trains(config.lora, trains)
         if config.lora.base != "float":
             host_mesh()  # for the end
+    places = param_shardings(structure.shapes, model_config, mesh)
     leaves = {
-        path: jax.ShapeDtypeStruct(
-            leaf.shape,
-            jnp.float32 if path in trains else dtype,
-            sharding=NamedSharding(mesh, partition_spec(leaf.shape, structure.axes[path], mesh)),
-        )
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if path in trains else dtype, sharding=places[path])
         for path, leaf in structure.shapes.items()
     }
     return Layout(
@@ -243,7 +227,7 @@ def state_layout(optimizer: OptimizerConfig, trained: Mapping[str, Any], mesh: M
 
 
 def load_start(config: TrainConfig, mesh: Mesh) -> Start:
-    """Raises ConfigError or WeightsError before anything is computed."""
+    """Raises ConfigError or CheckpointError before anything is computed."""
     if config.start.adapter and not Path(config.start.adapter).is_dir():
         raise ConfigError(
             f"start.adapter is {config.start.adapter}, which does not exist; run the stage that leaves it, or give "
@@ -263,14 +247,14 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
 
     def random(paths: Container[str]) -> dict[str, jax.Array]:
         def init() -> dict[str, jax.Array]:
-            params = flat_paths(nnx.state(make_model(config, layout.config), nnx.Param))
+            params = params_of(make_model(config, layout.config))
             return {path: value.astype(leaves[path].dtype) for path, value in params.items() if path in paths}
 
         return jax.jit(init, out_shardings={path: leaves[path].sharding for path in leaves if path in paths})()
 
     if config.start.model:
         dtype = parse_dtype(config.training.dtype)
-        params = flat_paths(load_weights(config.start.model, layout.config, dtype, mesh, float32=layout.trained))
+        params = load_weights(config.start.model, layout.config, dtype, mesh, float32=layout.trained)
         adapters = {path for path in leaves if fnmatch.fnmatchcase(path, ADAPTERS)}
         params |= random(adapters) if adapters else {}
     else:
@@ -302,4 +286,4 @@ def quantized(structure: Structure, params: dict[str, jax.Array], kind: str) -> 
     model = structure.model(params)
     params.clear()
     quantize_base(model.llama, kind)
-    return Structure(model), flat_paths(nnx.state(model, nnx.Param))
+    return Structure(model), params_of(model)

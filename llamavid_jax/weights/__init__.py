@@ -1,4 +1,1 @@
-"""The inventory of every weight: one row gives its path, its axes, and its layout and names in PyTorch's files.
-
-Sharding, size checks, conversion in both directions, adapters and quantised kernels all read it.  No JAX.
-"""
+"""The inventory: one row for every weight of the model."""

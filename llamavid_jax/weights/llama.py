@@ -1,51 +1,51 @@
 """LLaMA's weights.  The documented names are the original's behind `language_model.`.
 
-Rotary pairs are (i, i + h/2) on both sides, so q and k keep their order.
+Rotary pairs are (i, i + H/2) on both sides, so queries and keys keep their order.
 """
 
-from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.weights.row import W
 
+TARGETS = {  # what LoRA may update: target → where it is in a layer
+    "q": "attn.q",
+    "k": "attn.k",
+    "v": "attn.v",
+    "o": "attn.out",
+    "gate": "mlp.gate",
+    "up": "mlp.up",
+    "down": "mlp.down",
+}
 
-def _layer(path: str, axes: str, torch: str, name: str) -> W:
-    return W(f"llama.layers.{path}", f"layers {axes}", torch, f"model.layers.{{l}}.{name}")
+
+def _w(path: str, axes: str, torch: str, name: str) -> W:
+    return W(f"llama.{path}", axes, torch, name, f"language_model.{name}")
 
 
-_LINEAR = (  # what LoRA updates and quantisation replaces
-    _layer("attn.q.kernel", "embed heads head_dim", "(heads head_dim) embed", "self_attn.q_proj.weight"),
-    _layer("attn.k.kernel", "embed kv_heads head_dim", "(kv_heads head_dim) embed", "self_attn.k_proj.weight"),
-    _layer("attn.v.kernel", "embed kv_heads head_dim", "(kv_heads head_dim) embed", "self_attn.v_proj.weight"),
-    _layer("attn.out.kernel", "heads head_dim embed", "embed (heads head_dim)", "self_attn.o_proj.weight"),
-    _layer("mlp.gate.kernel", "embed mlp", "mlp embed", "mlp.gate_proj.weight"),
-    _layer("mlp.up.kernel", "embed mlp", "mlp embed", "mlp.up_proj.weight"),
-    _layer("mlp.down.kernel", "mlp embed", "embed mlp", "mlp.down_proj.weight"),
-)
+def _l(path: str, axes: str, torch: str, name: str) -> W:
+    """Of a layer."""
+    return _w(f"layers.{path}", f"layers {axes}", torch, f"model.layers.{{l}}.{name}.weight")
+
+
 _ROWS = (
-    W("llama.embed.embedding", "vocab embed", "vocab embed", "model.embed_tokens.weight"),
-    _layer("attn_norm.scale", "embed", "embed", "input_layernorm.weight"),
-    *_LINEAR,
-    _layer("mlp_norm.scale", "embed", "embed", "post_attention_layernorm.weight"),
-    W("llama.norm.scale", "embed", "embed", "model.norm.weight"),
+    _w("embed.embedding", "vocab embed", "vocab embed", "model.embed_tokens.weight"),
+    _l("attn_norm.scale", "embed", "embed", "input_layernorm"),
+    _l("attn.q.kernel", "embed heads head_dim", "(heads head_dim) embed", "self_attn.q_proj"),
+    _l("attn.k.kernel", "embed kv_heads head_dim", "(kv_heads head_dim) embed", "self_attn.k_proj"),
+    _l("attn.v.kernel", "embed kv_heads head_dim", "(kv_heads head_dim) embed", "self_attn.v_proj"),
+    _l("attn.out.kernel", "heads head_dim embed", "embed (heads head_dim)", "self_attn.o_proj"),
+    _l("mlp_norm.scale", "embed", "embed", "post_attention_layernorm"),
+    _l("mlp.gate.kernel", "embed mlp", "mlp embed", "mlp.gate_proj"),
+    _l("mlp.up.kernel", "embed mlp", "mlp embed", "mlp.up_proj"),
+    _l("mlp.down.kernel", "mlp embed", "embed mlp", "mlp.down_proj"),
+    _w("norm.scale", "embed", "embed", "model.norm.weight"),
 )
-_HEAD = W("llama.lm_head.kernel", "embed vocab", "vocab embed", "lm_head.weight")
+_LM_HEAD = _w("lm_head.kernel", "embed vocab", "vocab embed", "lm_head.weight")
+_PLACES = {f"llama.layers.{place}.kernel": target for target, place in TARGETS.items()}
+KERNELS = {_PLACES[row.path]: row for row in _ROWS if row.path in _PLACES}  # target → the row of its kernel
 
-KERNELS = {row.path: row for row in _LINEAR}
-TARGETS = {row.name.split(".")[-2].removesuffix("_proj"): row for row in _LINEAR}  # LoRA's: q, k, v, o, gate, up, down
+
+QUANTISED = {row.path: row for row in KERNELS.values()}  # path → the row of a kernel that may be quantised
 
 
-def rows(config: LlamaConfig) -> tuple[W, ...]:
+def rows(tied: bool) -> tuple[W, ...]:
     """A tied head is the embedding itself and has no row."""
-    table = _ROWS if config.tie_word_embeddings else (*_ROWS, _HEAD)
-    return tuple(row._replace(documented=f"language_model.{row.name}") for row in table)
-
-
-def sizes(config: LlamaConfig) -> dict[str, int]:
-    return {
-        "layers": config.num_hidden_layers,
-        "embed": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "mlp": config.intermediate_size,
-        "vocab": config.vocab_size,
-    }
+    return _ROWS if tied else (*_ROWS, _LM_HEAD)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from built import abstract_params
 from flax import nnx
 
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.config.schema import (
     LlamaConfig,
     LLaMAVIDLlavaConfig,

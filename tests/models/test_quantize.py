@@ -12,8 +12,9 @@ from llamavid_jax.errors import ConfigError
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.lora import LoraConfig, add_lora, linears, set_dropout
 from llamavid_jax.models.quantize import KINDS, quantize_base
+from llamavid_jax.models.structure import Structure, flat_paths, params_of
 from llamavid_jax.parallel.mesh import make_mesh
-from llamavid_jax.parallel.sharding import flat_paths, param_shardings
+from llamavid_jax.parallel.sharding import param_shardings
 
 IDS = jnp.asarray(token_ids(CONFIG, 24))
 NF4 = np.array(  # Appendix E of the QLoRA paper
@@ -41,7 +42,7 @@ def quantized(kind: str, scale: float = 0.02) -> LlamaVid:
 def test_kernels_take_the_nearest_level_of_their_block(kind, levels):
     """Blocks of 8 of the 56 and 88 inputs, of 16 a head."""
     plain, model = ours(CONFIG, 0.02), quantized(kind)
-    pairs = zip(linears(plain.llama), linears(model.llama), strict=True)
+    pairs = zip(linears(plain.llama.layers), linears(model.llama.layers), strict=True)
     for (_, wanted), (_, linear) in pairs:
         axis, block = len(linear.in_features), 16 if len(linear.in_features) == 2 else 8
         kernel = np.moveaxis(np.asarray(wanted.kernel[...]), axis, -1)
@@ -99,8 +100,8 @@ def test_updates_train_over_a_quantized_base(kind):
 @pytest.mark.sharding
 def test_parts_stay_on_the_mesh():
     model, mesh = ours(CONFIG, 0.02), make_mesh(fsdp=2, tensor=2)
-    placed = param_shardings(nnx.to_pure_dict(nnx.state(model, nnx.Param)), CONFIG, mesh)
-    nnx.update(model, jax.device_put(nnx.to_pure_dict(nnx.state(model, nnx.Param)), placed))
+    params = params_of(model)
+    model = Structure(model).model(jax.device_put(params, param_shardings(params, CONFIG, mesh)))
     with jax.set_mesh(mesh):
         quantize_base(model.llama, "nf4")
     where = {

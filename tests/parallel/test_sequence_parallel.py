@@ -23,13 +23,14 @@ from llamavid_jax.config.schema import (
     LLaMAVIDLlavaVisionConfig,
 )
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.models.structure import Structure
 from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.parallel.rows import take_slots
-from llamavid_jax.parallel.sharding import param_axes, partition_spec
+from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.shapes import TEXT, Batch
 from llamavid_jax.training.start import batch_sharding
 from llamavid_jax.training.step import loss_sums, visual_table
-from llamavid_jax.training.structure import Structure
+from llamavid_jax.weights import inventory
 
 pytestmark = pytest.mark.sharding
 BAR = 1e-5  # relative error in float32
@@ -187,7 +188,7 @@ def batch():
 def on_mesh(sizes, structure, params, batch, function):
     """The program compiled for the mesh and what it returns."""
     mesh = make_mesh(**sizes)
-    axes = param_axes({path: leaf.shape for path, leaf in structure.shapes.items()}, CONFIG)
+    axes = inventory.axes(CONFIG, {path: leaf.shape for path, leaf in structure.shapes.items()})
     placed = {
         path: jax.device_put(value, NamedSharding(mesh, partition_spec(value.shape, axes[path], mesh)))
         for path, value in params.items()

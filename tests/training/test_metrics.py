@@ -6,10 +6,10 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from built import abstract_params
 from flax import nnx
 from paths import CONFIGS
 
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models.flops import PARTS, _visual_tokens, flops_per_step
 from llamavid_jax.models.visual_tokens import VisualTokens
@@ -57,8 +57,8 @@ def test_flops_by_hand(trained, factors):
 def test_seven_billion_parameters():
     """A trained LLaMA: 6·N·tokens without the embedding, and attention, 4 % of it at 2048 tokens."""
     config = LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "llamavid_7b_224_video.yaml")
-    llama = abstract_params(config)["llama"]
-    number = sum(leaf.size for leaf in jax.tree.leaves(llama)) - llama["embed"]["embedding"].size
+    sizes = {path: leaf.size for path, leaf in abstract_params(config).items() if path.startswith("llama.")}
+    number = sum(sizes.values()) - sizes["llama.embed.embedding"]
     step = {"frames": 0, "pairs": 0, "question_tokens": 0, "rows": 3, "row_tokens": 2048}
     ratio = flops_per_step(config, NOTHING | {"llama": True}, **step) / (6 * number * 3 * 2048)
     assert ratio == pytest.approx(1 + 32 * 2048 * 4096 / number, rel=1e-4) and 1.03 < ratio < 1.05

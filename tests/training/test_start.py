@@ -12,15 +12,14 @@ from training_cases import CONFIG, random_params
 from training_data import write_tokenizers
 
 from conversion import merge_lora
-from llamavid_jax.checkpoints.weights import WeightsError, load_weights, nest, save_part, save_weights
-from llamavid_jax.errors import ConfigError, InputError
+from llamavid_jax.checkpoints.weights import load_weights, save_part, save_weights
+from llamavid_jax.errors import CheckpointError, ConfigError, InputError
 from llamavid_jax.models import quantize
+from llamavid_jax.models.lora import TARGETS
 from llamavid_jax.parallel.mesh import make_mesh
-from llamavid_jax.parallel.sharding import flat_paths
 from llamavid_jax.training import start
 from llamavid_jax.training.config import read_config
 from llamavid_jax.training.start import load_start
-from llamavid_jax.weights.llama import KERNELS
 
 RECIPE = ROOT / "configs" / "tiny" / "lora.yaml"
 BASES = pytest.mark.parametrize("base", ["float", "nf4"])
@@ -33,7 +32,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_tokenizers(folder)
     CONFIG.save_pretrained(folder)
-    save_weights(folder, nest(random_params()))
+    save_weights(folder, random_params())
     return folder
 
 
@@ -57,7 +56,7 @@ def moved(run: start.Start) -> dict[str, jax.Array]:
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    return {path: np.asarray(value) for path, value in flat_paths(load_weights(folder, CONFIG)).items()}
+    return {path: np.asarray(value) for path, value in load_weights(folder, CONFIG).items()}
 
 
 def trained_by(run: start.Start) -> dict[str, np.ndarray]:
@@ -74,7 +73,7 @@ def test_the_adapter_merged_is_the_runs_model(base, model, mesh, tmp_path):
     for path, value in wanted.items():
         np.testing.assert_allclose(found[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
     changed = {path for path, value in wanted.items() if not np.array_equal(value, before[path])}
-    adapted = set(KERNELS)
+    adapted = {f"llama.layers.{place}.kernel" for place in TARGETS.values()}
     assert changed == adapted | {path for path in before if path.startswith(("qformer.", "visual_tokens."))}
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         model
@@ -122,11 +121,11 @@ def test_quantizing_lets_go_of_each_whole_kernel(model, mesh, monkeypatch):
     alive, kernels, quantized, linears = [], [], start.quantized, quantize.linears
 
     def watched(structure, params, kind):
-        kernels.extend(weakref.ref(params[path]) for path in KERNELS)
+        kernels.extend(weakref.ref(params[f"llama.layers.{place}.kernel"]) for place in TARGETS.values())
         return quantized(structure, params, kind)
 
-    def counted(llama):
-        for one in linears(llama):
+    def counted(layers):
+        for one in linears(layers):
             alive.append(sum(kernel() is not None for kernel in kernels))
             yield one
 
@@ -181,7 +180,7 @@ def test_a_kernel_does_not_train_under_its_update(base, model, mesh):
 def test_a_part_of_another_model_is_named(model, mesh, tmp_path):
     for path, shape in (("qformer.query", (2, 3)), ("qformer.nothing", (2,))):
         save_part(tmp_path, {path: jax.numpy.zeros(shape)})
-        with pytest.raises(WeightsError, match=f"{path}.*; give the adapter of a run of this model"):
+        with pytest.raises(CheckpointError, match=f"{path}.*; give the adapter of a run of this model"):
             begin(model, mesh, f"start.adapter={tmp_path}")
 
 

@@ -20,6 +20,7 @@ from training_data import ROOT, environment
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.data.loader import LoadedBatch, Loader
 from llamavid_jax.models.loss import LossSums
+from llamavid_jax.models.structure import Structure
 from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.shapes import Batch
 from llamavid_jax.training import journal as journal_module
@@ -28,7 +29,6 @@ from llamavid_jax.training.config import DataConfig, LoopConfig, TrainConfig, re
 from llamavid_jax.training.journal import Journal
 from llamavid_jax.training.start import Start
 from llamavid_jax.training.step import StepMetrics, TrainState
-from llamavid_jax.training.structure import Structure
 
 BROKEN = {"id": "sample 7", "reason": "absent.png"}
 
@@ -234,7 +234,7 @@ import jax, numpy as np
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from types import SimpleNamespace as Some
 from llamavid_jax.shapes import Batch
-from llamavid_jax.parallel.mesh import MESH_AXES, ShardingError
+from llamavid_jax.parallel.sharding import MESH_AXES, ShardingError
 from llamavid_jax.training.loop import own_rows, upcoming
 
 def mesh(*order, sequence=1):

@@ -1,26 +1,26 @@
-"""The inventory: what the built models hold, complete, exactly invertible, and what torch computes."""
+"""The conversion tables: complete, exactly invertible, and right where they do more than move axes."""
 
 import dataclasses
-import re
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from flax import nnx
 
-from conversion.transforms import to_jax
+from conversion.positions import resize_positions
 from llamavid_jax.config.schema import (
     LlamaConfig,
     LLaMAVIDLlavaConfig,
     LLaMAVIDLlavaQFormerConfig,
     LLaMAVIDLlavaVisionConfig,
 )
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.lora import LoraConfig, add_lora
-from llamavid_jax.models.quantize import quantize_base
-from llamavid_jax.parallel.sharding import flat_paths
-from llamavid_jax.weights.llama import TARGETS
-from llamavid_jax.weights.table import parameters, rows, weight_table
+from llamavid_jax.models.structure import params_of
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import Weight, axis_sizes, to_jax, to_torch, torch_shape, weight_table
 
 # Sizes all different, so that no two axes can be taken for each other.
 CONFIG = LLaMAVIDLlavaConfig(
@@ -55,20 +55,42 @@ def variants():
 def test_every_parameter_is_filled_once_and_back_again_is_exact(variant, layout):
     """Random weights of the file's shapes → parameters → weights: each parameter whole, each weight bit-equal."""
     config = variants()[variant]
+    shapes = inventory.shapes(config)
     table = weight_table(config, layout)
     rng = np.random.default_rng(0)
-    filled = {path: np.zeros(parameter.shape, int) for path, parameter in parameters(config).items()}
+    filled = {path: np.zeros(shape, int) for path, shape in shapes.items()}
     for weight in table:
+        shape = shapes[weight.path] if weight.index is None else shapes[weight.path][1:]
         value = rng.standard_normal(weight.shape).astype(np.float32)
         if weight.third is not None:
             value.reshape(3, -1)[1] = 0
         ours = to_jax(value, weight)
-        filled[weight.path][... if weight.layer is None else weight.layer] += np.ones(ours.shape, int)
+        assert ours.shape == shape
+        filled[weight.path][... if weight.index is None else weight.index] += 1
         expected = value if weight.third is None else value.reshape(3, -1)[weight.third]
-        np.testing.assert_array_equal(weight.to_torch(ours), expected)
+        np.testing.assert_array_equal(to_torch(ours, weight.pattern), expected)
     assert all((count == 1).all() for count in filled.values())
     names = [weight.name for weight in table if weight.third is None]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_the_inventory_is_the_built_model(variant):
+    """With low-rank updates and with quantised kernels too."""
+    config, lora = variants()[variant], LoraConfig(rank=3)
+
+    def make(config=config, rank=0):
+        model = LlamaVid(config, rngs=nnx.Rngs(0))
+        if rank:
+            add_lora(model.llama, lora, nnx.Rngs(0))
+        return model
+
+    def built(*arguments):
+        return {path: leaf.shape for path, leaf in params_of(nnx.eval_shape(lambda: make(*arguments))).items()}
+
+    assert inventory.shapes(config) == built()
+    assert inventory.shapes(config.quantized("int8")) == built(config.quantized("int8"))
+    assert set(inventory.axes(config, built(config, 3))) == set(built(config, 3))
 
 
 def test_names_of_special_rows():
@@ -86,7 +108,8 @@ def test_names_of_special_rows():
 
 def test_patterns_compute_what_torch_computes():
     """A projection in our layout, contracted by einsum, equals torch's linear layer or convolution in the file's."""
-    table = {(weight.path, weight.layer): weight for weight in weight_table(CONFIG, "original")}
+    shapes = inventory.shapes(CONFIG)
+    table = {(weight.path, weight.index): weight for weight in weight_table(CONFIG, "original")}
     equations = {
         ("llama.layers.attn.q.kernel", 1): "td,dnh->tnh",
         ("llama.layers.attn.out.kernel", 0): "tnh,nhd->td",
@@ -101,9 +124,10 @@ def test_patterns_compute_what_torch_computes():
     for (path, index), equation in equations.items():
         weight = table[path, index]
         value = rng.standard_normal(weight.shape)
+        shape = shapes[path] if index is None else shapes[path][1:]
         x = rng.standard_normal((3, weight.shape[1]))
         left = equation.split(",")[0]
-        grouped = x.reshape(3, *weight.layer_shape[: len(left) - 1])
+        grouped = x.reshape(3, *shape[: len(left) - 1])
         ours = np.einsum(equation, grouped, to_jax(value, weight)).reshape(3, -1)
         expected = torch.nn.functional.linear(torch.tensor(x), torch.tensor(value)).numpy()
         np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-12, err_msg=path)
@@ -114,44 +138,46 @@ def test_patterns_compute_what_torch_computes():
     np.testing.assert_allclose(ours, expected.numpy().ravel(), rtol=1e-12)
 
 
-def built(config: LLaMAVIDLlavaConfig, lora: LoraConfig | None = None) -> dict:
-    """Path → shape and type, of the model as it is built."""
-
-    def make() -> LlamaVid:
-        model = LlamaVid(config, rngs=nnx.Rngs(0))
-        if lora:
-            add_lora(model.llama, lora, nnx.Rngs(0))
-        if lora and lora.base != "float":
-            quantize_base(model.llama, lora.base)
-        return model
-
-    leaves = flat_paths(nnx.state(nnx.eval_shape(make), nnx.Param))
-    return {path: (leaf.shape, str(leaf.dtype)) for path, leaf in leaves.items()}
+def test_torch_shape_and_sizes():
+    assert torch_shape("(n h) d -> d n h", (6, 2, 3)) == (6, 6)
+    assert torch_shape("1 q c -> q c", (4, 5)) == (1, 4, 5)
+    assert torch_shape("(t n h) e -> e t n h", (7, 3, 2, 5)) == (30, 7)
+    assert axis_sizes("o c p q -> p q c o", (1, 2, 3, 4)) == {"p": 1, "q": 2, "c": 3, "o": 4}
 
 
-def inventory(config: LLaMAVIDLlavaConfig, *lora) -> dict:
-    return {path: (row.shape, row.dtype or "float32") for path, row in parameters(config, *lora).items()}
+def test_a_key_bias_is_an_error():
+    weight = Weight("x.qkv.bias", 2, "vision.blocks.attn.v_bias", 0, "(n h) -> n h", (12,), (2, 2))
+    value = np.arange(12.0)
+    with pytest.raises(CheckpointError, match=r"x\.qkv\.bias has a key bias that is not zero"):
+        to_jax(value, weight)
+    value[4:8] = 0
+    np.testing.assert_array_equal(to_jax(value, weight), [[8, 9], [10, 11]])
 
 
-@pytest.mark.parametrize("variant", variants())
-def test_the_inventory_is_what_is_built(variant):
-    assert inventory(variants()[variant]) == built(variants()[variant])
+@pytest.mark.parametrize("old,new", [(16, 24), (24, 16), (4, 5), (7, 3), (1, 2), (16, 16)])
+def test_positions_are_resized_as_torch_does(old, new):
+    table = np.random.default_rng(0).standard_normal((1 + old * old, 5)).astype(np.float32)
+    grid = torch.tensor(table[1:]).reshape(1, old, old, 5).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    expected = grid.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
+    resized = resize_positions(table, new)
+    np.testing.assert_array_equal(resized[0], table[0])
+    assert np.linalg.norm(resized[1:] - expected) / np.linalg.norm(expected) < 2e-6  # measured: up to 5e-7
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_quantised_kernels_are_what_is_built(kind):
-    assert inventory(CONFIG.quantized(kind)) == built(CONFIG.quantized(kind))
+def test_positions_of_the_original(golden):
+    found = 0
+    for file in golden.rglob("expected.npz"):
+        expected = np.load(file)
+        tables = {name: expected[name][0] for name in expected.files if name.startswith("pos_embed_")}
+        for (_, old), (name, new) in itertools.permutations(tables.items(), 2):
+            resized = resize_positions(old, int(name.split("x")[-1]))
+            if len(old) < len(new):
+                assert np.linalg.norm(resized - new) / np.linalg.norm(new) < 1e-5
+                found += 1
+    assert found
 
 
-@pytest.mark.parametrize("targets", [list(TARGETS), ["q", "down"]])
-@pytest.mark.parametrize(("base", "stored"), [("float", ""), ("int8", "int8"), ("nf4", "uint4")])
-def test_updates_are_what_is_built(targets, base, stored):
-    lora = LoraConfig(rank=3, targets=targets, base=base)
-    assert inventory(CONFIG, 3, targets, stored) == built(CONFIG, lora)
-
-
-def test_a_row_names_each_of_its_axes_once_in_both_layouts():
-    for row in rows(CONFIG):
-        ours, theirs = row.axes.split()[row.stacked :], re.findall("[a-z_]+", row.torch)
-        assert sorted(ours) == sorted(theirs), row.path
-        assert row.documented.count("{l}") == row.stacked
+def test_positions_need_a_square():
+    with pytest.raises(CheckpointError, match="12 rows; one CLS row and a square number"):
+        resize_positions(np.zeros((12, 4), np.float32), 4)
