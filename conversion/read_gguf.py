@@ -2,7 +2,7 @@
 
 Quantised tensors are dequantised one by one to float32.  llama.cpp interleaves the rotary pairs of q and k (row 2i and
 2i+1 of a head rotate together); here they go back to halves (row i and i + h/2).  Needs the `gguf` package
-(requirements-conversion.txt).
+(the extra `convert`).
 """
 
 import dataclasses
@@ -81,9 +81,7 @@ def _open(file: Path):
     try:
         import gguf
     except ModuleNotFoundError:
-        raise CheckpointError(
-            "reading .gguf needs the gguf package: pip install -r requirements-conversion.txt"
-        ) from None
+        raise CheckpointError("reading .gguf needs the gguf package: pip install gguf") from None
     try:
         reader = gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OSError) as error:

@@ -13,9 +13,10 @@ import os
 import struct
 from pathlib import Path
 
-from conversion.stored_tensor import DTYPES, StoredTensor, row_major
-from conversion.torch_pickle import read_pickled
 from llamavid_jax.errors import CheckpointError
+
+from .stored_tensor import DTYPES, StoredTensor, row_major
+from .torch_pickle import read_pickled
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")

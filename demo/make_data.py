@@ -21,7 +21,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from demo import digits, questions
+from . import digits, questions
 
 CLIP_FPS = 2  # of the files; the loader samples one frame a second
 LONG_FPS = 1

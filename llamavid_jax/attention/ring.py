@@ -131,7 +131,7 @@ _ring.defvjp(_forward, _backward)
 
 
 def _merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Out and lse of both sets of keys from those of each."""
+    """Combines the results (out, lse) for two sets of keys into those for their union."""
     (one_out, one_lse), (other_out, other_lse) = one, other
     lse = jnp.logaddexp(one_lse, other_lse)
     return one_out * jnp.exp(one_lse - lse)[..., None] + other_out * jnp.exp(other_lse - lse)[..., None], lse
@@ -180,6 +180,6 @@ def _from_zigzag(x: jax.Array) -> jax.Array:
 
 
 def _in_order(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Beside each other; exchanged on odd chips, which hold an odd half first."""
+    """Both halves in the order of the row; odd chips hold the later one first."""
     odd = jax.lax.axis_index(AXIS) % 2 == 1
     return jnp.concatenate([jnp.where(odd, other, one), jnp.where(odd, one, other)], axis=2)

@@ -93,7 +93,7 @@ class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 
 class PlannedShard(NamedTuple):
-    """Called, yields the examples of one shard.  Beam sends it to its workers, so it holds a path, no samples."""
+    """A function that yields the examples of one shard.  Beam pickles it, so it holds a path and no samples."""
 
     plan: Path
     with_data: bool

@@ -122,7 +122,7 @@ class ExampleReader:
         return SampleSize(kind, frames, questions, self.expanded_length(ids, questions, frames))
 
     def expanded_length(self, input_ids: np.ndarray, questions: int, frames: int) -> int:
-        """Tokens of a row in which the placeholders have given way to the visual tokens of every question and frame."""
+        """Tokens of a row after its placeholders are replaced by the visual tokens of every question and frame."""
         return len(input_ids) - int((input_ids == IMAGE_TOKEN).sum()) + questions * frames * self.tokens_per_frame
 
     def read(self, record: Record, index: int, max_frames: int) -> Example:
@@ -164,7 +164,7 @@ class ExampleReader:
         return text
 
     def _header(self, record: Record) -> MediaHeader:
-        """Its frames are those sampled at `fps`."""
+        """The header of the media file, with the frames sampled at `fps`."""
         if record.kind == "image" and record.data is None:  # nothing in it matters here, but it must exist
             local_file(find_media(record))
         if record.kind != "features":
@@ -178,7 +178,7 @@ class ExampleReader:
         return draw_image_sides((self.seed << 32) + int(index), len(record.conversations))
 
     def _frames(self, path: Path, kind: str, max_frames: int) -> np.ndarray:
-        """The kept frames of a file, read again where a video's header counts wrongly, which shows at its end."""
+        """The sampled frames of a file.  Where a video's header counts wrongly, its end shows it: it is read again."""
         expected = count_frames(path, kind, self.fps)
         while True:
             count, frames, places = 0, {}, set(thinned(expected, max_frames))

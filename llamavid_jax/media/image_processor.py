@@ -18,7 +18,7 @@ from jaxtyping import Float32, Float64, UInt8
 from PIL import Image
 
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.files import write_files
+from llamavid_jax.files import find, write_files
 from llamavid_jax.media.images import CLIP_MEAN, CLIP_STD, normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError, check_size, fetch
 from llamavid_jax.media.video import Progress, check_fps, iter_frames, read_video
@@ -131,7 +131,7 @@ class LLaMAVIDLlavaImageProcessor:
         """Reads `preprocessor_config.json`, the project's own or transformers' for CLIP.  Raises ConfigError."""
         path = Path(directory) / FILE_NAME
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(find(path).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
         except (OSError, ValueError, RecursionError) as error:

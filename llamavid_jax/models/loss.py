@@ -45,7 +45,7 @@ def next_token_sums(
 
 @jax.jit
 def next_token_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    """The mean over the labelled tokens, of logits that are there already."""
+    """The mean over the labelled tokens, of logits that have been computed."""
     words, kept = _targets(labels)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(log_probs, words[..., None], axis=-1)[..., 0]

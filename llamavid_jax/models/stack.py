@@ -19,7 +19,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -
 
 
 def part(layers: nnx.Module, select: Callable[[jax.Array], jax.Array]) -> nnx.Module:
-    """The module with `select` done to every parameter."""
+    """The module with `select` applied to every parameter."""
     graphdef, state = nnx.split(layers)
     return nnx.merge(graphdef, jax.tree.map(select, state))
 

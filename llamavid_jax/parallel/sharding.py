@@ -57,6 +57,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, *names))
 
 
+def specs(params: Mapping[str, Any]) -> dict[str, PartitionSpec]:
+    """Where the parameters lie that are placed on a mesh, by path."""
+    placed = ((path, leaf.sharding) for path, leaf in params.items())
+    return {path: sharding.spec for path, sharding in placed if isinstance(sharding, NamedSharding)}
+
+
 def pin(params: dict[str, jax.Array], specs: Mapping[str, PartitionSpec]) -> dict[str, jax.Array]:
     """Parameters by path, pinned to their places on the mesh in context: so are their gradients, which are then
     scattered as they are summed, rather than replicated first."""

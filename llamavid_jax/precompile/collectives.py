@@ -38,7 +38,7 @@ class Moved:
 
 
 def collectives(text: str, slice_devices: int | None = None) -> dict[str, Moved]:
-    """The collectives of `compiled.as_text()`, those of which there are any.
+    """The collectives of `compiled.as_text()`, by kind.
 
     `slice_devices` is the number of devices of a slice, where there are several.
     """

@@ -39,7 +39,7 @@ class CompileError(InputError):
 
 
 class OutOfMemoryError(CompileError):
-    """A program that needs more memory than a chip has: `needed` and `there` (available) in GiB."""
+    """A program that needs more memory than a chip has: `needed`, and what is `there`, in GiB."""
 
     def __init__(self, needed: float, there: float):
         super().__init__(f"{needed:.1f} GiB needed, {there:.1f} GiB available")

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models.flops import PARTS, flops_per_step
 from llamavid_jax.parallel.mesh import FSDP, SEQUENCE, ShardingError, copies, describe, shards
+from llamavid_jax.parallel.sharding import specs
 from llamavid_jax.precompile.report import Report, compile_report
 from llamavid_jax.precompile.topology import chip_of, slice_mesh
 from llamavid_jax.shapes import Batch, RowShape
@@ -51,7 +52,7 @@ def check_training(
             loop,
             lr_factors(layout.trained, config.optimizer),
             loop.steps or 1000,
-            specs={path: leaf.sharding.spec for path, leaf in layout.trained.items()},
+            specs=specs(layout.trained),
         )
         state = state_layout(config.optimizer, layout.trained, device_mesh)
         batch = abstract_batch(config, layout.config, shape, device_mesh, features)

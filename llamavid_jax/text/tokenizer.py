@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
 
-from llamavid_jax.files import write_files
+from llamavid_jax.files import find, write_files
 from llamavid_jax.shapes import IMAGE_TOKEN, pad_rows
 from llamavid_jax.text.conversation import IMAGE, ConversationError, check_text
 from llamavid_jax.text.llama_tokenizer import LlamaTokenizer
@@ -71,7 +71,7 @@ Tokenizer = LlamaTokenizer | JsonTokenizer
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder; ConversationError when it holds neither file."""
-    directory = Path(directory)
+    directory = find(directory)
     for kind in (LlamaTokenizer, JsonTokenizer):
         if (directory / kind.FILE).exists():
             return kind(directory)

@@ -182,7 +182,7 @@ class RunCheckpoints:
         return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract), leaves), run["position"], run["config"])
 
     def _put_aside(self, steps: list[int]) -> None:
-        """So that the run can write those steps again."""
+        """Renames damaged checkpoints, so that the run can write those steps again."""
         if steps and jax.process_index() == 0:
             for step in steps:
                 aside = self.directory / f"damaged-{step}"

@@ -33,6 +33,7 @@ from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import write_files
 from llamavid_jax.models.loss import LossSums
 from llamavid_jax.parallel.mesh import ShardingError, row_shards
+from llamavid_jax.parallel.sharding import specs
 from llamavid_jax.shapes import Batch
 from llamavid_jax.training.checkpoint import RunCheckpoints
 from llamavid_jax.training.config import TrainConfig
@@ -98,7 +99,7 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
             config.training,
             lr_factors(start.trained, config.optimizer),
             steps,
-            specs={path: value.sharding.spec for path, value in start.trained.items()},
+            specs=specs(start.trained),
         )
 
         def save(step: int, position: dict[str, Any]) -> None:

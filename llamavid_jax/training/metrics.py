@@ -37,7 +37,7 @@ COLUMNS: Mapping[str, tuple[str, str]] = {  # name -> on the console, and its fo
 
 
 class Metrics:
-    """Prints, and appends to `folder/metrics.jsonl` and `folder/tensorboard/`; `first_step` is the first to come."""
+    """Prints, and appends to `folder/metrics.jsonl` and `folder/tensorboard/`; `first_step` is the next step."""
 
     def __init__(self, folder: str | Path, first_step: int = 0, report: Callable[[str], None] = print):
         self._report, self._writes = report, jax.process_index() == 0
@@ -108,7 +108,7 @@ class Throughput:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What runs inside, with no step under way, takes none of the steps' time."""
+        """Time spent inside is not counted; call it while no step is under way."""
         began = self._clock()
         yield
         self._since += self._clock() - began

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import random, relative_error, segments
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
-from test_attention import random, relative_error, segments
 
 from llamavid_jax.attention import tile as tile_file
 from llamavid_jax.attention.attention import attention

@@ -226,7 +226,7 @@ def test_remedies():
 
 def test_plan_ranks_what_can_fit():
     """7B, 16,384 tokens, 64 chips of 16 GiB: nothing that keeps all activations."""
-    long = ["data.buckets=[{frames: 0, pairs: 0, questions: 0, tokens: 16384}]"]
+    long = ["training.batch_size=128", "data.buckets=[{frames: 0, pairs: 0, questions: 0, tokens: 16384}]"]
     config = read_config(ROOT.parent / "configs" / "stage2_instruct.yaml", long)
     layout = lay_out(config, make_mesh())
     tries = rank(config, layout, "v5e:8x8", devices=64)

@@ -96,7 +96,7 @@ class Run:
             "make_loader": lambda *_, held_out=False, resumed=False: loaders[held_out],
             "check_same_data": lambda *_: None,
             "initial_state": lambda *_: TrainState(jnp.int32(0), {"a": jnp.zeros(1)}, None),
-            "make_train_step": lambda *_: self.step,
+            "make_train_step": lambda *_, **__: self.step,
             "make_evaluate_step": lambda *_: self.evaluate_step,
             "RunCheckpoints": lambda *_, **__: checkpoints,
             "Preemption": lambda: preemption,
@@ -234,7 +234,7 @@ import jax, numpy as np
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from types import SimpleNamespace as Some
 from llamavid_jax.shapes import Batch
-from llamavid_jax.parallel.sharding import MESH_AXES, ShardingError
+from llamavid_jax.parallel.mesh import MESH_AXES, ShardingError
 from llamavid_jax.training.loop import own_rows, upcoming
 
 def mesh(*order, sequence=1):
