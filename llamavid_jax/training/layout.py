@@ -20,7 +20,7 @@ from llamavid_jax.errors import ConfigError
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.lora import ADAPTERS, TARGETS, LoraConfig, add_lora
 from llamavid_jax.models.structure import Structure
-from llamavid_jax.parallel.mesh import copies, host_mesh, make_mesh, parse_mesh, row_shards
+from llamavid_jax.parallel.mesh import FSDP, copies, host_mesh, make_mesh, parse_mesh, row_shards, spec_of
 from llamavid_jax.parallel.sharding import param_shardings
 from llamavid_jax.shapes import RowShape
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig, TrainConfig
@@ -31,12 +31,12 @@ from llamavid_jax.training.trainable import trainable_paths
 
 def run_mesh(text: str) -> Mesh:
     """The mesh of `fsdp=4,tensor=2`; all devices on `fsdp` where nothing is said."""
-    return make_mesh(**(parse_mesh(text) or {"fsdp": jax.device_count()}))
+    return make_mesh(**(parse_mesh(text) or {FSDP: jax.device_count()}))
 
 
 def batch_sharding(mesh: Mesh, field: str = "") -> NamedSharding:
     """Of a field of `Batch`: rows over the copies of the model, and their frames over the chips that share a row."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(["sequence"] if field == "frames" else [])))
+    return NamedSharding(mesh, spec_of("batch", *(["sequence"] if field == "frames" else [])))
 
 
 def check_rows(shapes: Sequence[RowShape], batch_size: int, micro_batches: int, mesh: Mesh) -> None:
