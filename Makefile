@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOCK ?= requirements.lock
-INSTALL := $(BIN)/pip install --quiet --no-compile $(LOCK:%=--constraint %)  # Python compiles what it imports
+INSTALL := $(BIN)/pip install --quiet $(LOCK:%=--constraint %)
 
 .venv/ready: requirements.txt $(LOCK)
 	$(PYTHON) -m venv .venv
