@@ -37,8 +37,6 @@ from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.quantize import quantize_linear
 from llamavid_jax.models.structure import Structure, params_of
 from llamavid_jax.shapes import TEXT, bucket, pad_rows
-from llamavid_jax.text.conversation import IMAGE, prompt, template_named
-from llamavid_jax.text.tokenizer import encode_with_images
 from llamavid_jax.weights import vision
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -143,11 +141,12 @@ def golden_logits(work: Path, variant: Variant) -> np.ndarray:
 
 def demo_logits(model: LLaMAVIDLlavaForConditionalGeneration, processor: Any, cases: list[tuple]) -> np.ndarray:
     """Of questions with their true answers."""
-    template, found = template_named("vicuna_v1"), []
-    for pixels, question, truth in cases:
-        text = prompt(template, [f"{IMAGE}\n{question}"]) + f" {truth}</s>"
-        ids = encode_with_images(processor.tokenizer, text)
-        found.append(logits_of(model, [ids], pixel_values=[pixels], prompts=[[question]]))
+    found = []
+    for video, question, truth in cases:
+        asked = [{"type": "video", "path": video}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": truth}]
+        inputs = processor.chat(messages, add_generation_prompt=False)
+        found.append(logits_of(model, **inputs))
     return np.concatenate(found)
 
 
@@ -175,8 +174,8 @@ def rows(data: Path, limit: int) -> Iterator[list[str]]:
     records = json.loads(data.read_text(encoding="utf-8"))[:limit]
     cases = []
     for record in records[:CASES]:
-        (pixels,) = processor.image_processor(videos=data.parent / record["video"])["pixel_values"]
-        cases.append((pixels, *next((question, truth) for _, question, truth in questions_of(record))))
+        _, question, truth = next(questions_of(record))
+        cases.append((data.parent / record["video"], question, truth))
     with tempfile.TemporaryDirectory() as work:
         for name in GOLDEN:
             torch_to_jax([str(ROOT / "tests" / "golden" / name), f"{work}/{name}"])

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llamavid_jax.attention.splash import LANES, split_heads
-from llamavid_jax.attention.tile import LAX_TILE, Tile, splash_tile
+from llamavid_jax.attention.tile import LAX_TILE, Tile, merge, splash_tile
 from llamavid_jax.parallel.rows import AXIS, send, ways
 
 
@@ -83,7 +83,7 @@ def _forward(tile: Tile, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Arra
             out, lse = tile.forward(_part(queries, second), keys, False)
             return _pad(out, first), _pad(lse, first, -jnp.inf)
 
-        return _merge(carry, jax.lax.cond(jax.lax.axis_index(AXIS) >= number, earlier, later))
+        return merge(carry, jax.lax.cond(jax.lax.axis_index(AXIS) >= number, earlier, later))
 
     def step(carry, number):
         visiting, merged = carry
@@ -128,13 +128,6 @@ def _backward(tile: Tile, kept: tuple, d_out: jax.Array):
 
 
 _ring.defvjp(_forward, _backward)
-
-
-def _merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Combines the results (out, lse) for two sets of keys into those for their union."""
-    (one_out, one_lse), (other_out, other_lse) = one, other
-    lse = jnp.logaddexp(one_lse, other_lse)
-    return one_out * jnp.exp(one_lse - lse)[..., None] + other_out * jnp.exp(other_lse - lse)[..., None], lse
 
 
 # ---- halves: axis 2 of every array

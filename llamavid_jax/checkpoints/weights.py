@@ -56,8 +56,8 @@ def load_weights(
     """Reads the parameters, by path, as `dtype` onto `mesh`, every host only its shards, or onto the default device.
 
     The paths in `float32` are read so whatever `dtype` is: training keeps what it trains in full precision.
-    Kernels that `config` has quantised and the checkpoint whole are quantised by the host, one at a time: only their
-    few bits reach the devices.
+    Kernels that are quantised in `config` but not in the checkpoint are quantised by the host, one at a time: the
+    devices never hold them in full precision.
     Raises CheckpointError when the weights are missing, damaged, or not those of `config`.
     """
     path = weights_folder(find(directory))

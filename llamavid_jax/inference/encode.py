@@ -84,6 +84,18 @@ def encode_visuals(
     return table, [[np.asarray(slot, np.int32) for slot in visual] for visual in slots]
 
 
+def table_of(
+    tokens: Sequence[Sequence[np.ndarray]], width: int, dtype: Any
+) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """Ready visual tokens as a table `[N, D]` of a bucketed length, and the places in it of every row's arrays."""
+    arrays = [array for row in tokens for array in row]
+    table = np.concatenate([np.zeros((0, width), dtype), *arrays]).astype(dtype)
+    ends = itertools.accumulate(map(len, arrays))
+    ranges = iter([np.arange(end - len(array), end, dtype=np.int32) for array, end in zip(arrays, ends, strict=True)])
+    places = [[next(ranges) for _ in row] for row in tokens]
+    return pad_to(table, bucket(len(table), SMALLEST_TABLE)), places
+
+
 def token_places(slots: np.ndarray, tokens_per_frame: int) -> np.ndarray:
     """Places `[F·(n+1)]` in the flattened table of the frames at `slots`."""
     return (slots[:, None] * tokens_per_frame + np.arange(tokens_per_frame)).reshape(-1).astype(np.int32)

@@ -1,16 +1,36 @@
-"""The device mesh: its axes, how a mesh is asked for, and which devices stand next to each other on it."""
+"""The device mesh, and the only place that knows its axes.
+
+`data` holds copies of the model, across slices; `fsdp` cuts parameters along their width; `tensor` cuts heads and MLP;
+`sequence` cuts long rows, and parameters too, as `fsdp` does.  Everything else says what a dimension is ("heads",
+"batch"), and AXIS_RULES which mesh axes cut it.
+"""
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from llamavid_jax.errors import ConfigError, InputError
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+MESH_AXES = DATA, FSDP, TENSOR, SEQUENCE = ("data", "fsdp", "tensor", "sequence")
+
+AXIS_RULES: Mapping[str, tuple[str, ...]] = {  # what a dimension is → the mesh axes that cut it
+    "batch": (DATA, FSDP),
+    "frames": (DATA, FSDP, SEQUENCE, TENSOR),
+    "sequence": (SEQUENCE,),
+    # chips that share rows share the parameters' memory too
+    **dict.fromkeys(("embed", "vision_embed", "qformer_embed"), (FSDP, SEQUENCE)),
+    **dict.fromkeys(("heads", "kv_heads", "vision_heads", "qformer_heads"), (TENSOR,)),
+    **dict.fromkeys(("mlp", "vision_mlp", "qformer_mlp", "vocab", "context", "hidden"), (TENSOR,)),
+    **dict.fromkeys(("layers", "vision_layers", "qformer_layers", "qformer_cross_layers"), ()),
+    **dict.fromkeys(("head_dim", "vision_head_dim", "qformer_head_dim", "rank", "qkv"), ()),
+    **dict.fromkeys(("patch_row", "patch_column", "channels", "positions"), ()),
+    **dict.fromkeys(("qformer_vocab", "qformer_positions", "queries"), ()),
+}
 
 
 class ShardingError(InputError):
@@ -96,11 +116,26 @@ def host_mesh() -> Mesh:
         ) from None
 
 
+def shards(sizes: Mapping[str, int], name: str) -> int:
+    """Into how many parts a mesh of these sizes (`mesh.shape`) cuts a dimension, such as "batch"."""
+    return math.prod(sizes[axis] for axis in AXIS_RULES[name])
+
+
 def copies(mesh: Mesh | AbstractMesh) -> int:
-    """Over how many devices the rows of a batch are spread: `data` × `fsdp`."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """Over how many devices the rows of a batch are spread."""
+    return shards(mesh.shape, "batch")
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many devices share a row."""
-    return mesh.shape["sequence"]
+    return shards(mesh.shape, "sequence")
+
+
+def spec_of(*names: str | None) -> PartitionSpec:
+    """The spec of an array whose every dimension divides."""
+    return PartitionSpec(*(AXIS_RULES[name] if name else None for name in names))
+
+
+def describe(sizes: Mapping[str, int]) -> str:
+    """`fsdp=4,tensor=2`: what `parse_mesh` reads."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llamavid_jax.parallel.mesh import SEQUENCE as AXIS
 from llamavid_jax.parallel.sharding import activation_spec
-
-AXIS = "sequence"
 
 
 def ways() -> int:

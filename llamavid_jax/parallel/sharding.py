@@ -1,58 +1,17 @@
-"""Where every array lives on a device mesh: `weights/` names the dimensions, one table here gives them mesh axes.
+"""Where every array lives on a device mesh: the names of its dimensions, put on mesh axes (`mesh.AXIS_RULES`).
 
-The mesh has four axes: `data` (copies of the model; across slices), `fsdp` (parameters cut along their width),
-`tensor` (heads and MLP cut) and `sequence` (long rows cut; parameters too, as along `fsdp`).  Modules know nothing of
-it but `constrain`.
+Modules know nothing of the mesh but `constrain`.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.parallel.mesh import AXIS_RULES
 from llamavid_jax.weights import inventory
-
-AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    # activations
-    "batch": ("data", "fsdp"),
-    "frames": ("data", "fsdp", "sequence", "tensor"),
-    "sequence": "sequence",
-    # llama
-    "layers": None,
-    "embed": ("fsdp", "sequence"),  # chips that share rows share the parameters' memory too
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "rank": None,
-    # vision
-    "vision_layers": None,
-    "vision_embed": ("fsdp", "sequence"),
-    "vision_heads": "tensor",
-    "vision_head_dim": None,
-    "vision_mlp": "tensor",
-    "context": "tensor",
-    "qkv": None,
-    "patch_row": None,
-    "patch_column": None,
-    "channels": None,
-    "positions": None,
-    # q-former
-    "qformer_layers": None,
-    "qformer_cross_layers": None,
-    "qformer_embed": ("fsdp", "sequence"),
-    "qformer_heads": "tensor",
-    "qformer_head_dim": None,
-    "qformer_mlp": "tensor",
-    "qformer_vocab": None,
-    "qformer_positions": None,
-    "queries": None,
-    "hidden": "tensor",
-}
 
 
 def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> PartitionSpec:
@@ -60,9 +19,9 @@ def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: 
     spec = []
     for size, name in zip(shape, names, strict=True):
         axes = []
-        for axis in np.atleast_1d(AXIS_RULES[name] or []) if name else []:
+        for axis in AXIS_RULES[name] if name else ():
             if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0:
-                axes.append(str(axis))
+                axes.append(axis)
                 size //= mesh.shape[axis]
         spec.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*spec)

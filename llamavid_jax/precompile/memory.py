@@ -27,7 +27,7 @@ from llamavid_jax.inference.generate import SMALLEST_LENGTH
 from llamavid_jax.models.flops import PARTS
 from llamavid_jax.models.kv_cache import AXES
 from llamavid_jax.parallel.chips import CHIPS
-from llamavid_jax.parallel.mesh import MESH_AXES
+from llamavid_jax.parallel.mesh import MESH_AXES, TENSOR
 from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.precompile.topology import chip_of
 from llamavid_jax.shapes import FRAME_CHUNK, bucket
@@ -84,7 +84,8 @@ def plan_memory(
     config = config.quantized(quantize) if quantize else config
     name, devices, there = attached() if topology is None else _of_slice(topology)
     kind, vision, text = parse_dtype(dtype), config.vision_tower_config, config.text_config
-    mesh = AbstractMesh((1, 1, devices, 1), MESH_AXES)
+    sizes = dict.fromkeys(MESH_AXES, 1) | {TENSOR: devices}
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
     def gib(shape: tuple[int, ...], names: tuple[str | None, ...], of: jnp.dtype = kind) -> float:
         shards = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(tuple(partition_spec(shape, names, mesh))))

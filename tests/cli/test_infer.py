@@ -13,8 +13,8 @@ import pytest
 from paths import ROOT
 from PIL import Image
 
-import infer
 from llamavid_jax import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.commands import infer
 from llamavid_jax.errors import InputError
 
 CLIP = str(ROOT / "demo" / "space.mp4")

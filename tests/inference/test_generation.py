@@ -90,6 +90,8 @@ def test_several_videos_in_one_conversation(tiny_model):
     apart = tiny_model(ids, pixel_values=[[one, one]], prompts=[[PROMPT, "how many dogs"]])
     together = tiny_model(ids, pixel_values=[one], prompts=[[PROMPT, "how many dogs"]])
     other = tiny_model(ids, pixel_values=[[one, frames(3, seed=1)]], prompts=[[PROMPT, "how many dogs"]])
+    copies = tiny_model(ids, pixel_values=[[one, one.copy()]], prompts=[[PROMPT, "how many dogs"]])
+    np.testing.assert_allclose(apart.logits, copies.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(apart.logits, together.logits, rtol=1e-5, atol=1e-5)
     assert other.lengths.tolist() == [3 + 2 * 2 + 2 * 3]
 
@@ -214,6 +216,10 @@ def test_tower_once_a_frame_and_qformer_once_a_pair(tiny_model, monkeypatch):
     monkeypatch.setattr(encode, "_write", write)
     tiny_model.visual_tokens(frames(5), [PROMPT, "how many dogs"])
     assert seen == {"frames": 5, "pairs": 10}
+    one, other = frames(2), iter(frames(3))
+    ids = [[1, *[IMAGE_TOKEN] * 4]]
+    tiny_model(ids, pixel_values=[[one, other, one, other]], prompts=[[PROMPT, PROMPT, "who", "who"]])
+    assert seen == {"frames": 10, "pairs": 20}
 
 
 def test_save_and_load(tiny_model, tmp_path, alone):

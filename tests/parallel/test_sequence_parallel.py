@@ -28,7 +28,7 @@ from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.parallel.rows import take_slots
 from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.shapes import TEXT, Batch
-from llamavid_jax.training.start import batch_sharding
+from llamavid_jax.training.layout import batch_sharding
 from llamavid_jax.training.step import loss_sums, visual_table
 from llamavid_jax.weights import inventory
 

@@ -35,9 +35,9 @@ from llamavid_jax.precompile.topology import (
 from llamavid_jax.precompile.train import abstract_batch, check_replicated, largest, remedy
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.training.config import read_config
-from llamavid_jax.training.loop import initial_state
+from llamavid_jax.training.layout import batch_sharding, initial_state, lay_out, state_layout
 from llamavid_jax.training.optimizer import lr_factors
-from llamavid_jax.training.start import batch_sharding, lay_out, load_start, state_layout
+from llamavid_jax.training.start import load_start
 from llamavid_jax.training.step import make_train_step
 
 TINY = ROOT.parent / "configs" / "tiny" / "stage2_instruct.yaml"
@@ -58,7 +58,7 @@ def test_the_checked_step_is_the_step_of_the_run(tmp_path):
         factors = lr_factors(start.trained, config.optimizer)
         data = batch([[example(n, frames=2, length=20)] for n in range(8)], SHAPE)
         real = make_train_step(start.structure, config.optimizer, config.training, factors, 20).lower(
-            initial_state(config, start, mesh),
+            initial_state(config.optimizer, start.trained, mesh),
             start.frozen,
             Batch(*(jax.device_put(x, batch_sharding(mesh, field)) for field, x in data._asdict().items())),
         )

@@ -15,7 +15,7 @@ from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.training import step
 from llamavid_jax.training.config import LoopConfig
-from llamavid_jax.training.start import batch_sharding
+from llamavid_jax.training.layout import batch_sharding
 from llamavid_jax.training.step import loss_sums, make_evaluate_step, make_train_step
 from llamavid_jax.training.trainable import trainable_paths
 from llamavid_jax.weights import inventory
