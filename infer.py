@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llamavid_jax.data.records import count_frames
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import InputError, Parser, complain, printable
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.media.source import local_file
+from llamavid_jax.media.timeline import Sampling
 from llamavid_jax.text.conversation import IMAGE, TEMPLATES, prompt, template_named
 from llamavid_jax.text.tokenizer import encode_with_images
 
@@ -102,7 +104,7 @@ class Session:
         self.images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
         self._look_at_files()  # before minutes of loading
         mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
-        with console.status(f"loading {options.model}"):
+        with console.status(escape(printable(f"loading {options.model}"))):
             self.model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
                 options.model, dtype=options.dtype, mesh=mesh, quantize=options.quantize, kv_cache=options.kv_cache
             )
@@ -111,7 +113,7 @@ class Session:
         self.turns: list[str] = []
         self.features: list[np.ndarray] | None = None  # of each visual, once a chat has encoded it
         self.frames = 0
-        self.expected: dict[int, float] = {}  # seconds of each video that has begun
+        self.sampled: dict[int, Sampling] = {}  # of each video that has begun
         self.load_seconds = time.perf_counter() - start
 
     def _look_at_files(self) -> None:
@@ -159,6 +161,10 @@ class Session:
             "answer": answer,
             "frames": self.frames,
             "visual_tokens": out.visual_tokens[0],
+            "sampling": [
+                {"video": video, "rule": self.sampled[number].rule, "frames": len(self.sampled[number])}
+                for number, video in enumerate(options.video)
+            ],
             "prompt_tokens": out.prompt_tokens[0],
             "new_tokens": len(out.token_ids[0]),
             "seconds": {"load": self.load_seconds, **out.seconds},
@@ -180,23 +186,21 @@ class Session:
             yield frame
 
     def _video_frames(self, number: int, video: str, bar: Progress) -> Iterator[np.ndarray]:
-        task = bar.add_task(f"frames of {video}", total=None)
+        task = bar.add_task(escape(printable(f"frames of {video}")), total=None)
 
-        def show(seconds: float, total: float | None) -> None:
-            if total:
-                self._check_length(number, video, total)
-                bar.update(task, total=int(total * self.options.fps) + 1)
+        def show(sampling: Sampling, done: int) -> None:
+            if not done:
+                self.sampled[number] = sampling
+                self._check_length(video)
+            bar.update(task, total=len(sampling), completed=done)
 
         for frames, _ in self.images.stream_video(video, self.options.fps, progress=show):
-            for frame in frames:
-                yield frame
-                bar.advance(task)
+            yield from frames
 
-    def _check_length(self, number: int, video: str, seconds: float) -> None:
-        """Says that the videos are too long at the first frame of the one too many, not after its last."""
-        self.expected[number] = seconds
-        config, total = self.model.config, sum(self.expected.values())
-        tokens = int(total * self.options.fps) * config.tokens_per_frame
+    def _check_length(self, video: str) -> None:
+        """Says that the videos are too long before the first frame of the one too many."""
+        config, total = self.model.config, sum(plan.timeline.seconds for plan in self.sampled.values())
+        tokens = sum(map(len, self.sampled.values())) * config.tokens_per_frame
         room = config.text_config.max_length - self.options.max_new_tokens
         if tokens <= room:
             return

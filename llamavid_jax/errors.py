@@ -5,7 +5,18 @@ import sys
 
 
 class InputError(ValueError):
-    """Input that cannot be used.  The message names the thing, the value and the remedy."""
+    """Input that cannot be used.  The message names the thing, the value and the remedy.
+
+    Names of files and replies of servers stand in it: what would command a terminal is written as an escape.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(message))
+
+
+def printable(text: object) -> str:
+    """`text` with control characters and what UTF-8 cannot hold as escapes; line breaks stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 class ConfigError(InputError):
