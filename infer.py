@@ -189,7 +189,7 @@ class Session:
         task = bar.add_task(escape(printable(f"frames of {video}")), total=None)
 
         def show(sampling: Sampling, done: int) -> None:
-            if not done:
+            if done == 1:
                 self.sampled[number] = sampling
                 self._check_length(video)
             bar.update(task, total=len(sampling), completed=done)
@@ -198,7 +198,7 @@ class Session:
             yield from frames
 
     def _check_length(self, video: str) -> None:
-        """Says that the videos are too long before the first frame of the one too many."""
+        """Says that the videos are too long at the first frame of the one too many, not after its last."""
         config, total = self.model.config, sum(plan.timeline.seconds for plan in self.sampled.values())
         tokens = sum(map(len, self.sampled.values())) * config.tokens_per_frame
         room = config.text_config.max_length - self.options.max_new_tokens

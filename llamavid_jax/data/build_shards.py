@@ -245,7 +245,9 @@ def read_header(record: Record, path: Path) -> MediaHeader:
         return file_header(path)
     if record.kind == "video":
         timeline = read_timeline(path)
-        return MediaHeader(len(timeline.times), timeline.average_fps, seconds=timeline.seconds)
+        return MediaHeader(
+            len(timeline.times), timeline.average_fps, seconds=0.0 if timeline.average_fps else timeline.seconds
+        )
     check_picture(path)
     return MediaHeader(1)
 

@@ -24,7 +24,7 @@ class MediaHeader(NamedTuple):
     frames: int  # in the file
     average_fps: float = 0.0  # of a video whose frames keep a rate
     inputs: str | None = None  # the text that a file of features holds
-    seconds: float = 0.0  # of a video
+    seconds: float = 0.0  # of a video whose frames do not
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

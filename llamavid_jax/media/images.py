@@ -48,7 +48,7 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
     except Image.UnidentifiedImageError:
         with file.open("rb") as opened:
             is_drawing = opened.read(4) in (b"%!PS", b"\xc5\xd0\xd3\xc6")
-        kind = "an EPS drawing, a program that has no pixels" if is_drawing else "not a picture of a known format"
+        kind = "an EPS drawing, a program that has no pixels" if is_drawing else "not a picture that Pillow can read"
         raise MediaError(f"{path} is {kind}; convert it to PNG or JPEG") from None
     except Image.DecompressionBombError:
         raise MediaError(f"{path} has too many pixels, over {MAX_PIXELS // 10**6} million; shrink it first") from None

@@ -17,6 +17,7 @@ and MPEG-PS data before the first frame that can be decoded is skipped, as recor
 import contextlib
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -31,7 +32,7 @@ from llamavid_jax.media.source import MediaError, check_size, local_file
 from llamavid_jax.media.timeline import Packet, Sampling, Timeline, sample, timeline_of
 
 Transform = Callable[[np.ndarray], np.ndarray]
-Progress = Callable[[Sampling, int], None]  # the plan, and how many of its frames have been read
+Progress = Callable[[Sampling, int], None]  # the plan, and how many of its frames have been decoded
 PLAYLISTS = ("concat", "hls", "dash")
 BROADCASTS = ("mpegts", "mpeg")
 DECLARED = ("ivf", "mxf")  # formats whose stated length is that of their frames, and tells a cut
@@ -93,7 +94,7 @@ def read_timeline(path: str | Path) -> Timeline:
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         flags = {"is_broadcast": kind in BROADCASTS, "has_times": kind not in WITHOUT_TIMES}
         timeline = timeline_of(packets, tick, rate, **flags) if packets else None
-        seconds = timeline.seconds if timeline else 0.0
+        seconds = timeline.times[-1] if timeline else 0.0
         is_short = kind in DECLARED and float((stream.duration or 0) * stream.time_base) - seconds > LOST
         if timeline is None or is_cut(file, kind) or is_short or (is_partial and kind not in BROADCASTS):
             raise _damaged(path, seconds, (container.duration or 0) / 1e6)
@@ -132,16 +133,14 @@ def iter_frames(
         return transform(shown) if transform else shown
 
     with open_video(path) as (container, stream):
-        if progress:
-            progress(sampling, 0)
         previous = shown = None
         frames = _due(_decode(path, container, stream, sampling.timeline), sampling)
         for done, (seconds, frame) in enumerate(zip(sampling.times.tolist(), frames, strict=True), 1):
             if frame is not previous:
                 previous, shown = frame, pixels(frame)
-            yield seconds, shown
             if progress:
                 progress(sampling, done)
+            yield seconds, shown
 
 
 @contextlib.contextmanager
@@ -194,15 +193,16 @@ def _animated_webp(path: str | Path) -> io.BytesIO | None:
         raise _damaged(path, 0, 0)
     video, milliseconds = io.BytesIO(), Fraction(1, 1000)
     with open_picture(path) as image, av.open(video, "w", format="matroska") as output:
-        stream = output.add_stream("ffv1", rate=25, width=image.width, height=image.height, pix_fmt="bgr0")
-        stream.codec_context.time_base = milliseconds
+        stream = output.add_stream("ffv1", rate=1000, width=image.width, height=image.height, pix_fmt="bgr0")
         time = 0
         for number in range(image.n_frames):
             image.seek(number)
             frame = av.VideoFrame.from_image(image.convert("RGB"))
-            frame.pts, frame.time_base, frame.duration = time, milliseconds, image.info["duration"]
-            output.mux(stream.encode(frame))
-            time += frame.duration
+            frame.pts, frame.time_base = time, milliseconds
+            for packet in stream.encode(frame):
+                packet.duration = image.info["duration"]
+                output.mux(packet)
+            time += image.info["duration"]
         output.mux(stream.encode())
     video.seek(0)
     return video
@@ -265,6 +265,7 @@ def _empty(path: object) -> MediaError:
 
 
 def _damaged(path: object, seconds: float, total: float) -> MediaError:
+    seconds = math.floor(10 * seconds) / 10
     of = f" of {total:.1f}" if total > seconds else ""
     return MediaError(
         f"{path} is cut short or damaged: {seconds:.1f}{of} seconds can be read; copy it again, "
