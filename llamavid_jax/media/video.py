@@ -187,7 +187,7 @@ def _animated_webp(path: str | Path) -> io.BytesIO | None:
 
     with local_file(path).open("rb") as file:
         head = file.read(21)
-    if head[:4] != b"RIFF" or head[8:16] != b"WEBPVP8X" or not head[20] & 2:
+    if len(head) < 21 or head[:4] != b"RIFF" or head[8:16] != b"WEBPVP8X" or not head[20] & 2:
         return None
     if is_cut(local_file(path), "webp_pipe"):
         raise _damaged(path, 0, 0)
@@ -200,9 +200,9 @@ def _animated_webp(path: str | Path) -> io.BytesIO | None:
             frame = av.VideoFrame.from_image(image.convert("RGB"))
             frame.pts, frame.time_base = time, milliseconds
             for packet in stream.encode(frame):
-                packet.duration = image.info["duration"]
+                packet.duration = max(1, image.info["duration"])
                 output.mux(packet)
-            time += image.info["duration"]
+                time += packet.duration
         output.mux(stream.encode())
     video.seek(0)
     return video

@@ -10,7 +10,6 @@ from clips import cut, index_frame, read_index, write_clip
 from paths import GOLDEN
 from PIL import Image
 
-from llamavid_jax.data import examples
 from llamavid_jax.data.examples import ExampleReader, SampleSize, thinned
 from llamavid_jax.data.labels import training_example
 from llamavid_jax.data.record import Record
