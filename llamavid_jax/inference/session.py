@@ -145,7 +145,7 @@ class Session:
             raise InputError(f"the question holds {IMAGE}, which stands for a picture; give pictures with --image")
         if self.follow_ups:
             self.encode(new_tokens)
-            known = {"features_have_cls": True, "prompts": [question]}
+            known = {"features_have_cls": self.model.config.vision_tower_config.has_cls, "prompts": [question]}
             return Turn(question, [self.model.visual_tokens(features=one, **known)[0] for one in self.features])
         self.frames = 0
         return Turn(question, [self.model.visual_tokens(one, [question])[0] for one in self._visuals(new_tokens)])
