@@ -33,12 +33,12 @@ from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.examples import ExampleReader, check_places, file_header, thinned_inputs
 from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.data.records import decode, find_media, media_file, media_size, read_records
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import InputError, Parser, complain, printable
 from llamavid_jax.files import write_files
 from llamavid_jax.media.features import read_header
 from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.video import check_fps
+from llamavid_jax.media.timeline import check_fps
 from llamavid_jax.shapes import IGNORE_LABEL
 from llamavid_jax.text.conversation import ConversationError, template_named, training_turns
 from llamavid_jax.text.tokenizer import load_tokenizer
@@ -169,7 +169,7 @@ class Report:
             for name in ("index", "id", "problem", "reason"):
                 table.add_column(name, overflow="fold")
             for check in self.problems[:SHOWN]:
-                table.add_row(*(Text(str(x)) for x in (check.index, check.id, check.problem, check.reason)))
+                table.add_row(*(Text(printable(x)) for x in (check.index, check.id, check.problem, check.reason)))
             console.print(table)
             if len(self.problems) > SHOWN:
                 console.print(f"... and {len(self.problems) - SHOWN} more: --json FILE writes them all")
