@@ -1,4 +1,4 @@
-"""What few bits cost: the table of docs/quantization.md, against the same weights in float32.
+"""What quantisation costs: the table of docs/quantization.md, against the same weights in float32.
 
     python -m benchmarks.quantization docs/quantization.md --data build/demo_data/instruct_test.json
 
@@ -191,7 +191,7 @@ def rows(data: Path, limit: int) -> Iterator[list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measures what few bits cost.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Measures what quantisation costs.", allow_abbrev=False)
     parser.add_argument("file", type=Path, help="docs/quantization.md")
     parser.add_argument("--data", type=Path, required=True, help="instruct_test.json of demo/make_data.py")
     parser.add_argument("--limit", type=int, default=100, help="clips that the demo model is asked about (100)")

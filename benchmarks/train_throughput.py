@@ -31,8 +31,8 @@ from llamavid_jax.parallel.chips import peak_flops
 from llamavid_jax.parallel.sharding import param_shardings
 from llamavid_jax.shapes import TEXT, Batch, RowShape
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
+from llamavid_jax.training.layout import batch_sharding, run_mesh
 from llamavid_jax.training.optimizer import make_optimizer
-from llamavid_jax.training.start import batch_sharding, run_mesh
 from llamavid_jax.training.step import TrainState, make_train_step
 
 QUESTION_TOKENS = 64

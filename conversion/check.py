@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
+from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN
 
@@ -170,6 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         expected = read_expected(options.expected)
+        keep_programs()
         model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.directory, dtype="float32")
         rows = check_case(model, expected)
     except InputError as error:

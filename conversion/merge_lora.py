@@ -15,9 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion import folder, orbax_store
-from conversion.read_torch import read_file
-from conversion.stored_tensor import StoredTensor
 from llamavid_jax.checkpoints.adapter import check_tensors, peft_tensors, read_peft_config, read_values
 from llamavid_jax.checkpoints.weights import WEIGHTS
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
@@ -25,6 +22,10 @@ from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_jax, weight_table
+
+from . import folder, orbax_store
+from .read_torch import read_file
+from .stored_tensor import StoredTensor
 
 PREFIX = "base_model.model."  # PEFT's, before every name of the model that it wraps
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -34,7 +35,7 @@ FULL_MODULES = "non_lora_trainables.bin"
 def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, StoredTensor]]:
     """An adapter's configuration and its tensors, `model....lora_A.weight` → tensor.
 
-    Raises CheckpointError without a file of weights, CheckpointError where they are not of this model.
+    Raises CheckpointError without a file of weights, and for weights of another model.
     """
     file = next((source / name for name in ADAPTER_FILES if (source / name).is_file()), None)
     if file is None:

@@ -10,7 +10,7 @@ from llamavid_jax.errors import CheckpointError
 
 
 def resize_positions(table: np.ndarray, side: int) -> np.ndarray:
-    """Position table [1+p*p, E] for another image size: [1+side*side, E], the CLS row kept.
+    """Position table [1+p*p, E] for another image size: [1+side*side, E], the CLS row unchanged.
 
     torch's bicubic without antialiasing and without aligned corners, in float32, as the original does at load time.
     """

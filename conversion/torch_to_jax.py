@@ -25,10 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from conversion import folder, orbax_store
-from conversion.positions import resize_positions
-from conversion.read_gguf import write_tokenizer
-from conversion.sources import Source, Tensor, model_config, open_sources
+from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.quantize import quantize_kernels
@@ -36,6 +33,11 @@ from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_jax, weight_table
 from llamavid_jax.weights.llama import QUANTISED
+
+from . import folder, orbax_store
+from .positions import resize_positions
+from .read_gguf import write_tokenizer
+from .sources import Source, Tensor, model_config, open_sources
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
@@ -258,7 +260,7 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m conversion.torch_to_jax", description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("source", metavar="SRC", type=Path, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="stored type (keep: bit-exact)")
@@ -277,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = vars(parser.parse_args(arguments))
         options["config_file"] = options.pop("config")
+        keep_programs()
         convert(options.pop("source"), options.pop("out"), **options)
     except InputError as error:
         return complain(error)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.data.records import JsonRows
 from llamavid_jax.errors import InputError, complain
 from llamavid_jax.inference.session import Session
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="records answered together")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    keep_programs()
     records = list(JsonRows(arguments.data))[: arguments.limit]
     if not all("types" in record for record in records):
         raise InputError(f"{arguments.data} does not say of what type questions are; give a *_test.json of make_data")

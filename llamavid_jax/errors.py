@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import sys
+from collections.abc import Callable
 
 
 class InputError(ValueError):
@@ -19,6 +21,10 @@ class CheckpointError(InputError):
     """Weights, an adapter or a run's checkpoint that cannot be used: names the file, what is wrong and the remedy."""
 
 
+class TrainingError(InputError):
+    """A run that cannot go on: says at which step, why, and what to do."""
+
+
 class Parser(argparse.ArgumentParser):
     """Arguments that cannot be read are bad input as any other: one line, without the usage."""
 
@@ -26,12 +32,44 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Makes a function of arguments a command: its streams are usable, bad input is one line, Ctrl-C a code."""
+
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def run(arguments: list[str] | None = None) -> int:
+            open_streams()
+            try:
+                code = main(arguments)
+                sys.stdout.flush()
+                return code
+            except InputError as error:
+                return complain(error, name)
+            except ModuleNotFoundError as error:
+                return complain(InputError(f'{error.name} is not installed; pip install "llamavid_jax[train]"'), name)
+            except KeyboardInterrupt:
+                return 130
+            except OSError as error:  # which nobody expected: of stdout, whose reader has gone or whose disk is full
+                with contextlib.suppress(OSError):  # else what is left of the output would be tried again at the end
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 141 if isinstance(error, BrokenPipeError) else complain(InputError(str(error)), name)
+
+        return run
+
+    return decorate
+
+
 def complain(error: InputError, command: str = "error") -> int:
-    """Prints the error to stderr as one line that begins with `command`; returns the exit code."""
+    """Says the error as one line that begins with `command`; returns the exit code."""
+    say(f"{command}: {' '.join(str(error).split())}")
+    return 2
+
+
+def say(text: str) -> None:
+    """Prints to stderr.  What cannot be said there, because it is closed or its disk is full, ends no command."""
     if sys.stderr is not None:  # closed: print would take stdout in its place
         with contextlib.suppress(OSError):
-            print(printable(f"{command}: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
-    return 2
+            print(printable(text, kept="\n"), file=sys.stderr, flush=True)
 
 
 def printable(text: str, kept: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test, float32 products at full precision, and the golden folder."""
+"""Eight simulated CPU devices for every test, float32 matmuls at full precision, and the golden folder."""
 
 import gc
 import os

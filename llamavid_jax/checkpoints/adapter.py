@@ -107,7 +107,7 @@ def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Pa
     """The LoraConfig of an adapter_config.json.
 
     The targets are read off the tensors' names: `target_modules` may be a pattern.  Raises CheckpointError for an
-    adapter that is more than A and B of one rank (DoRA, biases, whole modules).
+    adapter that is more than A and B of one rank (DoRA, biases, full modules).
     """
     for field, plain in PLAIN.items():
         if values.get(field, plain[0]) not in plain:

@@ -72,8 +72,8 @@ class PretrainedModel:
     ) -> Model:
         """Loads a converted checkpoint as `dtype`, straight onto `mesh` where one is given, every host its shards.
 
-        `quantize` "int8" or "int4" holds the kernels of LLaMA's layers so; only these bits reach the devices.  None
-        takes them as they are stored.  `kv_cache` "int8" halves the cache of decoding.
+        `quantize` "int8" or "int4": LLaMA's kernels, before they reach the devices; None takes them as they are stored.
+        `kv_cache` "int8" halves the cache of decoding.
 
         Raises ConfigError or CheckpointError, naming the file and what to do.
         """

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, ConfigError
+from llamavid_jax.files import find
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.parallel.mesh import host_mesh, make_mesh
 from llamavid_jax.parallel.sharding import param_shardings
@@ -31,12 +32,12 @@ def parse_dtype(name: Any) -> jnp.dtype:
 
 
 def weights_folder(directory: str | Path) -> Path:
-    """Its full path, without the `..` that TensorStore does not take."""
+    """The full path of the weights, without `..`, which TensorStore does not take."""
     return Path(directory).resolve() / WEIGHTS
 
 
-def save_weights(directory: str | Path, params: Mapping[str, jax.Array]) -> None:
-    """Writes `directory/weights`; Orbax writes aside and renames, so that it is whole or absent."""
+def save_weights(directory: str | Path, params: Mapping[str, Any]) -> None:
+    """Writes `directory/weights`; Orbax writes aside and renames, so that it is complete or absent."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,11 +56,11 @@ def load_weights(
     """Reads the parameters, by path, as `dtype` onto `mesh`, every host only its shards, or onto the default device.
 
     The paths in `float32` are read so whatever `dtype` is: training keeps what it trains in full precision.
-    Kernels that `config` has quantised and the checkpoint whole are quantised by the host, one at a time: only their
-    few bits reach the devices.
+    Kernels that are quantised in `config` but not in the checkpoint are quantised by the host, one at a time: the
+    devices never hold them in full precision.
     Raises CheckpointError when the weights are missing, damaged, or not those of `config`.
     """
-    path = weights_folder(directory)
+    path = weights_folder(find(directory))
     if not path.is_dir():
         raise CheckpointError(
             f"{path} does not exist: {directory} is not a converted checkpoint; "
@@ -120,7 +121,7 @@ def abstract_params(
 def _quantized(
     kernel: jax.ShapeDtypeStruct, name: str, restore: Callable, kind: str, target: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host sees in full precision."""
+    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host holds in full precision."""
     from llamavid_jax.models.quantize import quantize_kernels  # Qwix takes a second to import
 
     parts = flat_paths({name: quantize_kernels(restore({name: kernel})[name], QUANTISED[name], kind)})
@@ -143,20 +144,15 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
         raise CheckpointError(f"{path} does not exist; give the `adapter` folder of a training run")
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = dict(checkpointer.metadata(path).item_metadata or {})
+            tree = dict(checkpointer.metadata(path).item_metadata or {})
+            stored = flat_paths(tree)
+            known = {name: onto[name] for name in stored if name in onto}
+            check_params(path, stored, known, "give the adapter of a run of this model")
+            target = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in known.values()]
+            return flat_paths(checkpointer.restore(path, jax.tree.unflatten(jax.tree.structure(tree), target)))
+        except CheckpointError:
+            raise
         except Exception as error:  # of many kinds, as in load_weights
-            raise CheckpointError(
-                f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
-            ) from error
-        known = {name: onto[name] for name in stored if name in onto}
-        check_params(path, flat_paths(stored), known, "give the adapter of a run of this model")
-        target = {
-            name: jax.ShapeDtypeStruct(onto[name].shape, onto[name].dtype, sharding=onto[name].sharding)
-            for name in stored
-        }
-        try:
-            return checkpointer.restore(path, target)
-        except Exception as error:
             raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
             ) from error

@@ -1,1 +1,1 @@
-"""The commands: arguments, output and exit codes.  The scripts at the top of the repository call them."""
+"""The command lines: each module has `main(arguments)`, which returns the exit code; `program` starts and ends them."""

@@ -9,7 +9,7 @@ A frame stays uint8 until `normalize`: an hour of video at one frame a second is
 Letters: F frames, H height, W width.
 
 Deviations from the original, which calls `Image.open(...).convert("RGB")`: the EXIF orientation is applied, and
-16-bit grey is scaled to 8 bits (Pillow's conversion clips it to white).  As there, an alpha channel is dropped, not
+16-bit grey is scaled to 8 bits (Pillow's conversion clips it to white).  As in Pillow, an alpha channel is dropped, not
 blended, and an animation gives its first picture.
 """
 

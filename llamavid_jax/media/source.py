@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llamavid_jax.errors import InputError
+from llamavid_jax.files import find
 
 MAX_BYTES = 2 * 1024**3  # about an hour of 1080p at 4.5 Mbit/s
 TIMEOUT = 600.0  # seconds for a whole download
@@ -41,11 +42,11 @@ def check_size(width: int, height: int, name: object) -> None:
 
 
 def local_file(path: str | Path) -> Path:
-    """`path` as the absolute path of a file that is there, is no folder and is not empty; else MediaError."""
+    """`path` as the absolute path of a file that exists, is no folder and is not empty; else MediaError."""
     if path == "":  # the current folder to pathlib
         raise MediaError("the path is empty; give the name of a file")
     try:
-        file = Path(path).expanduser().resolve()
+        file = find(path).expanduser().resolve()
         if not file.exists():
             raise MediaError(f"{path} does not exist; check the spelling and the folder it is in")
         if not file.is_file():

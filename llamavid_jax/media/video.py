@@ -48,7 +48,7 @@ def read_video(
 ) -> Video:
     """Samples `fps` frames a second; `transform` maps each uint8 [h, w, 3] to uint8 [H, W, 3].
 
-    Raises MediaError for a file that cannot be read whole.
+    Raises MediaError for a file that cannot be read to its end.
     """
     with open_video(path) as (container, stream, average_fps):
         stride = frame_stride(average_fps, fps, path)

@@ -3,7 +3,7 @@
     prompt   [L, B, T, K, H]   read only: no step copies it, and the compiler is free in how it lies on the chip
     answer   [L, B, S, K, H]   one slot a step, the same in all rows, written in place
 
-Of the kind "float" both hold keys and values in the type of products; of the kind "int8" whole numbers and one scale
+Of the kind "float" both hold keys and values in the compute dtype; of the kind "int8" integers and one scale
 for each head of each position, half the memory; what it costs is measured in docs/quantization.md.
 """
 
@@ -27,10 +27,10 @@ class Rounded(NamedTuple):
 
     @classmethod
     def of(cls, x: Float[Array, "*B K H"]) -> "Rounded":
-        whole = x.astype(jnp.float32)
-        scale = (jnp.max(jnp.abs(whole), axis=-1) / 127).astype(x.dtype)
+        full = x.astype(jnp.float32)
+        scale = (jnp.max(jnp.abs(full), axis=-1) / 127).astype(x.dtype)
         divisor = jnp.where(scale == 0, 1, scale).astype(jnp.float32)
-        return cls(jnp.round(whole / divisor[..., None]).clip(-127, 127).astype(jnp.int8), scale)
+        return cls(jnp.round(full / divisor[..., None]).clip(-127, 127).astype(jnp.int8), scale)
 
 
 class KeysValues(NamedTuple):
@@ -68,7 +68,7 @@ class KeysValues(NamedTuple):
         return jax.tree.map(longer, self)
 
     def layer(self, index: int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Keys and values in the type of products."""
+        """Keys and values in the compute dtype."""
         return _whole(jax.tree.map(lambda x: x[index], self))
 
     def block(self, layer: jax.Array, first: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

@@ -177,7 +177,7 @@ class Llama(nnx.Module):
         return self.lm_head(hidden).astype(jnp.float32)
 
     def head_kernel(self) -> Float[Array, "D V"]:
-        """What `logits` multiplies with, in the type of products: the loss takes it in chunks."""
+        """The head's kernel, in the compute dtype: the loss takes it in chunks."""
         kernel = self.embed.embedding.T if self.config.tie_word_embeddings else self.lm_head.kernel
         return kernel.astype(self.embed.dtype)
 

@@ -28,7 +28,7 @@ PAIR_CHUNK = 64  # pairs that a device compresses at a time; the original's bloc
 
 
 class LlamaVid(nnx.Module):
-    """The whole model; parameters in `param_dtype`, products in `dtype` (the policy stands in `config/schema.py`)."""
+    """The whole model; parameters in `param_dtype`, matmuls in `dtype` (the policy stands in `config/schema.py`)."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class LlamaVid(nnx.Module):
         """Token compression of G pairs of a frame and a question, spread over the mesh: the context token first.
 
         `has_cls` says whether `features` start with the CLS token: yes after the vision tower, no for ready features
-        of long videos.  The Q-Former sees it where it is there; the tokens never hold it.  `remat` as in
+        of long videos.  The Q-Former reads it where `features` hold it; the tokens never do.  `remat` as in
         `stack.REMAT`.
         """
 

@@ -1,7 +1,7 @@
 """Next-token cross-entropy in chunks over the vocabulary: hidden `[B, T, D]`, labels `[B, T]` → three sums.
 
 The logits of a row of 65,536 tokens over 32,000 words would take 8 GB in float32.  Here one chunk of the vocabulary is
-there at a time, and the gradient makes it again.  The only place where labels are shifted.
+made at a time, and made again for the gradient.  The only place where labels are shifted.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def next_token_sums(
 ) -> LossSums:
     """Position t is scored against label t+1; labels of IGNORE_LABEL do not count.
 
-    `kernel` is the head's; products in its type, sums in float32.
+    `kernel` is the head's; matmuls in its dtype, sums in float32.
     """
     words, kept = _targets(labels)
     log_sum, own, best = _scores(hidden, kernel, words)
@@ -45,7 +45,7 @@ def next_token_sums(
 
 @jax.jit
 def next_token_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    """The mean over the labelled tokens, of logits that are there already."""
+    """The mean over the labelled tokens, of logits that have been computed."""
     words, kept = _targets(labels)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(log_probs, words[..., None], axis=-1)[..., 0]

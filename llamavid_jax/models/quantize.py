@@ -1,16 +1,16 @@
-"""Kernels in 4 or 8 bits, made whole again in the product: LLaMA's for small chips, or frozen under LoRA (QLoRA).
+"""Kernels in 4 or 8 bits, dequantised inside the matmul: LLaMA's for small chips, or frozen under LoRA (QLoRA).
 
-By Qwix: blocks of 64 inputs share one scale, in the kernel's own type.  "int8" and "int4" are whole numbers, "nf4" the
+By Qwix: blocks of 64 inputs share one scale, in the kernel's own type.  "int8" and "int4" are integers, "nf4" the
 16 quantiles of a normal distribution (Dettmers et al. 2023).  The tree changes so (L layers):
 
     llama.layers.mlp.up.kernel  [L, D, M]   →   llama.layers.mlp.up.kernel.qvalue  [L, D/64, 64, M]   int8, int4, uint4
                                                 llama.layers.mlp.up.kernel.scale   [L, D/64, 1, M]
 
-Blocks are an axis of their own, which the product sums over like the others: so the TPU compiler makes a kernel whole
-inside the product that reads it.  A kernel whose blocks are merged before the product it writes to memory first.
+Blocks are an axis of their own, which the matmul sums over like the others: so the TPU compiler dequantises a kernel
+inside the matmul that reads it.  Were the blocks merged before, it would first write the kernel to memory.
 Deviations from QLoRA: scales are not quantised themselves (0.25 bits a weight in bfloat16, where the original's double
 quantisation has 0.13), and the head stays as it is.
-Qwix flattens what it looks up in nf4's table, so that under tensor parallelism every device makes whole kernels.
+Qwix flattens what it looks up in nf4's table, so that under tensor parallelism every device dequantises whole kernels.
 """
 
 import functools
@@ -74,7 +74,7 @@ def quantize_kernels(kernels: jax.Array, row: W, kind: str) -> qwix.QArray:
 
 
 def _promote_but_kernel(arrays: tuple, dtype) -> tuple:
-    """What `nnx.LinearGeneral` calls on input, kernel and bias before its product."""
+    """What `nnx.LinearGeneral` calls on input, kernel and bias before its matmul."""
     inputs, kernel, bias = arrays
     inputs, bias = promote_dtype((inputs, bias), dtype=dtype)
     return inputs, kernel, bias
@@ -86,5 +86,5 @@ def _product_in_blocks(inputs: jax.Array, kernel: qwix.QArray, dimensions, preci
     blocks = kernel.shape[: inner + 1]
     inputs = inputs.reshape(*inputs.shape[: inputs.ndim - inner], *blocks)
     axes = tuple(range(inputs.ndim - inner - 1, inputs.ndim)), tuple(range(inner + 1))
-    whole = qwix.dequantize(kernel).astype(inputs.dtype)
-    return jax.lax.dot_general(inputs, whole, (axes, ((), ())), precision=precision, out_sharding=out_sharding)
+    full = qwix.dequantize(kernel).astype(inputs.dtype)
+    return jax.lax.dot_general(inputs, full, (axes, ((), ())), precision=precision, out_sharding=out_sharding)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-Params = dict[str, jax.Array]  # by dotted path
+Params = dict[str, Any]  # arrays by dotted path
 
 
 def flat_paths(tree: Any) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class Structure:
         self.shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat_paths(state).items()}
 
     def model(self, *params: Params) -> Any:
-        """The model with the given parameters, all of which must be there."""
+        """The model with the given parameters, all of them."""
         by_path = {path: value for some in params for path, value in some.items()}
         leaves = [by_path[path] for path in self.shapes]
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, leaves))

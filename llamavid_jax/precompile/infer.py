@@ -28,10 +28,11 @@ from llamavid_jax.models.flops import PARTS, flops_per_step
 from llamavid_jax.models.kv_cache import AXES, KVCache
 from llamavid_jax.models.llama_vid import LlamaVid, compress_frames, encode_frames
 from llamavid_jax.models.structure import Structure
+from llamavid_jax.parallel.mesh import TENSOR, describe
 from llamavid_jax.parallel.sharding import activation_spec
 from llamavid_jax.precompile.memory import device_bytes
 from llamavid_jax.precompile.report import Report, compile_report
-from llamavid_jax.precompile.topology import chip_of, describe, slice_mesh
+from llamavid_jax.precompile.topology import chip_of, slice_mesh
 from llamavid_jax.shapes import FRAME_CHUNK, bucket
 
 REMEDY = "try a mesh with a larger tensor axis, fewer frames, or a generation with more memory"
@@ -54,8 +55,8 @@ def check_inference(
     devices on `tensor`; without `machine_code` as far as `buffers.py` says.  Raises InputErrors as `check_training`.
     """
     kind = parse_dtype(dtype)
-    chips = slice_mesh(topology, mesh, default="tensor")
-    replicated = NamedSharding(chips, PartitionSpec())
+    chips = slice_mesh(topology, mesh, default=TENSOR)
+    replicated, mesh_text = NamedSharding(chips, PartitionSpec()), describe(chips.shape) or "one device"
 
     def whole(shape: tuple[int, ...], of: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, of, sharding=replicated)
@@ -80,7 +81,7 @@ def check_inference(
         )  # fmt: skip
 
     def report(program: str, lowered: jax.stages.Lowered, uses: tuple[str, ...], work: int) -> Report:
-        known = {"machine_code": machine_code, "topology": topology, "devices": chips.size, "mesh": describe(chips)}
+        known = {"machine_code": machine_code, "topology": topology, "devices": chips.size, "mesh": mesh_text}
         own = compile_report(lowered, chip_of(topology), 1, work, remedy=REMEDY, program=f"{named}: {program}", **known)
         idle = (leaf for path, leaf in params.items() if not path.startswith(uses))
         peak = own.peak_gib + sum(device_bytes(leaf, leaf.sharding) for leaf in idle) / 2**30

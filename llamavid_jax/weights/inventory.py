@@ -78,7 +78,7 @@ def axes(config: LLaMAVIDLlavaConfig, given: Mapping[str, tuple[int, ...]]) -> d
 
 
 def _axes_in_blocks(row: W, path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Axes:
-    """The axes of a quantised kernel's `qvalue` or `scale`, which must be those of whole blocks."""
+    """The axes of a quantised kernel's `qvalue` or `scale`, which must be those of complete blocks."""
     whole, at = tuple(sizes[name] for name in row.axes.split()), row.input_axes
     number = shape[at] if len(shape) > len(whole) and shape[at] and whole[at] % shape[at] == 0 else 1
     if shape != block_shapes(row, whole, whole[at] // number)[path]:

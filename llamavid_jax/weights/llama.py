@@ -21,7 +21,7 @@ def _w(path: str, axes: str, torch: str, name: str) -> W:
 
 
 def _l(path: str, axes: str, torch: str, name: str) -> W:
-    """Of a layer."""
+    """The row of a weight of every layer."""
     return _w(f"layers.{path}", f"layers {axes}", torch, f"model.layers.{{l}}.{name}.weight")
 
 

@@ -14,7 +14,7 @@ def _w(path: str, axes: str, torch: str, name: str, documented: str) -> W:
 
 
 def _b(path: str, axes: str, torch: str, name: str, documented: str) -> W:
-    """Of a block."""
+    """The row of a weight of every block."""
     place = f"blocks.{{l}}.{name}", f"encoder.layers.{{l}}.{documented}"
     return _w(f"blocks.{path}", f"{_LAYERS} {axes}", torch, *place)
 

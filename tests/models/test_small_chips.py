@@ -133,7 +133,7 @@ def test_no_whole_kernel_reaches_the_device(whole, monkeypatch):
     assert all(leaf.devices() == {device} for leaf in leaves.values())
 
 
-def test_products_read_few_bits(whole):
+def test_matmuls_read_quantised_kernels(whole):
     """What decoding is given: int8 kernels and an int8 cache, no whole kernel, no whole cache."""
     model = load(whole, dtype="bfloat16", quantize="int8", kv_cache="int8")
     ids, one = np.zeros((1, 64), np.int32), np.ones(1, np.int32)

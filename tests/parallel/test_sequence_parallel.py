@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import random, relative_error, segments
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
-from test_attention import random, relative_error, segments
 
 from llamavid_jax.attention import tile as tile_file
 from llamavid_jax.attention.attention import attention
@@ -28,7 +28,7 @@ from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.parallel.rows import take_slots
 from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.shapes import TEXT, Batch
-from llamavid_jax.training.start import batch_sharding
+from llamavid_jax.training.layout import batch_sharding
 from llamavid_jax.training.step import loss_sums, visual_table
 from llamavid_jax.weights import inventory
 
@@ -221,7 +221,7 @@ def test_no_device_holds_a_row_or_its_table_whole(structure, params, batch):
 
 
 def test_the_vision_part_uses_all_devices(structure, params, batch):
-    """Equal tokens, and a device does little more than its eighth of the products, on `tensor` and `sequence` too."""
+    """Equal tokens, and a device does little more than its eighth of the matmuls, on `tensor` and `sequence` too."""
 
     def tokens(params, batch):
         return visual_table(structure.model(params), batch, "none", None)

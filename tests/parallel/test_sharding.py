@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ from llamavid_jax.config.schema import (
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.parallel import sharding
-from llamavid_jax.parallel.mesh import ShardingError, closed_rings, make_mesh, parse_mesh
+from llamavid_jax.parallel.mesh import AXIS_RULES, ShardingError, closed_rings, make_mesh, parse_mesh
 from llamavid_jax.parallel.sharding import param_shardings
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.weights import inventory
@@ -83,7 +84,7 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter(different_shapes):
     assert set(axes) == set(different_shapes)
     used = {name for names in axes.values() for name in names}
     assert used == set(inventory.axis_sizes(ALL_DIFFERENT))
-    assert used <= set(sharding.AXIS_RULES)
+    assert used <= set(AXIS_RULES)
 
 
 def test_names_in_another_order_are_refused(different_shapes, monkeypatch):
@@ -147,7 +148,7 @@ def test_parse_mesh_names_the_wrong_part(text):
 
 
 def test_a_mesh_of_more_devices_than_there_are():
-    with pytest.raises(ShardingError, match="a mesh of fsdp=4, tensor=4 needs 16 devices; 8 are there"):
+    with pytest.raises(ShardingError, match="a mesh of fsdp=4, tensor=4 needs 16 devices; 8 are attached"):
         make_mesh(fsdp=4, tensor=4)
 
 
@@ -238,7 +239,7 @@ def params():
     """Weights of 0.1, so that greedy choices are clear and all parts count."""
     generator = np.random.default_rng(0)
     leaves = sorted(abstract_params(SMALL).items())
-    return {path: generator.normal(size=leaf.shape, scale=0.1).astype(np.float32) for path, leaf in leaves}
+    return {path: jnp.asarray(generator.normal(size=leaf.shape, scale=0.1), jnp.float32) for path, leaf in leaves}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.training import step
 from llamavid_jax.training.config import LoopConfig
-from llamavid_jax.training.start import batch_sharding
+from llamavid_jax.training.layout import batch_sharding
 from llamavid_jax.training.step import loss_sums, make_evaluate_step, make_train_step
 from llamavid_jax.training.trainable import trainable_paths
 from llamavid_jax.weights import inventory
@@ -130,7 +130,7 @@ def test_no_random_key_serves_twice(monkeypatch):
 
 
 def test_the_compiler_cannot_undo_rematerialisation():
-    """Outside a loop, where it would find the forward's products again, stands a guard."""
+    """Outside a loop, where it would find the forward's matmuls again, stands a guard."""
     model = structure("full").model(random_params())
     traced = jax.make_jaxpr(lambda rows: loss_sums(model, rows, "full").loss)(batch(ROWS, SHAPE))
     guards = set()
