@@ -12,7 +12,9 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -234,6 +236,8 @@ def questions(options: argparse.Namespace) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     code = 0
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was downloaded is deleted
     try:
         options = parse_arguments(arguments)
         if options.compile_only:
@@ -255,6 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(error, "infer.py")
     except KeyboardInterrupt:
         return 130
+    except SystemExit as end:
+        return end.code
     except BrokenPipeError:  # whoever read the answers has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
