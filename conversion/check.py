@@ -17,9 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from conversion.stored_tensor import CheckpointError
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.commands.program import keep_programs
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN
 
 TOLERANCES = {"vision_features": 1e-5, "tokens": 1e-5, "logits": 5e-5, "loss": 1e-5, "greedy": 0.0}
@@ -171,6 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         expected = read_expected(options.expected)
+        keep_programs()
         model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.directory, dtype="float32")
         rows = check_case(model, expected)
     except InputError as error:

@@ -20,15 +20,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from conversion import folder
-from conversion.orbax_store import Arrays
-from conversion.read_torch import SAFETENSORS_DTYPES
-from conversion.stored_tensor import CheckpointError
-from conversion.torch_config import documented_config, original_config
-from conversion.transforms import Weight, to_torch
-from conversion.weight_table import weight_table
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.weights.files import Weight, to_torch, weight_table
+
+from . import folder
+from .orbax_store import Arrays
+from .read_torch import SAFETENSORS_DTYPES
+from .torch_config import documented_config, original_config
 
 SHARD_BYTES = {"original": 1 << 30, "documented": 5 << 30}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -156,7 +155,7 @@ def _require_torch() -> None:
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError:
-        raise CheckpointError("writing .bin files needs torch: pip install -r requirements-conversion.txt") from None
+        raise CheckpointError("writing .bin files needs torch: pip install torch") from None
 
 
 def _companions(source: Path) -> Iterator[Path]:

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion import folder, orbax_store
-from conversion.read_torch import read_file
-from conversion.stored_tensor import CheckpointError, StoredTensor
-from conversion.transforms import Weight, to_jax
-from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.checkpoints.adapter import check_tensors, peft_tensors, read_peft_config, read_values
 from llamavid_jax.checkpoints.weights import WEIGHTS
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.models.lora import LoraConfig
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import Weight, to_jax, weight_table
+
+from . import folder, orbax_store
+from .read_torch import read_file
+from .stored_tensor import StoredTensor
 
 PREFIX = "base_model.model."  # PEFT's, before every name of the model that it wraps
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -34,14 +35,14 @@ FULL_MODULES = "non_lora_trainables.bin"
 def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, StoredTensor]]:
     """An adapter's configuration and its tensors, `model....lora_A.weight` → tensor.
 
-    Raises CheckpointError without a file of weights, WeightsError where they are not of this model.
+    Raises CheckpointError without a file of weights, and for weights of another model.
     """
     file = next((source / name for name in ADAPTER_FILES if (source / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{source} holds no {' or '.join(ADAPTER_FILES)}; give the folder of an adapter")
     tensors = {name.replace(".default.", "."): tensor for name, tensor in read_file(file).items()}
     lora = read_peft_config(read_values(source), tensors, source)
-    check_tensors(tensors, peft_tensors(lora, config.text_config), source)
+    check_tensors(tensors, peft_tensors(lora, config), source)
     return lora, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
@@ -83,12 +84,12 @@ def merged(
 ) -> np.ndarray:
     """One weight of the base, in our layout, with its update, or the full module's in its place."""
     if weight.name in full:
-        return to_jax(full[weight.name].read(), weight, base.shape).astype(base.dtype)
+        return to_jax(full[weight.name].read(), weight).astype(base.dtype)
     name = weight.name.removesuffix(".weight")
     if f"{name}.lora_A.weight" not in updates:
         return base
     a, b = (updates[f"{name}.lora_{part}.weight"].read().astype(np.float32) for part in "AB")
-    return (base.astype(np.float32) + to_jax(lora.scale * (b @ a), weight, base.shape)).astype(base.dtype)
+    return (base.astype(np.float32) + to_jax(lora.scale * (b @ a), weight)).astype(base.dtype)
 
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
@@ -96,7 +97,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     config = LLaMAVIDLlavaConfig.from_pretrained(base).require_whole(base)
     table, arrays = weight_table(config, "original"), orbax_store.Arrays(base / "weights")
     lora, updates = read_adapter(adapter, config)
-    shapes = parameter_shapes(config)
+    shapes = inventory.shapes(config)
     full, own = read_full_modules(adapter, table), read_full_parameters(adapter, shapes)
     replaced = set(own.paths) if own else set()
     if differing := set(shapes) ^ set(arrays.paths):

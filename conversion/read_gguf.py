@@ -2,7 +2,7 @@
 
 Quantised tensors are dequantised one by one to float32.  llama.cpp interleaves the rotary pairs of q and k (row 2i and
 2i+1 of a head rotate together); here they go back to halves (row i and i + h/2).  Needs the `gguf` package
-(requirements-conversion.txt).
+(the extra `convert`).
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from conversion.stored_tensor import CheckpointError
 from llamavid_jax.config.foreign import llama_config
 from llamavid_jax.config.schema import LlamaConfig
+from llamavid_jax.errors import CheckpointError
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -81,9 +81,7 @@ def _open(file: Path):
     try:
         import gguf
     except ModuleNotFoundError:
-        raise CheckpointError(
-            "reading .gguf needs the gguf package: pip install -r requirements-conversion.txt"
-        ) from None
+        raise CheckpointError("reading .gguf needs the gguf package: pip install gguf") from None
     try:
         reader = gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OSError) as error:
@@ -127,7 +125,7 @@ def gguf_config(file: Path) -> LlamaConfig:
     reader = _open(file)
     names = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in names:
-        raise CheckpointError(f"{file} holds no token_embd.weight; give the GGUF file of a whole model")
+        raise CheckpointError(f"{file} holds no token_embd.weight; give the GGUF file of a complete model")
     heads = _value(reader, "llama.attention.head_count")
     values = {
         "vocab_size": int(names["token_embd.weight"].shape[-1]),

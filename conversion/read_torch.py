@@ -13,8 +13,10 @@ import os
 import struct
 from pathlib import Path
 
-from conversion.stored_tensor import DTYPES, CheckpointError, StoredTensor, row_major
-from conversion.torch_pickle import read_pickled
+from llamavid_jax.errors import CheckpointError
+
+from .stored_tensor import DTYPES, StoredTensor, row_major
+from .torch_pickle import read_pickled
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -88,7 +90,7 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
         if shard not in shards:
             if not (index.parent / shard).is_file():
                 raise CheckpointError(
-                    f"{index} names the shard {shard}, which is not there; download it into {index.parent}"
+                    f"{index} names the shard {shard}, which does not exist; download it into {index.parent}"
                 )
             shards[shard] = read_file(index.parent / shard)
         if name not in shards[shard]:

@@ -1,4 +1,4 @@
-"""Tensors of a file written by `torch.save`, found without torch and without running anything the file asks for.
+"""Tensors of a file written by `torch.save`, read without torch and without running anything the file asks for.
 
 A pickle is a program that may call any Python function.  The unpickler here knows the dozen names with which
 torch describes tensors; they only build `StoredTensor`s.  Every other name is refused, and the error says which one it
@@ -17,7 +17,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from conversion.stored_tensor import DTYPES, CheckpointError, StoredTensor
+from llamavid_jax.errors import CheckpointError
+
+from .stored_tensor import DTYPES, StoredTensor
 
 MAX_PICKLE_BYTES = 256 << 20  # the tensors lie outside the pickle; 40,000 names take 10 MB
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

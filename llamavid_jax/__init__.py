@@ -1,5 +1,6 @@
 """LLaMA-VID in JAX and Flax NNX.  The public classes load on first use, so that importing the package costs nothing."""
 
+import gc
 import importlib
 from typing import Any
 
@@ -18,7 +19,13 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"llamavid_jax has no {name!r}; it has {', '.join(_HOMES)}")
-    return getattr(importlib.import_module(f"llamavid_jax.{_HOMES[name]}"), name)
+    collects = gc.isenabled()
+    gc.disable()  # what an import makes stays; to look for garbage in it would take a quarter of the time
+    try:
+        return getattr(importlib.import_module(f"llamavid_jax.{_HOMES[name]}"), name)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -23,7 +23,7 @@ from llamavid_jax.attention.ring import ring_attention, ring_supports
 from llamavid_jax.attention.splash import splash_attention, splash_supports
 from llamavid_jax.parallel.sharding import target
 
-WITHOUT_KERNELS = ("TPU v2", "TPU v3")  # Pallas has no products of bfloat16 there
+WITHOUT_KERNELS = ("TPU v2", "TPU v3")  # Pallas has no bfloat16 matmuls there
 Backend = Literal["reference", "cudnn", "splash"]
 
 

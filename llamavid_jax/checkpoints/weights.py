@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import ConfigError, InputError
-from llamavid_jax.models.llama_vid import abstract_params
-from llamavid_jax.parallel.sharding import flat_paths, make_mesh, param_shardings
+from llamavid_jax.errors import CheckpointError, ConfigError
+from llamavid_jax.files import find
+from llamavid_jax.models.structure import flat_paths
+from llamavid_jax.parallel.mesh import host_mesh, make_mesh
+from llamavid_jax.parallel.sharding import param_shardings
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.llama import QUANTISED
 
 WEIGHTS = "weights"  # the folder in a checkpoint's directory
-
-
-class WeightsError(InputError):
-    """Weights that cannot be loaded: names the folder, what is wrong and the remedy."""
 
 
 def parse_dtype(name: Any) -> jnp.dtype:
@@ -32,18 +32,18 @@ def parse_dtype(name: Any) -> jnp.dtype:
 
 
 def weights_folder(directory: str | Path) -> Path:
-    """Its full path, without the `..` that TensorStore does not take."""
+    """The full path of the weights, without `..`, which TensorStore does not take."""
     return Path(directory).resolve() / WEIGHTS
 
 
-def save_weights(directory: str | Path, params: dict[str, Any]) -> None:
-    """Writes `directory/weights`; Orbax writes aside and renames, so that it is whole or absent."""
+def save_weights(directory: str | Path, params: Mapping[str, Any]) -> None:
+    """Writes `directory/weights`; Orbax writes aside and renames, so that it is complete or absent."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WeightsError(f"{directory} cannot be made ({error.strerror}); give a folder, not a file") from None
+        raise CheckpointError(f"{directory} cannot be made ({error.strerror}); give a folder, not a file") from None
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(weights_folder(directory), string_keys(params), force=True)
+        checkpointer.save(weights_folder(directory), nest(params), force=True)
 
 
 def load_weights(
@@ -52,30 +52,21 @@ def load_weights(
     dtype: Any = "float32",
     mesh: Mesh | None = None,
     float32: Container[str] = (),
-) -> dict[str, Any]:
-    """Reads the parameters as `dtype` onto `mesh`, every host only its shards, or onto the default device.
+) -> dict[str, jax.Array]:
+    """Reads the parameters, by path, as `dtype` onto `mesh`, every host only its shards, or onto the default device.
 
     The paths in `float32` are read so whatever `dtype` is: training keeps what it trains in full precision.
-    Kernels that `config` has quantised and the checkpoint whole are quantised by the host, one at a time: only their
-    few bits reach the devices.
-    Raises WeightsError when the weights are missing, damaged, or not those of `config`.
+    Kernels that are quantised in `config` but not in the checkpoint are quantised by the host, one at a time: the
+    devices never hold them in full precision.
+    Raises CheckpointError when the weights are missing, damaged, or not those of `config`.
     """
-    path = weights_folder(directory)
+    path = weights_folder(find(directory))
     if not path.is_dir():
-        raise WeightsError(
+        raise CheckpointError(
             f"{path} does not exist: {directory} is not a converted checkpoint; "
             "make one with `python -m conversion.torch_to_jax SRC OUT`"
         )
-    dtype = parse_dtype(dtype)
-    abstract = abstract_params(config, dtype)
-    if mesh is None:
-        mesh = make_mesh()
-    shardings = flat_paths(param_shardings(abstract, config, mesh))
-    kinds = {name: jnp.float32 if name in float32 else leaf.dtype for name, leaf in flat_paths(abstract).items()}
-    target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, kinds[name], sharding=shardings[name])
-        for name, leaf in flat_paths(abstract).items()
-    }
+    target = abstract_params(config, dtype, mesh, float32)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
 
         def restore(some: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -90,34 +81,51 @@ def load_weights(
                 tensorstore.KvStore.open(index).result().list().result()
             stored = checkpointer.metadata(path).item_metadata
             if stored is None:
-                raise WeightsError(f"{path}: its metadata (_METADATA) is missing or damaged; convert again")
+                raise CheckpointError(f"{path}: its metadata (_METADATA) is missing or damaged; convert again")
             stored = flat_paths(dict(stored.tree))
             plain = dataclasses.replace(config, quantization="none")
-            whole = flat_paths(abstract if plain == config else abstract_params(plain, dtype))
             to_quantize = [name for name in stored if f"{name}.qvalue" in target]
-            check_params(path, stored, whole if to_quantize else target)
+            whole = abstract_params(plain, dtype, host_mesh()) if to_quantize else target
+            check_params(path, stored, whole)
             restored = restore({name: target[name] for name in stored if name in target})
             for name in to_quantize:
-                restored |= _quantized(name, whole[name], restore, config.quantization, shardings)
-        except WeightsError:
+                restored |= _quantized(whole[name], name, restore, config.quantization, target)
+        except CheckpointError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            raise WeightsError(
+            raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}); convert again"
             ) from error
-    return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in target])
+    return {name: restored[name] for name in target}
+
+
+def abstract_params(
+    config: LLaMAVIDLlavaConfig,
+    dtype: Any = "float32",
+    mesh: Mesh | AbstractMesh | None = None,
+    float32: Container[str] = (),
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter of a configuration by its path: shape, type and place on `mesh` or the default device.
+
+    All have the type `dtype` but quantised values and the paths in `float32`.
+    """
+    found = {}
+    for path, shape in inventory.shapes(config).items():
+        kind = jnp.float32 if path in float32 else parse_dtype(dtype)
+        kind = jnp.dtype(config.quantization) if path.endswith(".qvalue") else kind
+        found[path] = jax.ShapeDtypeStruct(shape, kind)
+    places = param_shardings(found, config, mesh or make_mesh())
+    return {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in found.items()}
 
 
 def _quantized(
-    name: str, kernel: jax.ShapeDtypeStruct, restore: Callable, kind: str, shardings: dict[str, Any]
+    kernel: jax.ShapeDtypeStruct, name: str, restore: Callable, kind: str, target: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host sees whole."""
+    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host holds in full precision."""
     from llamavid_jax.models.quantize import quantize_kernels  # Qwix takes a second to import
 
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    read = restore({name: jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=host)})
-    parts = flat_paths({name: quantize_kernels(read[name], name, kind)})
-    placed = {part: jax.device_put(value, shardings[part]) for part, value in parts.items()}
+    parts = flat_paths({name: quantize_kernels(restore({name: kernel})[name], QUANTISED[name], kind)})
+    placed = {part: jax.device_put(value, target[part].sharding) for part, value in parts.items()}
     return jax.block_until_ready(placed)  # before the next kernel is read
 
 
@@ -129,28 +137,23 @@ def save_part(directory: str | Path, params: Mapping[str, jax.Array]) -> None:
 def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Reads what `save_part` wrote, each array in the type and the place of its namesake in `onto`.
 
-    Raises WeightsError for a folder without such a part, and for parameters that `onto` lacks or has in other shapes.
+    Raises CheckpointError for a folder without a part, and for parameters that `onto` lacks or has in other shapes.
     """
     path = weights_folder(directory)
     if not path.is_dir():
-        raise WeightsError(f"{path} does not exist; give the `adapter` folder of a training run")
+        raise CheckpointError(f"{path} does not exist; give the `adapter` folder of a training run")
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = dict(checkpointer.metadata(path).item_metadata or {})
+            tree = dict(checkpointer.metadata(path).item_metadata or {})
+            stored = flat_paths(tree)
+            known = {name: onto[name] for name in stored if name in onto}
+            check_params(path, stored, known, "give the adapter of a run of this model")
+            target = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in known.values()]
+            return flat_paths(checkpointer.restore(path, jax.tree.unflatten(jax.tree.structure(tree), target)))
+        except CheckpointError:
+            raise
         except Exception as error:  # of many kinds, as in load_weights
-            raise WeightsError(
-                f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
-            ) from error
-        known = {name: onto[name] for name in stored if name in onto}
-        check_params(path, flat_paths(stored), known, "give the adapter of a run of this model")
-        target = {
-            name: jax.ShapeDtypeStruct(onto[name].shape, onto[name].dtype, sharding=onto[name].sharding)
-            for name in stored
-        }
-        try:
-            return checkpointer.restore(path, target)
-        except Exception as error:
-            raise WeightsError(
+            raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
             ) from error
 
@@ -167,22 +170,17 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def string_keys(tree: Any) -> Any:
-    """Orbax keeps string keys only; lists of layers have integers."""
-    return {str(key): string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
-
-
 def check_params(source: Any, given: dict[str, Any], expected: dict[str, Any], remedy: str = "convert again") -> None:
-    """Raises WeightsError unless the arrays of `source` have the paths and shapes of the configuration's."""
+    """Raises CheckpointError unless the arrays of `source` have the paths and shapes of the configuration's."""
     missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or extra:
-        raise WeightsError(
+        raise CheckpointError(
             f"{source} does not hold the weights of the configuration: {len(missing)} missing "
             f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}); {remedy}"
         )
     for name, leaf in expected.items():
         if tuple(given[name].shape) != leaf.shape:
-            raise WeightsError(
+            raise CheckpointError(
                 f"{source}: {name} is {tuple(given[name].shape)}, but the configuration asks for {leaf.shape}; {remedy}"
             )
 

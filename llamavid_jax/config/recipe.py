@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from llamavid_jax.errors import ConfigError
+from llamavid_jax.files import find
 
 
 def read_recipe(path: str | Path, whole: Collection[str] = (), home: str = "configs/") -> dict[str, Any]:
@@ -31,7 +32,7 @@ def read_recipe(path: str | Path, whole: Collection[str] = (), home: str = "conf
 
 def _read(path: Path, home: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(find(path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; such files are in {home}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -3,7 +3,7 @@
 Field names are those of the documented transformers configuration where it has one.  Every field is read by the
 program.  `config/foreign.py` reads the `config.json` of the original and of the documented layout.
 
-Numerics policy (the one statement of it).  Parameters are stored in `param_dtype` and matrix products computed in
+Numerics policy (the one statement of it).  Parameters are stored in `param_dtype` and matmuls computed in
 `dtype`, both float32 or bfloat16.  Softmax, layer and RMS norms and rotary angles are always computed in float32 and
 cast back.  The original casts its vision tower to float16 and everything else to bfloat16.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from llamavid_jax.config.recipe import read_recipe
 from llamavid_jax.config.strict import check_fields, require_divisible, strict
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.files import write_files
+from llamavid_jax.files import find, write_files
 from llamavid_jax.shapes import IMAGE_TOKEN
 
 
@@ -207,7 +207,7 @@ class LLaMAVIDLlavaConfig:
             raise ConfigError(f"quantization is {self.quantization!r}; use 'none', 'int8' or 'int4'")
 
     def quantized(self, kind: str) -> "LLaMAVIDLlavaConfig":
-        """The same model with quantised kernels.  Raises ConfigError where they have lost what `kind` would need."""
+        """The same model with quantised kernels.  Raises ConfigError where they are of another kind already."""
         if self.quantization not in ("none", kind):
             raise ConfigError(
                 f"quantize is {kind!r}, but the weights are {self.quantization} already; "
@@ -216,7 +216,7 @@ class LLaMAVIDLlavaConfig:
         return dataclasses.replace(self, quantization=kind)
 
     def require_whole(self, source: Any) -> "LLaMAVIDLlavaConfig":
-        """Itself.  Raises ConfigError for quantised weights, where `source` is read for whole ones."""
+        """Returns itself.  Raises ConfigError for quantised weights, where `source` is read for full-precision ones."""
         if self.quantization != "none":
             raise ConfigError(
                 f"{source} holds {self.quantization} weights, which are for inference alone; "
@@ -242,7 +242,7 @@ class LLaMAVIDLlavaConfig:
         except TypeError:
             raise ConfigError(f"the checkpoint is {directory!r}; give the path of its folder") from None
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(find(path).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
         except (OSError, ValueError, RecursionError) as error:

@@ -94,7 +94,7 @@ class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 
 class PlannedShard(NamedTuple):
-    """Called, yields the examples of one shard.  Beam sends it to its workers, so it holds a path, no samples."""
+    """A function that yields the examples of one shard.  Beam pickles it, so it holds a path and no samples."""
 
     plan: Path
     with_data: bool
@@ -124,7 +124,7 @@ def build(
         raise InputError(f"{source} is a folder; give a .json or .jsonl file")
     options, records, sha256 = beam_options(beam), read_records(source, media), file_sha256(source)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
-        raise InputError(f"{out} is there already and holds no complete shards; give another folder")
+        raise InputError(f"{out} exists already and holds no complete shards; give another folder")
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
         if manifest["source"]["sha256"] != sha256:

@@ -1,4 +1,4 @@
-"""Record -> Example: ids and labels of the conversation, prompts of the Q-Former, frames of the medium.
+"""Record -> Example: ids and labels of the conversation, prompts of the Q-Former, frames of the media file.
 
     Record ─ conversation, labels ─▶ input_ids [t], labels [t], questions
            └ decode, thin, resize ─▶ frames uint8 [F, H, W, 3], or ready features [F, P, E]
@@ -8,7 +8,7 @@ and are the same in every epoch.  Stills are padded or cropped, videos cropped. 
 `inputs` is a movie: its text replaces `<image>`, with one placeholder a visual token.
 
 Deviations from the original: nothing is truncated here (`data/rows.py` does it); a prompt belongs to the turn of its
-placeholder, also where the first turns have none; a placeholder without a medium, a medium without a placeholder and a
+placeholder, also where the first turns have none; a placeholder without media, media without a placeholder and a
 placeholder in an answer are errors, where the original trains on something else in silence.
 """
 
@@ -97,9 +97,9 @@ class ExampleReader:
         return self._text(record, index, header)
 
     def size(self, record: Record, index: int, header: MediaHeader | None = None) -> SampleSize:
-        """The size of `read(record, index, max_frames)` with enough `max_frames`, without decoding the medium.
+        """The size of `read(record, index, max_frames)` with enough `max_frames`, without decoding the media file.
 
-        With `header`, as shards keep it, the medium is not opened.
+        With `header`, as shards keep it, the media file is not opened.
         """
         header = header or self._header(record)
         frames = header.frames
@@ -120,7 +120,7 @@ class ExampleReader:
         return SampleSize(kind, frames, questions, self.expanded_length(ids, questions, frames))
 
     def expanded_length(self, input_ids: np.ndarray, questions: int, frames: int) -> int:
-        """Tokens of a row in which the placeholders have given way to the visual tokens of every question and frame."""
+        """Tokens of a row after its placeholders are replaced by the visual tokens of every question and frame."""
         return len(input_ids) - int((input_ids == IMAGE_TOKEN).sum()) + questions * frames * self.tokens_per_frame
 
     def read(self, record: Record, index: int, max_frames: int) -> Example:
@@ -163,8 +163,8 @@ class ExampleReader:
         return text
 
     def _header(self, record: Record) -> MediaHeader:
-        """Its frames are those sampled at `fps`."""
-        if record.kind == "image" and record.data is None:  # nothing in it matters here, but it must be there
+        """The header of the media file, with the frames sampled at `fps`."""
+        if record.kind == "image" and record.data is None:  # nothing in it matters here, but it must exist
             local_file(find_media(record))
         if record.kind != "features":
             return MediaHeader(media_size(record, self.fps))
@@ -185,7 +185,7 @@ class ExampleReader:
 
 
 def check_places(record: Record) -> None:
-    """Raises ConversationError where the placeholders do not fit the medium."""
+    """Raises ConversationError where the placeholders do not fit the media."""
     turns = [turn for turn in record.conversations if isinstance(turn, Mapping)]
     speakers = [turn.get("from") for turn in turns if IMAGE in str(turn.get("value"))]
     if record.kind == "text" and speakers:
@@ -193,7 +193,7 @@ def check_places(record: Record) -> None:
             f"a turn holds {IMAGE}, but the record names no image, video or features; add the key or delete {IMAGE}"
         )
     if record.kind != "text" and not speakers:
-        raise ConversationError(f"the record has a medium, but no turn holds {IMAGE}; put it in the first question")
+        raise ConversationError(f"the record has media, but no turn holds {IMAGE}; put it in the first question")
     if "gpt" in speakers:
         raise ConversationError(f"an answer holds {IMAGE}; put it in a question")
 

@@ -2,7 +2,7 @@
 
 Labels are the ids where the answer stands and -100 elsewhere.  The masks are the original's, arithmetic included:
 the instruction of a round counts two ids fewer than its own tokenisation gives, and a sample whose rounds do not add
-up to its length is ignored whole, with a warning.
+up to its length is ignored as a whole, with a warning.
 
 Deviation: where the template is not guided the original has no prompts; see `conversation.training_turns`.
 """

@@ -13,7 +13,7 @@ class DataError(InputError):
 class Record:
     """One sample before it is tokenised or decoded.
 
-    `media` is the path of its medium, not yet looked up on the disk; with `data`, the encoded file itself, its name.
+    `media` is the path of its media file, not yet looked up; with `data`, the encoded file itself, its name.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""LLaVA-format data -> records: `read_records(path, media)[i]`, and what a record's medium holds.
+"""LLaVA-format data -> records: `read_records(path, media)[i]`, and what a record's media file holds.
 
     {"id": "7", "image" | "video" | "features": "folder/file", "conversations": [{"from": "human", "value": ...}, ...]}
 
@@ -159,7 +159,7 @@ def read_records(path: str | Path, media: str | Path = "") -> Sequence:
 
 
 def find_media(record: Record) -> str:
-    """The path of the medium, by the original's fallbacks where the named file is missing."""
+    """The path of the media file, by the original's fallbacks where the named file is missing."""
     path = record.media or ""
     if record.kind == "image" and not os.path.exists(path):
         moved = path.replace("VG_100K_2", "images").replace("VG_100K", "images")
@@ -170,7 +170,7 @@ def find_media(record: Record) -> str:
 
 @contextlib.contextmanager
 def media_file(record: Record) -> Iterator[Path]:
-    """`with media_file(record) as path`: the medium as a local file, a temporary one for `data`.  Raises MediaError."""
+    """`with media_file(record) as path`: the media file on disk, a temporary one for `data`.  Raises MediaError."""
     if record.data is None:
         yield local_file(find_media(record))
         return
@@ -185,7 +185,7 @@ def media_file(record: Record) -> Iterator[Path]:
 
 
 def media_size(record: Record, fps: float | int) -> int:
-    """Frames of the medium at `fps` a second, without decoding it, and of an image without opening it.
+    """Frames of the media file at `fps` a second, without decoding it, and of an image without opening it.
 
     Raises MediaError.
     """

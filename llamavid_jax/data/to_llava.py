@@ -9,9 +9,9 @@
 video: NAME.pkl, conversations} with `<video>` -> one record each; the file is looked for by its stem.
 `split_chat`: conversations of more than N rounds are cut into records of N rounds.  Every human turn repeats the visual
 tokens of the image: 12 rounds of 257 and 6 of 577 just fit 4,096, the original's `maxround_12` and `maxround_6`.
-Text alone is left whole, and so are ready features, since a movie stands in its record once.
+Text alone is never split, nor are ready features, since a movie stands in its record once.
 
-With `--media` only records whose file is there are written.  What is left out is counted and said; where nothing is
+With `--media` only records whose file exists are written.  What is left out is counted and said; where nothing is
 left, that is an error.
 The original: convert_webvid_to_llava.py, convert_video_chatgpt_to_llava.py, split_chat.py (whose main does nothing).
 """
@@ -46,7 +46,7 @@ Skipped = collections.Counter[str]
 
 
 def webvid(rows: Iterable[Mapping[str, str]], found: Mapping[str, str] | None, skipped: Skipped) -> Iterator[dict]:
-    """CSV rows -> records.  `found`: stem -> path of the files that are there; None: the data set's own paths."""
+    """CSV rows -> records.  `found`: stem -> path of the files that exist; None: the data set's own paths."""
     for row in rows:
         name, caption = (row.get("videoid") or "").strip(), (row.get("name") or "").strip()
         if not name or not caption:

@@ -2,8 +2,8 @@
 
     python -m llamavid_jax.data.validate DATA.json --media DIR [--model DIR --max-tokens 2048] [--decode] [--json FILE]
 
-    missing     the medium's file is not there
-    unreadable  it is there, but cannot be opened (or, with --decode, decoded to its end)
+    missing     the media file does not exist
+    unreadable  it exists, but cannot be opened (or, with --decode, decoded to its end)
     malformed   the record or its conversation cannot be used, or gives nothing to train on
     oversized   it has more tokens after expansion than --max-tokens, by default than the model has positions
 
@@ -109,7 +109,7 @@ class Validator:
                     )
 
     def _check_text(self, record: Record, index: int) -> tuple[int, int]:
-        """Frames of the medium, and tokens after expansion where there is a tokenizer."""
+        """Frames of the media file, and tokens after expansion where there is a tokenizer."""
         if self.reader is None:
             check_places(record)
             sides = [0] * len(record.conversations)  # which ones, and a movie's text, change nothing that can be wrong
@@ -169,7 +169,7 @@ class Report:
             for name in ("index", "id", "problem", "reason"):
                 table.add_column(name, overflow="fold")
             for check in self.problems[:SHOWN]:
-                table.add_row(*(Text(printable(x)) for x in (check.index, check.id, check.problem, check.reason)))
+                table.add_row(*(Text(printable(str(x))) for x in (check.index, check.id, check.problem, check.reason)))
             console.print(table)
             if len(self.problems) > SHOWN:
                 console.print(f"... and {len(self.problems) - SHOWN} more: --json FILE writes them all")

@@ -16,6 +16,7 @@ import numpy as np
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.inference.request import RequestError, Visual
 from llamavid_jax.models.llama_vid import compress_frames, encode_frames
+from llamavid_jax.models.structure import Params, Structure
 from llamavid_jax.shapes import FRAME_CHUNK, bucket, chunk_size, pad_to
 
 SMALLEST_TABLE = 128  # visual tokens
@@ -23,16 +24,18 @@ UNKNOWN_FRAMES = 64  # room for a video whose number of frames is not known yet
 SMALLEST_QUESTIONS, SMALLEST_QUESTION = 8, 32  # their number, and the tokens of one
 
 
-def frame_features(graphdef, params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig) -> Iterator[np.ndarray]:
+def frame_features(
+    structure: Structure, params: Params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig
+) -> Iterator[np.ndarray]:
     """Features `[f, 1+P, E]` of every chunk of frames, brought to the host."""
     for chunk in _chunks(frames):
         pixels = np.stack([_checked(frame, config, None) for frame in chunk])
-        yield np.asarray(encode_frames(graphdef, params, pad_to(pixels, chunk_size(len(chunk)))))[: len(chunk)]
+        yield np.asarray(encode_frames(structure, params, pad_to(pixels, chunk_size(len(chunk)))))[: len(chunk)]
 
 
 def encode_visuals(
-    graphdef: Any,
-    params: Any,
+    structure: Structure,
+    params: Params,
     config: LLaMAVIDLlavaConfig,
     visuals: Sequence[Visual],
     text_ids: np.ndarray,
@@ -57,7 +60,7 @@ def encode_visuals(
         for chunk in _chunks(owned):
             array = np.stack([_checked(frame, config, has_cls if are_features else None) for _, frame in chunk])
             array = pad_to(array, chunk_size(len(chunk)))
-            features = jnp.asarray(array, dtype) if are_features else encode_frames(graphdef, params, array)
+            features = jnp.asarray(array, dtype) if are_features else encode_frames(structure, params, array)
             running.block_until_ready()  # of the chunk before: decoding may run ahead by one chunk, not by the video
             running = features
             pairs = []
@@ -73,12 +76,24 @@ def encode_visuals(
                 slot += len(table)  # padding goes beyond the table, where it is dropped
                 frame[: len(some)], question[: len(some)], slot[: len(some)] = zip(*some, strict=True)
                 tokens = compress_frames(
-                    graphdef, params, features, frame, question, text_ids, text_mask, has_cls=has_cls
+                    structure, params, features, frame, question, text_ids, text_mask, has_cls=has_cls
                 )
                 table = _write(table, slot, tokens)
             if progress:
                 progress(len(chunk))
     return table, [[np.asarray(slot, np.int32) for slot in visual] for visual in slots]
+
+
+def table_of(
+    tokens: Sequence[Sequence[np.ndarray]], width: int, dtype: Any
+) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """Ready visual tokens as a table `[N, D]` of a bucketed length, and the places in it of every row's arrays."""
+    arrays = [array for row in tokens for array in row]
+    table = np.concatenate([np.zeros((0, width), dtype), *arrays]).astype(dtype)
+    ends = itertools.accumulate(map(len, arrays))
+    ranges = iter([np.arange(end - len(array), end, dtype=np.int32) for array, end in zip(arrays, ends, strict=True)])
+    places = [[next(ranges) for _ in row] for row in tokens]
+    return pad_to(table, bucket(len(table), SMALLEST_TABLE)), places
 
 
 def token_places(slots: np.ndarray, tokens_per_frame: int) -> np.ndarray:

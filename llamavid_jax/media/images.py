@@ -10,8 +10,8 @@ Letters: F frames, H height, W width.
 
 Deviations from the original, which calls `Image.open(...).convert("RGB")`: the EXIF orientation is applied, and
 16-bit grey is scaled to 8 bits (Pillow's conversion clips it to white); 32-bit and floating-point pixels, whose range
-is unknown, and pictures of more than MAX_PIXELS are refused.  As there, an alpha channel is dropped, not blended, and
-an animation gives its first picture.
+is unknown, and pictures of more than MAX_PIXELS are refused.  As in Pillow, an alpha channel is dropped, not blended,
+and an animation gives its first picture.
 """
 
 import contextlib

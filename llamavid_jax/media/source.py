@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llamavid_jax.errors import InputError, printable
+from llamavid_jax.files import find
 
 MAX_BYTES = 2 * 1024**3  # about an hour of 1080p at 4.5 Mbit/s
 TIMEOUT = 600.0  # seconds for a whole download
@@ -45,11 +46,11 @@ def check_size(width: int, height: int, name: object) -> None:
 
 
 def local_file(path: str | Path) -> Path:
-    """`path` as the absolute path of a file that is there, is no folder and is not empty; else MediaError."""
+    """`path` as the absolute path of a file that exists, is no folder and is not empty; else MediaError."""
     if path == "":  # the current folder to pathlib
         raise MediaError("the path is empty; give the name of a file")
     try:
-        file = Path(path).expanduser().resolve()
+        file = find(path).expanduser().resolve()
         if not file.exists():
             raise MediaError(f"{path} does not exist; check the spelling and the folder it is in")
         if not file.is_file():
@@ -98,7 +99,7 @@ def _named(path: Path, name: object) -> Iterator[None]:
     try:
         yield
     except MediaError as error:
-        raise MediaError(str(error).replace(printable(path), str(name))) from None
+        raise MediaError(str(error).replace(str(path), str(name))) from None
 
 
 def _decode_data_url(source: str, name: str, max_bytes: int) -> bytes:
@@ -118,7 +119,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
-            raise MediaError(f"{req.full_url} redirects to {newurl[:200]}; only http and https are followed")
+            raise MediaError(f"{req.full_url} redirects to {printable(newurl[:200])}; only http and https are followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -197,11 +198,13 @@ def _download(url: str, name: str, file: BinaryIO, max_bytes: int, deadline: flo
     except TimeoutError:
         raise too_slow from None
     except urllib.error.HTTPError as error:
-        raise MediaError(f"{name} answered {error.code} {error.reason[:100]}; check the URL in a browser") from None
+        raise MediaError(
+            f"{name} answered {error.code} {printable(error.reason[:100])}; check the URL in a browser"
+        ) from None
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
             raise too_slow from None
         raise MediaError(f"{name} cannot be reached ({error.reason}); check the URL and the network") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = str(error)[:200] or type(error).__name__
+        reason = printable(str(error)[:200]) or type(error).__name__
         raise MediaError(f"{name} cannot be downloaded ({reason}); check the URL and the network") from None

@@ -62,7 +62,7 @@ def read_video(
 ) -> Video:
     """Samples `fps` frames a second; `transform` maps each uint8 [h, w, 3] to uint8 [H, W, 3].
 
-    Raises MediaError for a file that cannot be read whole.
+    Raises MediaError for a file that cannot be read to its end.
     """
     sampling = plan_video(path, fps)
     return Video(np.stack([frame for _, frame in iter_frames(path, sampling, transform, progress)]), sampling)

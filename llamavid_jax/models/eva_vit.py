@@ -30,7 +30,7 @@ def pixels(frames: jax.Array) -> jax.Array:
 
 
 class PatchEmbed(nnx.Module):
-    """A convolution whose stride is its kernel, as one matrix product over flattened patches."""
+    """A convolution whose stride is its kernel, as one matmul over flattened patches."""
 
     def __init__(self, config: LLaMAVIDLlavaVisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         side, width = config.patch_size, config.hidden_size

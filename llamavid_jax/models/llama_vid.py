@@ -3,11 +3,10 @@
     pixels [F, 3, H, W] ─ eva_vit ─▶ features [F, 1+P, E] ─ qformer + visual_tokens, one frame at a time ─▶ [F, n+1, D]
     token ids [B, T], visual tokens, one index a position ─ merge ─▶ [B, T, D] ─ llama ─▶ logits [B, T, V]
 
-The compiled functions take `(graphdef, params)` apart, so that one program serves every model of one shape.
+The compiled functions take a Structure and its parameters apart: one program serves every model of one shape.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +18,17 @@ from llamavid_jax.models.eva_vit import EvaViT
 from llamavid_jax.models.llama import Llama
 from llamavid_jax.models.qformer import QFormer
 from llamavid_jax.models.spread import spread
+from llamavid_jax.models.structure import Params, Structure
 from llamavid_jax.models.visual_tokens import VisualTokens
 from llamavid_jax.parallel.rows import take_slots
 from llamavid_jax.parallel.sharding import constrain
-from llamavid_jax.shapes import IGNORE_LABEL, TEXT
+from llamavid_jax.shapes import TEXT
 
 PAIR_CHUNK = 64  # pairs that a device compresses at a time; the original's blocks of frames
 
 
 class LlamaVid(nnx.Module):
-    """The whole model; parameters in `param_dtype`, products in `dtype` (the policy stands in `config/schema.py`)."""
+    """The whole model; parameters in `param_dtype`, matmuls in `dtype` (the policy stands in `config/schema.py`)."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class LlamaVid(nnx.Module):
         if config.quantization != "none":
             from llamavid_jax.models.quantize import quantize_base  # Qwix takes a second to import
 
-            quantize_base(self, config.quantization)
+            quantize_base(self.llama, config.quantization)
 
     def frames_tokens(
         self,
@@ -65,7 +65,7 @@ class LlamaVid(nnx.Module):
         """Token compression of G pairs of a frame and a question, spread over the mesh: the context token first.
 
         `has_cls` says whether `features` start with the CLS token: yes after the vision tower, no for ready features
-        of long videos.  The Q-Former sees it where it is there; the tokens never hold it.  `remat` as in
+        of long videos.  The Q-Former reads it where `features` hold it; the tokens never do.  `remat` as in
         `stack.REMAT`.
         """
 
@@ -100,22 +100,16 @@ class LlamaVid(nnx.Module):
         return self.llama.logits(self.llama(self.merge(token_ids, visual, visual_index)))
 
 
-def abstract_params(config: LLaMAVIDLlavaConfig, param_dtype=jnp.float32) -> dict[str, Any]:
-    """The nested dict of parameters as shapes and types; nothing is allocated."""
-    model = nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0), param_dtype=param_dtype))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def encode_frames(graphdef, params, pixels: Float[Array, "F 3 y x"]) -> Float[Array, "F P E"]:
+def encode_frames(structure: Structure, params: Params, pixels: Float[Array, "F 3 y x"]) -> Float[Array, "F P E"]:
     """The vision tower on one chunk of frames."""
-    return nnx.merge(graphdef, params).vision(pixels)
+    return structure.model(params).vision(pixels)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="has_cls")
 def compress_frames(
-    graphdef,
-    params,
+    structure: Structure,
+    params: Params,
     features: Float[Array, "F P E"],
     frame: Int[Array, " G"],
     text: Int[Array, " G"],
@@ -128,16 +122,20 @@ def compress_frames(
 
     `frame` and `text` index `features` and `text_ids`: the tower runs once a frame, the Q-Former once a pair.
     """
-    model = nnx.merge(graphdef, params)
+    model = structure.model(params)
     return model.frames_tokens(features[frame], text_ids[text], text_mask[text], has_cls=has_cls)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend_frames(
-    graphdef, params, features: Float[Array, "F P E"], text_ids: Int[Array, " T"], text_mask: Bool[Array, " T"]
+    structure: Structure,
+    params: Params,
+    features: Float[Array, "F P E"],
+    text_ids: Int[Array, " T"],
+    text_mask: Bool[Array, " T"],
 ) -> Float[Array, "F p"]:
     """Where in each frame the question looks: the context token's weights over the patches.  CLS first, not weighed."""
-    model = nnx.merge(graphdef, params)
+    model = structure.model(params)
 
     def attend(features: jax.Array) -> jax.Array:
         return model.visual_tokens.context_attention(features[1:], model.qformer(features, text_ids, text_mask))
@@ -146,16 +144,6 @@ def attend_frames(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def forward(graphdef, params, token_ids, visual, visual_index) -> Float[Array, "B T V"]:
+def forward(structure: Structure, params: Params, token_ids, visual, visual_index) -> Float[Array, "B T V"]:
     """Logits of whole rows."""
-    return nnx.merge(graphdef, params)(token_ids, visual, visual_index)
-
-
-@jax.jit
-def next_token_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean cross-entropy of position t's logits against label t+1, over the labels that are not ignored."""
-    targets = labels[:, 1:]
-    kept = targets != IGNORE_LABEL
-    log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
-    picked = jnp.take_along_axis(log_probs, jnp.where(kept, targets, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.sum(picked * kept) / jnp.maximum(kept.sum(), 1)
+    return structure.model(params)(token_ids, visual, visual_index)

@@ -145,7 +145,7 @@ class QFormer(nnx.Module):
             """The layers from one cross-attention to the next."""
             (layers, cross), (x, key) = modules, carry
             for index in range(size):
-                layer, x = stack.layer(layers, index), constrain(x, None, None)  # whole, though the kernels are cut
+                layer, x = stack.layer(layers, index), constrain(x, None, None)  # replicated, unlike the kernels
                 key, key_self, key_cross, key_query, key_text = split(key, 5)
                 x = layer.self_attention(x, x, mask, key_self)
                 queries, text = x[:number], x[number:]

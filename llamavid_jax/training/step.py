@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.lora import set_dropout
 from llamavid_jax.models.loss import LossSums, next_token_sums
+from llamavid_jax.models.structure import Structure
 from llamavid_jax.parallel.chips import CHIPS
 from llamavid_jax.parallel.rows import ways
 from llamavid_jax.parallel.sharding import constrain, pin, target
 from llamavid_jax.shapes import IGNORE_LABEL, Batch
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.optimizer import clip, learning_rate, make_optimizer
-from llamavid_jax.training.structure import Structure
 
 
 class TrainState(NamedTuple):
@@ -48,7 +49,7 @@ class StepMetrics(NamedTuple):
 
 @jax.named_scope("visual_table")
 def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Array, ""] | None) -> jax.Array:
-    """Each row's visual tokens `[B, G·(n+1), D]`; one empty place where the batch has no frames."""
+    """Each row's visual tokens `[B, G·(n+1), D]`; zeros `[1, 1, D]` where the batch has no frames."""
     rows, frames = batch.frames.shape[:2]
     if frames == 0:
         return jnp.zeros((1, 1, model.llama.config.hidden_size))
@@ -79,7 +80,7 @@ def loss_sums(model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: A
     pairs_key = None
     if dropout_key is not None:
         pairs_key, lora_key = jax.random.split(dropout_key)
-        set_dropout(model, lora_key)
+        set_dropout(model.llama, lora_key)
     visual = visual_table(model, batch, remat, pairs_key)
     hidden = model.llama(model.merge(batch.token_ids, visual, batch.visual_index), batch.segment_ids, batch.positions)
     return next_token_sums(hidden, model.llama.head_kernel(), batch.labels)
@@ -92,10 +93,12 @@ def make_train_step(
     factors: Mapping[str, Any],
     steps: int,
     dropout: bool = True,
+    specs: Mapping[str, PartitionSpec] | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], Batch], tuple[TrainState, StepMetrics]]:
     """The compiled step `(state, frozen, batch) → (state, metrics)`; it takes the state's memory over.
 
-    `factors` are learning-rate factors by path, `steps` the length of the schedule.  The batch's rows are cut into
+    `factors` are learning-rate factors by path, `steps` the length of the schedule, `specs` the places on the mesh of
+    the trained parameters, and so of their gradients.  The batch's rows are cut into
     `loop.micro_batches`, whose gradients add up.
     """
     adam = make_optimizer(optimizer)
@@ -111,7 +114,8 @@ def make_train_step(
 
         def loss(params, micro: Batch, weight, number):
             key = jax.random.fold_in(step_key, number) if dropout else None
-            sums = loss_sums(structure.model(pin(params), frozen), micro, loop.remat, key)
+            params = pin(params, specs) if specs else params
+            sums = loss_sums(structure.model(params, frozen), micro, loop.remat, key)
             return sums.loss * weight, sums
 
         def add(total, part):

@@ -19,11 +19,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from paths import ROOT
 
 from conversion.orbax_store import CHUNK_BYTES, Arrays, chunk_shape
-from conversion.read_torch import CheckpointError, read_checkpoint
+from conversion.read_torch import read_checkpoint
 from conversion.torch_config import original_config
-from conversion.weight_table import weight_table
 from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
-from llamavid_jax.errors import ConfigError
+from llamavid_jax.errors import CheckpointError, ConfigError
+from llamavid_jax.weights.files import weight_table
 
 
 def test_chunks_are_layers_or_parts_of_them():

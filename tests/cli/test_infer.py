@@ -16,8 +16,8 @@ from clips import index_frame, write_clip
 from paths import ROOT
 from PIL import Image
 
-import infer
 from llamavid_jax import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.commands import infer
 from llamavid_jax.errors import InputError
 
 CLIP = str(ROOT / "demo" / "space.mp4")
@@ -189,7 +189,7 @@ BAD = {
         *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--fps", "25", "--max-new-tokens", "1500"]
     ],
     "mesh part 'tensors=2' is not AXIS=SIZE": ["--model", "DIR", "--question", "a", "--mesh", "tensors=2"],
-    "needs 16 devices; 8 are there": ["--model", "DIR", "--question", "a", "--mesh", "tensor=16"],
+    "needs 16 devices; 8 are attached": ["--model", "DIR", "--question", "a", "--mesh", "tensor=16"],
     "temperature is -1.0; it must be 0 (greedy) or more": [
         *["--model", "DIR", "--question", "a", "--temperature", "-1"]
     ],

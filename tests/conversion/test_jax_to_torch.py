@@ -12,11 +12,11 @@ import torch
 from converted import CONFIG, GOLDEN, ORIGINAL, convert, save_folder, state_dict
 
 from conversion import jax_to_torch
-from conversion.read_torch import CheckpointError, read_checkpoint
+from conversion.read_torch import read_checkpoint
 from conversion.torch_config import documented_config, original_config
 from llamavid_jax.checkpoints.weights import load_weights, save_weights
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import ConfigError
+from llamavid_jax.errors import CheckpointError, ConfigError
 
 COMPUTED = ("inv_freq", "position_ids")
 

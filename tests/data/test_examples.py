@@ -206,8 +206,8 @@ def test_a_thinned_movie_keeps_all_its_subtitles(tmp_path):
 
 
 BROKEN = {
-    "placeholder without a medium": (lambda p, d: Record("x", ASKED, None, "text"), "names no image"),
-    "medium without a placeholder": (lambda p, d: Record("x", talk("What?", "It."), p.media, "image"), "no turn holds"),
+    "placeholder without media": (lambda p, d: Record("x", ASKED, None, "text"), "names no image"),
+    "media without a placeholder": (lambda p, d: Record("x", talk("What?", "It."), p.media, "image"), "no turn holds"),
     "placeholder in the answer": (
         lambda p, d: Record("x", talk("<image>?", "<image>."), p.media, "image"),
         "an answer",

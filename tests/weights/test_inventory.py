@@ -6,17 +6,21 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
-from conversion import eva_vit_map
-from conversion.stored_tensor import CheckpointError
-from conversion.transforms import Row, Weight, axis_sizes, resize_positions, to_jax, to_torch, torch_shape, weights
-from conversion.weight_table import parameter_shapes, weight_table
+from conversion.positions import resize_positions
 from llamavid_jax.config.schema import (
     LlamaConfig,
     LLaMAVIDLlavaConfig,
     LLaMAVIDLlavaQFormerConfig,
     LLaMAVIDLlavaVisionConfig,
 )
+from llamavid_jax.errors import CheckpointError
+from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.models.lora import LoraConfig, add_lora
+from llamavid_jax.models.structure import params_of
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import Weight, axis_sizes, to_jax, to_torch, torch_shape, weight_table
 
 # Sizes all different, so that no two axes can be taken for each other.
 CONFIG = LLaMAVIDLlavaConfig(
@@ -51,7 +55,7 @@ def variants():
 def test_every_parameter_is_filled_once_and_back_again_is_exact(variant, layout):
     """Random weights of the file's shapes → parameters → weights: each parameter whole, each weight bit-equal."""
     config = variants()[variant]
-    shapes = parameter_shapes(config)
+    shapes = inventory.shapes(config)
     table = weight_table(config, layout)
     rng = np.random.default_rng(0)
     filled = {path: np.zeros(shape, int) for path, shape in shapes.items()}
@@ -60,7 +64,7 @@ def test_every_parameter_is_filled_once_and_back_again_is_exact(variant, layout)
         value = rng.standard_normal(weight.shape).astype(np.float32)
         if weight.third is not None:
             value.reshape(3, -1)[1] = 0
-        ours = to_jax(value, weight, shape)
+        ours = to_jax(value, weight)
         assert ours.shape == shape
         filled[weight.path][... if weight.index is None else weight.index] += 1
         expected = value if weight.third is None else value.reshape(3, -1)[weight.third]
@@ -68,6 +72,25 @@ def test_every_parameter_is_filled_once_and_back_again_is_exact(variant, layout)
     assert all((count == 1).all() for count in filled.values())
     names = [weight.name for weight in table if weight.third is None]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_the_inventory_is_the_built_model(variant):
+    """With low-rank updates and with quantised kernels too."""
+    config, lora = variants()[variant], LoraConfig(rank=3)
+
+    def make(config=config, rank=0):
+        model = LlamaVid(config, rngs=nnx.Rngs(0))
+        if rank:
+            add_lora(model.llama, lora, nnx.Rngs(0))
+        return model
+
+    def built(*arguments):
+        return {path: leaf.shape for path, leaf in params_of(nnx.eval_shape(lambda: make(*arguments))).items()}
+
+    assert inventory.shapes(config) == built()
+    assert inventory.shapes(config.quantized("int8")) == built(config.quantized("int8"))
+    assert set(inventory.axes(config, built(config, 3))) == set(built(config, 3))
 
 
 def test_names_of_special_rows():
@@ -85,7 +108,7 @@ def test_names_of_special_rows():
 
 def test_patterns_compute_what_torch_computes():
     """A projection in our layout, contracted by einsum, equals torch's linear layer or convolution in the file's."""
-    shapes = parameter_shapes(CONFIG)
+    shapes = inventory.shapes(CONFIG)
     table = {(weight.path, weight.index): weight for weight in weight_table(CONFIG, "original")}
     equations = {
         ("llama.layers.attn.q.kernel", 1): "td,dnh->tnh",
@@ -105,12 +128,12 @@ def test_patterns_compute_what_torch_computes():
         x = rng.standard_normal((3, weight.shape[1]))
         left = equation.split(",")[0]
         grouped = x.reshape(3, *shape[: len(left) - 1])
-        ours = np.einsum(equation, grouped, to_jax(value, weight, shape)).reshape(3, -1)
+        ours = np.einsum(equation, grouped, to_jax(value, weight)).reshape(3, -1)
         expected = torch.nn.functional.linear(torch.tensor(x), torch.tensor(value)).numpy()
         np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-12, err_msg=path)
     weight = table["vision.patch_embed.kernel", None]
     value, image = rng.standard_normal(weight.shape), rng.standard_normal((3, 7, 7))
-    ours = np.einsum("cpq,pqce->e", image, to_jax(value, weight, shapes[weight.path]))
+    ours = np.einsum("cpq,pqce->e", image, to_jax(value, weight))
     expected = torch.nn.functional.conv2d(torch.tensor(image)[None], torch.tensor(value), stride=7)
     np.testing.assert_allclose(ours, expected.numpy().ravel(), rtol=1e-12)
 
@@ -122,20 +145,13 @@ def test_torch_shape_and_sizes():
     assert axis_sizes("o c p q -> p q c o", (1, 2, 3, 4)) == {"p": 1, "q": 2, "c": 3, "o": 4}
 
 
-def test_rows_and_parameters_must_be_one_to_one():
-    with pytest.raises(KeyError, match="vision"):
-        weights(eva_vit_map.ROWS[:-1], "original", {row.path: (1,) for row in eva_vit_map.ROWS}, 1)
-    with pytest.raises(KeyError, match="b"):
-        weights([Row("a", "b", "d -> d", "c")], "original", {}, 1)
-
-
 def test_a_key_bias_is_an_error():
-    weight = Weight("x.qkv.bias", 2, "vision.blocks.attn.v_bias", 0, "(n h) -> n h", (12,))
+    weight = Weight("x.qkv.bias", 2, "vision.blocks.attn.v_bias", 0, "(n h) -> n h", (12,), (2, 2))
     value = np.arange(12.0)
     with pytest.raises(CheckpointError, match=r"x\.qkv\.bias has a key bias that is not zero"):
-        to_jax(value, weight, (2, 2))
+        to_jax(value, weight)
     value[4:8] = 0
-    np.testing.assert_array_equal(to_jax(value, weight, (2, 2)), [[8, 9], [10, 11]])
+    np.testing.assert_array_equal(to_jax(value, weight), [[8, 9], [10, 11]])
 
 
 @pytest.mark.parametrize("old,new", [(16, 24), (24, 16), (4, 5), (7, 3), (1, 2), (16, 16)])
