@@ -20,8 +20,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from llamavid_jax.checkpoints.weights import check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_torch, weight_table
 
 from . import folder
@@ -55,11 +57,7 @@ def file_weights(source: Path, config: LLaMAVIDLlavaConfig, layout: str) -> list
     """Every weight of the layout.  Raises CheckpointError when the checkpoint does not fit its configuration."""
     arrays = Arrays(source / "weights")
     table = weight_table(config, layout)
-    if differing := {weight.path for weight in table} ^ set(arrays.paths):
-        raise CheckpointError(
-            f"{source} has other parameters than its config.json describes: {', '.join(sorted(differing)[:6])}; "
-            "convert it again"
-        )
+    check_params(source / "weights", {path: arrays[path] for path in arrays.paths}, inventory.shapes(config))
     parts: dict[str, list[Weight]] = {}
     for weight in table:
         parts.setdefault(weight.name, []).append(weight)

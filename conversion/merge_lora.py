@@ -13,10 +13,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from llamavid_jax.checkpoints.adapter import check_tensors, peft_tensors, read_peft_config, read_values
-from llamavid_jax.checkpoints.weights import WEIGHTS
+from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.models.lora import LoraConfig
@@ -100,13 +101,13 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     shapes = inventory.shapes(config)
     full, own = read_full_modules(adapter, table), read_full_parameters(adapter, shapes)
     replaced = set(own.paths) if own else set()
-    if differing := set(shapes) ^ set(arrays.paths):
-        raise CheckpointError(f"{base} has other parameters than its config.json describes, such as {min(differing)}")
+    check_params(base / "weights", {path: arrays[path] for path in arrays.paths}, shapes)
     with folder.whole_folder(out) as partial:
         shutil.copytree(base, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("weights"))
         dtypes = {path: arrays[path].dtype.numpy_dtype for path in shapes}
         stacked = {weight.path for weight in table if weight.index is not None}
-        orbax_store.create(partial / "weights", shapes, dtypes, stacked)
+        empty = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in shapes.items()}
+        orbax_store.create(partial / "weights", empty, stacked)
         written = orbax_store.Arrays(partial / "weights")
         for weight in table:
             start = (own if weight.path in replaced else arrays).read(weight.path, weight.index)

@@ -161,12 +161,7 @@ def write_weights(
 
     whole = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in plan.shapes.items()}
     stored = whole if quantize is None else flat_paths(jax.eval_shape(few_bits, whole))
-    orbax_store.create(
-        out,
-        {path: leaf.shape for path, leaf in stored.items()},
-        {path: leaf.dtype for path, leaf in stored.items()},
-        {path for path in stored if path in stacked or path.rpartition(".")[0] in stacked},
-    )
+    orbax_store.create(out, stored, {path for path in stored if {path, path.rpartition(".")[0]} & stacked})
     arrays = orbax_store.Arrays(out)
 
     def write(weight: Weight, value: np.ndarray) -> None:
