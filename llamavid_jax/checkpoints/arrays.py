@@ -1,17 +1,16 @@
-"""Arrays on disk as an Orbax checkpoint in which no bit can flip unnoticed.
+"""Arrays on disk by dotted path: an Orbax checkpoint in which no bit can flip unnoticed.
 
-    weights/_METADATA  _CHECKPOINT_METADATA         the tree, as Orbax writes it
+    weights/_METADATA  _CHECKPOINT_METADATA         the tree, for Orbax; not needed here
     weights/llama.embed.embedding/zarr.json  c/0/0  one folder an array (zarr 3), one file a chunk
 
-Every chunk ends with its CRC-32C, which TensorStore checks whenever it reads one.  Orbax alone has no sums for values
-and no option for them, so that this handler writes in place of its own.  It is read as any other checkpoint.
+Every chunk ends with its CRC-32C, which TensorStore, the library under Orbax, checks whenever it reads one.  Orbax
+itself has no sums for values and no option for them, so that a handler writes in place of its own.  Folders that Orbax
+wrote by itself are read as well.
 """
 
 import asyncio
-import contextlib
 import logging
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,72 @@ import tensorstore
 from llamavid_jax.errors import CheckpointError
 
 CHUNK_BYTES = 32 << 20  # a chunk is read and checked as one
-AT_ONCE = 8  # arrays of which the host holds a copy
+AT_ONCE = 8  # arrays that are being written, of which the host holds a copy
+DRIVERS = {"zarr.json": "zarr3", ".zarray": "zarr"}  # an array's metadata → TensorStore's driver
+
+
+class Arrays(Mapping):
+    """The arrays of a folder by dotted path, opened when first named.
+
+    Raises CheckpointError, which names the file, for whatever is damaged or missing.
+    """
+
+    def __init__(self, folder: Path, remedy: str = "convert again"):
+        self.folder, self.remedy = folder.resolve(), remedy  # TensorStore takes no `..`
+        self.ocdbt = (folder / "manifest.ocdbt").is_file()  # Orbax's own form: many arrays in a file
+        self._opened: dict[str, tensorstore.TensorStore] = {}
+        try:
+            if self.ocdbt:
+                keys = [key.decode() for key in tensorstore.KvStore.open(self._place("")).result().list().result()]
+            else:
+                keys = [f"{file.parent.name}/{file.name}" for name in DRIVERS for file in folder.glob(f"*/{name}")]
+        except (ValueError, OSError) as error:
+            raise self._damaged(error) from None
+        parts = (key.rpartition("/") for key in keys)
+        self._drivers = {path: DRIVERS[name] for path, _, name in parts if name in DRIVERS}
+        if not self._drivers:
+            raise CheckpointError(f"{folder} is not an Orbax checkpoint (it holds no arrays); {remedy}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._drivers)
+
+    def __len__(self) -> int:
+        return len(self._drivers)
+
+    def __getitem__(self, path: str) -> tensorstore.TensorStore:
+        if path not in self._opened:
+            try:
+                self._opened[path] = open_store(self._place(path), self._drivers[path]).result()
+            except ValueError as error:
+                raise self._damaged(error) from None
+        return self._opened[path]
+
+    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        """An array, or one layer of it, as it is stored."""
+        return self._result((self[path] if layer is None else self[path][layer]).read())
+
+    def restore(self, path: str, target: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
+        """An array in the type and the place of `target`; of a sharded one this host's shards alone are read."""
+        store, reads = tensorstore.cast(self[path], target.dtype.name), {}
+        for index in target.sharding.addressable_devices_indices_map(target.shape).values():
+            reads[str(index)] = reads.get(str(index)) or store[index].read()
+        return jax.make_array_from_callback(
+            target.shape, target.sharding, lambda index: self._result(reads[str(index)])
+        )
+
+    def _place(self, path: str) -> dict[str, Any]:
+        if self.ocdbt:
+            return {"driver": "ocdbt", "base": file_store(self.folder), "path": f"{path}/" if path else ""}
+        return file_store(self.folder / path)
+
+    def _result(self, read: tensorstore.Future) -> np.ndarray:
+        try:
+            return read.result()
+        except ValueError as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.folder} is damaged ({first_line(error)}); {self.remedy}")
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, Any], chunks: Mapping[str, tuple[int, ...]]) -> None:
@@ -38,13 +102,17 @@ def write_arrays(folder: Path, arrays: Mapping[str, Any], chunks: Mapping[str, t
     kinds = ((kind, handler) for kind in (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
     registry = ocp.type_handlers.create_type_handler_registry(*kinds)
     layout = {"use_ocdbt": False, "use_zarr3": True, "type_handler_registry": registry}
+    level = logging.getLogger("absl").level
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
     try:
-        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**layout)) as checkpointer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**layout)) as checkpointer:
             checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(nest(arrays)), force=True)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise CheckpointError(
             f"{folder} cannot be written ({first_line(error)}); free space there or give another folder"
         ) from error
+    finally:
+        logging.getLogger("absl").setLevel(level)
 
 
 class _SummedArrayHandler(ocp.type_handlers.ArrayHandler):
@@ -70,13 +138,10 @@ class _SummedArrayHandler(ocp.type_handlers.ArrayHandler):
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunks[info.name]}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         }
-        spec = store_spec(f"{info.parent_dir / info.name}", "zarr3") | {
-            "metadata": metadata,
-            "store_data_equal_to_fill_value": True,  # else a lost file would pass for zeros
-        }
+        place = file_store(info.parent_dir / info.name)
         if jax.process_index() == 0:
-            await tensorstore.open(spec, create=True)
-        store = await tensorstore.open(spec, open=True, assume_metadata=True)
+            await open_store(place, "zarr3", metadata=metadata, create=True)
+        store = await open_store(place, "zarr3", metadata=metadata, assume_metadata=True)
         if isinstance(value, jax.Array):
             shards = (shard for shard in value.addressable_shards if shard.replica_id == 0)
             await asyncio.gather(*(store[shard.index].write(np.asarray(shard.data)) for shard in shards))
@@ -84,13 +149,15 @@ class _SummedArrayHandler(ocp.type_handlers.ArrayHandler):
             await store.write(value)
 
 
-def store_spec(folder: str, driver: str) -> dict[str, Any]:
-    """TensorStore's spec of one array.  A chunk that is missing is an error."""
-    return {
-        "driver": driver,
-        "kvstore": {"driver": "file", "path": f"{folder}/"},  # not as a URL: names may hold # and %
-        "fill_missing_data_reads": False,
-    }
+def file_store(folder: Any) -> dict[str, Any]:
+    return {"driver": "file", "path": f"{folder}/"}  # not as a URL: names may hold # and %
+
+
+def open_store(place: Mapping[str, Any], driver: str, **options: Any) -> tensorstore.Future:
+    """One array.  Zeros are written as all else, so that a chunk that is missing is an error."""
+    zeros = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
+    spec = {"driver": driver, "kvstore": place, **zeros} | options
+    return tensorstore.open(spec, open="create" not in options)
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
@@ -123,17 +190,3 @@ def first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or ["no message"])[0][:300]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Orbax prints several hundred lines for one unreadable file: log records, and what its coroutines leave behind."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook

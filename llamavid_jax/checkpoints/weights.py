@@ -1,20 +1,17 @@
 """Weights on disk: an Orbax checkpoint of the nested dict of parameters, read straight onto a mesh."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
-import tensorstore
 from jax.sharding import AbstractMesh, Mesh
 
-from llamavid_jax.checkpoints.arrays import chunk_shape, first_line, nest, quiet, write_arrays
+from llamavid_jax.checkpoints.arrays import Arrays, chunk_shape, write_arrays
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import CheckpointError, ConfigError, InputError
+from llamavid_jax.errors import CheckpointError, ConfigError
 from llamavid_jax.files import find
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.parallel.mesh import host_mesh, make_mesh
@@ -66,50 +63,22 @@ def load_weights(
     devices never hold them in full precision.
     Raises CheckpointError when the weights are missing, damaged, or not those of `config`.
     """
-    path = weights_folder(find(directory))
-    if not path.is_dir():
+    folder = weights_folder(find(directory))
+    if not folder.is_dir():
         raise CheckpointError(
-            f"{path} does not exist: {directory} is not a converted checkpoint; "
+            f"{folder} does not exist: {directory} is not a converted checkpoint; "
             "make one with `python -m conversion.torch_to_jax SRC OUT`"
         )
-    target = abstract_params(config, dtype, mesh, float32)
-    with _opened(path, "convert again") as (stored, restore):
-        plain = dataclasses.replace(config, quantization="none")
-        to_quantize = [name for name in stored if f"{name}.qvalue" in target]
-        whole = abstract_params(plain, dtype, host_mesh()) if to_quantize else target
-        check_params(path, stored, {name: leaf.shape for name, leaf in whole.items()})
-        restored = restore({name: target[name] for name in stored if name in target})
-        for name in to_quantize:
-            restored |= _quantized(whole[name], name, restore, config.quantization, target)
-    return {name: restored[name] for name in target}
-
-
-@contextlib.contextmanager
-def _opened(path: Path, remedy: str) -> Iterator[tuple[dict[str, Any], Callable]]:
-    """What is stored, by path, and the function that reads the arrays of some abstract ones.
-
-    Raises CheckpointError, which names the file, for whatever meets damage in the block.
-    """
-
-    def restore(some: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        item = nest(some)
-        how = ocp.checkpoint_utils.construct_restore_args(item)
-        arguments = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-        return flat_paths(checkpointer.restore(path, args=arguments))
-
-    try:
-        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            if (path / "manifest.ocdbt").exists():  # Orbax's own layout; it does not say that its index is damaged
-                index = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}
-                tensorstore.KvStore.open(index).result().list().result()
-            metadata = checkpointer.metadata(path).item_metadata
-            if metadata is None:
-                raise CheckpointError(f"{path}: its metadata (_METADATA) is missing or damaged; {remedy}")
-            yield flat_paths(dict(metadata.tree)), restore
-    except InputError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}); {remedy}") from error
+    stored, target = Arrays(folder), abstract_params(config, dtype, mesh, float32)
+    plain = dataclasses.replace(config, quantization="none")
+    to_quantize = [path for path in stored if f"{path}.qvalue" in target]
+    whole = abstract_params(plain, dtype, host_mesh()) if to_quantize else target
+    check_params(folder, stored, {path: leaf.shape for path, leaf in whole.items()})
+    restored = {path: stored.restore(path, leaf) for path, leaf in target.items() if path in stored}
+    for path in to_quantize:
+        kernel = stored.restore(path, whole[path])
+        restored |= _quantized(path, kernel, config.quantization, target)
+    return {path: restored[path] for path in target}
 
 
 def abstract_params(
@@ -132,12 +101,12 @@ def abstract_params(
 
 
 def _quantized(
-    kernel: jax.ShapeDtypeStruct, name: str, restore: Callable, kind: str, target: Mapping[str, jax.ShapeDtypeStruct]
+    path: str, kernel: jax.Array, kind: str, target: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host holds in full precision."""
+    """`{path}.qvalue` and `{path}.scale` in their places, of a kernel that only the host holds in full precision."""
     from llamavid_jax.models.quantize import quantize_kernels  # Qwix takes a second to import
 
-    parts = flat_paths({name: quantize_kernels(restore({name: kernel})[name], QUANTISED[name], kind)})
+    parts = flat_paths({path: quantize_kernels(kernel, QUANTISED[path], kind)})
     placed = {part: jax.device_put(value, target[part].sharding) for part, value in parts.items()}
     return jax.block_until_ready(placed)  # before the next kernel is read
 
@@ -152,18 +121,15 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
 
     Raises CheckpointError for a folder without a part, and for parameters that `onto` lacks or has in other shapes.
     """
-    path = weights_folder(directory)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist; give the `adapter` folder of a training run")
-    with _opened(path, "copy it again") as (stored, restore):
-        target = {
-            name: jax.ShapeDtypeStruct(onto[name].shape, onto[name].dtype, sharding=onto[name].sharding)
-            for name in stored
-            if name in onto
-        }
-        shapes = {name: leaf.shape for name, leaf in target.items()}
-        check_params(path, stored, shapes, "give the adapter of a run of this model")
-        return restore(target)
+    folder = weights_folder(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist; give the `adapter` folder of a training run")
+    stored = Arrays(folder, "copy it again")
+    known = {path: onto[path] for path in stored if path in onto}
+    check_params(
+        folder, stored, {path: x.shape for path, x in known.items()}, "give the adapter of a run of this model"
+    )
+    return {path: stored.restore(path, x) for path, x in known.items()}
 
 
 def check_params(

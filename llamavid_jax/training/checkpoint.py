@@ -11,7 +11,9 @@ fingerprint of every array, and a checkpoint whose arrays have others is damaged
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llamavid_jax.checkpoints.arrays import first_line, quiet
+from llamavid_jax.checkpoints.arrays import first_line
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.models.structure import flat_paths
 
@@ -55,7 +57,7 @@ class RunCheckpoints:
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with quiet():
+            with _quiet():
                 self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise CheckpointError(
@@ -112,7 +114,7 @@ class RunCheckpoints:
     @contextlib.contextmanager
     def _write_errors(self):
         try:
-            with quiet():
+            with _quiet():
                 yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
             self._failure = CheckpointError(
@@ -156,7 +158,7 @@ class RunCheckpoints:
             for path, leaf in flat_paths(abstract).items()
         }
         try:
-            with quiet():
+            with _quiet():
                 stored = json.loads((folder / RUN / "metadata").read_text(encoding="utf-8"))
                 run = stored["run"]
                 if stored["sha256"] != _sha256(run) or run["step"] != step:
@@ -240,3 +242,17 @@ def _from_process_0(steps: list[int]) -> list[int]:
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Orbax prints several hundred lines for one unreadable file: log records, and what its coroutines leave behind."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
