@@ -45,6 +45,8 @@ def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
                 return code
             except InputError as error:
                 return complain(error, name)
+            except ModuleNotFoundError as error:
+                return complain(InputError(f'{error.name} is not installed; pip install "llamavid_jax[train]"'), name)
             except KeyboardInterrupt:
                 return 130
             except OSError as error:  # which nobody expected: of stdout, whose reader has gone or whose disk is full

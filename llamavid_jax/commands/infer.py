@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from llamavid_jax.commands import program
 from llamavid_jax.data.records import count_frames
 from llamavid_jax.errors import InputError, Parser, complain, open_streams, printable
 from llamavid_jax.inference.request import Settings
@@ -218,6 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "stdin is closed, and --chat reads its questions there; leave it open, or leave out --chat"
             )
         console, start = Console(stderr=True), time.perf_counter()
+        program.keep_programs()
         session = start_session(options, console)
         loaded = time.perf_counter() - start
         for question in questions(options):
@@ -249,6 +251,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """`main` as a process of its own."""
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # compiled work may still run after Ctrl-C, and would crash the interpreter's own end
+    program.run(main)

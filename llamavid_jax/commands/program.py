@@ -1,5 +1,6 @@
 """How every command begins and ends: compiled programs are kept for the next call, and the process leaves at once."""
 
+import contextlib
 import gc
 import os
 import sys
@@ -33,6 +34,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     """
     gc.set_threshold(100_000)  # imports and traces make a million objects that stay
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # of a stream that has failed before, which `main` has said
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
