@@ -264,7 +264,7 @@ def write_shards(plans: Sequence[Path], folder: Path, pipeline_options) -> Path:
     return Path(builder.data_dir)
 
 
-@command("error")
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="build_shards", description=__doc__.split("\n")[0])
     parser.add_argument("source", metavar="JSON", help="samples in LLaVA's format, .json or .jsonl")

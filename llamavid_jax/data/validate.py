@@ -188,7 +188,7 @@ class Report:
         console.print(f"{len(self.problems):,} samples are broken: {found}" if found else "No sample is broken.")
 
 
-@command("error")
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(prog="llamavid_jax.data.validate", description="Check training data.", allow_abbrev=False)
