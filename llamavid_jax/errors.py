@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Makes a function of arguments a command: its streams are usable, bad input is one line, Ctrl-C a code."""
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
