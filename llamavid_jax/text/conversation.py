@@ -166,12 +166,7 @@ def long_video_text(frames_and_subtitles: str, question: str, tokens_per_frame: 
     `frames_and_subtitles` holds one `<image>` per frame with the subtitles between them; each becomes
     `tokens_per_frame` placeholders.
     """
-    return question_turn(1, question).replace(IMAGE, movie_text(frames_and_subtitles, tokens_per_frame))
-
-
-def movie_text(frames_and_subtitles: str, tokens_per_frame: int) -> str:
-    """What stands in such a turn for `<image>`."""
-    return MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END
+    return MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END + "\n" + question
 
 
 def movie_inputs(frames_and_subtitles: str, tokens_per_frame: int, training: bool = False) -> str:
