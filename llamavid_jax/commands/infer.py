@@ -239,10 +239,6 @@ def main(arguments: list[str] | None = None) -> int:
             if options.json:
                 result = dataclasses.asdict(answer)
                 result = {"answer": result.pop("text"), **result, "seconds": {"load": loaded, **answer.seconds}}
-                result["sampling"] = [
-                    {"video": options.video[number], "rule": plan.rule, "frames": len(plan)}
-                    for number, plan in session.sampling.items()
-                ]
                 is_utf8 = "utf" in (sys.stdout.encoding or "utf-8").lower()
                 write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
             else:
