@@ -35,12 +35,12 @@ import tensorflow_datasets as tfds
 
 from llamavid_jax.data.examples import file_header
 from llamavid_jax.data.record import Record, as_utf8
-from llamavid_jax.data.records import count_frames, media_file, read_records
+from llamavid_jax.data.records import media_file, read_records
 from llamavid_jax.data.shards import FORMAT_VERSION, MANIFEST, MediaHeader, read_manifest
 from llamavid_jax.errors import InputError, Parser, command, printable
 from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.video import open_video
+from llamavid_jax.media.video import read_timeline
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
 MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
@@ -74,6 +74,7 @@ class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
                 "data": tfds.features.Tensor(shape=(), dtype=np.object_),  # the file's bytes
                 "frames": tfds.features.Scalar(np.int64),
                 "average_fps": tfds.features.Scalar(np.float64),
+                "seconds": tfds.features.Scalar(np.float64),
                 "inputs": tfds.features.Text(),  # JSON: the text in a file of features, null without
             }
         )
@@ -243,8 +244,10 @@ def read_header(record: Record, path: Path) -> MediaHeader:
     if record.kind == "features":
         return file_header(path)
     if record.kind == "video":
-        with open_video(path) as (_, _, average_fps):
-            return MediaHeader(count_frames(path, "video", average_fps), average_fps)
+        timeline = read_timeline(path)
+        return MediaHeader(
+            len(timeline.times), timeline.average_fps, seconds=0.0 if timeline.average_fps else timeline.seconds
+        )
     check_picture(path)
     return MediaHeader(1)
 

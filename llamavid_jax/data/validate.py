@@ -38,7 +38,7 @@ from llamavid_jax.files import write_files
 from llamavid_jax.media.features import read_header
 from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.video import check_fps
+from llamavid_jax.media.timeline import check_fps
 from llamavid_jax.text.conversation import ConversationError, template_named, training_turns
 from llamavid_jax.text.tokenizer import load_tokenizer
 
@@ -168,8 +168,7 @@ class Report:
             for name in ("index", "id", "problem", "reason"):
                 table.add_column(name, overflow="fold")
             for check in self.problems[:SHOWN]:
-                cells = (check.index, check.id, check.problem, check.reason)
-                table.add_row(*(Text(printable(str(cell))) for cell in cells))
+                table.add_row(*(Text(printable(str(x))) for x in (check.index, check.id, check.problem, check.reason)))
             console.print(table)
             if len(self.problems) > SHOWN:
                 console.print(f"... and {len(self.problems) - SHOWN} more: --json FILE writes them all")

@@ -122,7 +122,7 @@ def test_decoding_finds_what_headers_hide(tmp_path, media):
         *GOOD,
     ]
     code, report = run(tmp_path, media, rows)
-    assert code == 0 and not report["broken"]
+    assert code == 1 and [check["index"] for check in report["broken"]] == [1]  # a video's packets are counted
     code, report = run(tmp_path, media, rows, "--decode")
     assert code == 1 and [check["index"] for check in report["broken"]] == [0, 1, 2]
     assert report["problems"] == {"unreadable": 3}
