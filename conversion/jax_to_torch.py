@@ -20,12 +20,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from llamavid_jax.checkpoints.arrays import Arrays
+from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, Parser, command
+from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_torch, weight_table
 
 from . import folder
-from .orbax_store import Arrays
 from .read_torch import SAFETENSORS_DTYPES
 from .torch_config import documented_config, original_config
 
@@ -53,13 +55,9 @@ class FileWeight:
 
 def file_weights(source: Path, config: LLaMAVIDLlavaConfig, layout: str) -> list[FileWeight]:
     """Every weight of the layout.  Raises CheckpointError when the checkpoint does not fit its configuration."""
-    arrays = Arrays(source / "weights")
+    arrays = Arrays(source / WEIGHTS)
     table = weight_table(config, layout)
-    if differing := {weight.path for weight in table} ^ set(arrays.paths):
-        raise CheckpointError(
-            f"{source} has other parameters than its config.json describes: {', '.join(sorted(differing)[:6])}; "
-            "convert it again"
-        )
+    check_params(arrays.folder, arrays, inventory.shapes(config))
     parts: dict[str, list[Weight]] = {}
     for weight in table:
         parts.setdefault(weight.name, []).append(weight)

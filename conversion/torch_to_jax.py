@@ -34,7 +34,8 @@ from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_jax, weight_table
 from llamavid_jax.weights.llama import QUANTISED
 
-from . import folder, orbax_store
+from . import folder
+from .orbax_store import LayerWriter
 from .positions import resize_positions
 from .read_gguf import write_tokenizer
 from .sources import Source, Tensor, model_config, open_sources
@@ -161,13 +162,7 @@ def write_weights(
 
     whole = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in plan.shapes.items()}
     stored = whole if quantize is None else flat_paths(jax.eval_shape(few_bits, whole))
-    orbax_store.create(
-        out,
-        {path: leaf.shape for path, leaf in stored.items()},
-        {path: leaf.dtype for path, leaf in stored.items()},
-        {path for path in stored if path in stacked or path.rpartition(".")[0] in stacked},
-    )
-    arrays = orbax_store.Arrays(out)
+    arrays = LayerWriter(out, stored, {path for path in stored if {path, path.rpartition(".")[0]} & stacked})
 
     def write(weight: Weight, value: np.ndarray) -> None:
         value = value.astype(dtypes[weight.path], copy=False)

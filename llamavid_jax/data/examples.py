@@ -99,7 +99,7 @@ class ExampleReader:
     def size(self, record: Record, index: int, header: MediaHeader | None = None) -> SampleSize:
         """The size of `read(record, index, max_frames)` with enough `max_frames`, without decoding the media file.
 
-        With `header`, as shards keep it, the medium is not opened.
+        With `header`, as shards keep it, the media file is not opened.
         """
         header = header or self._header(record)
         frames = header.frames

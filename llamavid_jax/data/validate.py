@@ -168,7 +168,8 @@ class Report:
             for name in ("index", "id", "problem", "reason"):
                 table.add_column(name, overflow="fold")
             for check in self.problems[:SHOWN]:
-                table.add_row(*(Text(printable(str(x))) for x in (check.index, check.id, check.problem, check.reason)))
+                cells = (check.index, check.id, check.problem, check.reason)
+                table.add_row(*(Text(printable(str(cell))) for cell in cells))
             console.print(table)
             if len(self.problems) > SHOWN:
                 console.print(f"... and {len(self.problems) - SHOWN} more: --json FILE writes them all")

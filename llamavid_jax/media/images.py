@@ -9,9 +9,9 @@ A frame stays uint8 until `normalize`: an hour of video at one frame a second is
 Letters: F frames, H height, W width.
 
 Deviations from the original, which calls `Image.open(...).convert("RGB")`: the EXIF orientation is applied, and
-16-bit grey is scaled to 8 bits (Pillow's conversion clips it to white), 32-bit and floating-point pixels, of unknown
-range, are refused, and a picture may hold MAX_PIXELS.  As there, an alpha channel is dropped, not
-blended, and an animation gives its first picture.
+16-bit grey is scaled to 8 bits (Pillow's conversion clips it to white); 32-bit and floating-point pixels, whose range
+is unknown, and pictures of more than MAX_PIXELS are refused.  As in Pillow, an alpha channel is dropped, not blended,
+and an animation gives its first picture.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from llamavid_jax.media.source import MAX_PIXELS, MediaError, check_size, local_file
 
@@ -71,13 +71,14 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, name: object = "the picture") -> Image.Image:
-    """Upright RGB copy of a picture of any mode; `name` is for the MediaError."""
+    """A picture of any mode, upright and in RGB; `name` is for the MediaError."""
     _check(image, name)
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else a copy for nothing
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow also opens as 32-bit "I"
         levels = np.asarray(image).clip(0, 65535) >> 8
         image = Image.fromarray(levels.astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check(image: Image.Image, name: object) -> None:
@@ -89,6 +90,8 @@ def _check(image: Image.Image, name: object) -> None:
 
 def pad_to_square(image: Image.Image, mean: Sequence[float] = CLIP_MEAN) -> Image.Image:
     """Centres the picture on a square canvas of the mean colour, cut to whole numbers: (122, 116, 104)."""
+    if max(image.size) ** 2 > MAX_PIXELS:  # a panorama, whose canvas would be a gigabyte
+        image = image.reduce(2)
     width, height = image.size
     side = max(width, height)
     canvas = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
