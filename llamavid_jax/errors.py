@@ -11,7 +11,13 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Input that cannot be used.  The message names the thing, the value and the remedy."""
+    """Input that cannot be used.  The message names the thing, the value and the remedy.
+
+    Names of files and replies of servers stand in it: what would command a terminal is written as an escape.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(message))
 
 
 class ConfigError(InputError):
@@ -33,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Makes a function of arguments a command: its streams are usable, bad input is one line, Ctrl-C a code."""
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
@@ -73,14 +79,14 @@ def say(text: str) -> None:
             print(printable(text, kept="\n"), file=sys.stderr, flush=True)
 
 
-def printable(text: str, kept: str = "") -> str:
+def printable(text: object, kept: str = "") -> str:
     """`text` with all that a terminal would obey, and half surrogate pairs, written out: "\\x1b[2J".
 
     Names of files and answers of servers may hold anything; the characters of `kept` stay.
     """
     return "".join(
         letter if letter.isprintable() or letter in kept else letter.encode("unicode_escape").decode()
-        for letter in text
+        for letter in str(text)
     )
 
 

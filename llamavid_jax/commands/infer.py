@@ -12,7 +12,9 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -206,6 +208,8 @@ def write(text: str) -> None:
 
 @command("infer.py")
 def main(arguments: list[str] | None = None) -> int:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was downloaded is deleted
     options = parse_arguments(arguments)
     if was_closed(sys.stdout):
         raise InputError("stdout is closed, and the answer goes there; leave it open, or give > FILE")

@@ -23,13 +23,13 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {  # what a dimension is → the mes
     "frames": (DATA, FSDP, SEQUENCE, TENSOR),
     "sequence": (SEQUENCE,),
     # chips that share rows share the parameters' memory too
-    **dict.fromkeys(("embed", "vision_embed", "qformer_embed"), (FSDP, SEQUENCE)),
+    **dict.fromkeys(("embed", "vision_embed", "qformer_embed", "memory"), (FSDP, SEQUENCE)),
     **dict.fromkeys(("heads", "kv_heads", "vision_heads", "qformer_heads"), (TENSOR,)),
-    **dict.fromkeys(("mlp", "vision_mlp", "qformer_mlp", "vocab", "context", "hidden"), (TENSOR,)),
+    **dict.fromkeys(("mlp", "vision_mlp", "qformer_mlp", "vocab", "context", "hidden", "memory_hidden"), (TENSOR,)),
     **dict.fromkeys(("layers", "vision_layers", "qformer_layers", "qformer_cross_layers"), ()),
     **dict.fromkeys(("head_dim", "vision_head_dim", "qformer_head_dim", "rank", "qkv"), ()),
     **dict.fromkeys(("patch_row", "patch_column", "channels", "positions"), ()),
-    **dict.fromkeys(("qformer_vocab", "qformer_positions", "queries"), ()),
+    **dict.fromkeys(("qformer_vocab", "qformer_positions", "qformer_types", "queries"), ()),
 }
 
 

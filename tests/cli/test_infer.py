@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from clips import index_frame, write_clip
 from paths import ROOT
 from PIL import Image
 
@@ -60,6 +62,35 @@ def test_json(video_answer):
     assert (video_answer["frames"], video_answer["visual_tokens"], video_answer["new_tokens"]) == (12, 24, 8)
     assert video_answer["prompt_tokens"] > 24
     assert set(video_answer["seconds"]) == {"load", "encode", "generate"}
+    assert video_answer["sampling"] == [{"video": CLIP, "rule": "stride", "frames": 12}]
+
+
+def test_a_video_of_a_varying_rate_says_how_it_was_sampled(ask, tmp_path):
+    path = write_clip(tmp_path / "[bold].mkv", [index_frame(i) for i in range(3)], times_ms=[0, 4000, 8000])
+    out = json.loads(ask("--video", str(path), "--question", QUESTION, "--json")[1])
+    assert out["sampling"] == [{"video": str(path), "rule": "times", "frames": 12}] and out["frames"] == 12
+
+
+def test_a_subtitle_of_50_minutes_does_not_make_a_clip_of_10_seconds_too_long(ask):
+    clip = ROOT / "tests" / "media" / "subtitle_of_50_minutes.mkv"
+    assert json.loads(ask("--video", str(clip), "--question", QUESTION, "--json")[1])["frames"] == 10
+
+
+def test_names_do_not_command_the_terminal(ask):
+    code, out, err = ask("--video", "\x1b[2Jno\x07.mp4", "--question", QUESTION)
+    assert (code, out) == (2, "") and "\\x1b[2Jno\\x07.mp4" in err and err.replace("\n", "").isprintable()
+
+
+def test_a_download_is_deleted_when_the_process_is_told_to_end(checkpoint, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/clip.mp4"
+        command = [sys.executable, "infer.py", "--model", checkpoint, "--video", url, "--question", QUESTION]
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
+        with server.accept()[0]:
+            assert any(tmp_path.glob("llamavid-*/download"))
+            process.terminate()
+            assert process.wait(60) == 143
+    assert not any(tmp_path.glob("llamavid-*"))
 
 
 def test_answer_alone_on_stdout(ask, video_answer):
