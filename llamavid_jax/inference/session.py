@@ -28,7 +28,7 @@ from llamavid_jax.inference.prompt_cache import PromptCache
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.shapes import IMAGE_TOKEN
-from llamavid_jax.text.conversation import IMAGE, check_text, movie_text, prompt, question_turn, template_named
+from llamavid_jax.text.conversation import IMAGE, check_text, marked, movie_text, prompt, question_turn, template_named
 from llamavid_jax.text.subtitles import Cue, interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
@@ -165,7 +165,7 @@ class Session:
         """Ids of the prompt, and the visual tokens of its placeholders."""
         words = [part for turn in turns for part in (question_turn(len(turn.tokens), turn.question), turn.answer)]
         text = prompt(self.template, words[:-1])
-        text = text if self._movie is None else text.replace(IMAGE, self._movie)
+        text = text.replace(IMAGE, marked(self._movie or IMAGE, self.model.config.mm_use_im_start_end))
         return encode_with_images(self.model.tokenizer, text), [array for turn in turns for array in turn.tokens]
 
     def _length(self, turns: Sequence[Turn]) -> int:

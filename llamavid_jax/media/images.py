@@ -22,9 +22,6 @@ from PIL import Image, ImageOps
 
 from llamavid_jax.media.source import MediaError, check_size, local_file
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 def open_image(path: str | Path) -> Image.Image:
     """Reads a picture file as an upright RGB picture.  Raises MediaError naming the file."""
@@ -68,8 +65,8 @@ def to_rgb(image: Image.Image, name: object = "the picture") -> Image.Image:
     return image.convert("RGB")
 
 
-def pad_to_square(image: Image.Image, mean: Sequence[float] = CLIP_MEAN) -> Image.Image:
-    """Centres the picture on a square canvas of the mean colour, cut to whole numbers: (122, 116, 104)."""
+def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """Centres the picture on a square canvas of the mean colour, cut to whole numbers: (122, 116, 104) for CLIP's."""
     width, height = image.size
     side = max(width, height)
     canvas = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
@@ -90,7 +87,7 @@ def resize_and_crop(image: Image.Image | UInt8[np.ndarray, "h w 3"], size: int) 
 
 
 def normalize(
-    frames: UInt8[np.ndarray, "F H W 3"], mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+    frames: UInt8[np.ndarray, "F H W 3"], mean: Sequence[float], std: Sequence[float]
 ) -> Float32[np.ndarray, "F 3 H W"]:
     """(x / 255 - mean) / std per colour, channels first."""
     scaled = frames.astype(np.float32) * np.float32(1 / 255)
