@@ -61,9 +61,8 @@ def qformer_name(name: str) -> str:
         return "model.vlm_att_query"
     if name.startswith(("Qformer.bert.", "bert.", "embeddings.", "encoder.")):
         bare = name.removeprefix("Qformer.").removeprefix("bert.")
-        return "model.vlm_att_encoder.bert." + bare.replace("Norm.gamma", "Norm.weight").replace(
-            "Norm.beta", "Norm.bias"
-        )
+        bare = bare.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        return "model.vlm_att_encoder.bert." + bare
     if name.startswith("ln_vision."):
         return "model.vlm_att_ln." + name.removeprefix("ln_vision.")
     return name

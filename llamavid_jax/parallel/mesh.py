@@ -73,7 +73,7 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     for size in shape:  # slices of TPUs, or hosts of GPUs, go over the outermost axes
         over_slices.append(math.gcd(size, len(slices) // math.prod(over_slices)))
     inner = [size // outer for size, outer in zip(shape, over_slices, strict=True)]
-    tensor, sequence = shape[2:]
+    tensor, sequence = sizes.get(TENSOR, 1), sizes.get(SEQUENCE, 1)
     if len(slices) == 1 and tensor == 1 and (rings := closed_rings(used, sequence)) is not None:
         grid = rings.reshape(shape)
     elif len(slices) == 1:

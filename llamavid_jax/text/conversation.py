@@ -161,23 +161,19 @@ def question_per_image(template: Template, text: str) -> list[str]:
     return questions
 
 
-def long_video_text(frames_and_subtitles: str, question: str, tokens_per_frame: int) -> str:
+def long_video_text(frames_and_subtitles: str, question: str, tokens_per_frame: int, start_end: bool = False) -> str:
     """The user turn of a long video at inference (section "movie" of the original's entry points).
 
     `frames_and_subtitles` holds one `<image>` per frame with the subtitles between them; each becomes
     `tokens_per_frame` placeholders.
     """
-    return question_turn(1, question).replace(IMAGE, movie_text(frames_and_subtitles, tokens_per_frame))
+    movie = MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END
+    return marked(movie, start_end) + "\n" + question
 
 
 def marked(text: str, start_end: bool) -> str:
     """What stands for a visual, between its start and its end token where the model has them."""
     return f"{START}{text}{END}" if start_end else text
-
-
-def movie_text(frames_and_subtitles: str, tokens_per_frame: int) -> str:
-    """What stands in such a turn for `<image>`."""
-    return MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END
 
 
 def movie_inputs(frames_and_subtitles: str, tokens_per_frame: int, training: bool = False) -> str:
@@ -242,6 +238,11 @@ def _speakers_and_turns(conversations: Sequence[Any]) -> tuple[list[str], list[s
     if isinstance(conversations, str | Mapping) or not isinstance(conversations, Sequence) or not conversations:
         raise ConversationError(f"conversations is {conversations!r}; give a list of turns with 'from' and 'value'")
     for index, turn in enumerate(conversations):
+        if isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
+            raise ConversationError(
+                f"turn {index} has 'role' and 'content', as chat templates write them; a turn of LLaVA's format is "
+                '{"from": "human" or "gpt", "value": TEXT}'
+            )
         if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
             raise ConversationError(f"turn {index} is {turn!r}; it needs the keys 'from' and 'value'")
         if turn["from"] not in ("human", "gpt"):
