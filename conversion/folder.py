@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from conversion.stored_tensor import CheckpointError
 from llamavid_jax.config import LLaMAVIDLlavaConfig
 from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.processor import check_tokenizers, load_tokenizers
 
 TEXT_FILES = (

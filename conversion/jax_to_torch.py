@@ -23,12 +23,11 @@ from rich.table import Table
 from conversion import folder
 from conversion.orbax_store import Arrays
 from conversion.read_torch import SAFETENSORS_DTYPES
-from conversion.stored_tensor import CheckpointError
 from conversion.torch_config import documented_config, original_config
 from conversion.transforms import Weight, to_torch
 from conversion.weight_table import weight_table
 from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 
 SHARD_BYTES = {"original": 1 << 30, "documented": 5 << 30}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

@@ -17,12 +17,12 @@ import numpy as np
 
 from conversion import folder, orbax_store
 from conversion.read_torch import read_file
-from conversion.stored_tensor import CheckpointError, StoredTensor
+from conversion.stored_tensor import StoredTensor
 from conversion.transforms import Weight, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.checkpoint import WEIGHTS
 from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.lora import LoraConfig
 from llamavid_jax.peft_adapter import check_tensors, peft_tensors, read_peft_config, read_values
 
@@ -34,7 +34,7 @@ FULL_MODULES = "non_lora_trainables.bin"
 def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, StoredTensor]]:
     """An adapter's configuration and its tensors, `model....lora_A.weight` → tensor.
 
-    Raises CheckpointError without a file of weights, WeightsError where they are not of this model.
+    Raises CheckpointError without a file of weights, and where they are not of this model.
     """
     file = next((source / name for name in ADAPTER_FILES if (source / name).is_file()), None)
     if file is None:

@@ -17,8 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from conversion.stored_tensor import CheckpointError
 from llamavid_jax.checkpoint import first_line, nest
+from llamavid_jax.errors import CheckpointError
 
 CHUNK_BYTES = 32 << 20
 GATHER_BYTES = 4 << 20

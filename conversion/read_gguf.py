@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from conversion.stored_tensor import CheckpointError
 from llamavid_jax.config import LlamaConfig
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.foreign_config import llama_config
 
 _NAMES = {

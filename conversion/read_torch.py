@@ -13,8 +13,9 @@ import os
 import struct
 from pathlib import Path
 
-from conversion.stored_tensor import DTYPES, CheckpointError, StoredTensor, row_major
+from conversion.stored_tensor import DTYPES, StoredTensor, row_major
 from conversion.torch_pickle import read_pickled
+from llamavid_jax.errors import CheckpointError
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")

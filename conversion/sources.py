@@ -9,8 +9,9 @@ from pathlib import Path
 
 from conversion.read_gguf import GgufTensor, gguf_config, read_gguf
 from conversion.read_torch import read_checkpoint, read_json
-from conversion.stored_tensor import CheckpointError, StoredTensor
+from conversion.stored_tensor import StoredTensor
 from llamavid_jax.config import LLaMAVIDLlavaConfig
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.foreign_config import llama_config
 
 VISION = "model.vision_tower.vision_tower."

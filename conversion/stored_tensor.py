@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import CheckpointError
 
 DTYPES = {
     "float64": np.dtype(np.float64),
@@ -25,10 +25,6 @@ DTYPES = {
     "uint8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
-
-
-class CheckpointError(InputError):
-    """A checkpoint that cannot be used: names the file or weight, what is wrong with it and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from conversion.stored_tensor import CheckpointError
 from llamavid_jax.config import LlamaConfig, LLaMAVIDLlavaConfig
+from llamavid_jax.errors import CheckpointError
 
 
 def llama_values(text: LlamaConfig) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from conversion.stored_tensor import DTYPES, CheckpointError, StoredTensor
+from conversion.stored_tensor import DTYPES, StoredTensor
+from llamavid_jax.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 256 << 20  # the tensors lie outside the pickle; 40,000 names take 10 MB
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -28,10 +28,9 @@ from rich.table import Table
 from conversion import folder, orbax_store
 from conversion.read_gguf import write_tokenizer
 from conversion.sources import Source, Tensor, model_config, open_sources
-from conversion.stored_tensor import CheckpointError
 from conversion.transforms import Weight, resize_positions, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.quantize import KERNELS, quantize_kernels
 from llamavid_jax.sharding import flat_paths

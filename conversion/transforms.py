@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from conversion.stored_tensor import CheckpointError
+from llamavid_jax.errors import CheckpointError
 
 
 class Row(NamedTuple):

@@ -12,15 +12,11 @@ import tensorstore
 from jax.sharding import Mesh
 
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.sharding import flat_paths, make_mesh, param_shardings
 
 WEIGHTS = "weights"  # the folder in a checkpoint's directory
-
-
-class WeightsError(InputError):
-    """Weights that cannot be loaded: names the folder, what is wrong and the remedy."""
 
 
 def parse_dtype(name: Any) -> jnp.dtype:
@@ -41,7 +37,7 @@ def save_weights(directory: str | Path, params: dict[str, Any]) -> None:
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WeightsError(f"{directory} cannot be made ({error.strerror}); give a folder, not a file") from None
+        raise CheckpointError(f"{directory} cannot be made ({error.strerror}); give a folder, not a file") from None
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(weights_folder(directory), string_keys(params), force=True)
 
@@ -58,11 +54,11 @@ def load_weights(
     The paths in `float32` are read so whatever `dtype` is: training keeps what it trains in full precision.
     Kernels that `config` has quantised and the checkpoint whole are quantised by the host, one at a time: only their
     few bits reach the devices.
-    Raises WeightsError when the weights are missing, damaged, or not those of `config`.
+    Raises CheckpointError when the weights are missing, damaged, or not those of `config`.
     """
     path = weights_folder(directory)
     if not path.is_dir():
-        raise WeightsError(
+        raise CheckpointError(
             f"{path} does not exist: {directory} is not a converted checkpoint; "
             "make one with `python -m conversion.torch_to_jax SRC OUT`"
         )
@@ -90,7 +86,7 @@ def load_weights(
                 tensorstore.KvStore.open(index).result().list().result()
             stored = checkpointer.metadata(path).item_metadata
             if stored is None:
-                raise WeightsError(f"{path}: its metadata (_METADATA) is missing or damaged; convert again")
+                raise CheckpointError(f"{path}: its metadata (_METADATA) is missing or damaged; convert again")
             stored = flat_paths(dict(stored.tree))
             plain = dataclasses.replace(config, quantization="none")
             whole = flat_paths(abstract if plain == config else abstract_params(plain, dtype))
@@ -99,10 +95,10 @@ def load_weights(
             restored = restore({name: target[name] for name in stored if name in target})
             for name in to_quantize:
                 restored |= _quantized(name, whole[name], restore, config.quantization, shardings)
-        except WeightsError:
+        except CheckpointError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            raise WeightsError(
+            raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}); convert again"
             ) from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in target])
@@ -129,16 +125,16 @@ def save_part(directory: str | Path, params: Mapping[str, jax.Array]) -> None:
 def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Reads what `save_part` wrote, each array in the type and the place of its namesake in `onto`.
 
-    Raises WeightsError for a folder without such a part, and for parameters that `onto` lacks or has in other shapes.
+    Raises CheckpointError for a folder without such a part, and for parameters that `onto` lacks or shapes otherwise.
     """
     path = weights_folder(directory)
     if not path.is_dir():
-        raise WeightsError(f"{path} does not exist; give the `adapter` folder of a training run")
+        raise CheckpointError(f"{path} does not exist; give the `adapter` folder of a training run")
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             stored = dict(checkpointer.metadata(path).item_metadata or {})
         except Exception as error:  # of many kinds, as in load_weights
-            raise WeightsError(
+            raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
             ) from error
         known = {name: onto[name] for name in stored if name in onto}
@@ -150,7 +146,7 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
         try:
             return checkpointer.restore(path, target)
         except Exception as error:
-            raise WeightsError(
+            raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
             ) from error
 
@@ -173,16 +169,16 @@ def string_keys(tree: Any) -> Any:
 
 
 def check_params(source: Any, given: dict[str, Any], expected: dict[str, Any], remedy: str = "convert again") -> None:
-    """Raises WeightsError unless the arrays of `source` have the paths and shapes of the configuration's."""
+    """Raises CheckpointError unless the arrays of `source` have the paths and shapes of the configuration's."""
     missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or extra:
-        raise WeightsError(
+        raise CheckpointError(
             f"{source} does not hold the weights of the configuration: {len(missing)} missing "
             f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}); {remedy}"
         )
     for name, leaf in expected.items():
         if tuple(given[name].shape) != leaf.shape:
-            raise WeightsError(
+            raise CheckpointError(
                 f"{source}: {name} is {tuple(given[name].shape)}, but the configuration asks for {leaf.shape}; {remedy}"
             )
 

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Input that cannot be used.  The message names the thing, the value and the remedy."""
 
 
+class CheckpointError(InputError):
+    """Weights, an adapter or a run's checkpoint that cannot be read or written."""
+
+
 class Parser(argparse.ArgumentParser):
     """Arguments that cannot be read are bad input as any other: one line, without the usage."""
 

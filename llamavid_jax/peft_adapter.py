@@ -17,9 +17,9 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from llamavid_jax.checkpoint import WeightsError
 from llamavid_jax.config import ConfigError, LlamaConfig
 from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.lora import TARGETS, LoraConfig, linears
 from llamavid_jax.models.llama import Layer
 from llamavid_jax.sharding import flat_paths
@@ -98,7 +98,7 @@ def is_adapter(directory: str | Path) -> bool:
 def load_adapter(directory: str | Path, text_config: LlamaConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """An adapter's configuration and its stacked parameters by dotted path, in the stored type.
 
-    Raises WeightsError for a missing or damaged file and for what `read_peft_config` and `check_tensors` refuse.
+    Raises CheckpointError for a missing or damaged file and for what `read_peft_config` and `check_tensors` refuse.
     """
     folder = Path(directory)
     values = read_values(folder)
@@ -106,7 +106,7 @@ def load_adapter(directory: str | Path, text_config: LlamaConfig) -> tuple[LoraC
         with safetensors.safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
             given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save the adapter again") from None
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save the adapter again") from None
     config = read_peft_config(values, given, folder)
     tensors = peft_tensors(config, text_config)
     check_tensors(given, tensors, folder)
@@ -121,21 +121,23 @@ def read_values(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{folder / CONFIG_FILE} cannot be read ({error}); give the folder of an adapter") from None
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} cannot be read ({error}); give the folder of an adapter"
+        ) from None
     if not isinstance(values, dict):
-        raise WeightsError(f"{folder / CONFIG_FILE} holds a JSON {type(values).__name__}; an object is needed")
+        raise CheckpointError(f"{folder / CONFIG_FILE} holds a JSON {type(values).__name__}; an object is needed")
     return values
 
 
 def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Path) -> LoraConfig:
     """The LoraConfig of an adapter_config.json.
 
-    The targets are read off the tensors' names: `target_modules` may be a pattern.  Raises WeightsError for an adapter
-    that is more than A and B of one rank (DoRA, biases, whole modules).
+    The targets are read off the tensors' names: `target_modules` may be a pattern.  Raises CheckpointError for an
+    adapter that is more than A and B of one rank (DoRA, biases, whole modules).
     """
     for field, plain in PLAIN.items():
         if values.get(field, plain[0]) not in plain:
-            raise WeightsError(
+            raise CheckpointError(
                 f"{folder}: {field} is {values[field]!r} in {CONFIG_FILE}, which is more than LoRA; merge it with PEFT"
             )
     targets = [target for module, target in MODULES.items() if any(f".{module}.lora_" in name for name in names)]
@@ -149,20 +151,20 @@ def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Pa
     try:
         return strict(LoraConfig, fields, "lora.")
     except ConfigError as error:
-        raise WeightsError(f"{folder}: {CONFIG_FILE} or the tensors' names do not fit: {error}") from None
+        raise CheckpointError(f"{folder}: {CONFIG_FILE} or the tensors' names do not fit: {error}") from None
 
 
 def check_tensors(given: Mapping[str, Any], expected: Mapping[str, PeftTensor], folder: Path) -> None:
-    """Raises WeightsError unless a file holds just the tensors of an adapter of this model."""
+    """Raises CheckpointError unless a file holds just the tensors of an adapter of this model."""
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:
-        raise WeightsError(
+        raise CheckpointError(
             f"{folder} is no adapter of this model: {len(missing)} tensors missing ({', '.join(missing[:2])}), "
             f"{len(unknown)} unknown ({', '.join(unknown[:2])}); give the model that it was trained on"
         )
     for name, tensor in expected.items():
         if tuple(given[name].shape) != tensor.shape:
-            raise WeightsError(
+            raise CheckpointError(
                 f"{folder}: {name} is {tuple(given[name].shape)}, but the model asks for {tensor.shape}; "
                 "give the model that it was trained on"
             )

@@ -74,7 +74,7 @@ class PretrainedModel:
         `quantize` "int8" or "int4" holds the kernels of LLaMA's layers so; only these bits reach the devices.  None
         takes them as they are stored.  `kv_cache` "int8" halves the cache of decoding.
 
-        Raises ConfigError or WeightsError, naming the file and what to do.
+        Raises ConfigError or CheckpointError, naming the file and what to do.
         """
         config = LLaMAVIDLlavaConfig.from_pretrained(directory)
         config = config if quantize is None else config.quantized(quantize)

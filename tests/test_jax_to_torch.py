@@ -12,10 +12,11 @@ import torch
 from converted import CONFIG, GOLDEN, ORIGINAL, convert, save_folder, state_dict
 
 from conversion import jax_to_torch
-from conversion.read_torch import CheckpointError, read_checkpoint
+from conversion.read_torch import read_checkpoint
 from conversion.torch_config import documented_config, original_config
 from llamavid_jax.checkpoint import load_weights, save_weights
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
+from llamavid_jax.errors import CheckpointError
 
 COMPUTED = ("inv_freq", "position_ids")
 

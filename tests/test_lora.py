@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from torch_models import BAR, CONFIG, ours, reference, relative_error, token_ids
 
-from llamavid_jax.checkpoint import WeightsError
 from llamavid_jax.config import ConfigError
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.lora import TARGETS, LoraConfig, add_lora, merge_lora, set_dropout
 from llamavid_jax.models import stack
 from llamavid_jax.models.kv_cache import KVCache
@@ -241,22 +241,22 @@ def test_an_adapter_that_cannot_be_read_is_refused(field, value, message, model,
     save_adapter(tmp_path, pure(model), LORA, CONFIG.text_config)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         load_adapter(tmp_path, CONFIG.text_config)
 
 
 def test_damaged_files_are_named(model, tmp_path):
-    with pytest.raises(WeightsError, match=r"adapter_config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read"):
         load_adapter(tmp_path, CONFIG.text_config)
     save_adapter(tmp_path, pure(model), LORA, CONFIG.text_config)
     weights = tmp_path / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(weights)
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     safetensors.torch.save_file({k: v for k, v in tensors.items() if k != name}, weights)
-    with pytest.raises(WeightsError, match=rf"1 tensors missing \({name}\)"):
+    with pytest.raises(CheckpointError, match=rf"1 tensors missing \({name}\)"):
         load_adapter(tmp_path, CONFIG.text_config)
     weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(WeightsError, match=r"adapter_model\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be read"):
         load_adapter(tmp_path, CONFIG.text_config)
 
 

@@ -18,10 +18,11 @@ from converted import CONFIG, ORIGINAL, convert
 from jax.sharding import NamedSharding, PartitionSpec
 
 from conversion.orbax_store import CHUNK_BYTES, Arrays, chunk_shape
-from conversion.read_torch import CheckpointError, read_checkpoint
+from conversion.read_torch import read_checkpoint
 from conversion.torch_config import original_config
 from conversion.weight_table import weight_table
 from llamavid_jax.config import ConfigError, LlamaConfig, LLaMAVIDLlavaConfig
+from llamavid_jax.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 

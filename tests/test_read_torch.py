@@ -12,7 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from conversion.read_torch import CheckpointError, read_checkpoint
+from conversion.read_torch import read_checkpoint
+from llamavid_jax.errors import CheckpointError
 
 
 def some_tensors() -> dict[str, torch.Tensor]:

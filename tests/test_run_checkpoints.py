@@ -19,9 +19,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from training_data import environment
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import CheckpointError, InputError
 from llamavid_jax.sharding import make_mesh
-from llamavid_jax.training.checkpoint import CheckpointError, RunCheckpoints, fingerprints
+from llamavid_jax.training.checkpoint import RunCheckpoints, fingerprints
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from converted import CONFIG, ORIGINAL, assert_equal, convert, restore, save_folder, state_dict
 
-from conversion.read_torch import CheckpointError
 from conversion.torch_config import original_config
 from llamavid_jax.config import LLaMAVIDLlavaConfig
+from llamavid_jax.errors import CheckpointError
 
 
 def split_parts(folder: Path) -> dict[str, Path]:

@@ -12,9 +12,9 @@ from training_data import write_tokenizers
 
 from conversion import merge_lora
 from llamavid_jax import quantize
-from llamavid_jax.checkpoint import WeightsError, load_weights, nest, save_part, save_weights
+from llamavid_jax.checkpoint import load_weights, nest, save_part, save_weights
 from llamavid_jax.config import ConfigError
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import CheckpointError, InputError
 from llamavid_jax.lora import TARGETS
 from llamavid_jax.sharding import flat_paths, make_mesh
 from llamavid_jax.training import start
@@ -180,7 +180,7 @@ def test_a_kernel_does_not_train_under_its_update(base, model, mesh):
 def test_a_part_of_another_model_is_named(model, mesh, tmp_path):
     for path, shape in (("qformer.query", (2, 3)), ("qformer.nothing", (2,))):
         save_part(tmp_path, {path: jax.numpy.zeros(shape)})
-        with pytest.raises(WeightsError, match=f"{path}.*; give the adapter of a run of this model"):
+        with pytest.raises(CheckpointError, match=f"{path}.*; give the adapter of a run of this model"):
             begin(model, mesh, f"start.adapter={tmp_path}")
 
 

@@ -15,11 +15,10 @@ from converted import CONFIG, GOLDEN, ORIGINAL, assert_equal, convert, restore, 
 
 from conversion import torch_to_jax
 from conversion.folder import copy_tokenizers
-from conversion.read_torch import CheckpointError
 from conversion.torch_config import original_config
-from llamavid_jax.checkpoint import WeightsError, load_weights, save_weights
+from llamavid_jax.checkpoint import load_weights, save_weights
 from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import CheckpointError, InputError
 
 
 def test_original_layout(tmp_path):
@@ -186,14 +185,14 @@ def test_damaged_weights_are_named(tmp_path, capfd):
     (tmp_path / "converted/weights/_METADATA").write_text("{")
     os.truncate(tmp_path / "saved/weights/manifest.ocdbt", 40)
     for folder, message in (("converted", r"_METADATA\) is missing or damaged"), ("saved", "damaged .*manifest.ocdbt")):
-        with pytest.raises(WeightsError, match=message + ".*; convert again"):
+        with pytest.raises(CheckpointError, match=message + ".*; convert again"):
             load_weights(tmp_path / folder, CONFIG)
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_weights_are_not_saved_onto_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(WeightsError, match=r"file cannot be made .*; give a folder"):
+    with pytest.raises(CheckpointError, match=r"file cannot be made .*; give a folder"):
         save_weights(tmp_path / "file", {})
 
 

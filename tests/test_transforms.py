@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from conversion import eva_vit_map
-from conversion.stored_tensor import CheckpointError
 from conversion.transforms import Row, Weight, axis_sizes, resize_positions, to_jax, to_torch, torch_shape, weights
 from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.config import (
@@ -17,6 +16,7 @@ from llamavid_jax.config import (
     LLaMAVIDLlavaQFormerConfig,
     LLaMAVIDLlavaVisionConfig,
 )
+from llamavid_jax.errors import CheckpointError
 
 # Sizes all different, so that no two axes can be taken for each other.
 CONFIG = LLaMAVIDLlavaConfig(

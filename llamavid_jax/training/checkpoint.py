@@ -26,15 +26,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from llamavid_jax.checkpoint import first_line
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.sharding import flat_paths
 
 ARRAYS, RUN = "arrays", "run"  # the two items of a checkpoint
 LISTED = 64  # the newest checkpoints that a restart looks at
-
-
-class CheckpointError(InputError):
-    """A checkpoint that cannot be written or read: names the folder, what is wrong and the remedy."""
 
 
 class Restored(NamedTuple):

@@ -233,7 +233,7 @@ def state_layout(optimizer: OptimizerConfig, trained: Mapping[str, Any], mesh: M
 
 
 def load_start(config: TrainConfig, mesh: Mesh) -> Start:
-    """Raises ConfigError or WeightsError before anything is computed."""
+    """Raises ConfigError or CheckpointError before anything is computed."""
     if config.start.adapter and not Path(config.start.adapter).is_dir():
         raise ConfigError(
             f"start.adapter is {config.start.adapter}, which does not exist; run the stage that leaves it, or give "
