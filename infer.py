@@ -21,12 +21,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from llamavid_jax.data.conversation import IMAGE, TEMPLATES, prompt, template_named
-from llamavid_jax.data.media import local_file
 from llamavid_jax.data.records import count_frames
-from llamavid_jax.data.tokenize import encode_with_images
 from llamavid_jax.errors import InputError, Parser, complain
-from llamavid_jax.generation.request import Settings
+from llamavid_jax.inference.request import Settings
+from llamavid_jax.media.source import local_file
+from llamavid_jax.text.conversation import IMAGE, TEMPLATES, prompt, template_named
+from llamavid_jax.text.tokenizer import encode_with_images
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -79,9 +79,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def compile_only(options: argparse.Namespace) -> int:
     """Compiles the programs for a slice that need not be there.  `--model` may be one of configs/models/."""
     from llamavid_jax import LLaMAVIDLlavaConfig
-    from llamavid_jax.aot.infer import check_inference
-    from llamavid_jax.aot.report import show
-    from llamavid_jax.aot.topology import in_own_process
+    from llamavid_jax.precompile.infer import check_inference
+    from llamavid_jax.precompile.report import show
+    from llamavid_jax.precompile.topology import in_own_process
 
     read = LLaMAVIDLlavaConfig.from_yaml if options.model.endswith(".yaml") else LLaMAVIDLlavaConfig.from_pretrained
     config = read(options.model)
@@ -96,7 +96,7 @@ class Session:
     def __init__(self, options: argparse.Namespace, console: Console):
         start = time.perf_counter()
         from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaImageProcessor
-        from llamavid_jax.sharding import make_mesh, parse_mesh
+        from llamavid_jax.parallel.sharding import make_mesh, parse_mesh
 
         self.options, self.console = options, console
         self.images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)

@@ -14,7 +14,7 @@ import sys
 from rich.console import Console
 
 from llamavid_jax.errors import InputError, Parser, complain
-from llamavid_jax.training import compile_check
+from llamavid_jax.precompile import compile_check
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -29,16 +29,16 @@ from conversion.check import read_expected
 from conversion.torch_to_jax import main as torch_to_jax
 from demo.evaluate import answers, questions_of
 from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
-from llamavid_jax.data.batching import TEXT, bucket, pad_rows
-from llamavid_jax.data.conversation import IMAGE, prompt, template_named
-from llamavid_jax.data.tokenize import encode_with_images
-from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.errors import InputError
-from llamavid_jax.generation.request import read_request
+from llamavid_jax.files import write_files
+from llamavid_jax.inference.request import read_request
 from llamavid_jax.models.kv_cache import KVCache
 from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
-from llamavid_jax.quantize import quantize_linear
-from llamavid_jax.sharding import flat_paths
+from llamavid_jax.models.quantize import quantize_linear
+from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.shapes import TEXT, bucket, pad_rows
+from llamavid_jax.text.conversation import IMAGE, prompt, template_named
+from llamavid_jax.text.tokenizer import encode_with_images
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COLUMNS = (

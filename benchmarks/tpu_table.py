@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamavid_jax.aot.infer import check_inference
-from llamavid_jax.aot.report import COLUMNS, Report, versions
-from llamavid_jax.aot.topology import in_own_process
-from llamavid_jax.aot.train import check_training
-from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
+from llamavid_jax.files import write_files
+from llamavid_jax.precompile.infer import check_inference
+from llamavid_jax.precompile.report import COLUMNS, Report, versions
+from llamavid_jax.precompile.topology import in_own_process
+from llamavid_jax.precompile.train import check_training
 from llamavid_jax.training.config import read_config
 
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
@@ -67,13 +67,13 @@ def _micro(number: int) -> tuple[str, ...]:
 
 ROWS: list[Step | Inference] = [
     # stage 2, the original's global batch
-    Step("stage2_instruct", "v5e:8x8", "fsdp=64", _micro(2)),
+    Step("stage2_instruct", "v5e:8x8", "fsdp=32,sequence=2", _micro(1)),
     Step("stage2_instruct", "v5p:2x2x4", "fsdp=16"),
     Step("stage2_instruct", "v6e:4x4", "fsdp=16"),
-    Step("stage2_instruct", "v5e:4x8", "data=2,fsdp=32", _micro(2), num_slices=2),
-    Step("stage2_instruct_13b", "v5e:8x8", "fsdp=32,tensor=2", _micro(1)),
-    Step("stage2_instruct_13b", "v5p:2x2x4", "fsdp=16"),
-    Step("stage2_instruct_13b", "v6e:4x4", "fsdp=16"),
+    Step("stage2_instruct", "v5e:4x8", "data=2,fsdp=16,sequence=2", _micro(1), num_slices=2),
+    Step("stage2_instruct_13b", "v5e:8x8", "fsdp=8,sequence=8"),
+    Step("stage2_instruct_13b", "v5p:2x2x4", "fsdp=8,sequence=2"),
+    Step("stage2_instruct_13b", "v6e:4x4", "fsdp=8,sequence=2"),
     Step("stage2_instruct_image_336", "v5e:8x8", "fsdp=64"),
     Step("stage2_instruct_image_336", "v5p:2x2x4", "fsdp=16"),
     Step("stage2_instruct_image_336", "v6e:4x4", "fsdp=16", _micro(4)),

@@ -21,15 +21,16 @@ from flax import nnx
 
 from benchmarks.timing import WARM_UP, seconds
 from benchmarks.torch_llama import torch_seconds
-from llamavid_jax.checkpoint import nest
-from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import TEXT, Batch, RowShape
+from llamavid_jax.checkpoints.weights import nest
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
+from llamavid_jax.models.flops import PARTS, flops_per_step
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.stack import REMAT
-from llamavid_jax.sharding import flat_paths, param_shardings
+from llamavid_jax.parallel.chips import peak_flops
+from llamavid_jax.parallel.sharding import flat_paths, param_shardings
+from llamavid_jax.shapes import TEXT, Batch, RowShape
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
-from llamavid_jax.training.flops import PARTS, flops_per_step, peak_flops
 from llamavid_jax.training.optimizer import make_optimizer
 from llamavid_jax.training.start import batch_sharding, run_mesh
 from llamavid_jax.training.step import TrainState, make_train_step

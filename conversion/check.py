@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
-from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
 from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN
 
 TOLERANCES = {"vision_features": 1e-5, "tokens": 1e-5, "logits": 5e-5, "loss": 1e-5, "greedy": 0.0}
 

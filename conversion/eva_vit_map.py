@@ -1,7 +1,7 @@
 """EVA ViT's weights: original name, our path, einops pattern (torch -> ours), documented name.
 
 `{l}` is the block.  Letters: e width, m MLP width, n heads, h head size, t = 3 (query, key, value), o c p q the patch
-convolution (o = e outputs, c = 3 colours, p q the patch).  EVA has no key bias (V3): the documented form fuses the
+convolution (o = e outputs, c = 3 colours, p q the patch).  EVA has no key bias: the documented form fuses the
 query bias, zeros and the value bias into one `qkv.bias`; `[0]` and `[2]` are its first and last third.
 """
 

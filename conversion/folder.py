@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
-from llamavid_jax.processor import check_tokenizers, load_tokenizers
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
 TEXT_FILES = (
     "tokenizer.model",

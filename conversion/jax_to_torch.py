@@ -26,7 +26,7 @@ from conversion.read_torch import SAFETENSORS_DTYPES
 from conversion.torch_config import documented_config, original_config
 from conversion.transforms import Weight, to_torch
 from conversion.weight_table import weight_table
-from llamavid_jax.config import LLaMAVIDLlavaConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
 
 SHARD_BYTES = {"original": 1 << 30, "documented": 5 << 30}

@@ -1,8 +1,8 @@
 """Base + LoRA → one checkpoint: `python -m conversion.merge_lora BASE ADAPTER OUT`.
 
 BASE is a converted checkpoint.  ADAPTER is a folder as PEFT, `train.py` or the original's training leaves it:
-adapter_config.json, adapter_model.safetensors or .bin, and what was trained in full beside the updates (T8): `weights`
-of `train.py`, non_lora_trainables.bin of the original, which cannot load these itself (B11).  OUT is BASE with B·A·α/r
+adapter_config.json, adapter_model.safetensors or .bin, and what was trained in full beside the updates: `weights`
+of `train.py`, non_lora_trainables.bin of the original, which cannot load these itself.  OUT is BASE with B·A·α/r
 added to the kernels in float32, in BASE's types, and with the full modules in place of its own.  Memory holds one
 weight at a time.
 """
@@ -20,11 +20,11 @@ from conversion.read_torch import read_file
 from conversion.stored_tensor import StoredTensor
 from conversion.transforms import Weight, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
-from llamavid_jax.checkpoint import WEIGHTS
-from llamavid_jax.config import LLaMAVIDLlavaConfig
+from llamavid_jax.checkpoints.adapter import check_tensors, peft_tensors, read_peft_config, read_values
+from llamavid_jax.checkpoints.weights import WEIGHTS
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
-from llamavid_jax.lora import LoraConfig
-from llamavid_jax.peft_adapter import check_tensors, peft_tensors, read_peft_config, read_values
+from llamavid_jax.models.lora import LoraConfig
 
 PREFIX = "base_model.model."  # PEFT's, before every name of the model that it wraps
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from llamavid_jax.checkpoint import first_line, nest
+from llamavid_jax.checkpoints.weights import first_line, nest
 from llamavid_jax.errors import CheckpointError
 
 CHUNK_BYTES = 32 << 20

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from llamavid_jax.config import LlamaConfig
+from llamavid_jax.config.foreign import llama_config
+from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.errors import CheckpointError
-from llamavid_jax.foreign_config import llama_config
 
 _NAMES = {
     "token_embd": "model.embed_tokens",

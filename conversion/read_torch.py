@@ -1,6 +1,6 @@
 """Lazy readers of PyTorch checkpoints: name → `StoredTensor`, whose `.read()` gives a NumPy array.
 
-    folder/pytorch_model.bin.index.json  + shards      the original's only form (B13)
+    folder/pytorch_model.bin.index.json  + shards      the original's only form
     folder/model.safetensors[.index.json + shards]     the documented layout, and newer LLaMA bases
     folder/pytorch_model.bin, any single .bin, .pth, .pt or .safetensors file
 

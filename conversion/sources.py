@@ -10,9 +10,9 @@ from pathlib import Path
 from conversion.read_gguf import GgufTensor, gguf_config, read_gguf
 from conversion.read_torch import read_checkpoint, read_json
 from conversion.stored_tensor import StoredTensor
-from llamavid_jax.config import LLaMAVIDLlavaConfig
+from llamavid_jax.config.foreign import llama_config
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
-from llamavid_jax.foreign_config import llama_config
 
 VISION = "model.vision_tower.vision_tower."
 Tensor = StoredTensor | GgufTensor
@@ -24,7 +24,7 @@ class Source:
 
     origin: Path
     tensors: Mapping[str, Tensor]
-    resizable: bool = False  # its position table may be of another image size (V5)
+    resizable: bool = False  # its position table may be of another image size
 
 
 def open_sources(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llamavid_jax.config import LlamaConfig, LLaMAVIDLlavaConfig
+from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 
 

@@ -1,6 +1,6 @@
 """Tensors of a file written by `torch.save`, found without torch and without running anything the file asks for.
 
-A pickle is a program that may call any Python function (B19).  The unpickler here knows the dozen names with which
+A pickle is a program that may call any Python function.  The unpickler here knows the dozen names with which
 torch describes tensors; they only build `StoredTensor`s.  Every other name is refused, and the error says which one it
 was.  Two containers: the zip of torch 1.6 and later (`NAME/data.pkl` beside one stored entry a storage), and the older
 stream of five pickles followed by the storages.

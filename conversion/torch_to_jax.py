@@ -31,9 +31,9 @@ from conversion.sources import Source, Tensor, model_config, open_sources
 from conversion.transforms import Weight, resize_positions, to_jax
 from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
-from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.quantize import KERNELS, quantize_kernels
-from llamavid_jax.sharding import flat_paths
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.models.quantize import KERNELS, quantize_kernels
+from llamavid_jax.parallel.sharding import flat_paths
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
@@ -208,7 +208,7 @@ def convert(
 ) -> Plan:
     """Writes the folder `out`; see the command line for the arguments.
 
-    Raises CheckpointError or `llamavid_jax.config.ConfigError`, and leaves nothing at `out` then.
+    Raises CheckpointError or `llamavid_jax.config.schema.ConfigError`, and leaves nothing at `out` then.
     """
     console = console or Console(stderr=True)
     began = time.monotonic()

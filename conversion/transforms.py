@@ -102,7 +102,7 @@ def to_torch(value: np.ndarray, pattern: str) -> np.ndarray:
 
 
 def resize_positions(table: np.ndarray, side: int) -> np.ndarray:
-    """Position table [1+p*p, E] for another image size: [1+side*side, E], the CLS row kept (V5).
+    """Position table [1+p*p, E] for another image size: [1+side*side, E], the CLS row kept.
 
     torch's bicubic without antialiasing and without aligned corners, in float32, as the original does at load time.
     """

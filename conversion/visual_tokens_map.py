@@ -1,7 +1,7 @@
 """The projections around the context attention: original name, our path, einops pattern, documented name.
 
 The content projector is a torch `Sequential` of Linear, GELU, Linear, ..., so its linear layers are numbered 0, 2, 4;
-one layer alone ("linear") has no number, and "identity" has no weight (Q14).  The documented layout knows two layers.
+one layer alone ("linear") has no number, and "identity" has no weight.  The documented layout knows two layers.
 """
 
 from conversion.transforms import Row

@@ -6,7 +6,7 @@ import jax
 
 from conversion import eva_vit_map, llama_map, qformer_map, visual_tokens_map
 from conversion.transforms import Weight, weights
-from llamavid_jax.config import LLaMAVIDLlavaConfig, projector_depth
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, projector_depth
 from llamavid_jax.models.llama_vid import abstract_params
 
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
-from llamavid_jax.data.conversation import IMAGE, prompt, template_named
 from llamavid_jax.data.records import JsonRows
-from llamavid_jax.data.tokenize import encode_with_images
 from llamavid_jax.errors import InputError
+from llamavid_jax.text.conversation import IMAGE, prompt, template_named
+from llamavid_jax.text.tokenizer import encode_with_images
 
 MAX_NEW_TOKENS = 8
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import sentencepiece
 
 from demo.questions import corpus
-from llamavid_jax.data.conversation import template_named
-from llamavid_jax.data.qformer_tokenizer import SPECIAL, QFormerTokenizer
-from llamavid_jax.data.tokenizer_files import write_files
+from llamavid_jax.files import write_files
+from llamavid_jax.text.conversation import template_named
+from llamavid_jax.text.qformer_tokenizer import SPECIAL, QFormerTokenizer
 
 FOLDER = Path(__file__).parent / "tokenizers"
 PIECES = 640

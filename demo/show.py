@@ -13,8 +13,8 @@ from pathlib import Path
 
 from demo.evaluate import answers
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
-from llamavid_jax.data.video import read_video
-from llamavid_jax.draw import draw_frames
+from llamavid_jax.inference.draw import draw_frames
+from llamavid_jax.media.video import read_video
 
 HERE = Path(__file__).parent
 

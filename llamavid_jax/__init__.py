@@ -4,12 +4,12 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "LLaMAVIDLlavaConfig": "config",
-    "LLaMAVIDLlavaVisionConfig": "config",
-    "LLaMAVIDLlavaQFormerConfig": "config",
-    "LLaMAVIDLlavaImageProcessor": "image_processor",
-    "LLaMAVIDLlavaProcessor": "processor",
-    "LLaMAVIDLlavaForConditionalGeneration": "conditional_generation",
+    "LLaMAVIDLlavaConfig": "config.schema",
+    "LLaMAVIDLlavaVisionConfig": "config.schema",
+    "LLaMAVIDLlavaQFormerConfig": "config.schema",
+    "LLaMAVIDLlavaImageProcessor": "media.image_processor",
+    "LLaMAVIDLlavaProcessor": "inference.processor",
+    "LLaMAVIDLlavaForConditionalGeneration": "inference.model",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Input that cannot be used.  The message names the thing, the value and the remedy."""
 
 
+class ConfigError(InputError):
+    """A configuration that cannot be used: names the field, its value and the remedy."""
+
+
 class CheckpointError(InputError):
     """Weights, an adapter or a run's checkpoint that cannot be read or written."""
 

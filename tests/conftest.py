@@ -81,9 +81,9 @@ def tiny_model():
     from training_cases import draw
 
     from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration
-    from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
-    from llamavid_jax.data.tokenize import load_tokenizer
     from llamavid_jax.models.llama_vid import abstract_params
+    from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+    from llamavid_jax.text.tokenizer import load_tokenizer
 
     root = Path(__file__).parent
     config = LLaMAVIDLlavaConfig.from_yaml(root.parent / "configs" / "models" / "tiny.yaml")

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import torch
+from paths import GOLDEN
 from rich.console import Console
 
 from conversion import torch_to_jax
 from conversion.transforms import to_torch
 from conversion.weight_table import weight_table
-from llamavid_jax.config import LLaMAVIDLlavaConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 
-GOLDEN = Path(__file__).parent / "golden"
 ORIGINAL = GOLDEN / "short_video_mean"
 CONFIG = LLaMAVIDLlavaConfig.from_pretrained(ORIGINAL)
 

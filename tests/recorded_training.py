@@ -9,14 +9,14 @@ from flax import nnx
 
 from conversion.torch_to_jax import main as torch_to_jax
 from conversion.weight_table import weight_table
-from llamavid_jax.checkpoint import load_weights
-from llamavid_jax.config import LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import Batch, RowShape, bucket
+from llamavid_jax.checkpoints.weights import load_weights
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.examples import Example
-from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.rows import lay_out_row
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.sharding import flat_paths
+from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.shapes import Batch, RowShape, bucket
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.optimizer import make_optimizer
 from llamavid_jax.training.step import TrainState, make_train_step

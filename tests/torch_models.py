@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from conversion.transforms import to_jax
 from conversion.weight_table import parameter_shapes, weight_table
-from llamavid_jax.config import (
+from llamavid_jax.config.schema import (
     LlamaConfig,
     LLaMAVIDLlavaConfig,
     LLaMAVIDLlavaQFormerConfig,

@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 
 from llamavid_jax import LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import Batch, RowShape
 from llamavid_jax.data.examples import Example
-from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.data.rows import lay_out_row
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.shapes import Batch, RowShape
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.optimizer import make_optimizer
 from llamavid_jax.training.step import TrainState

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from clips import index_frame, write_clip
+from paths import GOLDEN, ROOT
 from PIL import Image
-
-ROOT = Path(__file__).parent.parent
-GOLDEN = ROOT / "tests" / "golden"
 
 
 def write_data(folder: Path, count: int = 24) -> Path:
@@ -44,8 +42,8 @@ def conversation(question: str, answer: str) -> list[dict[str, str]]:
 
 def write_tokenizers(folder: Path) -> Path:
     """The small tokenizers that the tiny model fits, in one folder."""
-    from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
-    from llamavid_jax.data.tokenize import load_tokenizer
+    from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+    from llamavid_jax.text.tokenizer import load_tokenizer
 
     load_tokenizer(GOLDEN / "text").save_pretrained(folder)
     QFormerTokenizer(GOLDEN / "short_video_mean" / "qformer_tokenizer").save_pretrained(folder)
@@ -71,7 +69,7 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def run(arguments: list[str], env: dict[str, str], code: int = 0) -> str:
-    done = subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == code, done.stderr[-4000:]
     return done.stdout + done.stderr
 

@@ -9,7 +9,7 @@
 Rows that hold several samples (`segment_ids`) run on all three; cuDNN then gets the mask as an array `[B, 1, T, T]`.
 Causal rows that the mesh cuts over `sequence` go to `ring.ring_attention`, whose tiles splash computes on TPU.
 
-Every backend is compared with `reference_attention` in `tests/test_attention.py`.
+Every backend is compared with `reference_attention` in `tests/attention/test_attention.py`.
 """
 
 from typing import Literal
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llamavid_jax.attention.reference import reference_attention
 from llamavid_jax.attention.ring import ring_attention, ring_supports
 from llamavid_jax.attention.splash import splash_attention, splash_supports
-from llamavid_jax.sharding import target
+from llamavid_jax.parallel.sharding import target
 
 WITHOUT_KERNELS = ("TPU v2", "TPU v3")  # Pallas has no products of bfloat16 there
 Backend = Literal["reference", "cudnn", "splash"]

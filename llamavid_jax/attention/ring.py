@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from llamavid_jax.attention.splash import LANES, split_heads
 from llamavid_jax.attention.tile import LAX_TILE, Tile, splash_tile
-from llamavid_jax.sequence import AXIS, send, ways
+from llamavid_jax.parallel.rows import AXIS, send, ways
 
 
 def ring_supports(q: jax.Array, k: jax.Array) -> bool:

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from llamavid_jax.sharding import activation_spec
+from llamavid_jax.parallel.sharding import activation_spec
 
 BLOCK = 512  # queries and keys held in VMEM at a time
 LANES = 128  # lengths must be a multiple of it

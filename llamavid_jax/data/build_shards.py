@@ -34,12 +34,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from llamavid_jax.data.examples import file_header
-from llamavid_jax.data.images import check_picture
-from llamavid_jax.data.media import MediaError
-from llamavid_jax.data.records import Record, count_frames, media_file, read_records
+from llamavid_jax.data.record import Record
+from llamavid_jax.data.records import count_frames, media_file, read_records
 from llamavid_jax.data.shards import FORMAT_VERSION, MANIFEST, MediaHeader, read_manifest
-from llamavid_jax.data.video import open_video
 from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.media.images import check_picture
+from llamavid_jax.media.source import MediaError
+from llamavid_jax.media.video import open_video
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
 MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB

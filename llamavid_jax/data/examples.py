@@ -4,10 +4,10 @@
            └ decode, thin, resize ─▶ frames uint8 [F, H, W, 3], or ready features [F, P, E]
 
 Everything follows from (record, index, seed): the sides at which later turns repeat the image are drawn once a sample
-and are the same in every epoch (D8).  Stills are padded or cropped, videos cropped (D3, D4).  A features file with
-`inputs` is a movie: its text replaces `<image>`, with one placeholder a visual token (D5, D12).
+and are the same in every epoch.  Stills are padded or cropped, videos cropped.  A features file with
+`inputs` is a movie: its text replaces `<image>`, with one placeholder a visual token.
 
-Deviations from the original: nothing is truncated here (P14, `data/rows.py`); a prompt belongs to the turn of its
+Deviations from the original: nothing is truncated here (`data/rows.py` does it); a prompt belongs to the turn of its
 placeholder, also where the first turns have none; a placeholder without a medium, a medium without a placeholder and a
 placeholder in an answer are errors, where the original trains on something else in silence.
 """
@@ -22,9 +22,16 @@ import numpy as np
 from jaxtyping import Int32
 from PIL import Image
 
-from llamavid_jax.config import IMAGE_TOKEN
-from llamavid_jax.data import features
-from llamavid_jax.data.conversation import (
+from llamavid_jax.data.labels import TextExample, training_example
+from llamavid_jax.data.record import DataError, Record
+from llamavid_jax.data.records import count_frames, decode, find_media, media_file, media_size
+from llamavid_jax.data.shards import MediaHeader
+from llamavid_jax.media import features
+from llamavid_jax.media.images import pad_to_square, resize_and_crop
+from llamavid_jax.media.source import MediaError, local_file
+from llamavid_jax.media.video import check_fps, frame_stride
+from llamavid_jax.shapes import IMAGE_TOKEN
+from llamavid_jax.text.conversation import (
     IMAGE,
     ConversationError,
     draw_image_sides,
@@ -33,13 +40,7 @@ from llamavid_jax.data.conversation import (
     template_named,
     training_turns,
 )
-from llamavid_jax.data.images import pad_to_square, resize_and_crop
-from llamavid_jax.data.labels import TextExample, training_example
-from llamavid_jax.data.media import MediaError, local_file
-from llamavid_jax.data.records import DataError, Record, count_frames, decode, find_media, media_file, media_size
-from llamavid_jax.data.shards import MediaHeader
-from llamavid_jax.data.tokenize import Tokenizer, encode_with_images
-from llamavid_jax.data.video import check_fps, frame_stride
+from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images
 
 NO_LIMIT = 10**30  # tokens: rows are cut after expansion
 

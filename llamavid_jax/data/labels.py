@@ -1,8 +1,8 @@
 """Training examples from text: a record's conversation -> ids [T], labels [T] and the Q-Former's prompts.
 
-Labels are the ids where the answer stands and -100 elsewhere.  The masks are the original's, arithmetic included
-(D10, P13): the instruction of a round counts two ids fewer than its own tokenisation gives, and a sample whose rounds
-do not add up to its length is ignored whole, with a warning.
+Labels are the ids where the answer stands and -100 elsewhere.  The masks are the original's, arithmetic included:
+the instruction of a round counts two ids fewer than its own tokenisation gives, and a sample whose rounds do not add
+up to its length is ignored whole, with a warning.
 
 Deviation: where the template is not guided the original has no prompts; see `conversation.training_turns`.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from llamavid_jax.config import IGNORE_LABEL
-from llamavid_jax.data.conversation import Template, prompt, template_named, training_turns
-from llamavid_jax.data.tokenize import Tokenizer, encode_with_images
+from llamavid_jax.shapes import IGNORE_LABEL
+from llamavid_jax.text.conversation import Template, prompt, template_named, training_turns
+from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def training_example(
     """A record's `conversations` -> TextExample (the original's `preprocess`).
 
     `has_image`: the record has an image or video.  Without one `<image>` is ordinary text, and the ids are cut at
-    `max_length` (by default the tokenizer's); with one the caller cuts (M7).  `image_sides`, `movie`: see
+    `max_length` (by default the tokenizer's); with one the caller cuts.  `image_sides`, `movie`: see
     `conversation.training_turns`.
     """
     template = template_named(template_name)
@@ -71,7 +71,7 @@ def training_example(
 
 
 def _mask_rounds(labels, text: str, template: Template, encode, pad_id: int, max_length: int) -> None:
-    """Masks instructions in place, round by round (D10).  A round is a question and its answer, up to `</s>`."""
+    """Masks instructions in place, round by round.  A round is a question and its answer, up to `</s>`."""
     total = int(np.sum(labels != pad_id))
     labels[:1] = IGNORE_LABEL
     position = 1

@@ -5,7 +5,7 @@
 
 A process reads the rows of every batch that its devices hold.  The position is the number of batches handed out, so
 that a run may go on with other numbers of threads, workers and processes.  A sample that cannot be read leaves its
-place in the row empty and is reported; the original puts a random other one there (D6).
+place in the row empty and is reported; the original puts a random other one there.
 """
 
 import atexit
@@ -20,14 +20,14 @@ import grain
 import numpy as np
 import numpy.typing as npt
 
-from llamavid_jax.data.batching import Batch, RowShape
 from llamavid_jax.data.examples import ExampleReader
 from llamavid_jax.data.plan import Schedule, fit
-from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
-from llamavid_jax.data.records import DataError
+from llamavid_jax.data.record import DataError
 from llamavid_jax.data.rows import lay_out_row
 from llamavid_jax.data.sizes import KINDS, Sizes
 from llamavid_jax.errors import InputError
+from llamavid_jax.shapes import Batch, RowShape
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
 READ_AHEAD = 2**34  # bytes of frames that wait at most, beside the batch in use; two batches where they are less
 

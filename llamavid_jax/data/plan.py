@@ -3,10 +3,10 @@
 Every row of a batch has the shape of one bucket (`RowShape`), so that all processes run the same compiled step.
 Packing fills rows by first fit, largest first, over windows of the shuffled samples: pictures and videos open rows of
 the smallest bucket that holds them, texts fill the room these leave and then open rows themselves.  Without packing a
-row is one sample, and the buckets do what the original's sampler does by length and modality (T7): rows of one batch
+row is one sample, and the buckets do what the original's sampler does by length and modality: rows of one batch
 cost the same.
 
-Deviations (P22): lengths are tokens, not words; one modality alone will do (B15); a text takes the cheapest bucket that
+Unlike the original: lengths are tokens, not words; one modality alone will do; a text takes the cheapest bucket that
 holds it, which may be one of pictures, as its row costs no more there; rows of the last, incomplete batch of a bucket
 may join a larger one's.  The last batches are filled with empty rows, so that every sample is seen once an epoch.
 """
@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from llamavid_jax.data.batching import RowShape
 from llamavid_jax.data.sizes import BROKEN, KINDS, TEXT_ONLY, Sizes
 from llamavid_jax.errors import InputError
+from llamavid_jax.shapes import RowShape
 
 FRAME_TOKENS = 32  # a frame in the vision tower costs about as much as so many tokens in the 7B model; orders buckets
 WINDOW = 4096  # samples that are packed together, largest first
@@ -49,15 +49,17 @@ class _Row(NamedTuple):
 
 
 def fit(
-    sizes: Sizes, shapes: Sequence[RowShape], tokens_per_frame: int, shares: int = 1
+    sizes: Sizes, shapes: Sequence[RowShape], tokens_per_frame: int, shares: int = 1, packing: bool = False
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, "4 N"], Int[np.ndarray, " N"]]:
     """Each sample's bucket, the (tokens, frames, pairs, questions) it takes there, and whether (1) it is cut to that.
 
-    The bucket is the one that keeps most of the sample, of equals the cheapest: the cheapest that holds it all, or for
-    a sample larger than every bucket the one that cuts least (P14).  `shares`: chips that hold a row's frames.
+    The bucket is the one that keeps most of the sample: one that holds it all, or for a sample larger than every bucket
+    the one that cuts least.  Of equals it is the cheapest; with `packing` the one where the sample's part of the row
+    costs least, so that pictures open rows that several can share.  `shares`: chips that hold a row's frames.
     Raises InputError where there are frames but no bucket has room for any.
     """
     home, best = np.full((2, len(sizes.kind)), -1, np.int64)
+    price = np.full(len(sizes.kind), np.inf)
     taken = np.zeros((4, len(sizes.kind)), np.int32)
     for kind in np.unique(sizes.kind[sizes.kind != BROKEN]):
         of_kind = sizes.kind == kind
@@ -69,8 +71,11 @@ def fit(
         for i in sorted(fitting, key=lambda i: _cost(shapes[i]), reverse=True):  # of equals the last one wins
             kept = _kept(sizes, shapes[i], tokens_per_frame, shares)
             score = (kept[2].astype(np.int64) << 32) + kept[0]
-            better = of_kind & (score >= best)
+            part = (kept / np.maximum(_room(shapes[i]), 1)[:, None]).max(0) if packing else 1
+            cost = _cost(shapes[i])[0] * part
+            better = of_kind & ((score > best) | ((score == best) & (cost <= price)))
             home[better], best[better], taken[:, better] = i, score[better], kept[:, better]
+            price = np.where(better, cost, price)
     need = np.stack([sizes.tokens, sizes.frames, sizes.frames * sizes.questions, sizes.questions])
     return home, taken, ((taken < need).any(0) & (sizes.kind != BROKEN)).astype(np.int8)
 
@@ -107,7 +112,7 @@ def plan_epoch(
     `tokens_per_frame`: visual tokens of a frame read with one question; `shares`: chips that hold a row's frames, each
     as many of a sample.  Raises InputError as `fit` does.
     """
-    home, need, _ = fit(sizes, shapes, tokens_per_frame, shares)
+    home, need, _ = fit(sizes, shapes, tokens_per_frame, shares, packing)
     need[1] = -(-need[1] // shares) * shares
     need[2] = need[1] * need[3]
     random = np.random.default_rng([seed, epoch])
@@ -226,7 +231,7 @@ class Schedule:
             raise InputError(f"none of the {len(sizes.kind)} samples can be read; check the data's path and media")
         self.sizes, self.shapes, self.tokens_per_frame = sizes, shapes, tokens_per_frame
         self._settings = {"seed": seed, "packing": packing, "shuffle": shuffle, "batch_size": batch_size}
-        places = fit(sizes, shapes, tokens_per_frame, shares)
+        places = fit(sizes, shapes, tokens_per_frame, shares, packing)
         settings = repr((sorted(self._settings.items()), list(shapes), tokens_per_frame, shares if packing else "any"))
         parts = settings.encode(), sizes.fingerprint(), *(array.tobytes() for array in places)
         self._fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()

@@ -2,18 +2,16 @@
 
     {"id": "7", "image" | "video" | "features": "folder/file", "conversations": [{"from": "human", "value": ...}, ...]}
 
-in a list (.json), one a line (.jsonl), or in a folder of shards (`data/shards.py`).  The source is D1: a medium that
-ends in .npz, .npy or .safetensors is ready features (`data/features.py`), a record without a medium is text alone.  The
-file stays on disk and only the places of its records are kept, so that 665,000 of them are cheap to hold and to send to
-worker processes.
+in a list (.json), one a line (.jsonl), or in a folder of shards (`data/shards.py`).  A file name that
+ends in .npz, .npy or .safetensors is ready features (`media/features.py`), a record without media is text alone.
+The file stays on disk and only the places of its records are kept, so that 665,000 of them are cheap to hold and to
+send to worker processes.
 
-Deviations from the original: a record that cannot be used is an error of its own when it is read, never another sample
-(D6); its path fallbacks (D2) apply only where the named file is missing; `.pkl` features are refused (B19); a key with
-null is no key.
+Deviations from the original: a record that cannot be used is an error of its own when it is read, never another sample;
+its path fallbacks apply only where the named file is missing; `.pkl` features are refused; a key with null is no key.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import mmap
@@ -27,32 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from llamavid_jax.data import features
-from llamavid_jax.data.images import open_image
-from llamavid_jax.data.media import MediaError, local_file
-from llamavid_jax.data.video import frame_stride, iter_frames, open_video
-from llamavid_jax.errors import InputError
+from llamavid_jax.data.record import DataError, Record
+from llamavid_jax.media import features
+from llamavid_jax.media.images import open_image
+from llamavid_jax.media.source import MediaError, local_file
+from llamavid_jax.media.video import frame_stride, iter_frames, open_video
 
 MEDIA_KEYS = ("image", "video", "features")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
-
-
-class DataError(InputError):
-    """Training data that cannot be used: names the file or the record, what is wrong and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One sample before it is tokenised or decoded.
-
-    `media` is the path of its medium, not yet looked up on the disk; with `data`, the encoded file itself, its name.
-    """
-
-    id: str
-    conversations: list
-    media: str | None
-    kind: str  # "text", "image", "video" or "features"
-    data: bytes | None = None
 
 
 class JsonRows(Sequence):
@@ -180,7 +160,7 @@ def read_records(path: str | Path, media: str | Path = "") -> Sequence:
 
 
 def find_media(record: Record) -> str:
-    """The path of the medium, by the original's fallbacks (D2) where the named file is missing."""
+    """The path of the medium, by the original's fallbacks where the named file is missing."""
     path = record.media or ""
     if record.kind == "image" and not os.path.exists(path):
         moved = path.replace("VG_100K_2", "images").replace("VG_100K", "images")

@@ -1,6 +1,6 @@
 """Examples that share a row -> the arrays of one row of a `Batch`: packing with segment ids, static shapes.
 
-Truncation has one policy (P14): a video with more frames than its row has room for beside its text keeps evenly spaced
+Truncation has one policy: a video with more frames than its row has room for beside its text keeps evenly spaced
 ones (`plan.fit` says how many; here the first ones where the text names every token's place), and a sample whose text
 alone is too long loses its end, after expansion.  The original cuts the text before expansion and lets rows grow
 without limit.
@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from llamavid_jax.config import IGNORE_LABEL, IMAGE_TOKEN
-from llamavid_jax.data.batching import TEXT, Batch, RowShape, merge_row, pad_to
 from llamavid_jax.data.examples import Example
-from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN, TEXT, Batch, RowShape, merge_row, pad_to
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
 
 def lay_out_row(
@@ -30,7 +29,7 @@ def lay_out_row(
     """One row, the arrays of `Batch` without their first axis, and for each example whether something was cut.
 
     `frame_shape` and `frame_dtype` are those of one frame, `(H, W, 3)` and uint8 or `(P, E)` and float.  Questions of
-    more than `question_tokens` ids lose their beginning (P5).  Where `shares` chips hold the row's frames, each gets
+    more than `question_tokens` ids lose their beginning.  Where `shares` chips hold the row's frames, each gets
     as many of every sample, and the pairs with them, so that no chip needs another's frames.
     """
     frames = np.zeros((shape.frames, *frame_shape), frame_dtype)
@@ -101,7 +100,7 @@ def lay_out_row(
 
 
 def _has_slots(example: Example) -> bool:
-    """Whether each visual token has a placeholder of its own (M4), rather than each question one (M2)."""
+    """Whether each visual token has a placeholder of its own, rather than each question one."""
     return int((example.input_ids == IMAGE_TOKEN).sum()) != len(example.questions)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamavid_jax.data.records import DataError, Record
+from llamavid_jax.data.record import DataError, Record
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -2,7 +2,7 @@
 
 Planning which samples share a row (`plan.py`) needs the size of each without decoding it.  The table is 13 bytes a
 sample; the cache holds it under a key of the data's files, the number of records and everything the reader is made of.
-The original measures in words and only for one of its samplers (T7).
+The original measures in words and only for one of its samplers.
 """
 
 import concurrent.futures
@@ -20,8 +20,8 @@ from jaxtyping import Int
 
 from llamavid_jax.data.examples import ExampleReader, SampleSize
 from llamavid_jax.data.shards import Shards
-from llamavid_jax.data.tokenizer_files import write_files
 from llamavid_jax.errors import InputError
+from llamavid_jax.files import write_files
 
 KINDS = ("text", "pixels", "features", "broken")
 TEXT_ONLY, BROKEN = KINDS.index("text"), KINDS.index("broken")

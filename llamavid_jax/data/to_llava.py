@@ -5,12 +5,14 @@
     python -m llamavid_jax.data.to_llava split_chat    in.json        out.json  --rounds 12
 
 `webvid`: columns videoid, name (the caption) and page_dir -> one caption record a video, PAGE_DIR/VIDEOID.mp4.
-`video_chatgpt`: a list of {q, a, video_id} -> one record a question; the file is looked for under any extension.
+`video_chatgpt`: a list of {q, a, video_id}, or the training file of Video-ChatGPT's own converter, a list of {id,
+video: NAME.pkl, conversations} with `<video>` -> one record each; the file is looked for by its stem.
 `split_chat`: conversations of more than N rounds are cut into records of N rounds.  Every human turn repeats the visual
-tokens of the image (D8): 12 rounds of 257 and 6 of 577 just fit 4,096, the original's `maxround_12` and `maxround_6`.
+tokens of the image: 12 rounds of 257 and 6 of 577 just fit 4,096, the original's `maxround_12` and `maxround_6`.
 Text alone is left whole, and so are ready features, since a movie stands in its record once.
 
-With `--media` only records whose file is there are written.  What is left out is counted and said.
+With `--media` only records whose file is there are written.  What is left out is counted and said; where nothing is
+left, that is an error.
 The original: convert_webvid_to_llava.py, convert_video_chatgpt_to_llava.py, split_chat.py (whose main does nothing).
 """
 
@@ -25,10 +27,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamavid_jax.data import features
-from llamavid_jax.data.conversation import IMAGE
-from llamavid_jax.data.records import PICKLES, DataError, JsonRows
+from llamavid_jax.data.record import DataError
+from llamavid_jax.data.records import PICKLES, JsonRows
 from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.media import features
+from llamavid_jax.text.conversation import IMAGE
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".gif")
 REQUESTS = (
@@ -56,25 +59,38 @@ def webvid(rows: Iterable[Mapping[str, str]], found: Mapping[str, str] | None, s
                 continue
             path = found[name]
         request = REQUESTS[zlib.crc32(name.encode()) % len(REQUESTS)]
-        yield {"id": name, "video": path, "conversations": _round(f"{IMAGE}\n{request}", caption)}
+        # the request stands before the video, as in the original: these are the words that the Q-Former reads
+        yield {"id": name, "video": path, "conversations": _round(f"{request}\n{IMAGE}", caption)}
 
 
 def video_chatgpt(rows: Iterable[Any], found: Mapping[str, str], skipped: Skipped) -> Iterator[dict]:
-    """{q, a, video_id} -> records; ids are VIDEO_ID_N with N counted over all rows, so none comes twice."""
+    """Questions and answers, or conversations -> records; ids are VIDEO_N with N counted over all rows."""
     for number, row in enumerate(rows):
-        values = [row.get(key) for key in ("q", "a", "video_id")] if isinstance(row, Mapping) else [None]
-        if not all(isinstance(value, str) and value.strip() for value in values):
-            skipped["without q, a or video_id"] += 1
+        row = row if isinstance(row, Mapping) else {}
+        keys = ("video",) if "conversations" in row else ("q", "a", "video_id")
+        values = [row.get(key) for key in keys]
+        turns = _talk(row["conversations"]) if "conversations" in row else None
+        if not all(isinstance(value, str) and value.strip() for value in values) or turns == []:
+            skipped["without q, a and video_id, or video and conversations"] += 1
             continue
-        question, answer, video = values
+        video = values[-1] if turns is None else os.path.splitext(os.path.basename(values[-1]))[0]
         if video not in found:
             skipped["without a file"] += 1
             continue
-        yield {
-            "id": f"{video}_{number}",
-            "video": found[video],
-            "conversations": _round(f"{IMAGE}\n{question}", answer),
-        }
+        turns = turns or _round(f"{IMAGE}\n{values[0]}", values[1])
+        yield {"id": f"{video}_{number}", "video": found[video], "conversations": turns}
+
+
+def _talk(turns: Any) -> list[dict[str, str]]:
+    """The turns with `<image>` for `<video>`, in the first where none has it; [] for what is no conversation."""
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, Mapping) and isinstance(turn.get("value"), str) for turn in turns
+    ):
+        return []
+    talk = [{**turn, "value": turn["value"].replace("<video>", IMAGE)} for turn in turns]
+    if talk and not any(IMAGE in turn["value"] for turn in talk):
+        talk[0]["value"] = f"{IMAGE}\n{talk[0]['value']}"
+    return talk
 
 
 def split_chat(rows: Iterable[Any], rounds: int, skipped: Skipped) -> Iterator[dict]:
@@ -153,8 +169,8 @@ def read_csv(path: str | Path) -> Iterator[dict[str, str]]:
         raise DataError(f"{path} cannot be read as CSV ({error}); download it again") from None
 
 
-def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Writes a .jsonl or a .json list, aside and then renamed; returns how many.  Raises DataError."""
+def write_records(path: str | Path, records: Iterable[Mapping[str, Any]], skipped: Skipped) -> int:
+    """Writes a .jsonl or a .json list, aside and then renamed; returns how many.  Raises DataError, also for none."""
     path, count = Path(path), 0
     lines = path.suffix == ".jsonl"
     if path.suffix not in (".json", ".jsonl"):
@@ -169,6 +185,8 @@ def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int
                     file.write(("" if count == 0 else "\n" if lines else ",\n") + json.dumps(record))
                     count += 1
                 file.write("\n" if lines else "]\n")
+            if not count:
+                raise DataError(f"{path} would hold no record: {_left_out(skipped) or 'the source is empty'}")
             os.replace(aside, path)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}); give another place") from None
@@ -208,13 +226,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 records = webvid(read_csv(options.source), found, skipped)
             else:
                 records = video_chatgpt(JsonRows(options.source), found, skipped)
-        count = write_records(options.output, records)
+        count = write_records(options.output, records, skipped)
     except InputError as error:
         return complain(error)
     print(f"{options.output}: {count:,} records")
-    for reason, number in skipped.items():
-        print(f"left out: {number:,} {reason}")
+    if skipped:
+        print(f"left out: {_left_out(skipped)}")
     return 0
+
+
+def _left_out(skipped: Skipped) -> str:
+    return ", ".join(f"{number:,} {reason}" for reason, number in skipped.items())
 
 
 if __name__ == "__main__":

@@ -29,17 +29,19 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
-from llamavid_jax.data.conversation import ConversationError, template_named, training_turns
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.examples import ExampleReader, check_places, file_header, thinned_inputs
-from llamavid_jax.data.features import read_header
-from llamavid_jax.data.images import check_picture
-from llamavid_jax.data.media import MediaError
-from llamavid_jax.data.records import DataError, Record, decode, find_media, media_file, media_size, read_records
-from llamavid_jax.data.tokenize import load_tokenizer
-from llamavid_jax.data.tokenizer_files import write_files
-from llamavid_jax.data.video import check_fps
+from llamavid_jax.data.record import DataError, Record
+from llamavid_jax.data.records import decode, find_media, media_file, media_size, read_records
 from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.files import write_files
+from llamavid_jax.media.features import read_header
+from llamavid_jax.media.images import check_picture
+from llamavid_jax.media.source import MediaError
+from llamavid_jax.media.video import check_fps
+from llamavid_jax.shapes import IGNORE_LABEL
+from llamavid_jax.text.conversation import ConversationError, template_named, training_turns
+from llamavid_jax.text.tokenizer import load_tokenizer
 
 SHOWN = 50  # rows of the table; --json has them all
 CHUNK = 256  # records under way at a time

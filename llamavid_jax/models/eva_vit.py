@@ -1,6 +1,6 @@
 """EVA ViT-g/14, the vision tower: frames `[F, 3, H, W]` → features `[F, 1+P, E]`, the CLS token first.
 
-The original's `eva_vit.py` (V2-V5): 39 of EVA's 40 blocks, learned absolute positions, pre-norm blocks with epsilon
+The original's `eva_vit.py`: 39 of EVA's 40 blocks, learned absolute positions, pre-norm blocks with epsilon
 1e-6, exact GELU, query and value biases but no key bias, and no norm after the last block.
 """
 
@@ -13,10 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from llamavid_jax.attention.attention import attention
-from llamavid_jax.config import LLaMAVIDLlavaVisionConfig
-from llamavid_jax.data.images import CLIP_MEAN, CLIP_STD
+from llamavid_jax.config.schema import LLaMAVIDLlavaVisionConfig
+from llamavid_jax.media.images import CLIP_MEAN, CLIP_STD
 from llamavid_jax.models import stack
-from llamavid_jax.spread import spread
+from llamavid_jax.models.spread import spread
 
 FRAMES_AT_A_TIME = 32  # of a device, in one block of the tower
 
@@ -56,7 +56,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "F P E"]) -> Float[Array, "F P E"]:
         q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)
-        q, v = q + self.q_bias.astype(q.dtype), v + self.v_bias.astype(v.dtype)  # the key has no bias (V3)
+        q, v = q + self.q_bias.astype(q.dtype), v + self.v_bias.astype(v.dtype)  # the key has no bias
         return self.out(attention(q, k, v))
 
 

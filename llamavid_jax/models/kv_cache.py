@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8
 
-from llamavid_jax.sharding import constrain
+from llamavid_jax.parallel.sharding import constrain
 
 KINDS = ("float", "int8")
 AXES = (None, "batch", None, "kv_heads", None)  # of an array of the cache; scales lack the last

@@ -1,8 +1,8 @@
 """The LLaMA's linear layer: `x [..., in] → x·W [..., out]`, plus a low-rank update where it has one.
 
-The update is LoRA (Hu et al. 2021; T8): W stays as it is, and `(α / r) · dropout(x)·A·B` is added, A `[in, r]` and B
+The update is LoRA (Hu et al. 2021): W stays as it is, and `(α / r) · dropout(x)·A·B` is added, A `[in, r]` and B
 `[r, out]`.  `in` and `out` may be several axes each (heads and their size), as the kernel's are.  `add_lora` gives the
-layers of a model their updates (`llamavid_jax/lora.py`); without one this is `nnx.LinearGeneral`.
+layers of a model their updates (`llamavid_jax/models/lora.py`); without one this is `nnx.LinearGeneral`.
 """
 
 import jax

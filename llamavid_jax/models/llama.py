@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from llamavid_jax.attention.attention import attention
 from llamavid_jax.attention.reference import cached_attention
-from llamavid_jax.config import LlamaConfig
+from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.models import stack
 from llamavid_jax.models.kv_cache import KeysValues, KVCache
 from llamavid_jax.models.linear import Linear
 from llamavid_jax.models.rotary import rotary, rotate
-from llamavid_jax.sharding import constrain
+from llamavid_jax.parallel.sharding import constrain
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) of the new positions → attended
 
@@ -104,7 +104,7 @@ class Llama(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of whole rows.  Rows are padded on the right, where causality hides the padding (P15).
+        """Final hidden states of whole rows.  Rows are padded on the right, where causality hides the padding.
 
         A row may hold several samples: `segment_ids` number them, `positions` count from 0 in each.
         """

@@ -14,21 +14,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llamavid_jax.config import IGNORE_LABEL, LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import TEXT
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models.eva_vit import EvaViT
 from llamavid_jax.models.llama import Llama
 from llamavid_jax.models.qformer import QFormer
+from llamavid_jax.models.spread import spread
 from llamavid_jax.models.visual_tokens import VisualTokens
-from llamavid_jax.sequence import take_slots
-from llamavid_jax.sharding import constrain
-from llamavid_jax.spread import spread
+from llamavid_jax.parallel.rows import take_slots
+from llamavid_jax.parallel.sharding import constrain
+from llamavid_jax.shapes import IGNORE_LABEL, TEXT
 
-PAIR_CHUNK = 64  # pairs that a device compresses at a time; the original's blocks of frames (Q11)
+PAIR_CHUNK = 64  # pairs that a device compresses at a time; the original's blocks of frames
 
 
 class LlamaVid(nnx.Module):
-    """The whole model; parameters in `param_dtype`, products in `dtype` (the policy stands in `config.py`)."""
+    """The whole model; parameters in `param_dtype`, products in `dtype` (the policy stands in `config/schema.py`)."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class LlamaVid(nnx.Module):
         self.visual_tokens = VisualTokens(config, **dtypes, rngs=rngs)
         self.llama = Llama(config.text_config, **dtypes, rngs=rngs, remat=remat, kv_cache=kv_cache)
         if config.quantization != "none":
-            from llamavid_jax.quantize import quantize_base  # Qwix takes a second to import
+            from llamavid_jax.models.quantize import quantize_base  # Qwix takes a second to import
 
             quantize_base(self, config.quantization)
 
@@ -65,7 +65,7 @@ class LlamaVid(nnx.Module):
         """Token compression of G pairs of a frame and a question, spread over the mesh: the context token first.
 
         `has_cls` says whether `features` start with the CLS token: yes after the vision tower, no for ready features
-        of long videos.  The Q-Former sees it where it is there; the tokens never hold it (P1, Q5).  `remat` as in
+        of long videos.  The Q-Former sees it where it is there; the tokens never hold it.  `remat` as in
         `stack.REMAT`.
         """
 
@@ -126,7 +126,7 @@ def compress_frames(
 ) -> Float[Array, "G n D"]:
     """The tokens of G pairs of a frame and a question.
 
-    `frame` and `text` index `features` and `text_ids`: the tower runs once a frame, the Q-Former once a pair (Q10).
+    `frame` and `text` index `features` and `text_ids`: the tower runs once a frame, the Q-Former once a pair.
     """
     model = nnx.merge(graphdef, params)
     return model.frames_tokens(features[frame], text_ids[text], text_mask[text], has_cls=has_cls)
@@ -153,7 +153,7 @@ def forward(graphdef, params, token_ids, visual, visual_index) -> Float[Array, "
 
 @jax.jit
 def next_token_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean cross-entropy of position t's logits against label t+1, over the labels that are not ignored (M10)."""
+    """Mean cross-entropy of position t's logits against label t+1, over the labels that are not ignored."""
     targets = labels[:, 1:]
     kept = targets != IGNORE_LABEL
     log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)

@@ -1,6 +1,6 @@
 """The text-guided Q-Former: one frame's features `[P, E]` and one question → queries `[Q, C]`.
 
-InstructBLIP's Q-Former as LLaMA-VID runs it (Q1-Q6): BERT whose sequence is Q learned queries and then the question's
+InstructBLIP's Q-Former as LLaMA-VID runs it: BERT whose sequence is Q learned queries and then the question's
 tokens.  All attend to all; every nth layer lets the queries (only them) attend to the frame; queries and text have
 feed-forwards of their own.  Queries carry no position, the embedding norm covers both.  Only the queries come out.
 
@@ -15,11 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llamavid_jax.attention.reference import reference_attention
-from llamavid_jax.config import LLaMAVIDLlavaQFormerConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaQFormerConfig
 from llamavid_jax.models import stack
-from llamavid_jax.sharding import constrain
+from llamavid_jax.parallel.sharding import constrain
 
-MEMORY_NORM_EPS = 1e-5  # InstructBLIP's ln_vision keeps torch's default, unlike every other norm here (Q4, P2)
+MEMORY_NORM_EPS = 1e-5  # InstructBLIP's ln_vision keeps torch's default, unlike every other norm here
 
 
 def dropout(x: Float[Array, "*B C"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*B C"]:
@@ -128,11 +128,11 @@ class QFormer(nnx.Module):
         text_mask: Bool[Array, " T"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "Q C"]:
-        """Queries after the last layer.  `features` holds the CLS token for pixels, not for ready features (P1).
+        """Queries after the last layer.  `features` holds the CLS token for pixels, not for ready features.
 
-        `text_mask` is True on real tokens of the question; `dropout_key` switches the dropout of training on (P19).
+        `text_mask` is True on real tokens of the question; `dropout_key` switches the dropout of training on.
         """
-        memory = self.memory_norm(features).astype(self.dtype)  # only here: the patches stay un-normed elsewhere (Q4)
+        memory = self.memory_norm(features).astype(self.dtype)  # only here: the patches stay un-normed elsewhere
         text = self.word_embeddings(text_ids) + self.position_embeddings(jnp.arange(len(text_ids)))
         queries = self.query.astype(self.dtype)
         number = len(queries)

@@ -1,4 +1,4 @@
-"""Rotary positions in the half-split layout of transformers' LLaMA, with linear scaling (T5, P17)."""
+"""Rotary positions in the half-split layout of transformers' LLaMA, with linear scaling."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

@@ -1,6 +1,6 @@
 """The token generator: one frame's features and queries → one context token and n content tokens, `[n+1, D]`.
 
-Paper section 3.2; the original's `token_generation` (Q7-Q9).  The context token is where the question's queries look:
+Paper section 3.2; the original's `token_generation`.  The context token is where the question's queries look:
 their attention over the raw patches, averaged over the queries.  The content tokens are the patches, pooled or not.
 """
 
@@ -13,7 +13,7 @@ from einops import reduce
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llamavid_jax.config import LLaMAVIDLlavaConfig, grid_stride, projector_depth
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, grid_stride, projector_depth
 
 
 def pool_patches(patches: Float[Array, "P E"], stride: int) -> Float[Array, "n E"]:

@@ -25,9 +25,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llamavid_jax.checkpoint import first_line
+from llamavid_jax.checkpoints.weights import first_line
 from llamavid_jax.errors import CheckpointError
-from llamavid_jax.sharding import flat_paths
+from llamavid_jax.parallel.sharding import flat_paths
 
 ARRAYS, RUN = "arrays", "run"  # the two items of a checkpoint
 LISTED = 64  # the newest checkpoints that a restart looks at

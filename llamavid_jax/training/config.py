@@ -3,8 +3,9 @@
     model: configs/models/llamavid_7b_224_video.yaml     start: {model: DIR, adapter: DIR}     output: DIR
     trainable: {PATTERN: true | false}                   data: ...   optimizer: ...   training: ...
     mesh: fsdp=8                                         lora: {rank: 64, ...}
+    base: stage2_instruct.yaml                           a file beside this one, which it says the differences from
 
-The original's scripts are these fields (T1-T13); its stages differ in nothing else.
+The original's scripts are these fields; its stages differ in nothing else.
 """
 
 import dataclasses
@@ -16,14 +17,16 @@ from typing import Any
 
 import yaml
 
-from llamavid_jax.aot.chips import CHIPS
-from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
-from llamavid_jax.data.batching import RowShape
-from llamavid_jax.data.conversation import template_named
-from llamavid_jax.lora import LoraConfig
+from llamavid_jax.config.recipe import read_recipe
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.config.strict import check_fields, strict
+from llamavid_jax.errors import ConfigError
+from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.models.stack import REMAT
-from llamavid_jax.sharding import parse_mesh
-from llamavid_jax.strict import check_fields, strict
+from llamavid_jax.parallel.chips import CHIPS
+from llamavid_jax.parallel.sharding import parse_mesh
+from llamavid_jax.shapes import RowShape
+from llamavid_jax.text.conversation import template_named
 
 TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which have points of their own
 ASYNC_ALL_REDUCE = "xla_enable_async_all_reduce", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
@@ -48,7 +51,8 @@ class DataConfig:
 
     `media` empty is the folder of `path`.  `tokenizer`: a folder with the two tokenizers, empty for those of
     `start.model`.  `buckets`: the row shapes, mappings of RowShape's fields.  `max_broken`: the part of the samples
-    that may be unreadable before the run stops.  `threads` and `processes` read ahead.
+    that may be unreadable before the run stops.  `threads` and `processes` read ahead.  `image_aspect_ratio`: "pad" or
+    "crop" for stills, empty for the model's; the model that the run leaves holds it.
     """
 
     path: str = ""
@@ -56,6 +60,7 @@ class DataConfig:
     evaluation_path: str = ""
     tokenizer: str = ""
     template: str = "imgsp_v1"
+    image_aspect_ratio: str = ""
     fps: float = 1.0
     buckets: list = dataclasses.field(
         default_factory=lambda: [{"frames": 8, "pairs": 8, "questions": 4, "tokens": 512}]
@@ -86,10 +91,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; linear warm-up over `warmup` of the steps, cosine to zero (T13, P21).
+    """AdamW; linear warm-up over `warmup` of the steps, cosine to zero.
 
     Biases and norms do not decay.  `lr_factors` multiply the rate of the parameters that match a pattern, the
-    original's `lr_multi` (T6).
+    original's `lr_multi`.
     """
 
     learning_rate: float = 2e-5
@@ -116,7 +121,7 @@ class LoopConfig:
     """`steps` 0 runs `epochs` whole epochs.  `batch_size` counts rows over all devices and hosts.
 
     A step adds up `micro_batches` gradients; `loss_weighting` "tokens" gives each labelled token the same weight,
-    "micro_batch" is the original's mean of means (P20).  `dtype` is that of products and of frozen parameters;
+    "micro_batch" is the original's mean of means.  `dtype` is that of products and of frozen parameters;
     trained ones are float32.  `remat`: what a layer keeps for the gradient.  A step whose loss or gradient is not
     finite is skipped; `max_bad_steps` of them in a row end the run.  `compiler_options` are what the compiler of a TPU
     generation is told beside its own defaults (docs/tpu.md).
@@ -202,11 +207,13 @@ class TrainConfig:
         return max(shape.tokens for shape in self.data.shapes)
 
     def model_config(self) -> LLaMAVIDLlavaConfig:
-        """The model's configuration, its rotary factor raised where rows are longer than its positions (T5)."""
+        """The model's configuration with the run's aspect, and a rotary factor for rows longer than its positions."""
         if self.model:
             config = LLaMAVIDLlavaConfig.from_yaml(self.model)
         else:
             config = LLaMAVIDLlavaConfig.from_pretrained(self.start.model)
+        if self.data.image_aspect_ratio:
+            config = dataclasses.replace(config, image_aspect_ratio=self.data.image_aspect_ratio)
         text = config.require_whole(self.model or self.start.model).text_config
         if self.max_tokens > text.max_length:
             factor = float(math.ceil(self.max_tokens / text.max_position_embeddings))
@@ -219,14 +226,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises ConfigError that names the file or the override, the field and what it may be.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; the configurations are in configs/") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no mapping of fields")
+    values = read_recipe(path, whole=TABLES)
     for override in overrides:
         _put(values, override)
     try:

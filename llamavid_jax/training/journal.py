@@ -12,14 +12,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from llamavid_jax.data.batching import Batch
 from llamavid_jax.data.loader import LoadedBatch, Loader
 from llamavid_jax.data.plan import describe
-from llamavid_jax.data.records import DataError
+from llamavid_jax.data.record import DataError
 from llamavid_jax.errors import InputError
-from llamavid_jax.lora import ADAPTERS
+from llamavid_jax.models.flops import PARTS, flops_per_step
+from llamavid_jax.models.lora import ADAPTERS
+from llamavid_jax.shapes import Batch
 from llamavid_jax.training.config import TrainConfig
-from llamavid_jax.training.flops import PARTS, flops_per_step
 from llamavid_jax.training.metrics import Metrics, Throughput
 from llamavid_jax.training.start import Start
 from llamavid_jax.training.step import StepMetrics

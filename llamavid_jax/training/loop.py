@@ -2,7 +2,7 @@
 
     output/config.yaml  checkpoints/  metrics.jsonl  tensorboard/  skipped.jsonl     while it runs
     output/model/       a whole checkpoint, which infer.py and the next stage read   at its end
-    output/adapter/     the trained parameters alone (T10), or LoRA's in PEFT's layout
+    output/adapter/     the trained parameters alone, or LoRA's in PEFT's layout
 
 A step's numbers are looked at one step later, so that the host never waits for the device with nothing queued; rows of
 long videos are the exception, as two batches of them may not fit.
@@ -24,17 +24,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llamavid_jax.data.batching import Batch
 from llamavid_jax.data.examples import ExampleReader
 from llamavid_jax.data.loader import FrameLayout, Loader
-from llamavid_jax.data.records import DataError, read_records
+from llamavid_jax.data.record import DataError
+from llamavid_jax.data.records import read_records
 from llamavid_jax.data.sizes import read_sizes
-from llamavid_jax.data.tokenizer_files import write_files
-from llamavid_jax.sharding import ShardingError
+from llamavid_jax.errors import ConfigError
+from llamavid_jax.files import write_files
+from llamavid_jax.models.loss import LossSums
+from llamavid_jax.parallel.sharding import ShardingError
+from llamavid_jax.shapes import Batch
 from llamavid_jax.training.checkpoint import RunCheckpoints
-from llamavid_jax.training.config import ConfigError, TrainConfig
+from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.journal import Journal, TrainingError, Upcoming
-from llamavid_jax.training.loss import LossSums
 from llamavid_jax.training.optimizer import lr_factors, make_optimizer
 from llamavid_jax.training.preemption import Preemption
 from llamavid_jax.training.start import Start, batch_sharding, check_rows, load_start, run_mesh, state_layout
@@ -71,7 +73,7 @@ def train(config: TrainConfig, console: Console, profile: bool = False) -> int:
         text = start.config.text_config
         if text.rope_factor > 1:
             console.print(
-                f"rotary positions are divided by {text.rope_factor:g} (T5): the largest bucket has "
+                f"rotary positions are divided by {text.rope_factor:g}: the largest bucket has "
                 f"{config.max_tokens} tokens, the model {text.max_position_embeddings} positions"
             )
         state = initial_state(config, start, mesh)

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from llamavid_jax.data.tokenizer_files import write_files
-from llamavid_jax.training.flops import peak_flops
+from llamavid_jax.files import write_files
+from llamavid_jax.parallel.chips import peak_flops
 
 FILE = "metrics.jsonl"
 

@@ -1,4 +1,4 @@
-"""AdamW as the original trains with it: warm-up, cosine to zero, clipping, no decay on biases and norms (T6, T13, P21).
+"""AdamW as the original trains with it: warm-up, cosine to zero, clipping, no decay on biases and norms.
 
 Parameters, gradients and factors are dicts by path; the state covers the trained ones alone.
 """

@@ -17,16 +17,25 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llamavid_jax.checkpoint import WEIGHTS, load_part, load_weights, nest, parse_dtype, save_part, save_weights
-from llamavid_jax.config import ConfigError, LLaMAVIDLlavaConfig
-from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
-from llamavid_jax.data.tokenize import Tokenizer
-from llamavid_jax.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.lora import ADAPTERS, TARGETS, LoraConfig, add_lora, merge_lora
+from llamavid_jax.checkpoints.adapter import is_adapter, load_adapter, save_adapter
+from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
+from llamavid_jax.checkpoints.weights import (
+    WEIGHTS,
+    load_part,
+    load_weights,
+    nest,
+    parse_dtype,
+    save_part,
+    save_weights,
+)
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.errors import ConfigError
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.peft_adapter import is_adapter, load_adapter, save_adapter
-from llamavid_jax.processor import check_tokenizers, load_tokenizers
-from llamavid_jax.sharding import flat_paths, make_mesh, param_axes, parse_mesh, partition_spec
+from llamavid_jax.models.lora import ADAPTERS, TARGETS, LoraConfig, add_lora, merge_lora
+from llamavid_jax.parallel.sharding import flat_paths, make_mesh, param_axes, parse_mesh, partition_spec
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.text.tokenizer import Tokenizer
 from llamavid_jax.training.config import OptimizerConfig, TrainConfig
 from llamavid_jax.training.optimizer import make_optimizer
 from llamavid_jax.training.step import TrainState
@@ -48,7 +57,7 @@ class Start:
     run: TrainConfig
 
     def save(self, output: Path, trained: dict[str, jax.Array]) -> None:
-        """Writes `output/model`, a whole checkpoint, and `output/adapter`: what was trained alone (T10).
+        """Writes `output/model`, a whole checkpoint, and `output/adapter`: what was trained alone.
 
         With LoRA the model holds the updates merged, and the adapter is in PEFT's layout, with whatever else was
         trained beside it in `adapter/weights`.  The adapter, which is small, comes first.
@@ -283,11 +292,11 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
 
 
 def quantized(structure: Structure, params: dict[str, jax.Array], kind: str) -> tuple[Structure, dict[str, jax.Array]]:
-    """The same model with LLaMA's kernels in few bits (QLoRA, T9).
+    """The same model with LLaMA's kernels in few bits (QLoRA).
 
     Empties `params`: a whole kernel goes when its few bits are there, so that the two models are never both whole.
     """
-    from llamavid_jax.quantize import quantize_base  # Qwix takes a second to import
+    from llamavid_jax.models.quantize import quantize_base  # Qwix takes a second to import
 
     model = structure.model(params)
     params.clear()

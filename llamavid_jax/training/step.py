@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from llamavid_jax.aot.chips import CHIPS
-from llamavid_jax.config import IGNORE_LABEL
-from llamavid_jax.data.batching import Batch
-from llamavid_jax.lora import set_dropout
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.sequence import ways
-from llamavid_jax.sharding import constrain, pin, target
+from llamavid_jax.models.lora import set_dropout
+from llamavid_jax.models.loss import LossSums, next_token_sums
+from llamavid_jax.parallel.chips import CHIPS
+from llamavid_jax.parallel.rows import ways
+from llamavid_jax.parallel.sharding import constrain, pin, target
+from llamavid_jax.shapes import IGNORE_LABEL, Batch
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
-from llamavid_jax.training.loss import LossSums, next_token_sums
 from llamavid_jax.training.optimizer import clip, learning_rate, make_optimizer
 from llamavid_jax.training.structure import Structure
 
@@ -53,7 +52,7 @@ def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Arr
     rows, frames = batch.frames.shape[:2]
     if frames == 0:
         return jnp.zeros((1, 1, model.llama.config.hidden_size))
-    has_cls = batch.frames.ndim == 5  # pixels go through the tower; ready features come without CLS (D5)
+    has_cls = batch.frames.ndim == 5  # pixels go through the tower; ready features come without CLS
     features = batch.frames.reshape(-1, *batch.frames.shape[2:])
     features = model.vision(features) if has_cls else features
 
@@ -76,7 +75,7 @@ def _pick(tables: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def loss_sums(model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: Any = None) -> LossSums:
-    """The loss of a batch as sums over its labelled tokens; `dropout_key` switches dropout on (P19, T8)."""
+    """The loss of a batch as sums over its labelled tokens; `dropout_key` switches dropout on."""
     pairs_key = None
     if dropout_key is not None:
         pairs_key, lora_key = jax.random.split(dropout_key)

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.sharding import flat_paths
+from llamavid_jax.parallel.sharding import flat_paths
 
 
 class Structure:

@@ -1,14 +1,14 @@
 """Which parameters train: a table of patterns over parameter paths, `{"visual_tokens.*": true, "llama.*": false}`.
 
 Strict both ways: a parameter matches exactly one pattern, a pattern at least one parameter.  The stages of the paper
-are three such tables (T2-T4).
+are three such tables.
 """
 
 import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llamavid_jax.config import ConfigError
+from llamavid_jax.errors import ConfigError
 
 
 def matches(paths: Iterable[str], patterns: Mapping[str, Any], name: str) -> dict[str, Any]:

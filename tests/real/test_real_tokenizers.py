@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from llamavid_jax.data.qformer_tokenizer import QFormerTokenizer
-from llamavid_jax.data.tokenize import TextStream, load_tokenizer
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.text.tokenizer import TextStream, load_tokenizer
 
 pytestmark = pytest.mark.real
 

@@ -12,8 +12,8 @@ import av
 import numpy as np
 import pytest
 
-from llamavid_jax.data.media import MediaError
-from llamavid_jax.data.video import iter_frames, read_video
+from llamavid_jax.media.source import MediaError
+from llamavid_jax.media.video import iter_frames, read_video
 
 pytestmark = pytest.mark.real
 

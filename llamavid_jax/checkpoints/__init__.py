@@ -1,0 +1,1 @@
+"""Weights, adapters and tokenizers on disk, read straight onto a mesh."""

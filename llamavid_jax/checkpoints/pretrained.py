@@ -1,0 +1,98 @@
+"""A model with its weights: made at random, or read from a checkpoint onto a mesh, and saved.
+
+`inference/model.py` says what can be asked of it.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
+from llamavid_jax.checkpoints.weights import check_params, load_weights, nest, parse_dtype, save_weights
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.errors import ConfigError
+from llamavid_jax.models.kv_cache import KINDS
+from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.parallel.sharding import flat_paths, param_shardings
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.text.tokenizer import Tokenizer
+
+Model = TypeVar("Model")  # the class that is asked; beartype knows no typing.Self
+
+
+class PretrainedModel:
+    """Configuration, parameters, mesh and the two tokenizers of one checkpoint folder.
+
+    `graphdef` and `params` are what the compiled functions take (`models/llama_vid.py`).
+    """
+
+    def __init__(
+        self,
+        config: LLaMAVIDLlavaConfig,
+        params: dict[str, Any] | None = None,
+        *,
+        dtype: Any = "float32",
+        mesh: Mesh | None = None,
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+        qformer_tokenizer: QFormerTokenizer | None = None,
+        kv_cache: str = "float",
+    ):
+        """Random weights from `seed` where no `params` are given.  `kv_cache` "int8" halves the cache of decoding."""
+        if kv_cache not in KINDS:
+            raise ConfigError(f"kv_cache is {kv_cache!r}; use one of {', '.join(KINDS)}")
+        self.config, self.mesh, self.dtype = config, mesh, parse_dtype(dtype)
+        self.tokenizer, self.qformer_tokenizer = tokenizer, qformer_tokenizer
+
+        def make() -> LlamaVid:
+            types = {"dtype": self.dtype, "param_dtype": self.dtype, "kv_cache": kv_cache}
+            return LlamaVid(config, rngs=nnx.Rngs(seed), **types)
+
+        self.graphdef, abstract = nnx.split(nnx.eval_shape(make), nnx.Param)
+        if params is None:
+            shardings = mesh and param_shardings(nnx.to_pure_dict(abstract), config, mesh)
+            params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param)), out_shardings=shardings)()
+        check_params("params", flat_paths(params), flat_paths(abstract))
+        nnx.replace_by_pure_dict(abstract, params)
+        self.params = abstract
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        directory: str | Path,
+        *,
+        dtype: Any = "bfloat16",
+        mesh: Mesh | None = None,
+        quantize: str | None = None,
+        kv_cache: str = "float",
+    ) -> Model:
+        """Loads a converted checkpoint as `dtype`, straight onto `mesh` where one is given, every host its shards.
+
+        `quantize` "int8" or "int4" holds the kernels of LLaMA's layers so; only these bits reach the devices.  None
+        takes them as they are stored.  `kv_cache` "int8" halves the cache of decoding.
+
+        Raises ConfigError or CheckpointError, naming the file and what to do.
+        """
+        config = LLaMAVIDLlavaConfig.from_pretrained(directory)
+        config = config if quantize is None else config.quantized(quantize)
+        tokenizer, qformer_tokenizer = load_tokenizers(directory)
+        check_tokenizers(config, tokenizer, qformer_tokenizer, directory)
+        params = load_weights(directory, config, dtype, mesh)
+        tokenizers = {"tokenizer": tokenizer, "qformer_tokenizer": qformer_tokenizer}
+        return cls(config, params, dtype=dtype, mesh=mesh, kv_cache=kv_cache, **tokenizers)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `config.json`, the weights and the tokenizers."""
+        self.config.save_pretrained(directory)
+        save_weights(directory, nest(flat_paths(self.params)))
+        for tokenizer in (self.tokenizer, self.qformer_tokenizer):
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """Puts the mesh in context, where there is one."""
+        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()

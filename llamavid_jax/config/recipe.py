@@ -1,0 +1,41 @@
+"""YAML files that say how they differ from another: `base: FILE`, beside them, is read first (one level)."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamavid_jax.errors import ConfigError
+
+
+def read_recipe(path: str | Path, whole: Collection[str] = (), home: str = "configs/") -> dict[str, Any]:
+    """The file's fields over those of its base: in a section field by field, but those named in `whole` as they stand.
+
+    Raises ConfigError for a file that cannot be read, and for a base that has one itself.
+    """
+    values = _read(Path(path), home)
+    if "base" not in values:
+        return values
+    name = values.pop("base")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{path}: base is {name!r}; give the name of a file beside it")
+    base = _read(Path(path).parent / name, home)
+    if "base" in base:
+        raise ConfigError(f"{path}: its base, {name}, has a base itself ({base['base']}); name that one, or none")
+    for field, value in values.items():
+        sections = isinstance(value, dict) and isinstance(base.get(field), dict) and field not in whole
+        base[field] = base[field] | value if sections else value
+    return base
+
+
+def _read(path: Path, home: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; such files are in {home}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: no mapping of fields")
+    return values

@@ -1,1 +1,0 @@
-"""From frames and a prompt to an answer: `encode` the frames, `generate` the ids, with `sampling` and `stopping`."""

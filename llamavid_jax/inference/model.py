@@ -1,0 +1,257 @@
+"""`LLaMAVIDLlavaForConditionalGeneration`: the friendly front of the model, NumPy or JAX arrays in and out.
+
+It lays rows out on the host (`shapes.py`) and calls the compiled functions of `models/llama_vid.py` and
+`generation/`.  `checkpoints/pretrained.py` loads and saves it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamavid_jax.checkpoints.pretrained import PretrainedModel
+from llamavid_jax.inference.encode import SMALLEST_QUESTION, encode_visuals, frame_features, token_places
+from llamavid_jax.inference.generate import generate
+from llamavid_jax.inference.request import (
+    Frames,
+    Request,
+    RequestError,
+    Settings,
+    check_row,
+    read_request,
+    read_visuals,
+)
+from llamavid_jax.inference.sampling import Sampling
+from llamavid_jax.inference.stopping import RowText
+from llamavid_jax.models.llama_vid import attend_frames, forward, next_token_loss
+from llamavid_jax.shapes import FRAME_CHUNK, IGNORE_LABEL, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardOutput:
+    """`logits` `[B, T, V]`, T the longest merged row: a row starts at position 0, behind its end is noise.
+
+    `lengths` `[B]` are the merged lengths.  `loss` is None without labels.
+    """
+
+    logits: jax.Array
+    lengths: np.ndarray
+    loss: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOutput:
+    """New ids of every row, without end token; their text where the model has a tokenizer; what the prompts held.
+
+    `seconds` tells how long decoding and encoding the frames took ("encode") and how long the answer ("generate").
+    """
+
+    token_ids: list[list[int]]
+    texts: list[str] | None
+    prompt_tokens: list[int]
+    visual_tokens: list[int]
+    seconds: dict[str, float]
+
+
+class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
+    """LLaMA-VID with its weights.
+
+    A sample's frames are an array `[F, 3, H, W]` of normalised pixels (`pixel_values`) or `[F, P, E]` of ready
+    features (`features`), with as many prompts as its row has placeholders: each placeholder takes the visual tokens
+    of these frames for its prompt.  A list of n arrays with n prompts pairs them one by one (several videos in one
+    conversation).  None is a text-only sample, which costs no vision work.
+    """
+
+    def vision_features(self, pixel_values: Frames, progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """Features `[F, 1+P, E]` of frames, CLS first, on the host: what `features=` takes with `features_have_cls`."""
+        chunks = []
+        with self.on_mesh():
+            for chunk in frame_features(self.graphdef, self.params, pixel_values, self.config):
+                chunks.append(chunk)
+                if progress:
+                    progress(len(chunk))
+        if not chunks:
+            raise RequestError("pixel_values hold no frame; give at least one")
+        return np.concatenate(chunks)
+
+    def context_attention(self, pixel_values: Frames, prompt: str) -> np.ndarray:
+        """Where in each frame the question looks: float32 `[F, S, S]` over the S × S patches, summing to 1 a frame.
+
+        The weights of the paper's context token (section 3.2), averaged over the queries.
+        """
+        text_ids, text_mask = (array[0] for array in self._question_ids([prompt]))
+        features = self.vision_features(pixel_values)
+        chunks = []
+        with self.on_mesh():
+            for start in range(0, len(features), FRAME_CHUNK):
+                chunk = features[start : start + FRAME_CHUNK]
+                padded = pad_to(chunk, chunk_size(len(chunk)))
+                weights = attend_frames(self.graphdef, self.params, padded, text_ids, text_mask)
+                chunks.append(np.asarray(weights)[: len(chunk)])
+        side = self.config.vision_tower_config.side
+        return np.concatenate(chunks).reshape(-1, side, side)
+
+    def visual_tokens(
+        self,
+        pixel_values: Frames | None = None,
+        prompts: Sequence[str] = (),
+        *,
+        features: Frames | None = None,
+        features_have_cls: bool = False,
+    ) -> jax.Array:
+        """Visual tokens `[prompts, F·(n+1), D]` of one sample: for each prompt, frame after frame, context first."""
+        with self.on_mesh():
+            table, places = self._encode(*read_visuals([pixel_values], [features], [prompts], features_have_cls), None)
+            if len({len(place) for place in places[0]}) != 1:
+                raise RequestError("visual_tokens takes one video and at least one prompt; call it for each video")
+            return table[np.stack(places[0])]
+
+    def __call__(
+        self,
+        input_ids: Any,
+        *,
+        pixel_values: Any = None,
+        features: Any = None,
+        prompts: Any = None,
+        attention_mask: Any = None,
+        labels: Any = None,
+        features_have_cls: bool = False,
+    ) -> ForwardOutput:
+        """Logits of whole rows, and the loss where labels are given.
+
+        `input_ids` `[B, t]` (or ragged lists) hold -200 where visual tokens go; one placeholder a prompt, or, for
+        ready features of a long video, one for every visual token.  `attention_mask` `[B, t]` marks the tokens of
+        rows padded on either side.  `labels` `[B, t]` hold -100 where no loss is wanted; the loss is the mean over all
+        other labels.  Raises RequestError when rows, prompts and frames do not fit together.
+        """
+        request = read_request(
+            self.config,
+            input_ids,
+            pixel_values=pixel_values,
+            features=features,
+            prompts=prompts,
+            attention_mask=attention_mask,
+            labels=labels,
+            features_have_cls=features_have_cls,
+        )
+        with self.on_mesh():
+            table, rows = self._merge(request)
+            lengths = np.array([len(row.token_ids) for row in rows])
+            batch, length = bucket(len(rows)), bucket(int(lengths.max()))
+
+            token_ids = pad_rows([row.token_ids for row in rows], batch, length, 0)
+            visual_index = pad_rows([row.visual_index for row in rows], batch, length, TEXT)
+            logits = forward(self.graphdef, self.params, token_ids, table[None], visual_index)
+            loss = None
+            if labels is not None:
+                loss = next_token_loss(logits, pad_rows([row.labels for row in rows], batch, length, IGNORE_LABEL))
+            return ForwardOutput(logits[: len(rows), : lengths.max()], lengths, loss)
+
+    def generate(
+        self,
+        input_ids: Any,
+        *,
+        pixel_values: Any = None,
+        features: Any = None,
+        prompts: Any = None,
+        attention_mask: Any = None,
+        features_have_cls: bool = False,
+        max_new_tokens: int = 512,
+        temperature: float | int = 0.0,
+        top_p: float | int = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        streamer: Callable[[int, str], None] | None = None,
+        ignore_eos: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> GenerateOutput:
+        """Answers every row, greedily at temperature 0, until its end token, a `stop` string or `max_new_tokens`.
+
+        `streamer(row, text)` is given each row's text as it comes, whole characters only.  The same `seed` draws the
+        same answer.  Raises RequestError for what does not fit together or is longer than the
+        model's positions, ConversationError for prompts that cannot be read.
+        """
+        settings = Settings(max_new_tokens, temperature, top_p, top_k, seed, stop)
+        if self.tokenizer is None and (settings.stop or streamer):
+            raise RequestError("stop strings and streaming need the tokenizer; convert with --tokenizer FOLDER")
+        request = read_request(
+            self.config,
+            input_ids,
+            pixel_values=pixel_values,
+            features=features,
+            prompts=prompts,
+            attention_mask=attention_mask,
+            features_have_cls=features_have_cls,
+            max_new_tokens=max_new_tokens,
+        )
+        start = time.perf_counter()
+        with self.on_mesh():
+            table, rows = self._merge(request, progress, max_new_tokens)
+            table.block_until_ready()
+            encoded = time.perf_counter()
+            texts = [RowText(self.tokenizer, settings.stop) for _ in rows] if self.tokenizer else None
+
+            def on_tokens(row: int, ids: list[int]) -> bool:
+                new = texts[row].push(ids)
+                if streamer and new:
+                    streamer(row, new)
+                return texts[row].stopped
+
+            token_ids = generate(
+                self.graphdef,
+                self.params,
+                rows,
+                table,
+                max_new_tokens=max_new_tokens,
+                eos=-1 if ignore_eos else self.config.text_config.eos_token_id,
+                sampling=Sampling(temperature, top_k, top_p),
+                seed=seed,
+                on_tokens=on_tokens if texts else None,
+            )
+        for number, text in enumerate(texts or ()):
+            if (rest := text.finish()) and streamer:
+                streamer(number, rest)
+        return GenerateOutput(
+            token_ids=[text.ids for text in texts] if texts else token_ids,
+            texts=[text.text for text in texts] if texts else None,
+            prompt_tokens=[len(row.token_ids) for row in rows],
+            visual_tokens=[int((row.visual_index != TEXT).sum()) for row in rows],
+            seconds={"encode": encoded - start, "generate": time.perf_counter() - encoded},
+        )
+
+    def _merge(
+        self, request: Request, progress: Callable[[int], None] | None = None, max_new_tokens: int = 0
+    ) -> tuple[jax.Array, list[Row]]:
+        """Encodes the visuals and lays the rows out: the table of visual tokens `[N, D]` and one Row a sample."""
+        table, places = self._encode(request.questions, request.visuals, request.blocks, progress)
+        for number, (row, blocks) in enumerate(zip(request.ids, places, strict=True)):
+            check_row(self.config, number, row, len(blocks), sum(map(len, blocks)), max_new_tokens)
+        return table, [merge_row(*row) for row in zip(request.ids, places, request.labels, strict=True)]
+
+    def _encode(self, questions, visuals, blocks, progress) -> tuple[jax.Array, list[list[np.ndarray]]]:
+        """The table `[N, D]` of all visual tokens, and `places[row][prompt]`: where a prompt's tokens stand in it."""
+        if not visuals:
+            return jnp.zeros((1, self.config.text_config.hidden_size), self.dtype), [[] for _ in blocks]
+        text_ids, text_mask = self._question_ids(questions)
+        table, slots = encode_visuals(
+            self.graphdef, self.params, self.config, visuals, text_ids, text_mask, self.dtype, progress
+        )
+        width = self.config.tokens_per_frame
+        places = [[token_places(slots[visual][question], width) for visual, question in row] for row in blocks]
+        if any(len(place) == 0 for row in places for place in row):
+            raise RequestError("a video holds no frame; give at least one")
+        return table.reshape(-1, table.shape[-1]), places
+
+    def _question_ids(self, questions: Sequence[str]) -> Iterator[np.ndarray]:
+        """Ids and mask `[U, T]` of questions for the Q-Former, T a bucket; those beyond its positions lose their
+        beginning."""
+        if self.qformer_tokenizer is None:
+            raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
+        positions = self.config.qformer_config.max_position_embeddings
+        read = self.qformer_tokenizer(questions, positions)
+        return (pad_to(x, len(x), min(bucket(x.shape[1], SMALLEST_QUESTION), positions)) for x in read)

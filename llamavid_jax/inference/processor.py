@@ -1,0 +1,190 @@
+"""The documented `LLaMAVIDLlavaProcessor`: text, images, videos and chats -> what the model call takes.
+
+    inputs = processor(text="... USER: <image>\\nWhat is this? ASSISTANT:", images="cat.png")
+    inputs = processor.chat([{"role": "user", "content": [{"type": "video", "path": "walk.mp4"}, ...]}])
+
+    input_ids       int32 [B, T], -200 for each placeholder, padded on the right
+    attention_mask  bool [B, T], False at padding
+    pixel_values    a sample each: float32 [F, 3, S, S]; a list of such arrays; None without visuals
+    prompts         a sample each: what the Q-Former reads, one string per placeholder
+
+    answer = model.generate(**inputs)   # inputs.timestamps: a sample each, seconds of the frames of each visual
+
+A sample with one visual and n placeholders shows the same frames n times, each time with its own prompt;
+otherwise there are as many visuals as placeholders, in order, and `pixel_values` holds their list.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.text.chat import read_messages
+from llamavid_jax.text.conversation import (
+    IMAGE,
+    ConversationError,
+    check_text,
+    prompt,
+    question_per_image,
+    template_named,
+)
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images, load_tokenizer, pad_with_mask
+
+
+class ModelInputs(dict):
+    """What `model(**inputs)` and `model.generate(**inputs)` take, by name.
+
+    `timestamps` holds the seconds of the frames, float64 [F] for each visual of each sample.
+    """
+
+    def __init__(self, timestamps: list[list[np.ndarray]], **inputs: Any):
+        super().__init__(inputs)
+        self.timestamps = timestamps
+
+
+class LLaMAVIDLlavaProcessor:
+    """Image processor, language model's tokenizer and Q-Former's tokenizer of one checkpoint folder."""
+
+    def __init__(
+        self, image_processor: LLaMAVIDLlavaImageProcessor, tokenizer: Tokenizer, qformer_tokenizer: QFormerTokenizer
+    ):
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.qformer_tokenizer = qformer_tokenizer
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaProcessor":
+        """Reads a converted checkpoint folder.  Raises ConversationError or ConfigError, naming the file and remedy."""
+        return cls(
+            LLaMAVIDLlavaImageProcessor.from_pretrained(directory),
+            load_tokenizer(directory),
+            QFormerTokenizer(Path(directory) / QFormerTokenizer.FOLDER),
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes preprocessor_config.json, the tokenizer's files and qformer_tokenizer/vocab.txt."""
+        for part in (self.image_processor, self.tokenizer, self.qformer_tokenizer):
+            part.save_pretrained(directory)
+
+    def __call__(
+        self,
+        text: str | Sequence[Any],
+        images: Any = None,
+        videos: Any = None,
+        prompts: Any = None,
+        *,
+        fps: float | int = 1.0,
+        template: str = "vicuna_v1",
+        progress: Any = None,
+    ) -> ModelInputs:
+        """One sample, or a list of texts with a list of each other argument, None where a sample has none.
+
+        `text` is a ready prompt with one `<image>` per visual.  A sample with images and videos gives both lists as
+        long as its placeholders, None where the other list has the visual.  `prompts`: one string per placeholder, or
+        one for all; by default the words of the `template`'s user turn around the placeholder.  Raises
+        ConversationError for text and counts, MediaError for media.
+        """
+        if isinstance(text, str):
+            text, images, videos, prompts = [text], [images], [videos], [prompts]
+        if not isinstance(text, Sequence) or not text:
+            raise ConversationError(f"text is {text!r}; give a string, or a list of one or more")
+        given = {"images": images, "videos": videos, "prompts": prompts}
+        for name, values in given.items():
+            if values is None:
+                given[name] = [None] * len(text)
+            elif not isinstance(values, list | tuple) or len(values) != len(text):
+                raise ConversationError(f"text is a list of {len(text)}; give {name} as a list of that length too")
+        samples = [self._sample(*sample, template, fps, progress) for sample in zip(text, *given.values(), strict=True)]
+        input_ids, attention_mask = pad_with_mask([sample.pop("ids") for sample in samples], self.tokenizer.pad_id)
+        columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+        return ModelInputs(input_ids=input_ids, attention_mask=attention_mask, **columns)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        add_generation_prompt: bool = True,
+        template: str = "vicuna_v1",
+        fps: float | int = 1.0,
+        progress: Any = None,
+    ) -> ModelInputs:
+        """The same for role/content messages (`text/chat.py`), one conversation or a list of them.
+
+        `add_generation_prompt` asks for the answer to the last message, which must be the user's.
+        """
+        if not isinstance(messages, list | tuple) or not messages:
+            raise ConversationError(f"messages is {messages!r}; give a list of messages with 'role' and 'content'")
+        conversations = messages if isinstance(messages[0], list | tuple) else [messages]
+        chats = [read_messages(conversation) for conversation in conversations]
+        chosen = template_named(template)
+        texts = []
+        for number, chat in enumerate(chats):
+            if add_generation_prompt and len(chat.turns) % 2 == 0:
+                raise ConversationError(
+                    f"conversation {number} ends with the assistant's message; end it with the user's, or set "
+                    "add_generation_prompt=False"
+                )
+            form = chosen if chat.system is None else dataclasses.replace(chosen, system=chat.system)
+            texts.append(prompt(form, chat.turns, open_answer=add_generation_prompt))
+        return self(
+            texts,
+            images=[chat.images for chat in chats],
+            videos=[chat.videos for chat in chats],
+            prompts=[chat.prompts for chat in chats],
+            fps=fps,
+            template=template,
+            progress=progress,
+        )
+
+    def _sample(self, text, images, videos, prompts, template: str, fps, progress) -> dict[str, Any]:
+        check_text(text)
+        slots = text.count(IMAGE)
+        pixels, timestamps = self._media(images, videos, fps, progress)
+        if len(pixels) != slots and not (len(pixels) == 1 and slots > 0):
+            raise ConversationError(
+                f"the text has {slots} {IMAGE} placeholders, but {len(pixels)} images and videos were given; "
+                "give one placeholder for each"
+            )
+        if prompts is None:
+            prompts = question_per_image(template_named(template), text)
+        if not isinstance(prompts, str | list | tuple):
+            raise ConversationError(f"prompts is {prompts!r}; give a string, or a list of one per {IMAGE}")
+        prompts = [prompts] * slots if isinstance(prompts, str) else list(prompts)
+        if len(prompts) != slots:
+            raise ConversationError(f"the text has {slots} {IMAGE} placeholders, but {len(prompts)} prompts were given")
+        for index, question in enumerate(prompts):
+            check_text(question, f"prompt {index}")
+        return {
+            "ids": encode_with_images(self.tokenizer, text),
+            "pixel_values": pixels[0] if len(pixels) == 1 else pixels or None,
+            "prompts": prompts,
+            "timestamps": timestamps,
+        }
+
+    def _media(self, images: Any, videos: Any, fps, progress) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Pixels and times of one sample's visuals, in the placeholders' order."""
+        if images is None or videos is None:
+            media = self.image_processor(images=images, videos=videos, fps=fps, progress=progress)
+            return media["pixel_values"], media["timestamps"]
+        if not isinstance(images, list | tuple) or not isinstance(videos, list | tuple) or len(images) != len(videos):
+            raise ConversationError(
+                "images and videos of one sample must be lists of one length, None where the other has it"
+            )
+        pixels, timestamps = [], []
+        for index, (image, video) in enumerate(zip(images, videos, strict=True)):
+            if (image is None) == (video is None):
+                which = "neither an image nor a video" if image is None else "an image and a video"
+                raise ConversationError(f"visual {index} is {which}; give one of them, and None for the other")
+            media = self.image_processor(
+                images=None if image is None else [image],
+                videos=None if video is None else [video],
+                fps=fps,
+                progress=progress,
+            )
+            pixels += media["pixel_values"]
+            timestamps += media["timestamps"]
+        return pixels, timestamps

@@ -1,0 +1,140 @@
+"""Ready features of a video, made beforehand by the vision tower: file -> frames [P, E] float, one by one.
+
+    .npz          arrays `feats` (or `features`) [F, P, E] and, for a movie, `inputs`: text with one <image> per frame
+    .npy          the array alone
+    .safetensors  tensor `feats` (or `features`), and `inputs` in the file's metadata
+
+P is the square number of patches, or one more with the CLS token first, which is dropped as the original does.
+Frames are read one after another and never all at once: an hour at one a second is 2.6 GB in float16.  The kind of file
+is told by its first bytes.  Nothing here runs code from a file: pickles, the original's form, are refused.
+"""
+
+import contextlib
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from llamavid_jax.media.source import MediaError, local_file
+
+SUFFIXES = (".npz", ".npy", ".safetensors")
+NAMES = ("feats", "features")
+SAFETENSORS_DTYPES = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+REMEDY = "write it anew with numpy.savez(FILE, feats=FLOAT16_ARRAY, inputs=TEXT)"
+
+
+class FeatureHeader(NamedTuple):
+    """What a file says about itself.  `patches` are without CLS; `inputs` is a movie's text, None for a plain clip."""
+
+    frames: int
+    patches: int
+    width: int
+    inputs: str | None
+
+
+def read_header(path: str | Path) -> FeatureHeader:
+    """Shape and text of the file, without reading its values.  Raises MediaError."""
+    with _open(path) as (shape, _, inputs):
+        return FeatureHeader(shape[0], shape[1] - _has_cls(shape[1]), shape[2], inputs)
+
+
+def iter_features(path: str | Path) -> Iterator[Float[np.ndarray, "P E"]]:
+    """Yields each frame's patches, float16 or float32.  Raises MediaError, also for values that are not finite."""
+    with _open(path) as (shape, frames, _):
+        has_cls = _has_cls(shape[1])
+        for number, frame in enumerate(frames):
+            if not np.isfinite(frame).all():
+                raise MediaError(f"{path}: frame {number} holds values that are not finite; make the features again")
+            yield frame[1:] if has_cls else frame
+
+
+def _has_cls(patches: int) -> bool:
+    return math.isqrt(patches) ** 2 != patches
+
+
+@contextlib.contextmanager
+def _open(path: str | Path) -> Iterator[tuple[tuple[int, ...], Iterator[np.ndarray], str | None]]:
+    """The array's shape [F, P or 1+P, E], its frames in order, and the text."""
+    file = local_file(path)
+    try:
+        with contextlib.ExitStack() as stack:
+            with file.open("rb") as opened:
+                magic = opened.read(6)
+            if magic.startswith(b"PK"):
+                archive = stack.enter_context(zipfile.ZipFile(file))
+                name = _array_name(path, [n.removesuffix(".npy") for n in archive.namelist()])
+                member = stack.enter_context(archive.open(name + ".npy"))
+                shape, frames = _npy_frames(path, member, archive.getinfo(name + ".npy").file_size)
+                inputs = _npz_text(path, archive)
+            elif magic == b"\x93NUMPY":
+                shape, frames = _npy_frames(path, stack.enter_context(file.open("rb")), file.stat().st_size)
+                inputs = None
+            elif magic.startswith((b"\x80", b"(d", b"(l")):
+                raise MediaError(f"{path} is a pickle, which may run any code when it is read; {REMEDY}")
+            else:
+                shape, frames, inputs = _safetensors(path, file, stack)
+            yield shape, frames, inputs
+    except MediaError:
+        raise
+    # A damaged file raises whatever its reader meets: BadZipFile, zlib.error, EOFError, struct.error, SafetensorError
+    except Exception as error:
+        raise MediaError(f"{path} is no file of features, or damaged ({error}); {REMEDY}") from None
+
+
+def _array_name(path: str | Path, names: list[str]) -> str:
+    found = next((name for name in NAMES if name in names), None)
+    if found is None:
+        raise MediaError(f"{path} holds {', '.join(names) or 'nothing'}, but no array `feats`; {REMEDY}")
+    return found
+
+
+def _check(path: str | Path, shape: tuple[int, ...], kind: object) -> None:
+    if kind not in SAFETENSORS_DTYPES.values():
+        raise MediaError(f"{path}: the features are {kind}; float16 or float32 is needed: {REMEDY}")
+    if len(shape) != 3 or 0 in shape or math.isqrt(shape[1] - _has_cls(shape[1])) ** 2 != shape[1] - _has_cls(shape[1]):
+        raise MediaError(
+            f"{path}: the features have the shape {list(shape)}; [frames, patches, width] is needed, with a square "
+            "number of patches or one more for CLS, such as 256 or 257"
+        )
+
+
+def _npy_frames(path: str | Path, stream: Any, size: int) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
+    """The array in `stream`, a .npy file of `size` bytes."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_column, dtype = read(stream)
+    _check(path, shape, dtype)
+    if by_column:
+        raise MediaError(f"{path}: the array is stored by columns; write numpy.ascontiguousarray of it")
+    length = shape[1] * shape[2] * dtype.itemsize
+    if size < shape[0] * length:
+        raise MediaError(f"{path} is cut short: {size} bytes of {shape[0] * length}; copy it again")
+    return shape, (_npy_frame(stream, length, dtype, shape[1:]) for _ in range(shape[0]))
+
+
+def _npy_frame(stream: Any, length: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(stream.read(length), dtype).reshape(shape)
+
+
+def _npz_text(path: str | Path, archive: zipfile.ZipFile) -> str | None:
+    if "inputs.npy" not in archive.namelist():
+        return None
+    with archive.open("inputs.npy") as member:
+        text = np.lib.format.read_array(member, allow_pickle=False)
+    if text.dtype.kind != "U" or text.size != 1:
+        raise MediaError(f"{path}: `inputs` is an array {list(text.shape)} of {text.dtype}; one text is needed")
+    return str(text.reshape(())[()])
+
+
+def _safetensors(path: str | Path, file: Path, stack: contextlib.ExitStack):
+    from safetensors import safe_open
+
+    opened = stack.enter_context(safe_open(file, framework="np"))
+    tensor = opened.get_slice(_array_name(path, list(opened.keys())))
+    shape = tuple(tensor.get_shape())
+    _check(path, shape, SAFETENSORS_DTYPES.get(tensor.get_dtype(), tensor.get_dtype()))
+    return shape, (tensor[i : i + 1][0] for i in range(shape[0])), (opened.metadata() or {}).get("inputs")

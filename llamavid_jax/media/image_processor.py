@@ -1,0 +1,235 @@
+"""The documented `LLaMAVIDLlavaImageProcessor`: pictures and videos -> pixels for the vision tower.
+
+    images: path, URL, Pillow picture or uint8 array [H, W, 3]      -> float32 [1, 3, S, S] each
+    videos: path, URL, uint8 array [F, H, W, 3] or list of frames   -> float32 [F, 3, S, S] each, and their times
+
+S is `size`.  Stills are padded to a square or centre-cropped by `image_aspect_ratio`, frames always cropped.
+The settings are stored in `preprocessor_config.json` as transformers stores CLIP's.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, UInt8
+from PIL import Image
+
+from llamavid_jax.errors import ConfigError
+from llamavid_jax.files import write_files
+from llamavid_jax.media.images import CLIP_MEAN, CLIP_STD, normalize, open_image, pad_to_square, resize_and_crop, to_rgb
+from llamavid_jax.media.source import MediaError, check_size, fetch
+from llamavid_jax.media.video import Progress, check_fps, iter_frames, read_video
+
+FILE_NAME = "preprocessor_config.json"
+BICUBIC = int(Image.Resampling.BICUBIC)
+FORMS = "give a path, a URL, a picture, an array or a list of them"
+ALWAYS_ON = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+
+# Checked here with MediaError, arrays of any library among them, so that types would only repeat the checks.
+Picture = Any  # path, URL, Pillow picture or uint8 array [H, W, 3]
+Clip = Any  # path, URL, uint8 array [F, H, W, 3] or list of pictures
+Pixels = Float32[np.ndarray, "F 3 S S"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LLaMAVIDLlavaImageProcessor:
+    """`processor(images=[...], videos=[...])` gives `pixel_values` and `timestamps`, one entry for each medium."""
+
+    size: int = 224  # pixels: S
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    image_aspect_ratio: str = "pad"  # of stills: "pad" or "crop"
+
+    def __post_init__(self):
+        if type(self.size) is not int or not 1 <= self.size <= 4096:
+            raise ConfigError(f"size is {self.size!r}; use a whole number of pixels from 1 to 4096, such as 224 or 336")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if (
+                not isinstance(values, tuple | list)
+                or len(values) != 3
+                or not all(isinstance(value, float) and np.isfinite(value) for value in values)
+            ):
+                raise ConfigError(f"{name} is {values!r}; three numbers are needed, for red, green and blue")
+        if min(self.image_std) <= 0:
+            raise ConfigError(f"image_std is {self.image_std!r}; pixels are divided by it, so use numbers above 0")
+        if self.image_aspect_ratio not in ("pad", "crop"):
+            raise ConfigError(f"image_aspect_ratio is {self.image_aspect_ratio!r}; use 'pad' or 'crop'")
+
+    def __call__(
+        self,
+        images: Picture | list[Picture] | None = None,
+        videos: Clip | list[Clip] | None = None,
+        fps: float | int = 1.0,
+        progress: Progress | None = None,
+    ) -> dict[str, list]:
+        """`pixel_values`: float32 [1, 3, S, S] for each image, then [F, 3, S, S] for each video; `timestamps`: float64
+        [1] or [F] seconds for each.
+
+        One medium need not be put in a list; a list of frames or a [F, H, W, 3] array is one video, already sampled at
+        `fps`.  Raises MediaError for media that cannot be used.
+        """
+        pixel_values, timestamps = [], []
+        for image in _as_list(images, one_has_dimensions=3):
+            pixel_values.append(self.image_pixels(image))
+            timestamps.append(np.zeros(1))
+        for video in _as_list(videos, one_has_dimensions=4):
+            pixels, times = self.video_pixels(video, fps, progress)
+            pixel_values.append(pixels)
+            timestamps.append(times)
+        return {"pixel_values": pixel_values, "timestamps": timestamps}
+
+    def image_pixels(self, image: Picture) -> Float32[np.ndarray, "1 3 S S"]:
+        """One still."""
+        picture = _picture(image, "the image")
+        if self.image_aspect_ratio == "pad":
+            picture = pad_to_square(picture, self.image_mean)
+        return normalize(resize_and_crop(picture, self.size)[None], self.image_mean, self.image_std)
+
+    def video_pixels(
+        self, video: Clip, fps: float | int = 1.0, progress: Progress | None = None
+    ) -> tuple[Pixels, Float64[np.ndarray, " F"]]:
+        """One video and the times of its frames in seconds."""
+        if isinstance(video, str | Path):
+            with fetch(video) as path:
+                sampled = read_video(path, fps, transform=self._crop, progress=progress)
+            return self._normalize(sampled.frames), sampled.timestamps
+        if not _is_sequence(video):
+            raise MediaError(f"a video is a {type(video).__name__}; {FORMS}")
+        if len(video) == 0:
+            raise MediaError("the video has no frames; give one at least")
+        check_fps(fps, "the video")
+        frames = [self._crop(np.asarray(_picture(frame, f"frame {i}"))) for i, frame in enumerate(video)]
+        return self._normalize(np.stack(frames)), np.arange(len(frames)) / fps
+
+    def stream_video(
+        self, video: str | Path, fps: float | int = 1.0, chunk: int = 64, progress: Progress | None = None
+    ) -> Iterator[tuple[Pixels, Float64[np.ndarray, " F"]]]:
+        """`video_pixels` in pieces of up to `chunk` frames, for videos that do not fit in memory."""
+        with fetch(video) as path:
+            frames, times = [], []
+            for seconds, frame in iter_frames(path, fps, self._crop, progress):
+                frames.append(frame)
+                times.append(seconds)
+                if len(frames) == chunk:
+                    yield self._normalize(np.stack(frames)), np.array(times)
+                    frames, times = [], []
+            if frames:
+                yield self._normalize(np.stack(frames)), np.array(times)
+
+    def _crop(self, frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "S S 3"]:
+        return resize_and_crop(frame, self.size)
+
+    def _normalize(self, frames: UInt8[np.ndarray, "F S S 3"]) -> Pixels:
+        return normalize(frames, self.image_mean, self.image_std)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaImageProcessor":
+        """Reads `preprocessor_config.json`, the project's own or transformers' for CLIP.  Raises ConfigError."""
+        path = Path(directory) / FILE_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not readable JSON: {error}") from None
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{path} holds a JSON {type(values).__name__}; the settings are an object")
+        try:
+            return cls(**_settings(values))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `preprocessor_config.json`, so that transformers' CLIPImageProcessor reads it too."""
+        values = {
+            "image_processor_type": "CLIPImageProcessor",
+            **dict.fromkeys(ALWAYS_ON, True),
+            "do_convert_rgb": True,
+            "size": {"shortest_edge": self.size},
+            "crop_size": {"height": self.size, "width": self.size},
+            "resample": BICUBIC,
+            "rescale_factor": 1 / 255,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "image_aspect_ratio": self.image_aspect_ratio,
+        }
+        write_files(directory, {FILE_NAME: (json.dumps(values, indent=1) + "\n").encode()})
+
+
+def _as_list(media: Any, one_has_dimensions: int) -> Sequence:
+    """One medium becomes a list of one; a flat list of frames is one video (4 dimensions once stacked)."""
+    if media is None:
+        return []
+    if isinstance(media, str | Path | Image.Image) or getattr(media, "ndim", 0) == one_has_dimensions:
+        return [media]
+    if not _is_sequence(media):
+        raise MediaError(
+            f"the {'images' if one_has_dimensions == 3 else 'videos'} are a {type(media).__name__}; {FORMS}"
+        )
+    if one_has_dimensions == 4 and len(media) and (isinstance(media[0], Image.Image) or np.ndim(media[0]) == 3):
+        return [media]
+    return media
+
+
+def _is_sequence(media: Any) -> bool:
+    return isinstance(media, list | tuple) or getattr(media, "ndim", 0) > 0
+
+
+def _picture(image: Picture, name: str) -> Image.Image:
+    if isinstance(image, str | Path):
+        with fetch(image) as path:
+            return open_image(path)
+    if not isinstance(image, Image.Image):
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise MediaError(
+                f"{name} is an array of {pixels.dtype} {list(pixels.shape)}; give uint8 [height, width, 3], 0 to 255"
+            )
+        check_size(pixels.shape[1], pixels.shape[0], name)
+        image = Image.fromarray(pixels)
+    return to_rgb(image, name)
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of this class from a CLIP `preprocessor_config.json`; ConfigError for what is not done here."""
+    for name in ALWAYS_ON:
+        if values.get(name, True) is not True:
+            raise ConfigError(f"{name} is {values[name]!r}; this preprocessing always does it, so set it to true")
+    if values.get("resample", BICUBIC) != BICUBIC:
+        raise ConfigError(f"resample is {values['resample']!r}; only {BICUBIC} (bicubic) is known")
+    factor = values.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
+        raise ConfigError(f"rescale_factor is {factor!r}; only 1/255 is known")
+    size = _pixels("size", values.get("size", 224))
+    crop_size = _pixels("crop_size", values.get("crop_size", size))
+    if crop_size != size:
+        raise ConfigError(f"crop_size is {crop_size} and size {size}; only one number for both is known")
+    settings = {"size": size}
+    for name in ("image_mean", "image_std"):
+        if name in values:
+            settings[name] = _three_numbers(name, values[name])
+    if "image_aspect_ratio" in values:
+        settings["image_aspect_ratio"] = str(values["image_aspect_ratio"])
+    return settings
+
+
+def _pixels(name: str, value: Any) -> int:
+    """224, {"shortest_edge": 224} or {"height": 224, "width": 224} as a number."""
+    keys = set(value) if isinstance(value, dict) else set()
+    if keys == {"shortest_edge"}:
+        value = value["shortest_edge"]
+    elif keys == {"height", "width"} and value["height"] == value["width"]:
+        value = value["height"]
+    if type(value) is not int:
+        raise ConfigError(f"{name} is {value!r}; use a number of pixels or {{'shortest_edge': 224}}")
+    return value
+
+
+def _three_numbers(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise ConfigError(f"{name} is {values!r}; a list of three numbers is needed, for red, green and blue")
+    return tuple(float(value) for value in values)

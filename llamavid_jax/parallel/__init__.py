@@ -1,0 +1,1 @@
+"""The device mesh: which array lies where, and what each chip can do."""

@@ -1,0 +1,71 @@
+"""What a program needs and sends, as soon as the compiler has assigned its buffers: before it writes the machine code.
+
+    lowered ─ optimised, partitioned, scheduled ─▶ buffers assigned ─▶ Assigned, after half a minute for a 7B step
+                                                          └─ machine code, which takes minutes, and is not waited for
+
+By then memory and collectives are those of the whole compile.  What only machine code shows is not seen: a Pallas
+kernel that the chip cannot run, for one.
+"""
+
+import re
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from llamavid_jax.precompile.topology import refusal
+
+ASSIGNMENT, LAST = "after_optimizations-buffer-assignment.txt", "after_buffer_assignment.txt"  # the compiler's files
+
+
+class Assigned(NamedTuple):
+    """Bytes of one device: at the worst moment, of arguments, temporaries and outputs; and the program's text (HLO)."""
+
+    peak: int
+    arguments: int
+    temporaries: int
+    output: int
+    text: str
+
+
+def assign_buffers(lowered: jax.stages.Lowered) -> Assigned:
+    """Call it in a process that ends afterwards (`in_own_process`): the compiler goes on until then.
+
+    Raises as `compile_lowered` does.
+    """
+    failed: list[Exception] = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+
+        def run() -> None:
+            try:
+                lowered.compile(compiler_options=options)
+            except jax.errors.JaxRuntimeError as error:
+                failed.append(error)
+
+        def written() -> bool:  # and nothing added for a second
+            return any(time.time() - path.stat().st_mtime > 1 for path in Path(folder).glob(f"*{LAST}"))
+
+        compiler = threading.Thread(target=run, daemon=True)
+        compiler.start()
+        while compiler.is_alive() and not written():
+            time.sleep(0.2)
+        if failed:
+            raise refusal(failed[0])
+        return read(*(next(Path(folder).glob(f"*{ending}")).read_text() for ending in (ASSIGNMENT, LAST)))
+
+
+def read(assignment: str, text: str) -> Assigned:
+    """Sums over the allocations; those that are not in the chip's main memory have a color."""
+    arguments = temporaries = output = new_output = 0
+    for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*)", assignment, re.MULTILINE):
+        if not kind.startswith("color"):
+            taken, out = "parameter" in kind, "live-out" in kind
+            arguments += int(size) * taken
+            output += int(size) * out
+            new_output += int(size) * (out and not taken)  # the rest takes an argument's memory over
+            temporaries += int(size) * kind.startswith("preallocated-temp")
+    return Assigned(arguments + temporaries + new_output, arguments, temporaries, output, text)

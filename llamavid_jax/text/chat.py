@@ -1,0 +1,108 @@
+"""Chat messages as chat APIs write them -> turns of a conversation, their visuals and the Q-Former's prompts.
+
+    [{"role": "system", "content": "Answer briefly."},
+     {"role": "user", "content": [{"type": "video", "path": "walk.mp4"}, {"type": "text", "text": "Who walks?"}]},
+     {"role": "assistant", "content": "A man."}, {"role": "user", "content": "Alone?"}]
+
+A turn's placeholders go to its front, each on a line, where training has them; a visual stays in the turn it was
+given in, and its prompt is that turn's text, newlines kept.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llamavid_jax.text.conversation import IMAGE, ConversationError, check_text
+
+SOURCES = ("path", "url")  # besides the key that is the part's own type
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """`turns` alternate user, assistant; `images[i]`, `videos[i]` and `prompts[i]` belong to the i-th placeholder.
+
+    Of `images[i]` and `videos[i]` one is None.  `system` is None where the template's own text holds.
+    """
+
+    system: str | None
+    turns: list[str]
+    images: list[Any]
+    videos: list[Any]
+    prompts: list[str]
+
+
+def read_messages(messages: Sequence[Any]) -> Chat:
+    """Raises ConversationError for wrong roles, contents and parts, naming the message."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise ConversationError(f"messages is {messages!r}; give a list of messages with 'role' and 'content'")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise ConversationError(f"message {number} is {message!r}; it needs the keys 'role' and 'content'")
+    system = None
+    first = 0
+    if messages[0]["role"] == "system":
+        system, images, _ = _read_content(messages[0]["content"], 0)
+        if images:
+            raise ConversationError("message 0 shows the system an image or video; put it in a user's message")
+        first = 1
+    chat = Chat(system, [], [], [], [])
+    for number, message in enumerate(messages[first:], first):
+        expected = ("user", "assistant")[len(chat.turns) % 2]
+        if message["role"] != expected:
+            raise ConversationError(
+                f"message {number} has the role {message['role']!r}, but {expected!r} is next; "
+                "messages go system (optional), user, assistant, user, ..."
+            )
+        words, images, videos = _read_content(message["content"], number)
+        if images and expected == "assistant":
+            raise ConversationError(
+                f"message {number} is the assistant's and has an image or video; only users show them"
+            )
+        if not words and not images:
+            raise ConversationError(f"message {number} is empty; give it text, or leave it out")
+        chat.turns.append("\n".join([IMAGE] * len(images) + [words] * bool(words)))
+        chat.images.extend(images)
+        chat.videos.extend(videos)
+        chat.prompts.extend([words] * len(images))
+    if not chat.turns:
+        raise ConversationError("messages hold no user's message; give at least one")
+    return chat
+
+
+def _read_content(content: Any, number: int) -> tuple[str, list[Any], list[Any]]:
+    """A message's content -> its text, and images and videos, each list as long as there are visuals."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list | tuple):
+        raise ConversationError(f"the content of message {number} is {content!r}; give a string or a list of parts")
+    words, images, videos = [], [], []
+    for index, part in enumerate(parts):
+        name = f"part {index} of message {number}"
+        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+            raise ConversationError(f"{name} is {part!r}; it needs a 'type' of 'text', 'image' or 'video'")
+        match part["type"].removesuffix("_url"):
+            case "text":
+                text = part.get("text")
+                check_text(text, name)
+                if IMAGE in text:
+                    raise ConversationError(f"{name} has {IMAGE} in its text; give the visual as a part of its own")
+                words.append(text)
+            case "image":
+                images.append(_source(part, name))
+                videos.append(None)
+            case "video":
+                images.append(None)
+                videos.append(_source(part, name))
+            case other:
+                raise ConversationError(f"{name} has the type {other!r}; use 'text', 'image' or 'video'")
+    return "\n".join(words), images, videos
+
+
+def _source(part: Mapping[str, Any], name: str) -> Any:
+    """Path, URL or pixels: {"type": "image", "path": ...}, {"type": "image_url", "image_url": {"url": ...}}, ..."""
+    found = [part[key] for key in (part["type"], *SOURCES) if part.get(key) is not None]
+    if len(found) != 1:
+        raise ConversationError(f"{name} names {len(found)} sources; give one of {part['type']!r}, 'path' and 'url'")
+    source = found[0].get("url") if isinstance(found[0], Mapping) else found[0]
+    if source is None:
+        raise ConversationError(f"{name} has no 'url' in its {part['type']!r}; add it")
+    return source

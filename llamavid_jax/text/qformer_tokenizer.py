@@ -1,0 +1,68 @@
+"""BERT ids for the Q-Former: prompts -> ids [R, T] and mask [R, T], R prompts of one conversation.
+
+Lower-cased WordPiece from `vocab.txt`, `[CLS] text [SEP]`; a prompt of more than 256 ids loses its beginning.
+`[DEC]` is the special token after the vocabulary: the embedding table has a row for it, no prompt holds it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int32
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from llamavid_jax.files import write_files
+from llamavid_jax.text.conversation import ConversationError, check_text
+from llamavid_jax.text.tokenizer import pad_with_mask
+from llamavid_jax.text.tokenizer_files import read_files
+
+MAX_IDS = 256  # with [CLS] and [SEP]
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class QFormerTokenizer:
+    """The tokenizer in `directory`/vocab.txt, one piece a line; ConversationError when it is missing or incomplete."""
+
+    FOLDER = "qformer_tokenizer"  # its place in a checkpoint folder
+
+    def __init__(self, directory: str | Path):
+        path = Path(directory) / "vocab.txt"
+        self._files = read_files(directory, path.name, (), "copy bert-base-uncased's vocab.txt there")
+        try:
+            lines = self._files[path.name].decode("utf-8").removesuffix("\n").split("\n")
+        except UnicodeDecodeError:
+            raise ConversationError(f"{path} is no text; copy bert-base-uncased's vocab.txt there again") from None
+        vocabulary = {piece.rstrip("\r"): index for index, piece in enumerate(lines)}
+        missing = [token for token in SPECIAL if token not in vocabulary]
+        if missing:
+            raise ConversationError(f"{path} has no {', '.join(missing)}; it is not a BERT vocabulary")
+        bert = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+        bert.normalizer = normalizers.BertNormalizer(lowercase=True)
+        bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        bert.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+        bert.add_special_tokens([*SPECIAL, "[DEC]"])
+        self._bert = bert
+        self._pad_id = vocabulary["[PAD]"]
+        self.vocab_size = bert.get_vocab_size()  # with [DEC]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `directory`/qformer_tokenizer/vocab.txt."""
+        write_files(Path(directory) / self.FOLDER, self._files)
+
+    def __call__(
+        self, prompts: Sequence[Any], max_ids: int = MAX_IDS
+    ) -> tuple[Int32[np.ndarray, "R T"], Bool[np.ndarray, "R T"]]:
+        """(ids, mask), padded on the right to the longest prompt; the mask is False at padding.
+
+        `max_ids`: of a prompt, at most MAX_IDS; a longer one keeps [CLS] and its last ones.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+            raise ConversationError(f"prompts is {prompts!r}; a list of one text or more is needed")
+        for index, prompt in enumerate(prompts):
+            check_text(prompt, f"prompt {index}")
+        limit = min(max_ids, MAX_IDS)
+        ids = [encoding.ids for encoding in self._bert.encode_batch(list(prompts))]
+        ids = [own if len(own) <= limit else [own[0], *own[len(own) - limit + 1 :]] for own in ids]
+        return pad_with_mask(ids, self._pad_id)

@@ -1,0 +1,50 @@
+"""The files of a tokenizer, read into memory with it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamavid_jax.text.conversation import ConversationError
+
+
+def read_files(directory: str | Path, required: str, optional: tuple[str, ...], remedy: str) -> dict[str, bytes]:
+    """Name -> content.  Raises ConversationError, which ends in `remedy`, where `required` is missing."""
+    files = {}
+    for name in (required, *optional):
+        path = Path(directory) / name
+        try:
+            files[name] = path.read_bytes()
+        except FileNotFoundError:
+            if name == required:
+                raise ConversationError(f"{path} does not exist; {remedy}") from None
+        except OSError as error:
+            raise ConversationError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+    return files
+
+
+def json_object(files: Mapping[str, bytes], name: str, directory: str | Path) -> dict[str, Any]:
+    """The JSON object in one of the files, {} where that file is absent."""
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise ConversationError(f"{Path(directory) / name} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConversationError(f"{Path(directory) / name} holds a JSON {type(value).__name__}; an object is needed")
+    return value
+
+
+def flag(config: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:
+    """True or false under `name` of the file `path`; null is false."""
+    value = config.get(name, default)
+    if value is not None and type(value) is not bool:
+        raise ConversationError(f"{path}: {name} is {value!r}; use true or false")
+    return bool(value)
+
+
+def max_length(config: Mapping[str, Any], path: Path) -> int:
+    """`model_max_length` of the file `path`, in tokens; 10**30 stands for no limit, as in transformers."""
+    value = config.get("model_max_length") or 10**30
+    if type(value) not in (int, float) or not 1 <= value <= 1e31:
+        raise ConversationError(f"{path}: model_max_length is {value!r}; use a whole number of tokens")
+    return int(value)

@@ -1,0 +1,1 @@
+"""The inventory: one row for every weight of the model."""

@@ -1,0 +1,206 @@
+"""`infer.py` as its users run it: real files, the shell, bad input."""
+
+import io
+import json
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+from PIL import Image
+
+import infer
+from llamavid_jax import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.errors import InputError
+
+CLIP = str(ROOT / "demo" / "space.mp4")
+QUESTION = "what is in the video?"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model.save_pretrained(folder)
+    LLaMAVIDLlavaImageProcessor(56).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "red.png")
+    return str(tmp_path / "red.png")
+
+
+@pytest.fixture
+def ask(checkpoint, capsys):
+    """Runs infer.py in this process; returns the exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = infer.main(["--model", checkpoint, "--dtype", "float32", "--max-new-tokens", "8", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def video_answer(checkpoint) -> dict:
+    """One question about the bundled video, in a process of its own."""
+    command = [sys.executable, "infer.py", "--model", checkpoint, "--dtype", "float32", "--max-new-tokens", "8"]
+    command += ["--video", CLIP, "--question", QUESTION, "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_json(video_answer):
+    """One object on stdout: 12 frames of a clip of 12 seconds, 2 tokens each."""
+    assert (video_answer["frames"], video_answer["visual_tokens"], video_answer["new_tokens"]) == (12, 24, 8)
+    assert video_answer["prompt_tokens"] > 24
+    assert set(video_answer["seconds"]) == {"load", "encode", "generate"}
+
+
+def test_answer_alone_on_stdout(ask, video_answer):
+    code, out, _ = ask("--video", CLIP, "--question", QUESTION)
+    assert (code, out) == (0, video_answer["answer"] + "\n")
+
+
+def test_stream(ask, video_answer):
+    code, out, _ = ask("--video", CLIP, "--question", QUESTION, "--stream")
+    assert (code, out.strip()) == (0, video_answer["answer"])
+
+
+def test_fps_sets_the_number_of_frames(ask):
+    out = json.loads(ask("--video", CLIP, "--question", QUESTION, "--fps", "2.5", "--json")[1])
+    assert (out["frames"], out["visual_tokens"]) == (30, 60)
+
+
+def test_video_by_url(ask, video_answer):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(ROOT / "demo"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code, out, _ = ask("--video", f"http://127.0.0.1:{server.server_port}/space.mp4", "--question", QUESTION)
+        server.shutdown()
+    assert (code, out) == (0, video_answer["answer"] + "\n")
+
+
+def test_images_and_videos_together(ask, picture):
+    out = json.loads(ask("--image", picture, "--image", picture, "--video", CLIP, "--question", "which?", "--json")[1])
+    assert (out["frames"], out["visual_tokens"]) == (14, 28)
+
+
+def test_text_only(ask):
+    out = json.loads(ask("--question", "Who are you?", "--json")[1])
+    assert (out["frames"], out["visual_tokens"]) == (0, 0)
+
+
+def test_chat_encodes_the_video_once(ask, monkeypatch, video_answer):
+    """Later turns see the earlier ones and the video, whose frames are decoded once."""
+    lines = iter(["and then?\n", "\n", "who?\n", ""])
+    monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
+    code, out, _ = ask("--video", CLIP, "--question", QUESTION, "--chat", "--json")
+    turns = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(turns) == 3
+    assert turns[0]["answer"] == video_answer["answer"]
+    assert [turn["frames"] for turn in turns] == [12, 12, 12]
+    assert turns[0]["prompt_tokens"] < turns[1]["prompt_tokens"] < turns[2]["prompt_tokens"]
+
+
+def test_chat_goes_on_after_a_bad_line(ask, monkeypatch):
+    lines = iter(["is <image> here?\n", "who?\n", ""])
+    monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
+    code, out, err = ask("--video", CLIP, "--question", QUESTION, "--chat", "--json")
+    assert code == 2 and len(out.splitlines()) == 2 and "the question holds <image>" in err
+
+
+def test_a_reader_that_leaves_is_no_error(checkpoint):
+    """`infer.py | head -c 1`."""
+    command = f"{sys.executable} infer.py --model {checkpoint} --dtype float32 --max-new-tokens 40 --question hi --chat"
+    done = subprocess.run(
+        f"(echo who; echo what; echo when) | {command} | head -c 1",
+        cwd=ROOT, shell=True, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert len(done.stdout) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.sharding
+def test_mesh_gives_the_same_answer(ask, video_answer):
+    code, out, _ = ask("--video", CLIP, "--question", QUESTION, "--mesh", "fsdp=2,tensor=4")
+    assert (code, out) == (0, video_answer["answer"] + "\n")
+
+
+BAD = {
+    "the following arguments are required: --model": [],
+    "there is no question; give --question TEXT": ["--model", "DIR"],
+    "unrecognized arguments: --vido": ["--model", "DIR", "--vido", "a.mp4"],
+    "argument --fps: invalid float value: 'fast'": ["--model", "DIR", "--question", "a", "--fps", "fast"],
+    "--stream and --json exclude each other": ["--model", "DIR", "--question", "a", "--stream", "--json"],
+    "argument --template: invalid choice: 'v9'": ["--model", "DIR", "--question", "a", "--template", "v9"],
+    "nowhere/preprocessor_config.json does not exist": ["--model", "nowhere", "--question", "a"],
+    "nothing.mp4 does not exist": ["--model", "DIR", "--question", "a", "--video", "nothing.mp4"],
+    "nothing.png does not exist": ["--model", "DIR", "--question", "a", "--image", "nothing.png"],
+    "is not a video that can be read": ["--model", "DIR", "--question", "a", "--video", "infer.py"],
+    "is a still picture, not a video; give it with --image": ["--model", "DIR", "--question", "a", "--video", "PNG"],
+    "is not a picture that Pillow can read": ["--model", "DIR", "--question", "a", "--image", "demo/space.mp4"],
+    "too few to sample 60 a second; use --fps 25": [
+        *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--fps", "60"]
+    ],
+    "--fps is 0.0; give a number above 0": ["--model", "DIR", "--question", "a", "--fps", "0"],
+    "--fps is nan; give a number above 0": ["--model", "DIR", "--question", "a", "--fps", "nan"],
+    "the question holds <image>": ["--model", "DIR", "--question", "see <image>", "--image", "PNG"],
+    "stop is ['']": ["--model", "DIR", "--question", "a", "--stop", ""],
+    "seed is 99999999999": ["--model", "DIR", "--question", "a", "--seed", "99999999999"],
+    "there is no question": ["--model", "DIR", "--question", "   "],
+    "the videos last 12 s, at 25 frames a second 600 visual tokens; this model has room for 548: use --fps": [
+        *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--fps", "25", "--max-new-tokens", "1500"]
+    ],
+    "mesh part 'tensors=2' is not AXIS=SIZE": ["--model", "DIR", "--question", "a", "--mesh", "tensors=2"],
+    "needs 16 devices; 8 are there": ["--model", "DIR", "--question", "a", "--mesh", "tensor=16"],
+    "temperature is -1.0; it must be 0 (greedy) or more": [
+        *["--model", "DIR", "--question", "a", "--temperature", "-1"]
+    ],
+    "top_p is 2.0": ["--model", "DIR", "--question", "a", "--top-p", "2"],
+    "max_new_tokens is 0": ["--model", "DIR", "--question", "a", "--max-new-tokens", "0"],
+    "--tokens is -5; give the length": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--tokens", "-5"],
+    "max_new_tokens is -1": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--max-new-tokens", "-1"],
+    "127.0.0.1:9": ["--model", "DIR", "--question", "a", "--video", "http://127.0.0.1:9/a.mp4"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(checkpoint, picture, message, capsys):
+    """Exit code 2 and one line that says what to do, nothing on stdout."""
+    arguments = [{"DIR": checkpoint, "PNG": picture}.get(argument, argument) for argument in BAD[message]]
+    assert infer.main(arguments) == 2
+    out, err = capsys.readouterr()
+    line = err.strip().splitlines()[-1]
+    assert out == "" and line.startswith("infer.py: ") and message in line
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("option", ["--video", "--image"])
+def test_a_file_that_cannot_be_used_is_known_before_the_weights_are_read(checkpoint, tmp_path, capsys, option):
+    """Loading 7B takes minutes; here it could not even begin."""
+    (tmp_path / "sound.bin").write_bytes(b"no pixels")
+    for path in Path(checkpoint).iterdir():
+        if path.name != "weights":
+            (tmp_path / path.name).symlink_to(path)
+    assert infer.main(["--model", str(tmp_path), "--question", "a", option, str(tmp_path / "sound.bin")]) == 2
+    assert "sound.bin is not a" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_tokenizer(checkpoint, tmp_path, capsys):
+    for path in Path(checkpoint).iterdir():
+        if not path.name.startswith("tokenizer"):
+            (tmp_path / path.name).symlink_to(path)
+    assert infer.main(["--model", str(tmp_path), "--question", "a"]) == 2
+    assert "holds no tokenizer; convert again with --tokenizer FOLDER" in capsys.readouterr().err
+
+
+def test_a_question_that_is_no_text_is_said(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), encoding="utf-8"))
+    options = infer.parse_arguments(["--model", "DIR", "--chat"])
+    with pytest.raises(InputError, match="a question on stdin is not UTF-8"):
+        next(infer.questions(options))

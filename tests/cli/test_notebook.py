@@ -1,0 +1,105 @@
+"""The notebook: its committed form, and every cell from the top on a CPU: in place, and in a fresh folder."""
+
+import base64
+import io
+import os
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from paths import ROOT
+from PIL import Image
+from training_data import environment
+
+from conversion import jax_to_torch
+
+FILE = ROOT / "notebooks" / "colab_tpu_inference.ipynb"
+
+
+def read() -> nbformat.NotebookNode:
+    return nbformat.read(FILE, as_version=4)
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path, scratch: Path, devices: int, **variables: str) -> None:
+    env = environment(devices) | {"IPYTHONDIR": str(scratch), **variables}
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute(env=env)
+
+
+def printed(notebook: nbformat.NotebookNode, cell: str) -> str:
+    (found,) = (one for one in notebook.cells if one.id == cell)
+    return "".join(output.text for output in found.outputs if output.output_type == "stream")
+
+
+def pictures(notebook: nbformat.NotebookNode, cell: str) -> list[np.ndarray]:
+    (found,) = (one for one in notebook.cells if one.id == cell)
+    data = [output.data["image/png"] for output in found.outputs if output.output_type == "display_data"]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in data]
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
+
+
+def test_outputs_are_cleared():
+    notebook = read()
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    first = [line.split(" = ")[0] for line in code[0].source.splitlines() if line]
+    assert first[:3] == ["MODEL", "VIDEO", "QUESTION"]
+
+
+def test_every_cell_in_place(tmp_path):
+    """The demo model about its held-out clip, on one device; the plan comes before the weights are read."""
+    notebook = read()
+    execute(notebook, FILE.parent, tmp_path, devices=1)
+    assert "8 frames at 1 a second" in printed(notebook, "video")
+    plan = printed(notebook, "plan")
+    assert "parameters: llama" in plan and "key-value cache" in plan and "taken: float32" in plan
+    ids = [cell.id for cell in notebook.cells]
+    assert ids.index("plan") < ids.index("load")
+    (seen,), (lit,) = pictures(notebook, "frames"), pictures(notebook, "encode")
+    assert seen.shape == lit.shape and seen.shape[1] > 8 * 144 and np.abs(seen.astype(float) - lit).mean() > 1
+    question, answer, counts = printed(notebook, "answer").splitlines()
+    assert (question, answer) == ("Name the purple digit.", "0") and counts.startswith("[16 visual tokens of 30, ")
+    more = printed(notebook, "more").splitlines()
+    assert (more[1], more[4]) == ("white", "2")
+
+
+STUB = """#!/bin/sh
+for folder; do :; done
+mkdir "$folder"
+ln -s {root}/llamavid_jax {root}/conversion {root}/demo {root}/requirements.txt "$folder"
+"""
+
+
+@pytest.mark.sharding
+def test_every_cell_in_a_fresh_folder(tmp_path):
+    """As on Colab: fetched, installed, the demo's model in the original's layout converted, cut over two devices.
+
+    Stand-ins for git and pip note what they are asked.
+    """
+    released = tmp_path / "released"
+    assert jax_to_torch.main([str(ROOT / "demo" / "model"), str(released), "--layout", "original"]) == 0
+    stubs, fresh = tmp_path / "stubs", tmp_path / "content"
+    (stubs / "pip").mkdir(parents=True)
+    (stubs / "pip" / "__init__.py").touch()  # without it the installed one comes first
+    (stubs / "pip" / "__main__.py").write_text("import sys\nopen(__file__ + '.asked', 'w').write(str(sys.argv[1:]))\n")
+    (stubs / "git").write_text(STUB.format(root=ROOT))
+    (stubs / "git").chmod(0o755)
+    fresh.mkdir()
+    notebook = read()
+    parameters = next(cell for cell in notebook.cells if cell.id == "parameters")
+    parameters.source = parameters.source.replace("demo/model", str(released)).replace("= 128", "= 16")
+    path = {"PATH": f"{stubs}:{os.environ['PATH']}", "PYTHONPATH": str(stubs)}
+    execute(notebook, fresh, tmp_path, devices=2, **path)
+    asked = (stubs / "pip" / "__main__.py.asked").read_text()
+    assert "'install'" in asked and "'jax>=" in asked and "orbax" in asked and "pytest" not in asked
+    assert "2 × cpu" in printed(notebook, "device")
+    assert "on each of 2 × cpu" in printed(notebook, "plan")
+    assert (fresh / "llama-vid-jax" / "checkpoints" / "released" / "weights").is_dir()
+    assert printed(notebook, "answer").splitlines()[1] == "0"
+    assert pictures(notebook, "encode")[0].std() > 5

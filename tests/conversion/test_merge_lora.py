@@ -1,0 +1,105 @@
+"""Adapters of PEFT and of the original's training merged into a converted checkpoint."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from converted import CONFIG, ORIGINAL, convert, restore
+
+from conversion import merge_lora
+from conversion.weight_table import weight_table
+from llamavid_jax.checkpoints.adapter import peft_tensors, save_adapter
+from llamavid_jax.checkpoints.weights import nest
+from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
+from llamavid_jax.models import lora
+from llamavid_jax.parallel.sharding import flat_paths
+
+LORA = lora.LoraConfig(rank=3, alpha=6)
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    out = tmp_path_factory.mktemp("base") / "converted"
+    convert(ORIGINAL, out, dtype="float32")
+    return out
+
+
+@pytest.fixture(scope="module")
+def updates() -> dict[str, np.ndarray]:
+    tensors = peft_tensors(LORA, CONFIG.text_config)
+    return {name: RNG.normal(size=tensor.shape, scale=0.1).astype(np.float32) for name, tensor in tensors.items()}
+
+
+def original_folder(folder, updates, full, **values):
+    """What the original's training leaves: pickles of tensors."""
+    folder.mkdir()
+    torch.save({name: torch.tensor(value) for name, value in updates.items()}, folder / "adapter_model.bin")
+    if full:
+        torch.save({name: torch.tensor(value) for name, value in full.items()}, folder / "non_lora_trainables.bin")
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    values = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "lora_dropout": 0.05, "target_modules": modules} | values
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_the_originals_output(base, updates, tmp_path):
+    """Every weight of the base: updated in torch's layout, replaced, or as it was."""
+    weights = {weight.name: weight for weight in weight_table(CONFIG, "original")}
+    name = "model.vlm_att_projector.weight"
+    full = {f"base_model.model.{name}": RNG.normal(size=weights[name].shape).astype(np.float32)}
+    adapter = original_folder(tmp_path / "adapter", updates, full)
+    assert merge_lora.main([str(base), str(adapter), str(tmp_path / "out")]) == 0
+    before, after = restore(base), restore(tmp_path / "out")
+    for weight in weights.values():
+        index = ... if weight.index is None else weight.index
+        old, new = before[weight.path][index], after[weight.path][index]
+        a = updates.get(f"base_model.model.{weight.name.removesuffix('.weight')}.lora_A.weight")
+        if weight.name == name:
+            np.testing.assert_array_equal(new, full[f"base_model.model.{name}"].T)
+        elif a is not None:
+            b = updates[f"base_model.model.{weight.name.removesuffix('.weight')}.lora_B.weight"]
+            delta = (2 * b.astype(np.float64) @ a).T.reshape(old.shape)  # α/r = 2; ours is [in..., out...]
+            np.testing.assert_allclose(new, old + delta, rtol=1e-5, atol=1e-6)
+            assert np.abs(delta).max() > 0.1
+        else:
+            np.testing.assert_array_equal(new, old)
+    LLaMAVIDLlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="float32")
+
+
+def test_our_own_adapter_merges_as_in_memory(base, updates, tmp_path):
+    params, layers = restore(base), CONFIG.text_config.num_hidden_layers
+    for name, tensor in peft_tensors(LORA, CONFIG.text_config).items():
+        stack = params.setdefault(tensor.path, np.zeros((layers, *tensor.ours), np.float32))
+        stack[tensor.layer] = updates[name].T.reshape(tensor.ours)
+    tree = nest(params)
+    save_adapter(tmp_path / "adapter", tree, LORA, CONFIG.text_config)
+    merge_lora.merge(base, tmp_path / "adapter", tmp_path / "out")
+    after, wanted = restore(tmp_path / "out"), flat_paths(lora.merge_lora(tree, LORA))
+    assert after.keys() == wanted.keys()
+    for path, value in wanted.items():
+        np.testing.assert_allclose(after[path], value, rtol=1e-5, atol=1e-6)
+
+
+def test_names_that_zero_leaves(base, updates, tmp_path):
+    """DeepSpeed's gathered state keeps the adapter's name: `lora_A.default.weight`."""
+    renamed = {name.replace(".weight", ".default.weight"): value for name, value in updates.items()}
+    adapter = original_folder(tmp_path / "adapter", renamed, {})
+    assert merge_lora.main([str(base), str(adapter), str(tmp_path / "out")]) == 0
+
+
+def test_what_does_not_fit_is_refused_and_leaves_nothing(base, updates, tmp_path, capsys):
+    some = dict(list(updates.items())[1:])
+    wrong = {"base_model.model.model.vlm_att_projector.weight": np.zeros((2, 2), np.float32)}
+    cases = {
+        "1 tensors missing": original_folder(tmp_path / "missing", some, {}),
+        "use_rslora is True": original_folder(tmp_path / "rslora", updates, {}, use_rslora=True),
+        "model.vlm_att_projector.weight has shape (2, 2)": original_folder(tmp_path / "shape", updates, wrong),
+        "the base no such weight": original_folder(tmp_path / "name", updates, {"x": np.zeros(2, np.float32)}),
+        "holds no adapter_model.safetensors or adapter_model.bin": base,
+    }
+    for message, adapter in cases.items():
+        assert merge_lora.main([str(base), str(adapter), str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()

@@ -1,0 +1,150 @@
+"""The TPU compiler of the libtpu wheel: programs compiled for slices that are not there, and their memory.
+
+`make test` puts libtpu beside the environment, where only these tests look: within it, JAX would begin every program on
+a machine without a TPU with lines of errors.
+"""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from paths import ROOT
+
+from llamavid_jax import LLaMAVIDLlavaConfig
+from llamavid_jax.attention.attention import attention
+from llamavid_jax.precompile.infer import check_inference
+from llamavid_jax.precompile.report import Report
+from llamavid_jax.precompile.topology import (
+    CompileError,
+    OutOfMemoryError,
+    compile_lowered,
+    in_own_process,
+    slice_devices,
+    slice_mesh,
+)
+from llamavid_jax.precompile.train import check_training
+from llamavid_jax.training.config import read_config
+
+sys.path.append(str(Path(sys.prefix) / "libtpu"))  # processes that are started inherit it
+
+
+def tiny(name: str, *overrides: str):
+    return read_config(ROOT / "configs" / name, ["model=" + str(ROOT / "configs" / "models" / "tiny.yaml"), *overrides])
+
+
+def test_what_is_traced_for_a_tpu_takes_its_kernels():
+    """On a CPU, without anything set but the mesh."""
+    q = jax.ShapeDtypeStruct((4, 256, 4, 128), jnp.bfloat16)
+    with jax.set_mesh(slice_mesh("v5e:2x2", "")):
+        text = jax.jit(lambda q: attention(q, q, q, causal=True)).lower(q).as_text()
+    assert "tpu_custom_call" in text
+    assert "tpu_custom_call" not in jax.jit(lambda q: attention(q, q, q, causal=True)).lower(q).as_text()
+
+
+def test_old_chips_have_no_kernels_to_take():
+    q = jax.ShapeDtypeStruct((8, 256, 4, 128), jnp.bfloat16)
+    with jax.set_mesh(slice_mesh("v2:2x2", "")):
+        compile_lowered(jax.jit(lambda q: attention(q, q, q, causal=True)).lower(q))
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "devices"),
+    [
+        ("v5e:1x1", 1, 1),
+        ("v2:2x2", 1, 8),
+        ("v4:2x2x1", 1, 4),
+        ("v5p:2x2x1", 1, 4),
+        ("v6e:2x4", 1, 8),
+        ("v5e:2x4", 2, 16),
+    ],
+)
+def test_slices(topology, slices, devices):
+    assert len(slice_devices(topology, slices)) == devices
+
+
+def test_slices_that_there_are_not():
+    with pytest.raises(CompileError, match=r"'v5e:3x7' is no slice that libtpu knows; v5e:4x4 is one .INVALID_ARG"):
+        slice_devices("v5e:3x7")
+
+
+def test_more_memory_than_a_chip_has():
+    mesh = slice_mesh("v5e:1x1", "")
+    with jax.set_mesh(mesh):
+        many = jax.ShapeDtypeStruct((20, 2**28), jnp.float32)
+        lowered = jax.jit(lambda x: jnp.sort(x, axis=0)).lower(many)
+    with pytest.raises(OutOfMemoryError) as caught:
+        compile_lowered(lowered)
+    assert caught.value.needed >= 20 and 15 < caught.value.there < 16
+
+
+def test_a_tiny_step_for_four_chips():
+    """Compiled whole, and as far as its buffers: the same program."""
+    config = tiny("tiny/stage2_instruct.yaml", "training.dtype=bfloat16")
+    report = in_own_process(check_training, config, "v5e:2x2")
+    quick = in_own_process(check_training, config, "v5e:2x2", "", 1, False, "", False)
+    assert (quick.collectives, quick.arguments_gib, quick.output_gib) == (
+        report.collectives,
+        report.arguments_gib,
+        report.output_gib,
+    )
+    assert 0 < report.peak_gib - quick.peak_gib < 0.1  # the machine code itself
+    assert report.fits and 0.005 < report.peak_gib < 0.5
+    assert report.arguments_gib > report.output_gib > 0
+    assert {"all-gather", "reduce-scatter"} <= report.collectives.keys()
+    assert report.collectives["all-gather"]["asynchronous"] > 0
+    assert 0 < report.utilisation < 1
+
+
+def stated_peak(report: Report) -> float:
+    """GiB by the row of docs/tpu.md."""
+    row = " | ".join(report.row()[:3])
+    (found,) = re.findall(rf"\| {re.escape(row)} \| ([\d.]+) of", (ROOT / "docs" / "tpu.md").read_text())
+    return float(found)
+
+
+def test_7b_stage_2_for_64_chips():
+    """32 rows of five minutes of video, each on two chips: what docs/tpu.md says."""
+    stage = read_config(ROOT / "configs" / "stage2_instruct.yaml", ["training.micro_batches=1"])
+    mesh = "fsdp=32,sequence=2"
+    report = in_own_process(check_training, stage, "v5e:8x8", mesh, 1, False, "stage2_instruct", False)
+    assert report.fits and report.peak_gib < 9
+    assert report.peak_gib == pytest.approx(stated_peak(report), rel=0.05)
+    gathered, reduced = report.collectives["all-gather"], report.collectives["all-reduce"]
+    assert gathered["asynchronous"] == gathered["count"]
+    once = 2 * 6.9e9  # bytes of the parameters in bfloat16
+    assert gathered["bytes"] < 1.15 * 2 * once  # forwards and backwards
+    assert reduced["bytes"] < 1.05 * 2 * once  # there and back
+    assert reduced["asynchronous"] > 0.99 * reduced["count"]  # `training.compiler_options`
+
+
+def test_tiny_inference_for_one_chip():
+    model = LLaMAVIDLlavaConfig.from_yaml(ROOT / "configs" / "models" / "tiny.yaml")
+    reports = in_own_process(check_inference, model, "v5e:1x1", "", 300, 32, "bfloat16", "tiny")
+    assert [report.fits for report in reports] == [True] * 4
+
+
+def test_13b_and_three_hours_of_video_on_four_chips():
+    """Ten heads a chip: a cache in tiles of eight would not fit."""
+    model = LLaMAVIDLlavaConfig.from_yaml(ROOT / "configs" / "models" / "llamavid_13b_224_long_video.yaml")
+    arguments = "v5e:2x2", "", 21800, 512, "bfloat16", "13b_224_long_video", "float", False
+    for report in in_own_process(check_inference, model, *arguments):
+        assert report.fits and report.peak_gib == pytest.approx(stated_peak(report), rel=0.05)
+
+
+def test_decoding_makes_no_whole_kernel():
+    """Two layers of 7B, int8, an hour of video: there is no room for a kernel in bfloat16, nor for a layer's cache."""
+    model = LLaMAVIDLlavaConfig.from_yaml(ROOT / "configs" / "models" / "llamavid_7b_224_long_video.yaml").quantized(
+        "int8"
+    )
+    model = dataclasses.replace(
+        model,
+        text_config=dataclasses.replace(model.text_config, num_hidden_layers=2),
+        vision_tower_config=dataclasses.replace(model.vision_tower_config, num_hidden_layers=1),
+    )
+    *_, decode = in_own_process(check_inference, model, "v5e:1x1", "", 7400, 512, "bfloat16", "7b", "int8", False)
+    assert decode.temporaries_gib * 2**30 < 4096 * 8192 * 2
+    assert decode.program == "7b, int8 weights, int8 cache: decode one token"

@@ -1,0 +1,294 @@
+"""Ids, labels and streaming: recorded ids of the original's tokenizer, hand-checked masks.
+
+Recorded conversations and Q-Former prompts: tests/golden/test_golden.py.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from paths import GOLDEN
+from tokenizers import decoders, models, pre_tokenizers
+
+from llamavid_jax.data.labels import training_example
+from llamavid_jax.errors import InputError
+from llamavid_jax.files import write_files
+from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN
+from llamavid_jax.text.conversation import ConversationError
+from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.text.tokenizer import TextStream, encode_with_images, load_tokenizer, pad_with_mask
+
+HERE = Path(__file__).parent
+TEXT = GOLDEN / "text"
+RECORDED = json.loads((HERE / "recorded_llama_ids.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return load_tokenizer(TEXT)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", RECORDED["cases"], ids=["not-legacy", "legacy", "flags"])
+def test_ids_of_the_original_tokenizer(case, tmp_path):
+    shutil.copy(TEXT / "tokenizer.model", tmp_path)
+    for name, values in case["files"].items():
+        (tmp_path / name).write_text(json.dumps(values), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    for text, ids in zip(RECORDED["texts"], case["encoded"], strict=True):
+        assert tokenizer.encode(text) == ids, repr(text)
+
+
+@pytest.mark.parity
+def test_texts_of_the_original_tokenizer(llama):
+    for ids, text in zip(RECORDED["ids"], RECORDED["decoded"], strict=True):
+        assert llama.decode(ids) == text
+        stream = TextStream(llama)
+        assert "".join([stream.push(i) for i in ids]) + stream.finish() == text
+
+
+def test_recorded_settings_differ():
+    """The three settings are told apart by the recorded texts, or the test above would prove nothing."""
+    first, second, third = (case["encoded"] for case in RECORDED["cases"])
+    assert first != second and first != third and second != third
+
+
+def test_stream_gives_whole_characters(llama):
+    ids = llama.encode("走る 🎬 ok", add_bos=False)
+    stream = TextStream(llama)
+    pieces = [stream.push(i) for i in ids]
+    assert len(ids) > 10 and pieces.count("") >= 6
+    assert [piece for piece in pieces if "\ufffd" in piece] == []
+    assert "".join(pieces) + stream.finish() == "走る 🎬 ok"
+
+
+def test_stream_shows_broken_bytes_at_the_end(llama):
+    lead = llama.encode("🎬", add_bos=False)[1]
+    stream = TextStream(llama)
+    assert stream.push(lead) == ""
+    assert stream.finish() == "\ufffd" == llama.decode([lead])
+
+
+def test_stream_takes_linear_time(llama, monkeypatch):
+    """Each id is decoded a few times, however long the text has become."""
+    ids, decoded, decode = llama.encode("a man walks his dog in the park. " * 100, add_bos=False), [], llama.decode
+    monkeypatch.setattr(llama, "decode", lambda part: decoded.append(len(part)) or decode(part))
+    stream = TextStream(llama)
+    for i in ids:
+        stream.push(i)
+    assert len(ids) > 1000 and sum(decoded) < 6 * len(ids)
+
+
+def test_ids_without_a_piece_have_no_text(llama):
+    ids = llama.encode("a dog")
+    assert llama.decode([*ids, IMAGE_TOKEN, llama.vocab_size, 10**6, llama.eos_id]) == "a dog"
+
+
+def test_placeholders_split_the_text(llama):
+    ids = encode_with_images(llama, "<image><image>a<image>\nb")
+    first, second = llama.encode("a", add_bos=False), llama.encode("\nb", add_bos=False)
+    assert ids == [llama.bos_id, IMAGE_TOKEN, IMAGE_TOKEN, *first, IMAGE_TOKEN, *second]
+
+
+def test_padding():
+    ids, mask = pad_with_mask([[5, 0], [7, -200, 9]], pad_id=0)
+    assert ids.tolist() == [[5, 0, 0], [7, -200, 9]] and ids.dtype == np.int32
+    assert mask.tolist() == [[True, True, False], [True, True, True]]
+
+
+def record(*values: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def kept_texts(template: str, folder: Path) -> list[str]:
+    """The stretches of a two-round conversation that have labels, as text without spaces."""
+    # as Vicuna has it: special tokens that leave the spaces beside them alone
+    llama = load_tokenizer(write(folder, tokenizer__model=MODEL, tokenizer_config__json=b'{"legacy": false}'))
+    example = training_example(template, record("<image>\nWhat?", "A dog.", "Which colour?", "Red."), llama, True, [1])
+    kept = example.labels != IGNORE_LABEL
+    assert (example.labels[kept] == example.input_ids[kept]).all()
+    starts = np.flatnonzero(kept & ~np.roll(kept, 1))
+    ends = np.flatnonzero(kept & ~np.roll(kept, -1)) + 1
+    stretches = [example.input_ids[start:end] for start, end in zip(starts, ends, strict=True)]
+    return [(llama.decode(ids) + "</s>" * int(llama.eos_id in ids)).replace(" ", "") for ids in stretches]
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "imgsp_v1", "llava_v1", "llava_llama_2"])
+def test_labels_keep_the_answers(template, tmp_path):
+    assert kept_texts(template, tmp_path) == ["Adog.</s>", "Red.</s>"]
+
+
+def test_labels_of_v0_keep_the_answers_and_some_of_the_frame(tmp_path):
+    text = "|".join(kept_texts("llava_v0", tmp_path))  # its masks count a BOS a turn, so they drift
+    assert "Adog." in text and "Red." in text and "What?" not in text and "Whichcolour" not in text
+
+
+def test_mismatched_rounds_ignore_the_sample(llama):
+    with pytest.warns(UserWarning, match="the sample is ignored: its rounds have"):
+        example = training_example("vicuna_v1", record("a", "b ASSISTANT: c"), llama, False)
+    assert (example.labels == IGNORE_LABEL).all() and len(example.input_ids) > 60
+
+
+def test_text_only_is_cut_at_the_maximum_length(llama):
+    conversations = record("word " * 100, "answer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cut = training_example("imgsp_v1", conversations, llama, False, max_length=70)
+        whole = training_example("imgsp_v1", conversations, llama, False)
+    assert len(cut.input_ids) == 70 and (cut.input_ids == whole.input_ids[:70]).all()
+    assert len(whole.input_ids) > 160 and (whole.labels != IGNORE_LABEL).any()
+
+
+def qformer_folder(folder: Path, *extra: str) -> Path:
+    lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "##blue", "blue", "?", "cafe", *extra]
+    (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_qformer_ids(tmp_path):
+    tokenizer = QFormerTokenizer(qformer_folder(tmp_path))
+    ids, mask = tokenizer(["Red\nBLUE?", "redblue", "Café nothere"])
+    assert ids.tolist() == [[2, 5, 7, 8, 3], [2, 5, 6, 3, 0], [2, 9, 1, 3, 0]]
+    assert mask.sum(axis=1).tolist() == [5, 4, 4] and ids.dtype == np.int32
+    assert tokenizer.vocab_size == 11  # [DEC] has a row of its own
+
+
+def test_long_prompts_lose_their_beginning(tmp_path):
+    ids, mask = QFormerTokenizer(qformer_folder(tmp_path))(["cafe " + "red " * 250 + "blue " * 4])
+    assert ids.shape == (1, 256) and mask.all()
+    assert ids[0].tolist() == [2, *[5] * 250, *[7] * 4, 3]
+    ids, mask = QFormerTokenizer(qformer_folder(tmp_path))(["red blue cafe", "red"], max_ids=4)
+    assert ids.tolist() == [[2, 7, 9, 3], [2, 5, 3, 0]] and mask.sum() == 7
+
+
+def test_files_that_cannot_be_written_leave_nothing_behind(tmp_path):
+    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match="cannot be written to"):
+        write_files(tmp_path, {"a": b"1", "b": b"2"})
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"] and (tmp_path / "a").read_bytes() == b"1"
+
+
+@pytest.fixture
+def byte_level(tmp_path) -> Path:
+    """A byte-level BPE folder without merges, the kind newer language models ship."""
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tmp_path
+
+
+def test_byte_level_tokenizer(byte_level):
+    tokenizer = load_tokenizer(byte_level)
+    text = "Walk 走る 🎬"
+    ids = tokenizer.encode(text + "<|im_end|>")
+    assert ids[-1] == tokenizer.eos_id == tokenizer.pad_id == 257 and tokenizer.bos_id == 256
+    assert len(ids) == len(text.encode()) + 1
+    assert tokenizer.decode([*ids, 9999]) == text
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte_level"])
+def test_save_and_load(kind, byte_level, tmp_path_factory):
+    source = TEXT if kind == "llama" else byte_level
+    target = tmp_path_factory.mktemp("saved")
+    tokenizer = load_tokenizer(source)
+    tokenizer.save_pretrained(target)
+    assert load_tokenizer(target).encode("a</s> b 走") == tokenizer.encode("a</s> b 走")
+    assert sorted(os.listdir(target)) == [
+        name
+        for name in ("special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        if (source / name).exists()
+    ]
+
+
+def write(folder: Path, **files: bytes) -> Path:
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return folder
+
+
+MODEL = (TEXT / "tokenizer.model").read_bytes()
+BROKEN_FOLDERS = {
+    "has no tokenizer.model and no tokenizer.json": {},
+    "tokenizer.model is not a sentencepiece model; copy": {"tokenizer__model": MODEL[:300]},
+    "tokenizer.model is not a sentencepiece": {"tokenizer__model": b""},
+    "tokenizer_config.json is not readable JSON": {"tokenizer__model": MODEL, "tokenizer_config__json": b"{"},
+    "tokenizer_config.json is not readable": {"tokenizer__model": MODEL, "tokenizer_config__json": b"\xff\xfe"},
+    "special_tokens_map.json holds a JSON list": {"tokenizer__model": MODEL, "special_tokens_map__json": b"[]"},
+    "sets add_eos_token": {"tokenizer__model": MODEL, "tokenizer_config__json": b'{"add_eos_token": true}'},
+    "json: model_max_length is 'abc'": {
+        "tokenizer__model": MODEL,
+        "tokenizer_config__json": b'{"model_max_length": "abc"}',
+    },
+    "json: model_max_length is inf": {
+        "tokenizer__model": MODEL,
+        "tokenizer_config__json": b'{"model_max_length": Infinity}',
+    },
+    "json: legacy is 'no'; use true or false": {
+        "tokenizer__model": MODEL,
+        "tokenizer_config__json": b'{"legacy": "no"}',
+    },
+    "json: add_bos_token is 'x'": {"tokenizer__model": MODEL, "tokenizer_config__json": b'{"add_bos_token": "x"}'},
+    "special_tokens_map.json is not readable": {
+        "tokenizer__model": MODEL,
+        "special_tokens_map__json": b"[" * 10**5,
+    },
+    "lacks one of the pieces <s>, <end>, <unk>": {
+        "tokenizer__model": MODEL,
+        "tokenizer_config__json": b'{"eos_token": "<end>"}',
+    },
+    "tokenizer.json is not a tokenizer": {"tokenizer__json": b'{"model": 3}'},
+}
+
+
+@pytest.mark.parametrize("message", BROKEN_FOLDERS)
+def test_broken_tokenizer_folder(message, tmp_path):
+    with pytest.raises(ConversationError, match=message):
+        load_tokenizer(write(tmp_path, **BROKEN_FOLDERS[message]))
+
+
+def test_json_tokenizer_with_broken_settings(byte_level):
+    write(byte_level, tokenizer_config__json=b'{"eos_token": "<|im_end|>", "model_max_length": "abc"}')
+    with pytest.raises(ConversationError, match=r"tokenizer_config\.json: model_max_length is 'abc'"):
+        load_tokenizer(byte_level)
+    write(byte_level, tokenizer_config__json=b'{"eos_token": {"text": 1}}')
+    with pytest.raises(ConversationError, match="names no eos_token"):
+        load_tokenizer(byte_level)
+
+
+def test_json_tokenizer_without_end_token(byte_level):
+    (byte_level / "tokenizer_config.json").unlink()
+    with pytest.raises(ConversationError, match=r"names no eos_token that tokenizer\.json knows"):
+        load_tokenizer(byte_level)
+
+
+def test_broken_qformer_vocabulary(tmp_path):
+    with pytest.raises(ConversationError, match=r"vocab.txt does not exist; copy bert-base-uncased's"):
+        QFormerTokenizer(tmp_path)
+    write(tmp_path, vocab__txt=b"[PAD]\n[UNK]\n[SEP]\n[MASK]\nred\n")
+    with pytest.raises(ConversationError, match=r"has no \[CLS\]; it is not a BERT vocabulary"):
+        QFormerTokenizer(tmp_path)
+    write(tmp_path, vocab__txt=b"\xff\xfe\x00")
+    with pytest.raises(ConversationError, match="is no text"):
+        QFormerTokenizer(tmp_path)
+
+
+def test_malformed_text(llama, tmp_path):
+    tokenizer = QFormerTokenizer(qformer_folder(tmp_path))
+    for prompts, message in (([], "a list of one text"), (["a", 3], "prompt 1 is 3"), (["\udc00"], "half a surrogate")):
+        with pytest.raises(ConversationError, match=message):
+            tokenizer(prompts)
+    with pytest.raises(ConversationError, match="half a surrogate pair at character 2"):
+        llama.encode("ab\ud800")

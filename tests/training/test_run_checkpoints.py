@@ -1,0 +1,299 @@
+"""Checkpoints of a run: whole or absent, the one before when the newest is damaged, any mesh, two processes."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from paths import ROOT
+from training_data import environment
+
+from llamavid_jax.errors import CheckpointError, InputError
+from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.training.checkpoint import RunCheckpoints, fingerprints
+
+
+def on_mesh(tree, **sizes):
+    """The tree with every matrix cut over both axes of the mesh, the rest whole."""
+    mesh = make_mesh(**sizes)
+
+    def sharding(leaf):
+        spec = PartitionSpec("fsdp", "tensor") if leaf.ndim == 2 else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding(leaf)), tree)
+
+
+def run_state(step: int) -> dict:
+    """Parameters in two types, an optimiser's named tuples, RNG key data."""
+    draw = np.random.default_rng(step).standard_normal
+    params = {
+        "llama": {"layers": {0: {"kernel": jnp.asarray(draw((64, 64)), jnp.float32)}}, "norm": jnp.asarray(draw(8))},
+        "visual_tokens": [jnp.asarray(draw((64, 64)), jnp.bfloat16), jnp.asarray(draw(8)) > 0],
+    }
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask=lambda p: True)).init(params)
+    counted = jax.tree.map(lambda leaf: leaf + jnp.asarray(step, leaf.dtype), optimiser)
+    return {"params": params, "optimiser": counted, "key": jax.random.key_data(jax.random.key(step))}
+
+
+def abstract_of(tree):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> Path:
+    """Steps 10, 20 and 30, of which the two newest are kept."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    with RunCheckpoints(folder, keep=2) as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(step, on_mesh(run_state(step), fsdp=4, tensor=2), {"next": step}, {"seed": 1})
+    return folder
+
+
+@pytest.mark.sharding
+def test_restore_onto_another_mesh(three):
+    assert sorted(path.name for path in three.iterdir()) == ["20", "30"]
+    target = on_mesh(run_state(0), fsdp=2, tensor=4)
+    with RunCheckpoints(three, keep=2) as checkpoints:
+        step, arrays, position, config = checkpoints.restore(abstract_of(target))
+        checkpoints.save(30, target, {}, {})  # is there: left as it is
+    assert (step, position, config) == (30, {"next": 30}, {"seed": 1})
+    assert_same(arrays, run_state(30))
+    assert [leaf.sharding for leaf in jax.tree.leaves(arrays)] == [leaf.sharding for leaf in jax.tree.leaves(target)]
+    assert json.loads((three / "30/run/metadata").read_text())["run"]["config"] == {"seed": 1}
+
+
+def test_nothing_there(tmp_path):
+    with RunCheckpoints(tmp_path / "none", keep=2) as checkpoints:
+        assert checkpoints.restore(run_state(0)) is None
+    with pytest.raises(CheckpointError, match="keep is 1; use 2 or more"):
+        RunCheckpoints(tmp_path, keep=1)
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "missing": lambda path: path.unlink(),
+    "garbage": lambda path: path.write_bytes(b"{garbage"),
+    "a flipped bit": lambda path: path.write_bytes(flipped(path.read_bytes())),
+}
+
+
+def flipped(data: bytes) -> bytes:
+    place = len(data) // 3
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_of_any_file_falls_back_or_harms_nothing(three, tmp_path, damage, capfd):
+    """Orbax writes some files that no reading needs: then step 30 itself comes back."""
+    target, fallen = run_state(0), []
+    for number, path in enumerate(sorted(path for path in (three / "30").rglob("*") if path.is_file())):
+        folder = tmp_path / str(number)
+        shutil.copytree(three, folder)
+        DAMAGE[damage](folder / path.relative_to(three))
+        lines = []
+        with RunCheckpoints(folder, keep=2, report=lines.append) as checkpoints:
+            step, arrays, position, _ = checkpoints.restore(target)
+            assert_same(arrays, run_state(step))
+            assert position == {"next": step}
+            if step == 20:
+                (line,) = lines
+                assert line.startswith(f"{folder}/30 is damaged (") and line.endswith("; trying the one before")
+                assert "\n" not in line and len(line) < 500
+                checkpoints.save(30, run_state(31), {"next": 31}, {})
+                fallen.append(str(path.relative_to(three / "30")))
+        if step == 20 and len(fallen) == 1:  # the step is written again beside the damaged one
+            assert sorted(path.name for path in folder.iterdir()) == ["20", "30", "damaged-30"]
+            with RunCheckpoints(folder, keep=2) as checkpoints:
+                assert_same(checkpoints.restore(target).arrays, run_state(31))
+        shutil.rmtree(folder)
+    assert {"run/metadata", "arrays/manifest.ocdbt"} <= set(fallen)
+    assert any("ocdbt.process_0/d/" in name for name in fallen)
+    assert not capfd.readouterr().err  # Orbax's tracebacks are kept back
+
+
+def test_all_damaged_is_an_error_and_changes_nothing(three, tmp_path):
+    shutil.copytree(three, tmp_path / "run")
+    for step in (20, 30):
+        (tmp_path / "run" / str(step) / "run/metadata").write_text("[1]")
+    message = r"none of its 2 checkpoints can be read \(step 30: TypeError"
+    with RunCheckpoints(tmp_path / "run", keep=2) as checkpoints, pytest.raises(CheckpointError, match=message):
+        checkpoints.restore(run_state(0))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["20", "30"]
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda s: s["params"].update(new=jnp.zeros(3)), r"params\.new is absent there and float32\[3\] in this run"),
+        (
+            lambda s: s["params"].pop("visual_tokens"),
+            r"params\.visual_tokens\.0 is bfloat16\[64, 64\] there and absent",
+        ),
+        (lambda s: s.update(key=jnp.zeros(4, jnp.uint32)), r"key is uint32\[2\] there and uint32\[4\] in this run"),
+        (lambda s: s.update(key=jnp.zeros(2)), r"key is uint32\[2\] there and float32\[2\] in this run"),
+    ],
+)
+def test_another_configuration_is_an_error_not_damage(three, change, message):
+    state, lines = run_state(0), []
+    change(state)
+    with (
+        RunCheckpoints(three, keep=2, report=lines.append) as checkpoints,
+        pytest.raises(InputError, match=message),
+    ):
+        checkpoints.restore(state)
+    assert not lines and sorted(path.name for path in three.iterdir()) == ["20", "30"]
+
+
+def test_saved_arrays_may_be_donated_at_once(tmp_path):
+    """The next step overwrites the buffers while the save is still under way."""
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 2, state), donate_argnums=0)
+    state = {"w": jnp.arange(4_000_000, dtype=jnp.float32)}
+    with RunCheckpoints(tmp_path / "run", keep=2) as checkpoints:
+        checkpoints.save(0, state, {}, {})
+        for _ in range(20):
+            state = step(state)
+        arrays = checkpoints.restore({"w": jnp.zeros(4_000_000)}).arrays
+    np.testing.assert_array_equal(np.asarray(arrays["w"]), np.arange(4_000_000, dtype=np.float32))
+
+
+def test_unwritable_and_full(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot be made .*give a folder that can be written to"):
+        RunCheckpoints(tmp_path / "file", keep=2)
+    state = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(100_000), jnp.float32)}
+    checkpoints = RunCheckpoints(tmp_path / "run", keep=2)
+    checkpoints.save(1, state, {}, {})
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # every longer file fails, as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"run: the checkpoint of step 2 cannot be written .*; free space"):
+            checkpoints.save(2, state, {}, {})
+            checkpoints.wait()
+        with pytest.raises(CheckpointError, match="the checkpoint of step 2"):  # it is not forgotten
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with RunCheckpoints(tmp_path / "run", keep=2) as checkpoints:
+        assert checkpoints.restore(state).step == 1
+
+
+@pytest.mark.sharding
+def test_fingerprints_see_every_change_and_no_mesh():
+    state = run_state(3)["params"]["llama"]["layers"][0]["kernel"]
+    whole = fingerprints({"w": state})
+    assert whole == fingerprints({"w": on_mesh(state, fsdp=2, tensor=4)})
+    assert whole != fingerprints({"w": state[::-1]})
+    assert whole != fingerprints({"w": state.at[7, 3].multiply(1 + 2**-22)})
+
+
+SAVES_FOR_EVER = """
+import sys
+import jax.numpy as jnp
+from llamavid_jax.training.checkpoint import RunCheckpoints
+folder, step = sys.argv[1], int(sys.argv[2])
+checkpoints = RunCheckpoints(folder, keep=2)
+while True:
+    step += 1
+    arrays = {name: jnp.full((200, 1000), step + ord(name), jnp.float32) for name in "abcd"}
+    checkpoints.save(step, arrays, {"next": step}, {})
+    print(step, flush=True)
+"""
+
+
+def test_kill_at_any_moment(tmp_path):
+    """Six lives of one run, each killed at a random moment of its saving; what is left restores as it was saved."""
+    pause, restored = random.Random(5), 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVES_FOR_EVER, str(tmp_path / "run"), str(restored)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(1),
+        )  # fmt: skip
+        first, second = process.stdout.readline(), process.stdout.readline()  # a save starts when the last is complete
+        time.sleep(pause.uniform(0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        output, errors = process.communicate()
+        assert int(first or -1) == restored + 1, errors
+        last = int((second + output).split()[-1])
+        with RunCheckpoints(tmp_path / "run", keep=2, report=lambda line: pytest.fail(line)) as checkpoints:
+            found = checkpoints.restore({name: jnp.zeros((200, 1000)) for name in "abcd"})
+        step = found.step if found else 0
+        assert max(restored, last - 2) <= step <= last + 1  # saves run one after the other, in the background
+        if found:
+            assert found.position == {"next": step}
+            assert all((np.asarray(found.arrays[name]) == step + ord(name)).all() for name in "abcd")
+        restored = step
+    assert restored >= 6
+
+
+TWO_PROCESSES = """
+import shutil, sys
+import jax, numpy as np
+port, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental.multihost_utils import sync_global_devices
+from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.training.checkpoint import RunCheckpoints
+
+def state(step, **mesh):
+    sharding = NamedSharding(make_mesh(**mesh), PartitionSpec("fsdp", "tensor"))
+    full = np.random.default_rng(step).standard_normal((256, 64)).astype(np.float32)
+    return {"w": jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])}
+
+lines = []
+with jax.set_mesh(make_mesh(fsdp=8)), RunCheckpoints(folder, keep=2, report=lines.append) as checkpoints:
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step, fsdp=8), {"next": step}, {})
+    checkpoints.wait()
+    if process == 1:  # only what process 1 wrote, and so only one process may notice
+        shutil.rmtree(folder + "/3/arrays/ocdbt.process_1/d")
+    sync_global_devices("damaged")
+    found = checkpoints.restore(state(0, fsdp=4, tensor=2))
+    expected = state(2, fsdp=4, tensor=2)["w"]
+    for got, wanted in zip(found.arrays["w"].addressable_shards, expected.addressable_shards):
+        assert got.index == wanted.index and (np.asarray(got.data) == np.asarray(wanted.data)).all()
+    assert found.step == 2 and found.position == {"next": 2} and len(lines) == 1, (found, lines)
+    checkpoints.save(3, state(3, fsdp=8), {"next": 3}, {})
+    checkpoints.wait()
+    assert checkpoints.restore(state(0, fsdp=2, tensor=4)).step == 3
+print("done", lines)
+"""
+
+
+@pytest.mark.sharding
+def test_two_processes(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, port, str(process), str(tmp_path / "run")],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment(4),
+        )
+        for process in (0, 1)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=1200)[0] for process in processes]
+    assert all("done" in output for output in outputs), "\n".join(outputs)

@@ -1,0 +1,283 @@
+"""The loop around the steps, with steps that compute nothing: what it waits for, holds, saves, counts and closes."""
+
+import itertools
+import json
+import socket
+import subprocess
+import sys
+import types
+import weakref
+from pathlib import Path
+from unittest.mock import MagicMock, Mock
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from training_cases import CONFIG
+from training_data import ROOT, environment
+
+from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
+from llamavid_jax.data.loader import LoadedBatch, Loader
+from llamavid_jax.models.loss import LossSums
+from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.shapes import Batch
+from llamavid_jax.training import journal as journal_module
+from llamavid_jax.training import loop
+from llamavid_jax.training.config import DataConfig, LoopConfig, TrainConfig, read_config
+from llamavid_jax.training.journal import Journal
+from llamavid_jax.training.start import Start
+from llamavid_jax.training.step import StepMetrics, TrainState
+from llamavid_jax.training.structure import Structure
+
+BROKEN = {"id": "sample 7", "reason": "absent.png"}
+
+
+class Events(list):
+    """What happened, in order.  A batch that was computed with is gone when the next is loaded."""
+
+    batch = staticmethod(lambda: None)
+
+    def load(self, name: str) -> None:
+        assert self.batch() is None
+        self.append(name)
+
+    def compute(self, name: str, batch: Batch) -> None:
+        self.batch = weakref.ref(batch.token_ids)
+        self.append(name)
+
+
+class Rows(Loader):
+    """Batches of two rows of ten tokens, five of which are padding; tells `events` of each."""
+
+    def __init__(self, steps: int, events: Events, name: str = "load", row_bytes: int = 0, broken=()):
+        self.steps, self.rows, self.row_bytes, self.events, self.name = steps, range(2), row_bytes, events, name
+        sizes = types.SimpleNamespace(kind=np.zeros(20), broken=list(broken))
+        self.schedule = types.SimpleNamespace(sizes=sizes, epoch=lambda number: [], fingerprint=lambda: "00")
+        self.skipped = []
+
+    def __iter__(self):
+        for _ in range(self.steps):
+            self.events.load(self.name)
+            tokens, pairs = np.ones((2, 10), np.int32), np.zeros((2, 0), np.int32)
+            frames, questions = np.zeros((2, 0, 1, 1, 3), np.uint8), np.zeros((2, 0, 4), np.int32)
+            batch = Batch(frames, pairs, pairs, questions, questions > 0, tokens, tokens, tokens, tokens, tokens)
+            yield LoadedBatch(batch, [["a"], ["b"]], self.skipped, 1, 3, 0, 10, 20)
+
+    def get_state(self):
+        return {"step": 0}
+
+
+class Run:
+    """`train` on stand-ins; `stop_after` counts the questions whether a signal has come."""
+
+    def __init__(self, monkeypatch, folder: Path, steps=4, row_bytes=0, stop_after=None, held_out=None, mesh="fsdp=1"):
+        self.events, self.saved, self.folder, asked = Events(), [], folder, itertools.count()
+        loaders = {False: Rows(steps, self.events, row_bytes=row_bytes), True: held_out and held_out(self.events)}
+        self.config = TrainConfig(
+            output=str(folder),
+            model=str(ROOT / "configs/models/tiny.yaml"),
+            data=DataConfig(path="data.json", buckets=[{"frames": 0, "pairs": 0, "questions": 0, "tokens": 4096}]),
+            training=LoopConfig(batch_size=2, log_every=1, save_every=2),
+            mesh=mesh,
+        )
+        start = Mock(spec=Start)
+        start.config, start.frozen, start.structure = self.config.model_config(), {}, Mock(spec=Structure)
+        start.trained = {"llama.layers.attn.q.lora.a": jnp.zeros(6), "llama.layers.attn.q.lora.b": jnp.zeros(4)}
+        start.mesh = make_mesh(fsdp=1)
+        checkpoints = MagicMock()
+        checkpoints.steps.return_value, checkpoints.restore.return_value = [], None
+        checkpoints.save = lambda step, *_: self.saved.append(step)
+        preemption = MagicMock()
+        preemption.__enter__.return_value.requested = lambda: stop_after is not None and next(asked) >= stop_after
+        for name, stand_in in {
+            "open_data": lambda config: ([], [] if held_out else None),
+            "load_start": lambda config, mesh: start,
+            "make_loader": lambda *_, held_out=False, resumed=False: loaders[held_out],
+            "check_same_data": lambda *_: None,
+            "initial_state": lambda *_: TrainState(jnp.int32(0), {"a": jnp.zeros(1)}, None),
+            "make_train_step": lambda *_: self.step,
+            "make_evaluate_step": lambda *_: self.evaluate_step,
+            "RunCheckpoints": lambda *_, **__: checkpoints,
+            "Preemption": lambda: preemption,
+        }.items():
+            monkeypatch.setattr(loop, name, stand_in)
+        monkeypatch.setattr(journal_module, "describe", lambda *_: "plan")
+        monkeypatch.setattr(loop.jax, "block_until_ready", lambda _: self.events.append("wait"))
+
+    def step(self, state, frozen, batch):
+        self.events.compute("step", batch)
+        one = jnp.float32(1)
+        return TrainState(state.step + 1, state.params, None), StepMetrics(one, one, one, one, one)
+
+    def evaluate_step(self, params, frozen, batch):
+        self.events.compute("evaluate", batch)
+        return LossSums(jnp.float32(6), jnp.float32(1), jnp.float32(2))
+
+    def __call__(self, profile=False) -> int:
+        console = Console(file=open(self.folder / "console", "w"), width=200)  # noqa: SIM115
+        return loop.train(self.config, console, profile)
+
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_next_batch_is_fetched_during_a_step(tmp_path, monkeypatch):
+    run = Run(monkeypatch, tmp_path)
+    assert run() == 0 and run.saved == [2, 4]
+    assert run.events == ["load", *["step", "load"] * 3, "step"]
+
+
+def test_batches_of_long_videos_are_on_the_devices_one_at_a_time(tmp_path, monkeypatch):
+    run = Run(monkeypatch, tmp_path, row_bytes=loop.FETCHED_AHEAD)
+    assert run() == 0
+    assert run.events == ["load", "step", "wait"] * 4
+
+
+def test_evaluation_holds_one_batch(tmp_path, monkeypatch):
+    run = Run(monkeypatch, tmp_path, steps=1, held_out=lambda events: Rows(3, events, "held out"))
+    assert run() == 0
+    assert run.events == ["load", "step", *["held out", "evaluate"] * 3]
+    assert run.metrics()[-1] == {"step": 1, "evaluation_loss": 3.0, "evaluation_token_accuracy": 0.5}
+
+
+def test_a_signal_during_evaluation_saves_at_once(tmp_path, monkeypatch):
+    """The second of three held-out batches is not computed, there is no figure, and no step more."""
+    run = Run(monkeypatch, tmp_path, stop_after=2, held_out=lambda events: Rows(3, events, "held out"))
+    object.__setattr__(run.config.training, "evaluate_every", 1)
+    assert run() == loop.PREEMPTED
+    assert run.events == ["load", "step", "load", "held out", "evaluate", "held out"] and run.saved == [1]
+    assert not any("evaluation_loss" in line for line in run.metrics())
+
+
+@pytest.mark.parametrize("steps,stop_after,stops", [(4, None, 1), (6, 3, 1), (6, None, 1), (2, None, 0)])
+def test_a_trace_is_ended_however_the_run_ends(tmp_path, monkeypatch, steps, stop_after, stops):
+    from jax._src import profiler
+
+    calls = []
+    monkeypatch.setattr(profiler, "start_trace", lambda *_, **__: calls.append("start"))
+    monkeypatch.setattr(profiler, "stop_trace", lambda: calls.append("stop"))
+    Run(monkeypatch, tmp_path, steps, stop_after=stop_after)(profile=True)
+    assert calls == ["start", "stop"] * stops
+
+
+def test_what_a_run_tells(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(journal_module.Metrics, "close", lambda self: closed.append(self))
+    run = Run(monkeypatch, tmp_path, held_out=lambda events: Rows(1, events, "held out", broken=[BROKEN]))
+    run()
+    text = (tmp_path / "console").read_text()
+    assert "leaves 7 devices idle" in text
+    assert "divided by 2: the largest bucket has 4096 tokens, the model 2048 positions" in text
+    assert len(closed) == 1
+    assert all(line["padding"] == 0.5 for line in run.metrics() if "loss" in line)
+    assert [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()] == [
+        BROKEN | {"set": "evaluation"}
+    ]
+
+
+def make_journal(run: Run, first_step: int = 1) -> Journal:
+    return Journal(run.config, loop.load_start(None, None), Rows(4, Events()), Console(quiet=True), first_step)
+
+
+def test_held_out_samples_stop_no_run_and_are_named_once(tmp_path, monkeypatch):
+    run = Run(monkeypatch, tmp_path)
+    many = [BROKEN | {"id": f"sample {number}"} for number in range(20)]
+    for _ in range(2):
+        journal = make_journal(run)
+        journal.note_held_out(many)
+        journal.note_held_out(many)
+        assert journal.unreadable == set() and len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 20
+
+
+def test_half_a_line_in_the_log_of_broken_samples(tmp_path, monkeypatch):
+    """A killed run leaves half a line, even half a character, and the next one goes on in it."""
+    whole = json.dumps(BROKEN, ensure_ascii=False)
+    lines = [whole, whole[:9] + whole, json.dumps(BROKEN | {"reason": "a\u2028b"}, ensure_ascii=False), '{"id": "ä']
+    (tmp_path / "skipped.jsonl").write_bytes("\n".join(lines).encode()[:-1])
+    run = Run(monkeypatch, tmp_path)
+    object.__setattr__(run.config.data, "max_broken", 1.0)
+    assert make_journal(run).unreadable == {("sample 7", "absent.png"), ("sample 7", "a\u2028b")}
+
+
+def test_counts_are_those_of_all_processes(tmp_path, monkeypatch):
+    """Four processes of which two and two read the same rows."""
+    run = Run(monkeypatch, tmp_path)
+    journal = make_journal(run)
+    journal.rows, journal.samples, journal.truncated = 1, 10, 3
+    monkeypatch.setattr(
+        journal_module.multihost_utils,
+        "process_allgather",
+        lambda own: np.stack([own, own + np.array([2, 4, 0, 0])] * 2),
+    )
+    assert "22 samples; 0 unreadable ones skipped, 10 cut" in journal.summary()
+
+
+def test_kernels_below_lora_do_not_train(tmp_path, monkeypatch):
+    journal = make_journal(Run(monkeypatch, tmp_path))
+    assert journal.updates == 10 and not any(journal.trains.values())
+
+
+def test_the_tiny_recipes_have_tokenizers(golden):
+    """The ones that are shipped, and those of the recorded cases."""
+    for path in sorted((ROOT / "configs/tiny").iterdir()):
+        config = read_config(path)
+        tokenizers = load_tokenizers(ROOT / config.data.tokenizer)
+        assert None not in tokenizers
+        check_tokenizers(config.model_config(), *tokenizers, "")
+    check_tokenizers(CONFIG, load_tokenizers(golden / "text")[0], load_tokenizers(golden / "short_video_mean")[1], "")
+
+
+TWO_PROCESSES = """
+import sys
+import jax, numpy as np
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from types import SimpleNamespace as Some
+from llamavid_jax.shapes import Batch
+from llamavid_jax.parallel.sharding import MESH_AXES, ShardingError
+from llamavid_jax.training.loop import own_rows, upcoming
+
+def mesh(*order, sequence=1):
+    return jax.sharding.Mesh(np.array(jax.devices())[list(order)].reshape(1, -1, 1, sequence), MESH_AXES)
+
+crossed = mesh(0, 4, 1, 5, 6, 2, 7, 3)
+rows = own_rows(crossed, 16)
+assert rows == [[0, 1, 4, 5, 10, 11, 14, 15], [2, 3, 6, 7, 8, 9, 12, 13]][jax.process_index()], rows
+class Loader(list):
+    get_state = dict
+config = Some(data=Some(packing=True), training=Some(batch_size=16))
+shared = mesh(0, 4, 1, 5, 6, 2, 7, 3, sequence=2)  # each process holds a half of every row's frames
+assert own_rows(shared, 16) == list(range(16))
+for here in (crossed, shared):
+    rows = np.array(own_rows(here, 16))[:, None]
+    loaded = Some(batch=Batch(*[rows] * len(Batch._fields))._replace(frames=100 * rows + np.arange(4)))
+    (one,) = upcoming(Loader([loaded]), here, config)
+    assert one.batch.frames.shape == (16, 4) and one.batch.labels.shape == (16, 1)
+    every = np.arange(16)[:, None]
+    for array, whole in ((one.batch.frames, 100 * every + np.arange(4)), (one.batch.labels, every)):
+        for shard in array.addressable_shards:
+            assert (np.asarray(shard.data) == whole[shard.index]).all()
+try:
+    own_rows(mesh(0, 1, 2, 3), 16)
+except ShardingError as error:
+    print(error)
+"""
+
+
+@pytest.mark.sharding
+def test_rows_follow_the_mesh():
+    """Two processes whose devices alternate: each loads its own rows, and all stand where one process has them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = environment(4) | {"PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, port, str(number)],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        out, errors = process.communicate(timeout=1200)
+        assert out.strip() == "a mesh of 4 devices leaves process 1 without one; use all 8", errors[-3000:]
