@@ -1,44 +1,57 @@
 # Two commands on a fresh machine, each doing all its own set-up: `make demo` and `make test`.
+# The versions are those of requirements.lock; `LOCK=` takes the newest in the ranges of requirements.txt and pyproject.toml.
 PYTHON ?= python3
 BIN := .venv/bin
+LOCK ?= requirements.lock
+INSTALL := $(BIN)/pip install --quiet --no-compile $(LOCK:%=--constraint %)
+export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, as they are imported, and not all at the installation
 
-.venv/ready: requirements.txt requirements-conversion.txt
+.venv/ready: requirements.txt $(LOCK)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r requirements.txt -r requirements-conversion.txt
+	$(INSTALL) --requirement requirements.txt
+	touch $@
+
+.venv/ready-test: .venv/ready pyproject.toml
+	$(INSTALL) --editable ".[train,convert,demo,test]"
 	touch $@
 
 # The TPU compiler that the installed JAX names (213 MB), for tests that look for it there.
 .venv/ready-libtpu: .venv/ready
-	$(BIN)/pip install --quiet --no-deps --target .venv/libtpu \
+	$(INSTALL) --no-deps --target .venv/libtpu \
 	  "$$($(BIN)/python -c 'from importlib.metadata import requires; print(*(x.split(";")[0] for x in requires("jax") if x.startswith("libtpu")))')"
 	touch $@
 
-.venv/ready-real: .venv/ready tests/real/install.sh
+.venv/ready-real: .venv/ready-test tests/real/install.sh
 	sh tests/real/install.sh $(BIN)/pip
 	touch $@
 
-.PHONY: demo demo-model test test-real lint clean
+.PHONY: demo demo-model test test-real lint lock clean
 demo: .venv/ready
 	$(BIN)/python -m demo.show build/demo.png
 
 # Draws the data and trains the shipped model anew: about 100 minutes on two cores.
-demo-model: .venv/ready
+demo-model: .venv/ready-test
 	$(BIN)/python -m demo.make_data build/demo_data
 	$(BIN)/python train.py --config configs/demo/stage0_pretrain.yaml
 	$(BIN)/python -m demo.fresh_qformer runs/demo/stage0/model runs/demo/stage0_fresh
 	for stage in stage0_refer stage1_align stage2_instruct stage3_long_video; do \
 	  $(BIN)/python train.py --config configs/demo/$$stage.yaml || exit 1; done
 
-test: .venv/ready .venv/ready-libtpu lint
+test: .venv/ready-test .venv/ready-libtpu lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real"
 
 test-real: .venv/ready-real
 	$(BIN)/python -m pytest tests/real
 
-lint: .venv/ready
+lint: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# One version of each package for every Python, from the ranges; torch, whose CPU and CUDA builds differ, stays free.
+lock:
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest --no-annotate \
+	  --extra tpu --extra cuda --extra train --extra demo --extra test --custom-compile-command "make lock" \
+	  pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf .venv build

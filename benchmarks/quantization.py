@@ -1,4 +1,4 @@
-"""What few bits cost: the table of docs/quantization.md, against the same weights in float32.
+"""What quantisation costs: the table of docs/quantization.md, against the same weights in float32.
 
     python -m benchmarks.quantization docs/quantization.md --data build/demo_data/instruct_test.json
 
@@ -22,23 +22,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from conversion.check import read_expected
 from conversion.torch_to_jax import main as torch_to_jax
 from demo.evaluate import answers, questions_of
 from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.errors import InputError
 from llamavid_jax.files import write_files
 from llamavid_jax.inference.request import read_request
 from llamavid_jax.models.kv_cache import KVCache
-from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
+from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.quantize import quantize_linear
-from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.models.structure import Structure, params_of
 from llamavid_jax.shapes import TEXT, bucket, pad_rows
-from llamavid_jax.text.conversation import IMAGE, prompt, template_named
-from llamavid_jax.text.tokenizer import encode_with_images
+from llamavid_jax.weights import vision
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COLUMNS = (
@@ -86,21 +85,22 @@ def load(folder: Path, variant: Variant) -> LLaMAVIDLlavaForConditionalGeneratio
         folder, dtype=variant.dtype, quantize=variant.quantize, kv_cache=variant.kv_cache
     )
     if variant.vision:
-        whole = nnx.merge(model.graphdef, model.params)
+        whole = model.structure.model(model.params)
+        rows_by_path = {row.path: row for row in vision.ROWS}
         for part, names in (("attn", ("qkv", "out")), ("mlp", ("fc1", "fc2"))):
             for name in names:
                 linear = getattr(getattr(whole.vision.blocks, part), name)
-                quantize_linear(linear, f"vision.blocks.{part}.{name}", variant.vision)
-        model.graphdef, model.params = nnx.split(whole, nnx.Param)
+                quantize_linear(linear, rows_by_path[f"vision.blocks.{part}.{name}.kernel"], variant.vision)
+        model.structure, model.params = Structure(whole), params_of(whole)
     return model
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def decoded_logits(
-    graphdef, params, token_ids: Int[Array, "1 T"], visual: Float[Array, "1 N D"], visual_index: Int[Array, "1 T"]
+    structure, params, token_ids: Int[Array, "1 T"], visual: Float[Array, "1 N D"], visual_index: Int[Array, "1 T"]
 ) -> Float[Array, "T V"]:
     """Logits of a row whose first tokens are prefilled and whose others are decoded one by one."""
-    model: LlamaVid = nnx.merge(graphdef, params)
+    model: LlamaVid = structure.model(params)
     row = model.merge(token_ids, visual, visual_index)
     length = row.shape[1]
     hidden, prompt = model.llama.prefill(row[:, :PREFILLED])
@@ -122,7 +122,7 @@ def logits_of(model: LLaMAVIDLlavaForConditionalGeneration, *request: Any, **vis
     for row in rows:
         size = bucket(len(row.token_ids), ROW)
         ids, index = pad_rows([row.token_ids], 1, size, 0), pad_rows([row.visual_index], 1, size, TEXT)
-        found.append(np.asarray(decoded_logits(model.graphdef, model.params, ids, table[None], index)))
+        found.append(np.asarray(decoded_logits(model.structure, model.params, ids, table[None], index)))
         found[-1] = found[-1][: len(row.token_ids)]
     return np.concatenate(found)
 
@@ -141,11 +141,12 @@ def golden_logits(work: Path, variant: Variant) -> np.ndarray:
 
 def demo_logits(model: LLaMAVIDLlavaForConditionalGeneration, processor: Any, cases: list[tuple]) -> np.ndarray:
     """Of questions with their true answers."""
-    template, found = template_named("vicuna_v1"), []
-    for pixels, question, truth in cases:
-        text = prompt(template, [f"{IMAGE}\n{question}"]) + f" {truth}</s>"
-        ids = encode_with_images(processor.tokenizer, text)
-        found.append(logits_of(model, [ids], pixel_values=[pixels], prompts=[[question]]))
+    found = []
+    for video, question, truth in cases:
+        asked = [{"type": "video", "path": video}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": truth}]
+        inputs = processor.chat(messages, add_generation_prompt=False)
+        found.append(logits_of(model, **inputs))
     return np.concatenate(found)
 
 
@@ -159,7 +160,7 @@ def gib_of_7b(variant: Variant) -> float:
     """GiB of the 7B model's parameters."""
     config = LLaMAVIDLlavaConfig.from_yaml(SEVEN)
     config = config.quantized(variant.quantize) if variant.quantize else config
-    leaves = flat_paths(abstract_params(config, variant.dtype))
+    leaves = abstract_params(config, variant.dtype)
     bits = {path: 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for path, leaf in leaves.items()}
     if variant.vision:  # eight bits a weight, and a scale of sixteen for a block of 64
         bits |= {path: 8.25 for path in bits if path.startswith("vision.blocks") and path.endswith(".kernel")}
@@ -173,8 +174,8 @@ def rows(data: Path, limit: int) -> Iterator[list[str]]:
     records = json.loads(data.read_text(encoding="utf-8"))[:limit]
     cases = []
     for record in records[:CASES]:
-        (pixels,) = processor.image_processor(videos=data.parent / record["video"])["pixel_values"]
-        cases.append((pixels, *next((question, truth) for _, question, truth in questions_of(record))))
+        _, question, truth = next(questions_of(record))
+        cases.append((data.parent / record["video"], question, truth))
     with tempfile.TemporaryDirectory() as work:
         for name in GOLDEN:
             torch_to_jax([str(ROOT / "tests" / "golden" / name), f"{work}/{name}"])
@@ -190,7 +191,7 @@ def rows(data: Path, limit: int) -> Iterator[list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measures what few bits cost.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Measures what quantisation costs.", allow_abbrev=False)
     parser.add_argument("file", type=Path, help="docs/quantization.md")
     parser.add_argument("--data", type=Path, required=True, help="instruct_test.json of demo/make_data.py")
     parser.add_argument("--limit", type=int, default=100, help="clips that the demo model is asked about (100)")

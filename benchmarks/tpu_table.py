@@ -91,7 +91,7 @@ ROWS: list[Step | Inference] = [
         for size, micro_batches in (("", 4), ("_13b", 8))
         for slice_, chips in (("v5e:4x4", 16), ("v4:2x2x4", 16), ("v6e:2x4", 8))
     ),
-    # inference: an hour of video on one chip, in few bits too; three hours on a host
+    # inference: an hour of video on one chip, quantised too; three hours on a host
     *(Inference("7b_224_long_video", slice_, 7400, "", "int8", "int8") for slice_ in ("v5e:1x1", "v6e:1x1")),
     *(Inference("7b_224_long_video", slice_, 7400) for slice_ in ("v5e:1x1", "v6e:1x1", "v2:2x2")),
     *(
@@ -99,7 +99,7 @@ ROWS: list[Step | Inference] = [
         for size in ("7b", "13b")
         for slice_ in ("v5e:2x2", "v5e:2x4")
     ),
-    Inference("7b_224_video", "v5e:2x4", 3584, "data=8"),  # frames over the chips, each with a whole model
+    Inference("7b_224_video", "v5e:2x4", 3584, "data=8"),  # frames over the chips, each with a copy of the model
 ]
 
 

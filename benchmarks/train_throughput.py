@@ -21,20 +21,19 @@ from flax import nnx
 
 from benchmarks.timing import WARM_UP, seconds
 from benchmarks.torch_llama import torch_seconds
-from llamavid_jax.checkpoints.weights import nest
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
 from llamavid_jax.models.flops import PARTS, flops_per_step
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.stack import REMAT
+from llamavid_jax.models.structure import Structure, params_of
 from llamavid_jax.parallel.chips import peak_flops
-from llamavid_jax.parallel.sharding import flat_paths, param_shardings
+from llamavid_jax.parallel.sharding import param_shardings
 from llamavid_jax.shapes import TEXT, Batch, RowShape
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
+from llamavid_jax.training.layout import batch_sharding, run_mesh
 from llamavid_jax.training.optimizer import make_optimizer
-from llamavid_jax.training.start import batch_sharding, run_mesh
 from llamavid_jax.training.step import TrainState, make_train_step
-from llamavid_jax.training.structure import Structure
 
 QUESTION_TOKENS = 64
 
@@ -72,13 +71,13 @@ def jax_seconds(config: LLaMAVIDLlavaConfig, shape: RowShape, options: argparse.
         return LlamaVid(config, rngs=nnx.Rngs(0), dtype=dtype, remat=options.remat)
 
     def init() -> dict[str, jax.Array]:
-        params = flat_paths(nnx.state(make(), nnx.Param))
+        params = params_of(make())
         return {path: value if path in trains else value.astype(dtype) for path, value in params.items()}
 
     with jax.set_mesh(mesh):
         structure = Structure(nnx.eval_shape(make))
         trains = {path for path in structure.shapes if trained_parts(options.llama_only)[path.split(".")[0]]}
-        shardings = flat_paths(param_shardings(nest(structure.shapes), config, mesh))
+        shardings = param_shardings(structure.shapes, config, mesh)
         params = jax.jit(init, out_shardings=shardings)()
         trained = {path: params.pop(path) for path in trains}
         optimizer = OptimizerConfig()

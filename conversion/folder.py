@@ -1,4 +1,4 @@
-"""The folder around the weights: made beside its place and renamed when whole; tokenizers and image settings."""
+"""The folder around the weights: made beside its place and renamed once complete; tokenizers and image settings."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def copy_tokenizers(
     source: Path, tokenizer: Path | None, bert_tokenizer: Path | None, out: Path, config: LLaMAVIDLlavaConfig
 ) -> list[str]:
-    """Copies both tokenizers; returns one note for each that is not there."""
+    """Copies both tokenizers; returns one note for each that is missing."""
     notes = []
     for option, given in (("--tokenizer", tokenizer), ("--bert-tokenizer", bert_tokenizer)):
         if given is not None and not given.is_dir():

@@ -13,18 +13,22 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from conversion import folder, orbax_store
-from conversion.read_torch import read_file
-from conversion.stored_tensor import StoredTensor
-from conversion.transforms import Weight, to_jax
-from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.checkpoints.adapter import check_tensors, peft_tensors, read_peft_config, read_values
-from llamavid_jax.checkpoints.weights import WEIGHTS
+from llamavid_jax.checkpoints.arrays import Arrays
+from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, Parser, command
 from llamavid_jax.models.lora import LoraConfig
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import Weight, to_jax, weight_table
+
+from . import folder
+from .orbax_store import LayerWriter
+from .read_torch import read_file
+from .stored_tensor import StoredTensor
 
 PREFIX = "base_model.model."  # PEFT's, before every name of the model that it wraps
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -34,14 +38,14 @@ FULL_MODULES = "non_lora_trainables.bin"
 def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, StoredTensor]]:
     """An adapter's configuration and its tensors, `model....lora_A.weight` → tensor.
 
-    Raises CheckpointError without a file of weights, and where they are not of this model.
+    Raises CheckpointError without a file of weights, and for weights of another model.
     """
     file = next((source / name for name in ADAPTER_FILES if (source / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{source} holds no {' or '.join(ADAPTER_FILES)}; give the folder of an adapter")
     tensors = {name.replace(".default.", "."): tensor for name, tensor in read_file(file).items()}
     lora = read_peft_config(read_values(source), tensors, source)
-    check_tensors(tensors, peft_tensors(lora, config.text_config), source)
+    check_tensors(tensors, peft_tensors(lora, config), source)
     return lora, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
@@ -59,18 +63,14 @@ def read_full_modules(source: Path, table: list[Weight]) -> dict[str, StoredTens
     return full
 
 
-def read_full_parameters(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> orbax_store.Arrays | None:
+def read_full_parameters(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays | None:
     """The parameters that `train.py` trained in full; None where there are none."""
     directory = source / WEIGHTS
     if not directory.is_dir():
         return None
-    arrays = orbax_store.Arrays(directory)
-    for path in arrays.paths:
-        given, wanted = arrays[path].shape, shapes.get(path, "no such parameter")
-        if given != wanted:
-            raise CheckpointError(
-                f"{directory}: {path} has shape {given}, the base {wanted}; give the base that it was trained on"
-            )
+    arrays = Arrays(directory, "copy it again")
+    known = {path: shapes[path] for path in arrays if path in shapes}
+    check_params(directory, arrays, known, "give the base that it was trained on")
     return arrays
 
 
@@ -83,30 +83,29 @@ def merged(
 ) -> np.ndarray:
     """One weight of the base, in our layout, with its update, or the full module's in its place."""
     if weight.name in full:
-        return to_jax(full[weight.name].read(), weight, base.shape).astype(base.dtype)
+        return to_jax(full[weight.name].read(), weight).astype(base.dtype)
     name = weight.name.removesuffix(".weight")
     if f"{name}.lora_A.weight" not in updates:
         return base
     a, b = (updates[f"{name}.lora_{part}.weight"].read().astype(np.float32) for part in "AB")
-    return (base.astype(np.float32) + to_jax(lora.scale * (b @ a), weight, base.shape)).astype(base.dtype)
+    return (base.astype(np.float32) + to_jax(lora.scale * (b @ a), weight)).astype(base.dtype)
 
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """Writes the folder `out`.  Raises InputError, and leaves nothing at `out` then."""
     config = LLaMAVIDLlavaConfig.from_pretrained(base).require_whole(base)
-    table, arrays = weight_table(config, "original"), orbax_store.Arrays(base / "weights")
+    table, arrays = weight_table(config, "original"), Arrays(base / WEIGHTS)
     lora, updates = read_adapter(adapter, config)
-    shapes = parameter_shapes(config)
+    shapes = inventory.shapes(config)
     full, own = read_full_modules(adapter, table), read_full_parameters(adapter, shapes)
-    replaced = set(own.paths) if own else set()
-    if differing := set(shapes) ^ set(arrays.paths):
-        raise CheckpointError(f"{base} has other parameters than its config.json describes, such as {min(differing)}")
+    replaced = set(own or ())
+    check_params(arrays.folder, arrays, shapes)
     with folder.whole_folder(out) as partial:
-        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("weights"))
+        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
         dtypes = {path: arrays[path].dtype.numpy_dtype for path in shapes}
         stacked = {weight.path for weight in table if weight.index is not None}
-        orbax_store.create(partial / "weights", shapes, dtypes, stacked)
-        written = orbax_store.Arrays(partial / "weights")
+        empty = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in shapes.items()}
+        written = LayerWriter(partial / WEIGHTS, empty, stacked)
         for weight in table:
             start = (own if weight.path in replaced else arrays).read(weight.path, weight.index)
             value = merged(start.astype(dtypes[weight.path]), weight, lora, updates, full)
@@ -115,19 +114,15 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     print(f"{out}: {len(updates) // 2} kernels updated, {count} weights replaced")
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.merge_lora", description=__doc__.split("\n\n")[0])
     parser.add_argument("base", metavar="BASE", type=Path, help="a converted checkpoint")
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder of a LoRA adapter")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
-    try:
-        options = parser.parse_args(arguments)
-        merge(options.base, options.adapter, options.out)
-    except InputError as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_args(arguments)
+    merge(options.base, options.adapter, options.out)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 Quantised tensors are dequantised one by one to float32.  llama.cpp interleaves the rotary pairs of q and k (row 2i and
 2i+1 of a head rotate together); here they go back to halves (row i and i + h/2).  Needs the `gguf` package
-(requirements-conversion.txt).
+(the extra `convert`).
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 
-from conversion.stored_tensor import MAX_AXES
-from llamavid_jax.config.foreign import llama_config
 from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.errors import CheckpointError
+
+from .stored_tensor import MAX_AXES
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -138,9 +138,7 @@ def read_header(file: Path) -> Header:
         with file.open("rb") as stream:
             header = _parse(file, _Cursor(stream.read(MAX_HEADER_BYTES)))
     except ModuleNotFoundError:
-        raise CheckpointError(
-            "reading .gguf needs the gguf package: pip install -r requirements-conversion.txt"
-        ) from None
+        raise CheckpointError("reading .gguf needs the gguf package: pip install gguf") from None
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{file} is not a readable GGUF file ({error}); download it again") from None
     architecture = header.metadata.get("general.architecture", "unknown")
@@ -202,7 +200,7 @@ def gguf_config(file: Path) -> LlamaConfig:
     """The LLaMA configuration that the metadata states."""
     metadata, names = read_header(file)
     if "token_embd.weight" not in names:
-        raise CheckpointError(f"{file} holds no token_embd.weight; give the GGUF file of a whole model")
+        raise CheckpointError(f"{file} holds no token_embd.weight; give the GGUF file of a complete model")
     heads = metadata.get("llama.attention.head_count")
     values = {
         "vocab_size": names["token_embd.weight"].shape[0],
@@ -226,7 +224,7 @@ def gguf_config(file: Path) -> LlamaConfig:
         raise CheckpointError(
             f"{file} does not state {', '.join(missing)}; its metadata is incomplete: download it again"
         )
-    return llama_config(values, str(file))
+    return LlamaConfig.from_transformers(values, str(file))
 
 
 def write_tokenizer(file: Path, out: Path) -> bool:

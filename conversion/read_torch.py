@@ -12,10 +12,11 @@ import os
 import struct
 from pathlib import Path
 
-from conversion.stored_tensor import DTYPES, MAX_AXES, MAX_INDEX_BYTES, Storage, StoredTensor, locate, row_major
-from conversion.torch_save import read_saved
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.files import parse_object, read_object
+
+from .stored_tensor import DTYPES, MAX_AXES, MAX_INDEX_BYTES, Storage, StoredTensor, locate, row_major
+from .torch_save import read_saved
 
 INDEX = ".index.json"
 FILES = (f"model.safetensors{INDEX}", "model.safetensors", f"pytorch_model.bin{INDEX}", "pytorch_model.bin")
@@ -55,7 +56,7 @@ def checkpoint_files(source: str | Path) -> list[Path]:
     for shard in shards:
         if not (source.parent / shard).is_file():
             raise CheckpointError(
-                f"{source} names the shard {shard}, which is not there; download it into {source.parent}"
+                f"{source} names the shard {shard}, which does not exist; download it into {source.parent}"
             )
     return [source, *(source.parent / shard for shard in shards)]
 

@@ -1,18 +1,18 @@
 """Where weights come from: one checkpoint, or a language model and the files of the other parts.
 
-Parts have names of their own; here they get the names of a whole original checkpoint, which the tables know.
+Parts have names of their own; here they get the names of a complete original checkpoint, which the tables know.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from conversion.read_gguf import GgufTensor, gguf_config, read_gguf
-from conversion.read_torch import read_checkpoint, read_json
-from conversion.stored_tensor import StoredTensor
-from llamavid_jax.config.foreign import llama_config
-from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
+
+from .read_gguf import GgufTensor, gguf_config, read_gguf
+from .read_torch import read_checkpoint, read_json
+from .stored_tensor import StoredTensor
 
 VISION = "model.vision_tower.vision_tower."
 Tensor = StoredTensor | GgufTensor
@@ -20,7 +20,7 @@ Tensor = StoredTensor | GgufTensor
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Tensors of one file or folder under the names of a whole checkpoint."""
+    """Tensors of one file or folder under the names of a complete checkpoint."""
 
     origin: Path
     tensors: Mapping[str, Tensor]
@@ -30,7 +30,7 @@ class Source:
 def open_sources(
     checkpoint: Path, vision: Path | None, qformer: Path | None, projectors: Path | None, resizable: bool
 ) -> list[Source]:
-    """All sources, the whole checkpoint first: where two hold a weight, the later one counts."""
+    """All sources, the complete checkpoint first: where two hold a weight, the later one counts."""
     whole = read_gguf(checkpoint) if checkpoint.suffix == ".gguf" else read_checkpoint(checkpoint)
     found = [Source(checkpoint, whole, resizable)]
     parts = ((vision, vision_name), (qformer, qformer_name), (projectors, projector_name))
@@ -84,7 +84,7 @@ def model_config(checkpoint: Path, config_file: Path | None, image_size: int | N
     if checkpoint.suffix == ".gguf":
         config = dataclasses.replace(given or LLaMAVIDLlavaConfig(), text_config=gguf_config(checkpoint))
     elif values.get("model_type") == "llama" and "mm_vision_tower" not in values:
-        text_config = llama_config(values, str(own))
+        text_config = LlamaConfig.from_transformers(values, str(own))
         config = dataclasses.replace(given or LLaMAVIDLlavaConfig(), text_config=text_config)
     elif given:
         config = given

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conversion.stored_tensor import DTYPES
 from llamavid_jax.errors import CheckpointError
+
+from .stored_tensor import DTYPES
 
 MAX_INSTRUCTIONS = 1 << 19  # 45 a tensor
 STORAGE_DTYPES = {

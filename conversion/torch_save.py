@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from conversion.stored_tensor import MAX_INDEX_BYTES, MAX_NAME, Storage, StoredTensor, locate
-from conversion.torch_pickle import View, unpickle
 from llamavid_jax.errors import CheckpointError
+
+from .stored_tensor import MAX_INDEX_BYTES, MAX_NAME, Storage, StoredTensor, locate
+from .torch_pickle import View, unpickle
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 WRAPPERS = ("model", "state_dict", "module")  # what checkpoints call the dictionary that holds the weights

@@ -25,15 +25,20 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from conversion import folder, orbax_store
-from conversion.read_gguf import write_tokenizer
-from conversion.sources import Source, Tensor, model_config, open_sources
-from conversion.transforms import Weight, resize_positions, to_jax
-from conversion.weight_table import parameter_shapes, weight_table
-from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.commands.program import keep_programs
+from llamavid_jax.errors import CheckpointError, Parser, command
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.models.quantize import KERNELS, quantize_kernels
-from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.models.quantize import quantize_kernels
+from llamavid_jax.models.structure import flat_paths
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import Weight, to_jax, weight_table
+from llamavid_jax.weights.llama import QUANTISED
+
+from . import folder
+from .orbax_store import LayerWriter
+from .positions import resize_positions
+from .read_gguf import write_tokenizer
+from .sources import Source, Tensor, model_config, open_sources
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
@@ -60,17 +65,13 @@ class Plan:
     overridden: list[str]  # names that a later source holds too
     leftovers: int
 
-    def layer_shape(self, weight: Weight) -> tuple[int, ...]:
-        """Our shape of what one weight fills: a layer of a stacked parameter, or a whole one."""
-        return self.shapes[weight.path] if weight.index is None else self.shapes[weight.path][1:]
-
 
 def plan(config, sources: list[Source], init_missing: bool) -> Plan:
     """Matches names and checks every shape before anything is read.
 
     Raises CheckpointError for a wrong shape or dtype, and for missing weights unless they are to be initialised.
     """
-    shapes = parameter_shapes(config)
+    shapes = inventory.shapes(config)
     table = weight_table(config, "original")
     by_name: dict[str, list[Weight]] = defaultdict(list)
     for weight in {*table, *weight_table(config, "documented")}:
@@ -154,17 +155,14 @@ def write_weights(
     }
 
     def few_bits(leaves: dict[str, Any]) -> dict[str, Any]:
-        return {path: quantize_kernels(x, path, quantize) if path in KERNELS else x for path, x in leaves.items()}
+        return {
+            path: quantize_kernels(x, QUANTISED[path], quantize) if path in QUANTISED else x
+            for path, x in leaves.items()
+        }
 
     whole = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in plan.shapes.items()}
     stored = whole if quantize is None else flat_paths(jax.eval_shape(few_bits, whole))
-    orbax_store.create(
-        out,
-        {path: leaf.shape for path, leaf in stored.items()},
-        {path: leaf.dtype for path, leaf in stored.items()},
-        {path for path in stored if path in stacked or path.rpartition(".")[0] in stacked},
-    )
-    arrays = orbax_store.Arrays(out)
+    arrays = LayerWriter(out, stored, {path for path in stored if {path, path.rpartition(".")[0]} & stacked})
 
     def write(weight: Weight, value: np.ndarray) -> None:
         value = value.astype(dtypes[weight.path], copy=False)
@@ -182,10 +180,10 @@ def write_weights(
             weight, value = fill.weight, fill.tensor.read()
             if fill.resize:
                 value = resize_positions(value[0], math.isqrt(weight.shape[1] - 1))[None]
-            write(weight, to_jax(value, weight, plan.layer_shape(weight)))
+            write(weight, to_jax(value, weight))
             progress.advance(task, fill.tensor.nbytes)
     for weight in plan.missing:
-        write(weight, random_layer(weight, plan.layer_shape(weight), seed))
+        write(weight, random_layer(weight, weight.layer_shape, seed))
     bits = (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for leaf in stored.values())
     return sum(leaf.size * size // 8 for leaf, size in zip(stored.values(), bits, strict=True))
 
@@ -256,8 +254,9 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
     return [f"{what}: {', '.join(names)}"] if names else []
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m conversion.torch_to_jax", description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("source", metavar="SRC", type=Path, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="stored type (keep: bit-exact)")
@@ -273,14 +272,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--init-missing", metavar="SEED", type=int, help="random values for weights that no file holds")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
-    try:
-        options = vars(parser.parse_args(arguments))
-        options["config_file"] = options.pop("config")
-        convert(options.pop("source"), options.pop("out"), **options)
-    except InputError as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        return 130
+    options = vars(parser.parse_args(arguments))
+    options["config_file"] = options.pop("config")
+    keep_programs()
+    convert(options.pop("source"), options.pop("out"), **options)
     return 0
 
 

@@ -42,7 +42,7 @@ def accuracy(name: str, steps: int, limit: int) -> dict[str, dict[str, float]]:
         settings += [f"training.steps={steps}", "training.evaluate_every=0", "data.evaluation_path="]
         subprocess.run([sys.executable, "train.py", "--config", STAGE2, *settings], check=True)
         asked = [str(run / "model"), str(DATA / "instruct_test.json"), "--limit", str(limit), "--json", str(result)]
-        subprocess.run([sys.executable, "-m", "demo.evaluate", *asked], check=True)
+        subprocess.run([sys.executable, "-m", f"{__package__}.evaluate", *asked], check=True)
     return json.loads(result.read_text())["accuracy"]
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.data.records import JsonRows
-from llamavid_jax.errors import InputError
-from llamavid_jax.text.conversation import IMAGE, prompt, template_named
-from llamavid_jax.text.tokenizer import encode_with_images
+from llamavid_jax.errors import InputError, complain
+from llamavid_jax.inference.session import Session
+from llamavid_jax.text.conversation import IMAGE
 
 MAX_NEW_TOKENS = 8
 
@@ -31,25 +32,16 @@ def answers(
     model, processor, records: list[dict], media: Path, batch: int
 ) -> Iterator[tuple[dict, str, str, str, str]]:
     """(record, type, question, truth, answer) of every question; the frames of a record are encoded once."""
-    template = template_named("vicuna_v1")
     for start in range(0, len(records), batch):
-        asked, ids, features = [], [], []
+        asked, rows = [], []
         for record in records[start : start + batch]:
-            images = media / record["image"] if "image" in record else None
-            videos = media / record["video"] if "video" in record else None
-            (pixels,) = processor.image_processor(images=images, videos=videos)["pixel_values"]
-            encoded = model.vision_features(pixels)
+            shown = {f"{kind}s": [media / record[kind]] for kind in ("image", "video") if kind in record}
+            session = Session(model, processor.image_processor, **shown)
             for kind, question, truth in questions_of(record):
                 asked.append((record, kind, question, truth))
-                ids.append(encode_with_images(processor.tokenizer, prompt(template, [f"{IMAGE}\n{question}"])))
-                features.append(encoded)
-        output = model.generate(
-            ids,
-            features=features,
-            features_have_cls=True,
-            prompts=[[question] for _, _, question, _ in asked],
-            max_new_tokens=MAX_NEW_TOKENS,
-        )
+                rows.append(session.inputs(question))
+        ids, tokens = zip(*rows, strict=True)
+        output = model.generate(ids, visual_tokens=tokens, max_new_tokens=MAX_NEW_TOKENS)
         for question, text in zip(asked, output.texts, strict=True):
             yield *question, text.strip()
 
@@ -63,6 +55,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="records answered together")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    keep_programs()
     records = list(JsonRows(arguments.data))[: arguments.limit]
     if not all("types" in record for record in records):
         raise InputError(f"{arguments.data} does not say of what type questions are; give a *_test.json of make_data")
@@ -87,5 +80,4 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(complain(error))

@@ -10,8 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from flax import nnx
-
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
 from llamavid_jax.errors import InputError
 
@@ -22,12 +20,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32")
-    trained, fresh = (nnx.to_pure_dict(m.params) for m in (model, LLaMAVIDLlavaForConditionalGeneration(model.config)))
-    trained["qformer"] = fresh["qformer"]
-    for name in ("query_projector", "key_projector"):
-        trained["visual_tokens"][name] = fresh["visual_tokens"][name]
+    fresh = LLaMAVIDLlavaForConditionalGeneration(model.config).params
+    parts = "qformer.", "visual_tokens.query_projector.", "visual_tokens.key_projector."
+    params = model.params | {path: value for path, value in fresh.items() if path.startswith(parts)}
     tokenizers = {"tokenizer": model.tokenizer, "qformer_tokenizer": model.qformer_tokenizer}
-    LLaMAVIDLlavaForConditionalGeneration(model.config, trained, **tokenizers).save_pretrained(options.out)
+    LLaMAVIDLlavaForConditionalGeneration(model.config, params, **tokenizers).save_pretrained(options.out)
     LLaMAVIDLlavaProcessor.from_pretrained(options.model).image_processor.save_pretrained(options.out)
 
 

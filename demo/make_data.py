@@ -21,7 +21,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from demo import digits, questions
+from . import digits, questions
 
 CLIP_FPS = 2  # of the files; the loader samples one frame a second
 LONG_FPS = 1
@@ -33,7 +33,7 @@ WEIGHT = {"digit": 3.0, "count": 1.0, "colour": 1.0, "way": 1.5, "second": 3.0, 
 
 
 def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
-    """Draws sample `number` of one JSON file, writes its medium and returns its record."""
+    """Draws sample `number` of one JSON file, writes its media file and returns its record."""
     name, number = task
     kind, test = name.removesuffix("_test"), name.endswith("_test")
     rng = generator(name, number, seed)

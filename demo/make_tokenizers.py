@@ -12,10 +12,11 @@ from pathlib import Path
 
 import sentencepiece
 
-from demo.questions import corpus
 from llamavid_jax.files import write_files
 from llamavid_jax.text.conversation import template_named
 from llamavid_jax.text.qformer_tokenizer import SPECIAL, QFormerTokenizer
+
+from .questions import corpus
 
 FOLDER = Path(__file__).parent / "tokenizers"
 PIECES = 640

@@ -5,7 +5,7 @@ Scene -> [(type, question, answer)]; every answer follows from the scene's event
 
 import numpy as np
 
-from demo.digits import CENTRES, COLOURS, DIRECTIONS, Event, Scene
+from .digits import CENTRES, COLOURS, DIRECTIONS, Event, Scene
 
 Question = tuple[str, str, str]
 

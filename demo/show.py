@@ -1,6 +1,6 @@
 """Asks the shipped model about a clip, prints its answers beside the truth, and draws where each question looked.
 
-    python -m demo.show PICTURE.png
+    python -m demo.show [PICTURE.png]
 
 The clip (`held_out.mp4`) and its questions (`held_out.json`) are made like the training data, from pictures of digits
 that no training clip shows.  In the picture a row is a question, a column a second; brighter patches have more of the
@@ -11,15 +11,18 @@ import json
 import sys
 from pathlib import Path
 
-from demo.evaluate import answers
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.commands.program import keep_programs, run
 from llamavid_jax.inference.draw import draw_frames
 from llamavid_jax.media.video import read_video
+
+from .evaluate import answers
 
 HERE = Path(__file__).parent
 
 
-def main(picture: str) -> None:
+def main(picture: str = "demo.png") -> int:
+    keep_programs()
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(HERE / "model", dtype="float32")
     processor = LLaMAVIDLlavaProcessor.from_pretrained(HERE / "model")
     record = json.loads((HERE / "held_out.json").read_text())
@@ -32,7 +35,8 @@ def main(picture: str) -> None:
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     draw_frames(rows).save(picture)
     print(f"{picture}: where each question looked in the {len(frames)} frames")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run(lambda: main(*sys.argv[1:2]))

@@ -1,5 +1,6 @@
 """LLaMA-VID in JAX and Flax NNX.  The public classes load on first use, so that importing the package costs nothing."""
 
+import gc
 import importlib
 from typing import Any
 
@@ -10,6 +11,7 @@ _HOMES = {
     "LLaMAVIDLlavaImageProcessor": "media.image_processor",
     "LLaMAVIDLlavaProcessor": "inference.processor",
     "LLaMAVIDLlavaForConditionalGeneration": "inference.model",
+    "Session": "inference.session",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"
@@ -18,7 +20,13 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"llamavid_jax has no {name!r}; it has {', '.join(_HOMES)}")
-    return getattr(importlib.import_module(f"llamavid_jax.{_HOMES[name]}"), name)
+    collects = gc.isenabled()
+    gc.disable()  # what an import makes stays; to look for garbage in it would take a quarter of the time
+    try:
+        return getattr(importlib.import_module(f"llamavid_jax.{_HOMES[name]}"), name)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Small files: read within bounds, written whole or not at all."""
+"""Small files, read within bounds, written completely or not at all; and the files that come with the package."""
 
 import errno
 import json
@@ -10,8 +10,18 @@ from typing import Any
 
 from llamavid_jax.errors import InputError
 
+PACKAGE = Path(__file__).parent
+BROUGHT = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent  # as installed; in a clone
 MAX_BYTES = 64 << 20  # of a file that is read whole; the largest tokenizer.json has 33 MB
 MAX_JSON_BYTES = 16 << 20  # 40,000 names of weights take 4 MB; JSON takes some 20 times its size in memory
+
+
+def find(path: str | Path) -> Path:
+    """`path`; where nothing is there and it begins with `configs/` or `demo/`, the package's own of that name."""
+    path = Path(path)
+    if path.parts[:1] in (("configs",), ("demo",)) and not os.path.exists(path) and (BROUGHT / path).exists():
+        return BROUGHT / path
+    return path
 
 
 def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:

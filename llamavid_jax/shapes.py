@@ -53,9 +53,9 @@ def merge_row(
     `inference/request.py` has checked that the placeholders fit one of the two.
     """
     places = np.flatnonzero(input_ids == IMAGE_TOKEN)
-    if len(visuals) == 1 and len(places) == len(visuals[0]) != 1:
+    if len(places) != len(visuals) and len(places) == sum(map(len, visuals)):
         visual_index = np.full(len(input_ids), TEXT, np.int32)
-        visual_index[places] = visuals[0]
+        visual_index[places] = np.concatenate(visuals)
         return Row(_text_ids(input_ids), visual_index, labels)
     ids, index, kept_labels, start = [], [], [], 0
     for place, block in zip([*places, len(input_ids)], [*visuals, np.zeros(0, np.int32)], strict=True):

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test, float32 products at full precision, and the golden folder."""
+"""Eight simulated CPU devices for every test, float32 matmuls at full precision, and the golden folder."""
 
 import gc
 import os
@@ -81,15 +81,15 @@ def tiny_model():
     from training_cases import draw
 
     from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration
-    from llamavid_jax.models.llama_vid import abstract_params
     from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
     from llamavid_jax.text.tokenizer import load_tokenizer
+    from llamavid_jax.weights import inventory
 
     root = Path(__file__).parent
     config = LLaMAVIDLlavaConfig.from_yaml(root.parent / "configs" / "models" / "tiny.yaml")
-    leaves, structure = jax.tree.flatten(abstract_params(config))
-    values = jax.tree.unflatten(structure, draw(7, *[leaf.shape for leaf in leaves]))
-    params = jax.tree.map_with_path(lambda path, value: jnp.asarray(value + ("scale" in str(path[-1]))), values)
+    shapes = dict(sorted(inventory.shapes(config).items()))
+    values = zip(shapes, draw(7, *shapes.values()), strict=True)
+    params = {path: jnp.asarray(value + path.endswith("scale")) for path, value in values}
     return LLaMAVIDLlavaForConditionalGeneration(
         config,
         params,

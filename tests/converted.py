@@ -13,9 +13,8 @@ from paths import GOLDEN
 from rich.console import Console
 
 from conversion import torch_to_jax
-from conversion.transforms import to_torch
-from conversion.weight_table import weight_table
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.weights.files import to_torch, weight_table
 
 ORIGINAL = GOLDEN / "short_video_mean"
 CONFIG = LLaMAVIDLlavaConfig.from_pretrained(ORIGINAL)

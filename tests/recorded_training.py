@@ -8,19 +8,18 @@ import numpy as np
 from flax import nnx
 
 from conversion.torch_to_jax import main as torch_to_jax
-from conversion.weight_table import weight_table
 from llamavid_jax.checkpoints.weights import load_weights
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.examples import Example
 from llamavid_jax.data.rows import lay_out_row
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.models.structure import Structure
 from llamavid_jax.shapes import Batch, RowShape, bucket
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.optimizer import make_optimizer
 from llamavid_jax.training.step import TrainState, make_train_step
-from llamavid_jax.training.structure import Structure
+from llamavid_jax.weights.files import weight_table
 
 
 def recorded_batch(record: dict[str, np.ndarray], config: LLaMAVIDLlavaConfig, tokenizer: QFormerTokenizer) -> Batch:
@@ -50,12 +49,16 @@ def original_names(config: LLaMAVIDLlavaConfig) -> dict[str, list[str]]:
     return names
 
 
-def factor(names: list[str], shape: tuple[int, ...], lr_multi: str | None) -> np.ndarray:
-    """The original's `lr_multi`, "substring:factor" separated by backslashes, of one parameter, layer by layer."""
+def factor(names: list[str], shape: tuple[int, ...], lr_multi: str | dict | None) -> np.ndarray:
+    """The original's `lr_multi` of one parameter, layer by layer: factors by substring, a mapping or as the original
+    writes them, "substring:factor" separated by backslashes."""
+    written = (
+        (part.rsplit(":", 1) for part in (lr_multi or "").split("\\") if part) if not isinstance(lr_multi, dict) else ()
+    )
+    parts = lr_multi if isinstance(lr_multi, dict) else dict(written)
     factors = []
     for name in names:
-        parts = (part.rsplit(":", 1) for part in (lr_multi or "").split("\\") if part)
-        factors.append(next((float(value) for text, value in parts if text in name), 1.0))
+        factors.append(next((float(value) for text, value in parts.items() if text in name), 1.0))
     return np.float32(factors[0]) if len(set(factors)) == 1 else np.reshape(factors, (-1, *[1] * (len(shape) - 1)))
 
 
@@ -65,7 +68,7 @@ def replay(folder: Path, record: dict[str, np.ndarray], out: Path) -> dict[str, 
     config = LLaMAVIDLlavaConfig.from_pretrained(out)
     hyper, trained = json.loads(str(record["hyper"])), set(json.loads(str(record["trainable"])))
     structure = Structure(nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0))))
-    params = flat_paths(load_weights(out, config))
+    params = load_weights(out, config)
     names = original_names(config)
     # the original's table also names parameters whose gradient is nothing, as a whole parameter of ours or not at all
     trainable = {path for path in params if trained.issuperset(names[path])}

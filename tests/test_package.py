@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,10 @@ def test_no_circle():
     modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
     arrows = {module: imports(file) & modules.keys() - {module} for module, file in modules.items()}
     graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which names the files
+
+
+@pytest.mark.parametrize("folder", ["conversion", "demo"])
+def test_folders_that_stand_in_two_places(folder):
+    """At the top of the repository and in the installed package: they import their own files relatively."""
+    absolute = re.compile(rf"^\s*(from|import) {folder}\b", re.MULTILINE)
+    assert not [file.name for file in (ROOT / folder).glob("*.py") if absolute.search(file.read_text(encoding="utf-8"))]

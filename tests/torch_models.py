@@ -17,8 +17,6 @@ import transformers
 from flax import nnx
 from torch.nn import functional
 
-from conversion.transforms import to_jax
-from conversion.weight_table import parameter_shapes, weight_table
 from llamavid_jax.config.schema import (
     LlamaConfig,
     LLaMAVIDLlavaConfig,
@@ -27,6 +25,9 @@ from llamavid_jax.config.schema import (
     projector_depth,
 )
 from llamavid_jax.models import llama_vid
+from llamavid_jax.models.structure import Structure
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import to_jax, weight_table
 
 BAR = 1e-5  # relative error of one module in float32; each test says next to it what was measured
 SCALES = (0.02, 0.2)  # of the weights: small ones show wrong epsilons, large ones wrong positions, masks, activations
@@ -148,35 +149,24 @@ def reference(config: LLaMAVIDLlavaConfig, scale: float) -> TorchLlamaVid:
 
 @functools.cache
 def parameters(config: LLaMAVIDLlavaConfig, scale: float) -> dict:
-    """The reference's weights as our nested dict."""
-    state, shapes = reference(config, scale).state_dict(), parameter_shapes(config)
+    """The reference's weights as ours, by path."""
+    state, shapes = reference(config, scale).state_dict(), inventory.shapes(config)
     flat = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
     for weight in weight_table(config, "documented"):
-        stacked = weight.index is not None
-        value = to_jax(state[weight.name].numpy(), weight, shapes[weight.path][1 if stacked else 0 :])
-        flat[weight.path][weight.index if stacked else ...] = value
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(int(parent) if parent.isdigit() else parent, {})
-        node[leaf] = value
-    return tree
+        value = to_jax(state[weight.name].numpy(), weight)
+        flat[weight.path][... if weight.index is None else weight.index] = value
+    return flat
 
 
 @functools.cache
-def structure(config: LLaMAVIDLlavaConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:
-    """Our model with shapes for parameters."""
-    return nnx.split(nnx.eval_shape(lambda: llama_vid.LlamaVid(config, rngs=nnx.Rngs(0), dtype=dtype)))
+def structure(config: LLaMAVIDLlavaConfig, dtype) -> Structure:
+    """Our model without its parameters."""
+    return Structure(nnx.eval_shape(lambda: llama_vid.LlamaVid(config, rngs=nnx.Rngs(0), dtype=dtype)))
 
 
 def ours(config: LLaMAVIDLlavaConfig, scale: float, dtype=np.float32) -> nnx.Module:
     """Our model with the reference's weights."""
-    graphdef, shapes = structure(config, dtype)
-    state = jax.tree.map(lambda shape: shape, shapes)
-    nnx.replace_by_pure_dict(state, parameters(config, scale))
-    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
+    return structure(config, dtype).model(jax.tree.map(jnp.asarray, parameters(config, scale)))
 
 
 def relative_error(got, wanted) -> float:

@@ -12,12 +12,12 @@ from llamavid_jax import LLaMAVIDLlavaConfig
 from llamavid_jax.data.examples import Example
 from llamavid_jax.data.rows import lay_out_row
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.models.structure import Structure
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.optimizer import make_optimizer
 from llamavid_jax.training.step import TrainState
-from llamavid_jax.training.structure import Structure
 
 ROOT = Path(__file__).parent
 CONFIG = LLaMAVIDLlavaConfig.from_yaml(ROOT.parent / "configs" / "models" / "tiny.yaml")

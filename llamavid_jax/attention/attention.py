@@ -7,7 +7,8 @@
 | splash    | TPU, v4 and later    | causal self-attention; Pallas kernel, no scores in memory         |
 
 Rows that hold several samples (`segment_ids`) run on all three; cuDNN then gets the mask as an array `[B, 1, T, T]`.
-Causal rows that the mesh cuts over `sequence` go to `ring.ring_attention`, whose tiles splash computes on TPU.
+Causal rows that the mesh cuts over `sequence` go to `ring.ring_attention`, whose tiles splash computes on TPU.  Chunks
+of a prompt behind a cache, whose keys are more than their queries, go to `chunk.chunk_attention` everywhere.
 
 Every backend is compared with `reference_attention` in `tests/attention/test_attention.py`.
 """
@@ -23,7 +24,7 @@ from llamavid_jax.attention.ring import ring_attention, ring_supports
 from llamavid_jax.attention.splash import splash_attention, splash_supports
 from llamavid_jax.parallel.sharding import target
 
-WITHOUT_KERNELS = ("TPU v2", "TPU v3")  # Pallas has no products of bfloat16 there
+WITHOUT_KERNELS = ("TPU v2", "TPU v3")  # Pallas has no bfloat16 matmuls there
 Backend = Literal["reference", "cudnn", "splash"]
 
 

@@ -48,7 +48,7 @@ def reference_attention(
 
 
 def _causal(start: jax.Array | int, queries: int, keys: int, segment_ids: jax.Array | None) -> jax.Array:
-    """`[T, S]`, or `[*B, 1, T, S]` with segments: what queries start, start + 1, ... see."""
+    """`[T, S]`, or `[*B, 1, T, S]` with segments: which keys the queries start, start + 1, ... see."""
     visible = (start + jnp.arange(queries))[:, None] >= jnp.arange(keys)[None, :]
     if segment_ids is None:
         return visible

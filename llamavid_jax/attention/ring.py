@@ -1,8 +1,8 @@
-"""Causal self-attention of rows that are cut over the mesh's `sequence` axis: keys and values go round a ring.
+"""Causal self-attention of rows that are sharded over the mesh's `sequence` axis: keys and values go round a ring.
 
     chip i of n   positions i·T/n ...  ─ exchange ─▶  halves i and 2n-1-i of the row, of T/2n positions each
     step 0        its queries see its own keys, causally
-    step s        the keys of chip j = i-s are there: j < i, all its queries see j's first half;
+    step s        the keys of chip j = i-s visit: j < i, all its queries see j's first half;
                   j > i, its second half of queries sees all of j's keys.  The same work for every chip (zig-zag)
 
 A chip holds its own share of keys and values and the one that visits, which travels on while it is used.  The gradient
@@ -20,12 +20,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llamavid_jax.attention.splash import LANES, split_heads
-from llamavid_jax.attention.tile import LAX_TILE, Tile, splash_tile
+from llamavid_jax.attention.tile import LAX_TILE, Tile, merge, splash_tile
 from llamavid_jax.parallel.rows import AXIS, send, ways
 
 
 def ring_supports(q: jax.Array, k: jax.Array) -> bool:
-    """Whether the mesh in context cuts rows, and these divide into two halves a chip."""
+    """Whether the mesh in context shards rows, and these divide into two halves a chip."""
     return ways() > 1 and q.shape[1] == k.shape[1] and q.shape[1] % (2 * ways()) == 0
 
 
@@ -83,7 +83,7 @@ def _forward(tile: Tile, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Arra
             out, lse = tile.forward(_part(queries, second), keys, False)
             return _pad(out, first), _pad(lse, first, -jnp.inf)
 
-        return _merge(carry, jax.lax.cond(jax.lax.axis_index(AXIS) >= number, earlier, later))
+        return merge(carry, jax.lax.cond(jax.lax.axis_index(AXIS) >= number, earlier, later))
 
     def step(carry, number):
         visiting, merged = carry
@@ -130,13 +130,6 @@ def _backward(tile: Tile, kept: tuple, d_out: jax.Array):
 _ring.defvjp(_forward, _backward)
 
 
-def _merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Out and lse of both sets of keys from those of each."""
-    (one_out, one_lse), (other_out, other_lse) = one, other
-    lse = jnp.logaddexp(one_lse, other_lse)
-    return one_out * jnp.exp(one_lse - lse)[..., None] + other_out * jnp.exp(other_lse - lse)[..., None], lse
-
-
 # ---- halves: axis 2 of every array
 
 
@@ -150,7 +143,7 @@ def _part(tree: Any, half: slice) -> Any:
 
 
 def _pad(x: jax.Array, missing: slice, value: float = 0.0) -> jax.Array:
-    """Puts the half that is missing beside the one that is there."""
+    """Puts the half that is missing beside the one that is given."""
     ends = (0, x.shape[2]) if missing.stop is None else (x.shape[2], 0)
     return jnp.pad(x, [(0, 0), (0, 0), ends] + [(0, 0)] * (x.ndim - 3), constant_values=value)
 
@@ -180,6 +173,6 @@ def _from_zigzag(x: jax.Array) -> jax.Array:
 
 
 def _in_order(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Beside each other; exchanged on odd chips, which hold an odd half first."""
+    """Both halves in the order of the row; odd chips hold the later one first."""
     odd = jax.lax.axis_index(AXIS) % 2 == 1
     return jnp.concatenate([jnp.where(odd, other, one), jnp.where(odd, one, other)], axis=2)

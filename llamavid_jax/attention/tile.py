@@ -95,6 +95,13 @@ def _lax_backward(queries: Queries, keys: Keys, row: Row, causal: bool) -> tuple
 LAX_TILE = Tile(_lax_forward, _lax_backward)
 
 
+def merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Out and lse of both sets of keys from those of each."""
+    (one_out, one_lse), (other_out, other_lse) = one, other
+    lse = jnp.logaddexp(one_lse, other_lse)
+    return one_out * jnp.exp(one_lse - lse)[..., None] + other_out * jnp.exp(other_lse - lse)[..., None], lse
+
+
 def _scores(q: jax.Array, keys: Keys, seen: jax.Array) -> jax.Array:
     scores = jnp.einsum("bkgth,bksh->bkgts", q, keys[0], preferred_element_type=jnp.float32)
     return jnp.where(seen, scores, HIDDEN)

@@ -6,35 +6,26 @@ cannot load what its own training saves; `python -m conversion.merge_lora` merge
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax import nnx
 
-from llamavid_jax.config.schema import LlamaConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.config.strict import strict
 from llamavid_jax.errors import CheckpointError, ConfigError
 from llamavid_jax.files import write_files
-from llamavid_jax.models.llama import Layer
-from llamavid_jax.models.lora import TARGETS, LoraConfig, linears
-from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.models.lora import LoraConfig
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import Weight, expand, to_jax, to_torch
+from llamavid_jax.weights.llama import KERNELS
+from llamavid_jax.weights.row import low_rank
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MODULES = {  # PEFT's name of a target's module → the target
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
-    "self_attn.o_proj": "o",
-    "mlp.gate_proj": "gate",
-    "mlp.up_proj": "up",
-    "mlp.down_proj": "down",
-}
+MODULES = {row.name.split(".{l}.")[1].removesuffix(".weight"): target for target, row in KERNELS.items()}
 PLAIN = {  # fields of adapter_config.json that would change the product, and the values with which they do not
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -43,38 +34,21 @@ PLAIN = {  # fields of adapter_config.json that would change the product, and th
 }
 
 
-class PeftTensor(NamedTuple):
-    """One tensor of a file, of `shape`: one layer, of shape `ours`, of the parameter at `path`."""
-
-    path: str
-    layer: int
-    ours: tuple[int, ...]
-    shape: tuple[int, int]
-
-
-def peft_tensors(config: LoraConfig, text_config: LlamaConfig) -> dict[str, PeftTensor]:
-    """Every tensor of an adapter by its name in the file."""
-    layer = nnx.eval_shape(lambda: Layer(text_config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    modules, tensors = {TARGETS[target]: module for module, target in MODULES.items()}, {}
-    for path, linear in linears(layer, config.targets):
-        ways_in, ways_out = math.prod(linear.in_features), math.prod(linear.out_features)
-        for index in range(text_config.num_hidden_layers):
-            name, place = f"base_model.model.model.layers.{index}.{modules[path]}", f"llama.layers.{path}.lora"
-            a, b = (*linear.in_features, config.rank), (config.rank, *linear.out_features)
-            tensors[f"{name}.lora_A.weight"] = PeftTensor(f"{place}.a", index, a, (config.rank, ways_in))
-            tensors[f"{name}.lora_B.weight"] = PeftTensor(f"{place}.b", index, b, (ways_out, config.rank))
-    return tensors
+def peft_tensors(config: LoraConfig, model_config: LLaMAVIDLlavaConfig) -> dict[str, Weight]:
+    """Every tensor of an adapter by its name in the file: A `[rank, in]` and B `[out, rank]` of each layer."""
+    rows = [row for target in config.targets for row in low_rank(KERNELS[target])]
+    sizes = inventory.axis_sizes(model_config) | {"rank": config.rank}
+    return {weight.name: weight for weight in expand(rows, "original", sizes)}
 
 
 def save_adapter(
-    directory: str | Path, params: dict[str, Any], config: LoraConfig, text_config: LlamaConfig, base: str = ""
+    directory: str | Path, params: Mapping[str, Any], config: LoraConfig, model: LLaMAVIDLlavaConfig, base: str = ""
 ) -> None:
     """Writes the updates among `params`, in their type; `base` names the language model that they belong to."""
-    leaves = flat_paths(params)
-    stacked = {path: np.asarray(leaf) for path, leaf in leaves.items() if ".lora." in path}
+    stacked = {path: np.asarray(leaf) for path, leaf in params.items() if ".lora." in path}
     tensors = {
-        name: np.ascontiguousarray(stacked[tensor.path][tensor.layer].reshape(tensor.shape[::-1]).T)
-        for name, tensor in peft_tensors(config, text_config).items()
+        name: np.ascontiguousarray(to_torch(stacked[tensor.path][tensor.index], tensor.pattern))
+        for name, tensor in peft_tensors(config, model).items()
     }
     values = {
         "base_model_name_or_path": base,
@@ -95,7 +69,7 @@ def is_adapter(directory: str | Path) -> bool:
     return (Path(directory) / CONFIG_FILE).exists()
 
 
-def load_adapter(directory: str | Path, text_config: LlamaConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def load_adapter(directory: str | Path, model: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """An adapter's configuration and its stacked parameters by dotted path, in the stored type.
 
     Raises CheckpointError for a missing or damaged file and for what `read_peft_config` and `check_tensors` refuse.
@@ -108,11 +82,11 @@ def load_adapter(directory: str | Path, text_config: LlamaConfig) -> tuple[LoraC
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save the adapter again") from None
     config = read_peft_config(values, given, folder)
-    tensors = peft_tensors(config, text_config)
+    tensors = peft_tensors(config, model)
     check_tensors(given, tensors, folder)
     layers: dict[str, list[np.ndarray]] = {}
     for name, tensor in tensors.items():
-        layers.setdefault(tensor.path, []).append(given[name].T.reshape(tensor.ours))
+        layers.setdefault(tensor.path, []).append(to_jax(given[name], tensor))
     return config, {path: np.stack(found) for path, found in layers.items()}
 
 
@@ -133,7 +107,7 @@ def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Pa
     """The LoraConfig of an adapter_config.json.
 
     The targets are read off the tensors' names: `target_modules` may be a pattern.  Raises CheckpointError for an
-    adapter that is more than A and B of one rank (DoRA, biases, whole modules).
+    adapter that is more than A and B of one rank (DoRA, biases, full modules).
     """
     for field, plain in PLAIN.items():
         if values.get(field, plain[0]) not in plain:
@@ -154,7 +128,7 @@ def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Pa
         raise CheckpointError(f"{folder}: {CONFIG_FILE} or the tensors' names do not fit: {error}") from None
 
 
-def check_tensors(given: Mapping[str, Any], expected: Mapping[str, PeftTensor], folder: Path) -> None:
+def check_tensors(given: Mapping[str, Any], expected: Mapping[str, Weight], folder: Path) -> None:
     """Raises CheckpointError unless a file holds just the tensors of an adapter of this model."""
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:

@@ -12,14 +12,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
-from llamavid_jax.checkpoints.weights import check_params, load_weights, nest, parse_dtype, save_weights
+from llamavid_jax.checkpoints.weights import check_params, load_weights, parse_dtype, save_weights
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.models.kv_cache import KINDS
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.parallel.sharding import flat_paths, param_shardings
+from llamavid_jax.models.structure import Structure, params_of
+from llamavid_jax.parallel.sharding import param_shardings
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.text.tokenizer import Tokenizer
+from llamavid_jax.weights import inventory
 
 Model = TypeVar("Model")  # the class that is asked; beartype knows no typing.Self
 
@@ -27,7 +29,7 @@ Model = TypeVar("Model")  # the class that is asked; beartype knows no typing.Se
 class PretrainedModel:
     """Configuration, parameters, mesh and the two tokenizers of one checkpoint folder.
 
-    `graphdef` and `params` are what the compiled functions take (`models/llama_vid.py`).
+    `structure` and `params` are what the compiled functions take (`models/llama_vid.py`).
     """
 
     def __init__(
@@ -52,13 +54,12 @@ class PretrainedModel:
             types = {"dtype": self.dtype, "param_dtype": self.dtype, "kv_cache": kv_cache}
             return LlamaVid(config, rngs=nnx.Rngs(seed), **types)
 
-        self.graphdef, abstract = nnx.split(nnx.eval_shape(make), nnx.Param)
+        self.structure = Structure(nnx.eval_shape(make))
         if params is None:
-            shardings = mesh and param_shardings(nnx.to_pure_dict(abstract), config, mesh)
-            params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param)), out_shardings=shardings)()
-        check_params("params", flat_paths(params), flat_paths(abstract))
-        nnx.replace_by_pure_dict(abstract, params)
-        self.params = abstract
+            shardings = mesh and param_shardings(self.structure.shapes, config, mesh)
+            params = jax.jit(lambda: params_of(make()), out_shardings=shardings)()
+        check_params("params", params, inventory.shapes(config))
+        self.params = params
 
     @classmethod
     def from_pretrained(
@@ -72,8 +73,8 @@ class PretrainedModel:
     ) -> Model:
         """Loads a converted checkpoint as `dtype`, straight onto `mesh` where one is given, every host its shards.
 
-        `quantize` "int8" or "int4" holds the kernels of LLaMA's layers so; only these bits reach the devices.  None
-        takes them as they are stored.  `kv_cache` "int8" halves the cache of decoding.
+        `quantize` "int8" or "int4": LLaMA's kernels, before they reach the devices; None takes them as they are stored.
+        `kv_cache` "int8" halves the cache of decoding.
 
         Raises ConfigError or CheckpointError, naming the file and what to do.
         """
@@ -88,7 +89,7 @@ class PretrainedModel:
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json`, the weights and the tokenizers."""
         self.config.save_pretrained(directory)
-        save_weights(directory, nest(flat_paths(self.params)))
+        save_weights(directory, self.params)
         for tokenizer in (self.tokenizer, self.qformer_tokenizer):
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
+from llamavid_jax.files import find
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -16,7 +17,7 @@ def check_tokenizers(
 ) -> None:
     """Raises ConfigError for a tokenizer of `directory` with ids that the model has no embeddings for.
 
-    Tables may have more rows (padding), and one less than the Q-Former's tokenizer: its [DEC] stands in no ids.
+    Tables may have more rows (padding).  The Q-Former's may lack a row for [DEC], which no prompt contains.
     """
     rows = config.text_config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -33,8 +34,8 @@ def check_tokenizers(
 
 
 def load_tokenizers(directory: str | Path) -> tuple[Tokenizer | None, QFormerTokenizer | None]:
-    """Both tokenizers of a checkpoint folder, None for the one whose files are not there."""
-    directory = Path(directory)
+    """Both tokenizers of a checkpoint folder, None for the one whose files are missing."""
+    directory = find(directory)
     has_text = (directory / "tokenizer.model").exists() or (directory / "tokenizer.json").exists()
     qformer = directory / QFormerTokenizer.FOLDER
     return (

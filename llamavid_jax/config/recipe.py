@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from llamavid_jax.errors import ConfigError
+from llamavid_jax.files import find
 
 
 def read_recipe(path: str | Path, whole: Collection[str] = (), home: str = "configs/") -> dict[str, Any]:
@@ -31,9 +32,11 @@ def read_recipe(path: str | Path, whole: Collection[str] = (), home: str = "conf
 
 def _read(path: Path, home: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(find(path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; such files are in {home}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give a file, such as one of {home}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

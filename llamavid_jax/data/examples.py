@@ -1,4 +1,4 @@
-"""Record -> Example: ids and labels of the conversation, prompts of the Q-Former, frames of the medium.
+"""Record -> Example: ids and labels of the conversation, prompts of the Q-Former, frames of the media file.
 
     Record ─ conversation, labels ─▶ input_ids [t], labels [t], questions
            └ decode, thin, resize ─▶ frames uint8 [F, H, W, 3], or ready features [F, P, E]
@@ -8,12 +8,11 @@ and are the same in every epoch.  Stills are padded or cropped, videos cropped. 
 `inputs` is a movie: its text replaces `<image>`, with one placeholder a visual token.
 
 Deviations from the original: nothing is truncated here (`data/rows.py` does it); a prompt belongs to the turn of its
-placeholder, also where the first turns have none; a placeholder without a medium, a medium without a placeholder and a
+placeholder, also where the first turns have none; a placeholder without media, media without a placeholder and a
 placeholder in an answer are errors, where the original trains on something else in silence.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +23,12 @@ from PIL import Image
 
 from llamavid_jax.data.labels import TextExample, training_example
 from llamavid_jax.data.record import DataError, Record
-from llamavid_jax.data.records import count_frames, decode, find_media, media_file, media_size
+from llamavid_jax.data.records import decode, find_media, media_file, media_size, thinned
 from llamavid_jax.data.shards import MediaHeader
 from llamavid_jax.media import features
 from llamavid_jax.media.images import pad_to_square, resize_and_crop
 from llamavid_jax.media.source import MediaError, local_file
-from llamavid_jax.media.video import check_fps, frame_stride
+from llamavid_jax.media.timeline import check_fps, count_samples
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import (
     IMAGE,
@@ -98,15 +97,14 @@ class ExampleReader:
         return self._text(record, index, header)
 
     def size(self, record: Record, index: int, header: MediaHeader | None = None) -> SampleSize:
-        """The size of `read(record, index, max_frames)` with enough `max_frames`, without decoding the medium.
+        """The size of `read(record, index, max_frames)` with enough `max_frames`, without decoding the media file.
 
-        Exact but for the frames of a video, which are those that its header claims.  With `header`, as shards keep it,
-        the medium is not opened.
+        With `header`, as shards keep it, the media file is not opened.
         """
         header = header or self._header(record)
         frames = header.frames
-        if header.average_fps:
-            frames = math.ceil(frames / frame_stride(header.average_fps, self.fps, record.media))
+        if header.average_fps or header.seconds:
+            frames = count_samples(frames, header.average_fps, header.seconds, self.fps, record.media)
         if self._template.masking == "rounds" and header.inputs is None:
             # Labels cost three times as much as the ids, and a data set may have a million samples to plan.
             check_places(record)
@@ -122,7 +120,7 @@ class ExampleReader:
         return SampleSize(kind, frames, questions, self.expanded_length(ids, questions, frames))
 
     def expanded_length(self, input_ids: np.ndarray, questions: int, frames: int) -> int:
-        """Tokens of a row in which the placeholders have given way to the visual tokens of every question and frame."""
+        """Tokens of a row after its placeholders are replaced by the visual tokens of every question and frame."""
         return len(input_ids) - int((input_ids == IMAGE_TOKEN).sum()) + questions * frames * self.tokens_per_frame
 
     def read(self, record: Record, index: int, max_frames: int) -> Example:
@@ -135,7 +133,8 @@ class ExampleReader:
             with media_file(record) as path:
                 header = file_header(path) if record.kind == "features" else MediaHeader(0)
                 text = self._text(record, index, header, max_frames)
-                frames = self._frames(path, record.kind, max_frames)
+                decoded = decode(path, record.kind, self.fps, max_frames)
+                frames = np.stack([self._transform(frame, record.kind) for frame in decoded])
         return Example(record.id, text.input_ids, text.labels, text.prompts, frames)
 
     def _text(self, record: Record, index: int, header: MediaHeader, max_frames: int | None = None) -> TextExample:
@@ -164,8 +163,8 @@ class ExampleReader:
         return text
 
     def _header(self, record: Record) -> MediaHeader:
-        """Its frames are those sampled at `fps`."""
-        if record.kind == "image" and record.data is None:  # nothing in it matters here, but it must be there
+        """The header of the media file, with the frames sampled at `fps`."""
+        if record.kind == "image" and record.data is None:  # nothing in it matters here, but it must exist
             local_file(find_media(record))
         if record.kind != "features":
             return MediaHeader(media_size(record, self.fps))
@@ -177,19 +176,6 @@ class ExampleReader:
             return []
         return draw_image_sides((self.seed << 32) + int(index), len(record.conversations))
 
-    def _frames(self, path: Path, kind: str, max_frames: int) -> np.ndarray:
-        """The kept frames of a file, read again where a video's header counts wrongly, which shows at its end."""
-        expected = count_frames(path, kind, self.fps)
-        while True:
-            count, frames, places = 0, {}, set(thinned(expected, max_frames))
-            for frame in decode(path, kind, self.fps):
-                if count in places or (expected <= max_frames and count < max_frames):
-                    frames[count] = self._transform(frame, kind)
-                count += 1
-            if list(frames) == thinned(count, max_frames):
-                return np.stack(list(frames.values()))
-            expected = count
-
     def _transform(self, frame: np.ndarray, kind: str) -> np.ndarray:
         if kind == "features":
             return frame
@@ -198,15 +184,8 @@ class ExampleReader:
         return resize_and_crop(frame, self.image_size)
 
 
-def thinned(count: int, max_frames: int) -> list[int]:
-    """Which of `count` frames stay: at most `max_frames`, evenly spaced, the first and the last among them."""
-    if count <= max_frames:
-        return list(range(count))
-    return np.linspace(0, count - 1, max_frames).round().astype(int).tolist()
-
-
 def check_places(record: Record) -> None:
-    """Raises ConversationError where the placeholders do not fit the medium."""
+    """Raises ConversationError where the placeholders do not fit the media."""
     turns = [turn for turn in record.conversations if isinstance(turn, Mapping)]
     speakers = [turn.get("from") for turn in turns if IMAGE in str(turn.get("value"))]
     if record.kind == "text" and speakers:
@@ -214,7 +193,7 @@ def check_places(record: Record) -> None:
             f"a turn holds {IMAGE}, but the record names no image, video or features; add the key or delete {IMAGE}"
         )
     if record.kind != "text" and not speakers:
-        raise ConversationError(f"the record has a medium, but no turn holds {IMAGE}; put it in the first question")
+        raise ConversationError(f"the record has media, but no turn holds {IMAGE}; put it in the first question")
     if "gpt" in speakers:
         raise ConversationError(f"an answer holds {IMAGE}; put it in a question")
 

@@ -209,7 +209,7 @@ def _media_kind(kind: np.ndarray) -> int:
 
 
 def _row_kind(kind: int, shape: RowShape, media: int) -> int:
-    """A row for texts in a bucket with frames counts as one of the usual kind, so that one program fewer compiles."""
+    """A row of text in a bucket with frames counts as one of the usual kind: one program less to compile."""
     return media if kind == TEXT_ONLY and shape.frames else kind
 
 
@@ -265,7 +265,7 @@ class Schedule:
             return self.epoch(epoch)[step - self._starts[epoch]]
 
     def fingerprint(self) -> str:
-        """Equal exactly where every step's batch is: the same data, buckets and settings.
+        """Equal if and only if every step has the same batch: the same data, buckets and settings.
 
         Rows of one sample are mostly the same however many chips hold one, and then `shares` changes nothing.
         """

@@ -43,7 +43,7 @@ class Sizes:
 
     @classmethod
     def of(cls, sizes: Sequence[SampleSize]) -> "Sizes":
-        """The table of the samples' own sizes."""
+        """The table of these sizes."""
         rows = np.array([(KINDS.index(s.kind), s.frames, s.questions, s.tokens) for s in sizes], np.int32)
         kind, frames, questions, tokens = rows.reshape(-1, 4).T
         return cls(kind.astype(np.int8), frames, questions, tokens)

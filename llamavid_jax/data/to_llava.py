@@ -9,9 +9,9 @@
 video: NAME.pkl, conversations} with `<video>` -> one record each; the file is looked for by its stem.
 `split_chat`: conversations of more than N rounds are cut into records of N rounds.  Every human turn repeats the visual
 tokens of the image: 12 rounds of 257 and 6 of 577 just fit 4,096, the original's `maxround_12` and `maxround_6`.
-Text alone is left whole, and so are ready features, since a movie stands in its record once.
+Text alone is never split, nor are ready features, since a movie stands in its record once.
 
-With `--media` only records whose file is there are written.  What is left out is counted and said; where nothing is
+With `--media` only records whose file exists are written.  What is left out is counted and said; where nothing is
 left, that is an error.
 The original: convert_webvid_to_llava.py, convert_video_chatgpt_to_llava.py, split_chat.py (whose main does nothing).
 """
@@ -29,7 +29,7 @@ from typing import Any
 
 from llamavid_jax.data.record import DataError
 from llamavid_jax.data.records import PICKLES, JsonRows
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import Parser, command
 from llamavid_jax.media import features
 from llamavid_jax.text.conversation import IMAGE
 
@@ -46,7 +46,7 @@ Skipped = collections.Counter[str]
 
 
 def webvid(rows: Iterable[Mapping[str, str]], found: Mapping[str, str] | None, skipped: Skipped) -> Iterator[dict]:
-    """CSV rows -> records.  `found`: stem -> path of the files that are there; None: the data set's own paths."""
+    """CSV rows -> records.  `found`: stem -> path of the files that exist; None: the data set's own paths."""
     for row in rows:
         name, caption = (row.get("videoid") or "").strip(), (row.get("name") or "").strip()
         if not name or not caption:
@@ -193,6 +193,7 @@ def write_records(path: str | Path, records: Iterable[Mapping[str, Any]], skippe
     return count
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
@@ -214,21 +215,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "--media", required=name == "video_chatgpt", metavar="DIR", help="folder of the videos"
             )
     skipped: Skipped = collections.Counter()
-    try:
-        options = parser.parse_args(arguments)
-        if options.command == "split_chat":
-            if options.rounds < 1:
-                raise DataError(f"--rounds is {options.rounds}; give 1 or more")
-            records = split_chat(JsonRows(options.source), options.rounds, skipped)
+    options = parser.parse_args(arguments)
+    if options.command == "split_chat":
+        if options.rounds < 1:
+            raise DataError(f"--rounds is {options.rounds}; give 1 or more")
+        records = split_chat(JsonRows(options.source), options.rounds, skipped)
+    else:
+        found = None if options.media is None else find_videos(options.media)
+        if options.command == "webvid":
+            records = webvid(read_csv(options.source), found, skipped)
         else:
-            found = None if options.media is None else find_videos(options.media)
-            if options.command == "webvid":
-                records = webvid(read_csv(options.source), found, skipped)
-            else:
-                records = video_chatgpt(JsonRows(options.source), found, skipped)
-        count = write_records(options.output, records, skipped)
-    except InputError as error:
-        return complain(error)
+            records = video_chatgpt(JsonRows(options.source), found, skipped)
+    count = write_records(options.output, records, skipped)
     print(f"{options.output}: {count:,} records")
     if skipped:
         print(f"left out: {_left_out(skipped)}")

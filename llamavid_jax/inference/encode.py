@@ -1,4 +1,4 @@
-"""Frames → a table of visual tokens `[R, n+1, D]`, chunk by chunk: only the tokens of a video are kept.
+"""Frames → a table of visual tokens `[N, D]`, chunk by chunk: only the tokens of a video are kept.
 
 Frames come from arrays or from iterators (a video that is still being decoded), of several visuals one after another,
 and fill chunks of `FRAME_CHUNK` together.  The vision tower sees each frame once, the Q-Former each pair of a frame
@@ -16,6 +16,7 @@ import numpy as np
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.inference.request import RequestError, Visual
 from llamavid_jax.models.llama_vid import compress_frames, encode_frames
+from llamavid_jax.models.structure import Params, Structure
 from llamavid_jax.shapes import FRAME_CHUNK, bucket, chunk_size, pad_to
 
 SMALLEST_TABLE = 128  # visual tokens
@@ -23,16 +24,18 @@ UNKNOWN_FRAMES = 64  # room for a video whose number of frames is not known yet
 SMALLEST_QUESTIONS, SMALLEST_QUESTION = 8, 32  # their number, and the tokens of one
 
 
-def frame_features(graphdef, params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig) -> Iterator[np.ndarray]:
+def frame_features(
+    structure: Structure, params: Params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig
+) -> Iterator[np.ndarray]:
     """Features `[f, 1+P, E]` of every chunk of frames, brought to the host."""
     for chunk in _chunks(frames):
         pixels = np.stack([_checked(frame, config, None) for frame in chunk])
-        yield np.asarray(encode_frames(graphdef, params, pad_to(pixels, chunk_size(len(chunk)))))[: len(chunk)]
+        yield np.asarray(encode_frames(structure, params, pad_to(pixels, chunk_size(len(chunk)))))[: len(chunk)]
 
 
 def encode_visuals(
-    graphdef: Any,
-    params: Any,
+    structure: Structure,
+    params: Params,
     config: LLaMAVIDLlavaConfig,
     visuals: Sequence[Visual],
     text_ids: np.ndarray,
@@ -40,24 +43,23 @@ def encode_visuals(
     dtype: Any,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, list[list[np.ndarray]]]:
-    """Encodes all visuals; returns the table `[R, n+1, D]` and `slots[visual][question]`, `[F]` rows of it.
+    """Encodes all visuals: the table `[N, D]`, and in `slots[visual][question]` `[F]` the places of the first tokens.
 
     `text_ids` and `text_mask` `[U, T]` hold the questions.  `progress` is told how many frames each step took.
     Raises RequestError for a frame of a wrong shape.
     """
     slots: list[list[list[int]]] = [[[] for _ in visual.questions] for visual in visuals]
-    table = jnp.zeros(
-        (_first_size(visuals, config.tokens_per_frame), config.tokens_per_frame, config.text_config.hidden_size), dtype
-    )
+    table = jnp.zeros((_first_size(visuals, config), config.text_config.hidden_size), dtype)
     used, running = 0, table
     questions = bucket(len(text_ids), SMALLEST_QUESTIONS)
     text_ids, text_mask = (pad_to(array, questions, array.shape[1]) for array in (text_ids, text_mask))
     for (are_features, has_cls), group in itertools.groupby(enumerate(visuals), lambda item: item[1][2:]):
+        width = config.tokens_of(has_cls)
         owned = ((index, frame) for index, visual in group for frame in visual.frames)
         for chunk in _chunks(owned):
             array = np.stack([_checked(frame, config, has_cls if are_features else None) for _, frame in chunk])
             array = pad_to(array, chunk_size(len(chunk)))
-            features = jnp.asarray(array, dtype) if are_features else encode_frames(graphdef, params, array)
+            features = jnp.asarray(array, dtype) if are_features else encode_frames(structure, params, array)
             running.block_until_ready()  # of the chunk before: decoding may run ahead by one chunk, not by the video
             running = features
             pairs = []
@@ -65,7 +67,7 @@ def encode_visuals(
                 for number, question in enumerate(visuals[index].questions):
                     slots[index][number].append(used)
                     pairs.append((place, question, used))
-                    used += 1
+                    used += width
             if used > len(table):
                 table = _grow(table, size=bucket(used, 2 * len(table)))
             for some in _chunks(pairs):
@@ -73,17 +75,29 @@ def encode_visuals(
                 slot += len(table)  # padding goes beyond the table, where it is dropped
                 frame[: len(some)], question[: len(some)], slot[: len(some)] = zip(*some, strict=True)
                 tokens = compress_frames(
-                    graphdef, params, features, frame, question, text_ids, text_mask, has_cls=has_cls
+                    structure, params, features, frame, question, text_ids, text_mask, has_cls=has_cls
                 )
-                table = _write(table, slot, tokens)
+                table = _write(table, slot[:, None] + np.arange(width, dtype=np.int32), tokens)
             if progress:
                 progress(len(chunk))
     return table, [[np.asarray(slot, np.int32) for slot in visual] for visual in slots]
 
 
+def table_of(
+    tokens: Sequence[Sequence[np.ndarray]], width: int, dtype: Any
+) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """Ready visual tokens as a table `[N, D]` of a bucketed length, and the places in it of every row's arrays."""
+    arrays = [array for row in tokens for array in row]
+    table = np.concatenate([np.zeros((0, width), dtype), *arrays]).astype(dtype)
+    ends = itertools.accumulate(map(len, arrays))
+    ranges = iter([np.arange(end - len(array), end, dtype=np.int32) for array, end in zip(arrays, ends, strict=True)])
+    places = [[next(ranges) for _ in row] for row in tokens]
+    return pad_to(table, bucket(len(table), SMALLEST_TABLE)), places
+
+
 def token_places(slots: np.ndarray, tokens_per_frame: int) -> np.ndarray:
-    """Places `[F·(n+1)]` in the flattened table of the frames at `slots`."""
-    return (slots[:, None] * tokens_per_frame + np.arange(tokens_per_frame)).reshape(-1).astype(np.int32)
+    """Places `[F·(n+1)]` in the table of the frames at `slots`."""
+    return (slots[:, None] + np.arange(tokens_per_frame)).reshape(-1).astype(np.int32)
 
 
 def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
@@ -92,9 +106,9 @@ def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _first_size(visuals: Sequence[Visual], tokens_per_frame: int) -> int:
-    known = [(v.num_frames or UNKNOWN_FRAMES) * len(v.questions) for v in visuals]
-    return bucket(sum(known), SMALLEST_TABLE // tokens_per_frame)
+def _first_size(visuals: Sequence[Visual], config: LLaMAVIDLlavaConfig) -> int:
+    known = [(v.num_frames or UNKNOWN_FRAMES) * len(v.questions) * config.tokens_of(v.has_cls) for v in visuals]
+    return bucket(sum(known), SMALLEST_TABLE)
 
 
 def _checked(frame: np.ndarray, config: LLaMAVIDLlavaConfig, features_have_cls: bool | None) -> np.ndarray:
@@ -121,4 +135,4 @@ def _write(table: jax.Array, slot: jax.Array, tokens: jax.Array) -> jax.Array:
 
 @jax.jit(static_argnames="size")
 def _grow(table: jax.Array, *, size: int) -> jax.Array:
-    return jnp.pad(table, [(0, size - len(table)), (0, 0), (0, 0)])
+    return jnp.pad(table, [(0, size - len(table)), (0, 0)])

@@ -1,4 +1,9 @@
-"""Merged rows → new ids: one bucketed prefill, then a compiled decode loop over its cache and room for the answer.
+"""Merged rows → new ids: prefill of the prompts, then a compiled decode loop over its cache and room for the answer.
+
+    prefill   the prompt in one piece where attention is fused (TPU, GPU); on a CPU its first PREFILL_CHUNK positions
+    extend    on a CPU the others, a chunk at a time behind what the cache holds: memory stays flat however many they
+              are.  Everywhere what a prompt has beyond the one before, whose keys and values were kept
+    decode    one position at a time
 
 The host looks at the ids after every block of decode steps, to stop rows at stop strings and to stream their text;
 within a block nothing leaves the device.  A row's greedy ids depend neither on its batch nor on its bucket.
@@ -6,21 +11,24 @@ within a block nothing leaves the device.  A row's greedy ids depend neither on 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from llamavid_jax.inference.sampling import Sampling, next_tokens
 from llamavid_jax.models.kv_cache import KeysValues, KVCache
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.models.structure import Params, Structure
+from llamavid_jax.parallel.rows import ways
+from llamavid_jax.parallel.sharding import target
 from llamavid_jax.shapes import TEXT, Row, bucket, pad_rows
 
 BLOCK_STEPS = 16  # decode steps between two looks of the host
 SMALLEST_LENGTH = 64  # of prompts and of room for answers
+PREFILL_CHUNK = 1024  # positions prefilled at a time, where the scores of more would fill the memory
 
 
 class DecodeState(NamedTuple):
@@ -35,8 +43,8 @@ class DecodeState(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="greedy")
 def prefill(
-    graphdef,
-    params,
+    structure: Structure,
+    params: Params,
     token_ids: Int[Array, "B T"],
     visual: Float[Array, "1 N D"],
     visual_index: Int[Array, "B T"],
@@ -47,21 +55,55 @@ def prefill(
     greedy: bool,
 ) -> tuple[Int[Array, " B"], Key[Array, " B"], KeysValues]:
     """Runs the prompts: the first token of every row, its key, and what the cache holds of the prompts."""
-    model: LlamaVid = nnx.merge(graphdef, params)
+    model: LlamaVid = structure.model(params)
     hidden, prompt = model.llama.prefill(model.merge(token_ids, visual, visual_index))
+    token, keys = _first_tokens(model, hidden, lengths - 1, lengths, seed, sampling, greedy)
+    return token, keys, prompt
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="greedy", donate_argnames="prompt")
+def extend(
+    structure: Structure,
+    params: Params,
+    token: Int[Array, " B"],
+    prompt: KeysValues,
+    token_ids: Int[Array, "B T"],
+    visual: Float[Array, "B T D"],
+    visual_index: Int[Array, "B T"],
+    start: Int[Array, ""],
+    lengths: Int[Array, " B"],
+    seed: UInt32[Array, ""],
+    sampling: Sampling,
+    *,
+    greedy: bool,
+) -> tuple[Int[Array, " B"], Key[Array, " B"], KeysValues]:
+    """`prefill` of the positions from `start` on: `token` and `prompt` are what it returned for those before.
+
+    A row that does not end in this chunk keeps its `token`.
+    """
+    model: LlamaVid = structure.model(params)
+    hidden, prompt = model.llama.extend(model.merge(token_ids, visual, visual_index), start, prompt)
+    last = lengths - 1 - start
+    ends = (last >= 0) & (last < token_ids.shape[1])
+    new, keys = _first_tokens(model, hidden, jnp.where(ends, last, 0), lengths, seed, sampling, greedy)
+    return jnp.where(ends, new, token), keys, prompt
+
+
+def _first_tokens(model: LlamaVid, hidden, last, lengths, seed, sampling: Sampling, greedy: bool):
+    """The token that follows place `last` of each row's hidden states, and the row's key."""
     rows = jnp.arange(len(lengths))
-    logits = model.llama.logits(hidden[rows, lengths - 1])
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
-    return next_tokens(logits, keys, lengths, sampling, greedy=greedy), keys, prompt
+    return next_tokens(model.llama.logits(hidden[rows, last]), keys, lengths, sampling, greedy=greedy), keys
 
 
+longer = jax.jit(KeysValues.grown, static_argnames="slots")
 answer_room = jax.jit(KeysValues.room, static_argnames="slots")
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("greedy",), donate_argnames="state")
 def decode_block(
-    graphdef,
-    params,
+    structure: Structure,
+    params: Params,
     state: DecodeState,
     steps: Int[Array, ""],
     eos: Int[Array, ""],
@@ -73,7 +115,7 @@ def decode_block(
 
     They come as `[B, BLOCK_STEPS]`, filled up with `eos`.
     """
-    model: LlamaVid = nnx.merge(graphdef, params)
+    model: LlamaVid = structure.model(params)
     tokens = jnp.full((len(state.token), BLOCK_STEPS), eos, jnp.int32)
 
     def more(carry):
@@ -95,36 +137,28 @@ def decode_block(
 
 
 def generate(
-    graphdef: Any,
-    params: Any,
+    structure: Structure,
+    params: Params,
     rows: Sequence[Row],
-    visual: Float[Array, "N D"],
+    visual: Float[Array | np.ndarray, "N D"],
     *,
     max_new_tokens: int,
     eos: int,
     sampling: Sampling,
     seed: int,
     on_tokens: Callable[[int, list[int]], bool] | None = None,
-) -> list[list[int]]:
-    """New ids of every row, without the end token `eos` (-1: never end).
+    kept: tuple[int, KeysValues] | None = None,
+) -> tuple[list[list[int]], KeysValues]:
+    """New ids of every row, without the end token `eos` (-1: never end), and what the cache holds of the prompts.
 
     `on_tokens(row, ids)` is given a row's new ids as they come and returns True to stop that row.
+    `kept`: so many first positions are as an earlier call returned them, in arrays that are used up.
     """
     lengths = np.array([len(row.token_ids) for row in rows], np.int32)
-    batch, length = bucket(len(rows)), bucket(int(lengths.max()), SMALLEST_LENGTH)
-    lengths = np.pad(lengths, (0, batch - len(rows)), constant_values=1)
-    greedy = sampling.temperature == 0
-    token, keys, prompt = prefill(
-        graphdef,
-        params,
-        pad_rows([row.token_ids for row in rows], batch, length, 0),
-        visual[None],
-        pad_rows([row.visual_index for row in rows], batch, length, TEXT),
-        lengths,
-        np.uint32(seed),
-        _as_arrays(sampling),
-        greedy=greedy,
-    )
+    lengths = np.pad(lengths, (0, bucket(len(rows)) - len(rows)), constant_values=1)
+    greedy, batch = sampling.temperature == 0, len(lengths)
+    choice = (lengths, np.uint32(seed), _as_arrays(sampling))
+    token, keys, prompt = _prefill(structure, params, rows, visual, choice, greedy, kept)
     cache = KVCache(prompt, answer_room(prompt, slots=bucket(max_new_tokens, SMALLEST_LENGTH)), jnp.int32(0))
     state = DecodeState(token, jnp.asarray(lengths), jnp.arange(batch) >= len(rows), cache, keys)
     new: list[list[int]] = [[] for _ in rows]
@@ -132,7 +166,7 @@ def generate(
     for done in range(0, max_new_tokens, BLOCK_STEPS):
         steps = min(BLOCK_STEPS, max_new_tokens - done)
         state, tokens = decode_block(
-            graphdef, params, state, np.int32(steps), np.int32(eos), _as_arrays(sampling), greedy=greedy
+            structure, params, state, np.int32(steps), np.int32(eos), _as_arrays(sampling), greedy=greedy
         )
         for index, ids in enumerate(np.asarray(tokens)[: len(rows), :steps].tolist()):
             if ended[index]:
@@ -144,7 +178,51 @@ def generate(
         if ended.all():
             break
         state = state._replace(done=jnp.asarray(np.pad(ended, (0, batch - len(rows)), constant_values=True)))
-    return new
+    return new, state.cache.prompt
+
+
+def prefills_at_once() -> bool:
+    """Whether a prompt of any length is run in one piece: on TPUs and GPUs, and where the mesh cuts rows."""
+    return target().platform != "cpu" or ways() > 1
+
+
+def _prefill(structure, params, rows, visual, choice, greedy: bool, kept):
+    """The first token of every row, its key and the prompts' keys and values, in as many pieces as it takes."""
+    lengths = choice[0]
+    batch, length = len(lengths), int(lengths.max())
+    if kept is None:
+        size = bucket(length if prefills_at_once() else min(length, PREFILL_CHUNK), SMALLEST_LENGTH)
+        token_ids, visual_index = _columns(rows, batch, 0, size)
+        head = np.minimum(lengths, size)
+        token, keys, prompt = prefill(
+            structure, params, token_ids, visual[None], visual_index, head, *choice[1:], greedy=greedy
+        )
+        start = size
+    else:
+        (start, prompt), token, keys = kept, jnp.zeros(batch, jnp.int32), None
+    if start >= length:
+        return token, keys, prompt
+    size = min(bucket(length - start, SMALLEST_LENGTH), PREFILL_CHUNK)
+    chunks, table = range(start, length, size), np.asarray(visual)
+    if prompt.slots < chunks[-1] + size:
+        prompt = longer(prompt, slots=bucket(chunks[-1] + size))
+    for at in chunks:
+        token_ids, visual_index = _columns(rows, batch, at, size)
+        own = table[np.maximum(visual_index, 0)]  # each position's own visual token, so that no program holds them all
+        places = np.where(visual_index == TEXT, TEXT, np.arange(size, dtype=np.int32))
+        token, keys, prompt = extend(
+            structure, params, token, prompt, token_ids, own, places, np.int32(at), *choice, greedy=greedy
+        )
+    return token, keys, prompt
+
+
+def _columns(rows: Sequence[Row], batch: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and visual index `[batch, size]` of the positions from `start` on."""
+    part = slice(start, start + size)
+    return (
+        pad_rows([row.token_ids[part] for row in rows], batch, size, 0),
+        pad_rows([row.visual_index[part] for row in rows], batch, size, TEXT),
+    )
 
 
 def _as_arrays(sampling: Sampling) -> Sampling:

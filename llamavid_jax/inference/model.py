@@ -6,7 +6,7 @@ It lays rows out on the host (`shapes.py`) and calls the compiled functions of `
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamavid_jax.checkpoints.pretrained import PretrainedModel
-from llamavid_jax.inference.encode import SMALLEST_QUESTION, encode_visuals, frame_features, token_places
-from llamavid_jax.inference.generate import generate
+from llamavid_jax.inference.encode import SMALLEST_QUESTION, encode_visuals, frame_features, table_of, token_places
+from llamavid_jax.inference.generate import generate, prefills_at_once
+from llamavid_jax.inference.prompt_cache import PromptCache
 from llamavid_jax.inference.request import (
     Frames,
     Request,
@@ -27,8 +28,10 @@ from llamavid_jax.inference.request import (
 )
 from llamavid_jax.inference.sampling import Sampling
 from llamavid_jax.inference.stopping import RowText
-from llamavid_jax.models.llama_vid import attend_frames, forward, next_token_loss
+from llamavid_jax.models.llama_vid import attend_frames, forward
+from llamavid_jax.models.loss import next_token_loss
 from llamavid_jax.shapes import FRAME_CHUNK, IGNORE_LABEL, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
+from llamavid_jax.text.qformer_tokenizer import pad_questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,8 @@ class ForwardOutput:
 class GenerateOutput:
     """New ids of every row, without end token; their text where the model has a tokenizer; what the prompts held.
 
-    `seconds` tells how long decoding and encoding the frames took ("encode") and how long the answer ("generate").
+    `seconds` tells how long decoding and encoding the frames took ("encode") and how long the answer ("generate");
+    `cached_tokens` how many of the prompt a PromptCache had.
     """
 
     token_ids: list[list[int]]
@@ -55,6 +59,7 @@ class GenerateOutput:
     prompt_tokens: list[int]
     visual_tokens: list[int]
     seconds: dict[str, float]
+    cached_tokens: int = 0
 
 
 class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
@@ -63,14 +68,17 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
     A sample's frames are an array `[F, 3, H, W]` of normalised pixels (`pixel_values`) or `[F, P, E]` of ready
     features (`features`), with as many prompts as its row has placeholders: each placeholder takes the visual tokens
     of these frames for its prompt.  A list of n arrays with n prompts pairs them one by one (several videos in one
-    conversation).  None is a text-only sample, which costs no vision work.
+    conversation; the same array may stand in it again).  None is a text-only sample, which costs no vision work.
     """
 
     def vision_features(self, pixel_values: Frames, progress: Callable[[int], None] | None = None) -> np.ndarray:
-        """Features `[F, 1+P, E]` of frames, CLS first, on the host: what `features=` takes with `features_have_cls`."""
+        """Features `[F, P, E]` of frames, on the host: what `features=` takes.
+
+        Those of EVA begin with the CLS token (`features_have_cls`), as `vision_tower_config.has_cls` says.
+        """
         chunks = []
         with self.on_mesh():
-            for chunk in frame_features(self.graphdef, self.params, pixel_values, self.config):
+            for chunk in frame_features(self.structure, self.params, pixel_values, self.config):
                 chunks.append(chunk)
                 if progress:
                     progress(len(chunk))
@@ -83,17 +91,18 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
 
         The weights of the paper's context token (section 3.2), averaged over the queries.
         """
-        text_ids, text_mask = (array[0] for array in self._question_ids([prompt]))
-        features = self.vision_features(pixel_values)
-        chunks = []
+        text_ids, text_mask = (array[0] for array in self._question_ids([prompt], [1]))
+        features, vision, chunks = self.vision_features(pixel_values), self.config.vision_tower_config, []
         with self.on_mesh():
             for start in range(0, len(features), FRAME_CHUNK):
                 chunk = features[start : start + FRAME_CHUNK]
                 padded = pad_to(chunk, chunk_size(len(chunk)))
-                weights = attend_frames(self.graphdef, self.params, padded, text_ids, text_mask)
+                weights = attend_frames(
+                    self.structure, self.params, padded, text_ids, text_mask, has_cls=vision.has_cls
+                )
                 chunks.append(np.asarray(weights)[: len(chunk)])
-        side = self.config.vision_tower_config.side
-        return np.concatenate(chunks).reshape(-1, side, side)
+        weights = np.concatenate(chunks)[:, -vision.num_patches :]  # without the CLS token's, where it has one
+        return weights.reshape(-1, vision.side, vision.side)
 
     def visual_tokens(
         self,
@@ -102,13 +111,14 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         *,
         features: Frames | None = None,
         features_have_cls: bool = False,
-    ) -> jax.Array:
+    ) -> np.ndarray:
         """Visual tokens `[prompts, F·(n+1), D]` of one sample: for each prompt, frame after frame, context first."""
         with self.on_mesh():
-            table, places = self._encode(*read_visuals([pixel_values], [features], [prompts], features_have_cls), None)
+            have_cls = self.config.vision_tower_config.has_cls, features_have_cls
+            table, places = self._encode(*read_visuals([pixel_values], [features], [prompts], have_cls), None)
             if len({len(place) for place in places[0]}) != 1:
                 raise RequestError("visual_tokens takes one video and at least one prompt; call it for each video")
-            return table[np.stack(places[0])]
+            return np.asarray(table)[np.stack(places[0])]
 
     def __call__(
         self,
@@ -145,7 +155,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
 
             token_ids = pad_rows([row.token_ids for row in rows], batch, length, 0)
             visual_index = pad_rows([row.visual_index for row in rows], batch, length, TEXT)
-            logits = forward(self.graphdef, self.params, token_ids, table[None], visual_index)
+            logits = forward(self.structure, self.params, token_ids, table[None], visual_index)
             loss = None
             if labels is not None:
                 loss = next_token_loss(logits, pad_rows([row.labels for row in rows], batch, length, IGNORE_LABEL))
@@ -158,6 +168,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         pixel_values: Any = None,
         features: Any = None,
         prompts: Any = None,
+        visual_tokens: Any = None,
         attention_mask: Any = None,
         features_have_cls: bool = False,
         max_new_tokens: int = 512,
@@ -169,12 +180,15 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         streamer: Callable[[int, str], None] | None = None,
         ignore_eos: bool = False,
         progress: Callable[[int], None] | None = None,
+        cache: PromptCache | None = None,
     ) -> GenerateOutput:
         """Answers every row, greedily at temperature 0, until its end token, a `stop` string or `max_new_tokens`.
 
-        `streamer(row, text)` is given each row's text as it comes, whole characters only.  The same `seed` draws the
-        same answer.  Raises RequestError for what does not fit together or is longer than the
-        model's positions, ConversationError for prompts that cannot be read.
+        `visual_tokens` holds a list for each sample, with the array `[n, D]` of every placeholder, in place of frames
+        and prompts.  `streamer(row, text)` is given each row's text as it comes, whole characters only.  The same
+        `seed` draws the same answer.  `cache` holds what one row's prompt shares with the one before.  Raises
+        RequestError for what does not fit together or is longer than the model's positions, ConversationError for
+        prompts that cannot be read.
         """
         settings = Settings(max_new_tokens, temperature, top_p, top_k, seed, stop)
         if self.tokenizer is None and (settings.stop or streamer):
@@ -185,15 +199,21 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
             pixel_values=pixel_values,
             features=features,
             prompts=prompts,
+            visual_tokens=visual_tokens,
             attention_mask=attention_mask,
             features_have_cls=features_have_cls,
             max_new_tokens=max_new_tokens,
         )
+        if cache is not None and (len(request.ids) > 1 or request.tokens is None):
+            raise RequestError("cache goes with one row and its visual_tokens; leave it out, or give these")
         start = time.perf_counter()
         with self.on_mesh():
             table, rows = self._merge(request, progress, max_new_tokens)
-            table.block_until_ready()
+            jax.block_until_ready(table)
             encoded = time.perf_counter()
+            kept = cache.take(rows[0], request.tokens[0]) if cache else None
+            if kept and prefills_at_once() and 2 * kept[0] < len(rows[0].token_ids):
+                kept = None  # the whole prompt in one piece is faster
             texts = [RowText(self.tokenizer, settings.stop) for _ in rows] if self.tokenizer else None
 
             def on_tokens(row: int, ids: list[int]) -> bool:
@@ -202,8 +222,8 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
                     streamer(row, new)
                 return texts[row].stopped
 
-            token_ids = generate(
-                self.graphdef,
+            token_ids, keys_values = generate(
+                self.structure,
                 self.params,
                 rows,
                 table,
@@ -212,7 +232,10 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
                 sampling=Sampling(temperature, top_k, top_p),
                 seed=seed,
                 on_tokens=on_tokens if texts else None,
+                kept=kept,
             )
+            if cache:
+                cache.put(rows[0], request.tokens[0], keys_values)
         for number, text in enumerate(texts or ()):
             if (rest := text.finish()) and streamer:
                 streamer(number, rest)
@@ -222,13 +245,17 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
             prompt_tokens=[len(row.token_ids) for row in rows],
             visual_tokens=[int((row.visual_index != TEXT).sum()) for row in rows],
             seconds={"encode": encoded - start, "generate": time.perf_counter() - encoded},
+            cached_tokens=kept[0] if kept else 0,
         )
 
     def _merge(
         self, request: Request, progress: Callable[[int], None] | None = None, max_new_tokens: int = 0
-    ) -> tuple[jax.Array, list[Row]]:
+    ) -> tuple[jax.Array | np.ndarray, list[Row]]:
         """Encodes the visuals and lays the rows out: the table of visual tokens `[N, D]` and one Row a sample."""
-        table, places = self._encode(request.questions, request.visuals, request.blocks, progress)
+        if request.tokens is None:
+            table, places = self._encode(request.questions, request.visuals, request.blocks, progress)
+        else:
+            table, places = table_of(request.tokens, self.config.text_config.hidden_size, self.dtype)
         for number, (row, blocks) in enumerate(zip(request.ids, places, strict=True)):
             check_row(self.config, number, row, len(blocks), sum(map(len, blocks)), max_new_tokens)
         return table, [merge_row(*row) for row in zip(request.ids, places, request.labels, strict=True)]
@@ -237,21 +264,24 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         """The table `[N, D]` of all visual tokens, and `places[row][prompt]`: where a prompt's tokens stand in it."""
         if not visuals:
             return jnp.zeros((1, self.config.text_config.hidden_size), self.dtype), [[] for _ in blocks]
-        text_ids, text_mask = self._question_ids(questions)
+        text_ids, text_mask = self._question_ids(questions, [len(block) for block in blocks])
         table, slots = encode_visuals(
-            self.graphdef, self.params, self.config, visuals, text_ids, text_mask, self.dtype, progress
+            self.structure, self.params, self.config, visuals, text_ids, text_mask, self.dtype, progress
         )
-        width = self.config.tokens_per_frame
-        places = [[token_places(slots[visual][question], width) for visual, question in row] for row in blocks]
+        places = [
+            [token_places(slots[v][question], self.config.tokens_of(visuals[v].has_cls)) for v, question in row]
+            for row in blocks
+        ]
         if any(len(place) == 0 for row in places for place in row):
             raise RequestError("a video holds no frame; give at least one")
-        return table.reshape(-1, table.shape[-1]), places
+        return table, places
 
-    def _question_ids(self, questions: Sequence[str]) -> Iterator[np.ndarray]:
-        """Ids and mask `[U, T]` of questions for the Q-Former, T a bucket; those beyond its positions lose their
-        beginning."""
+    def _question_ids(self, questions: Sequence[str], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask `[U, T]` of questions for the Q-Former, `counts` of each sample, T a bucket; those beyond its
+        positions lose their beginning."""
         if self.qformer_tokenizer is None:
             raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
         positions = self.config.qformer_config.max_position_embeddings
-        read = self.qformer_tokenizer(questions, positions)
-        return (pad_to(x, len(x), min(bucket(x.shape[1], SMALLEST_QUESTION), positions)) for x in read)
+        ids, mask = self.qformer_tokenizer(questions, positions)
+        length = min(bucket(ids.shape[1], SMALLEST_QUESTION), positions)
+        return pad_questions(ids, mask, counts, len(ids), length)

@@ -14,7 +14,6 @@ A sample with one visual and n placeholders shows the same frames n times, each 
 otherwise there are as many visuals as placeholders, in order, and `pixel_values` holds their list.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from llamavid_jax.text.conversation import (
     IMAGE,
     ConversationError,
     check_text,
-    prompt,
     question_per_image,
     template_named,
 )
@@ -114,24 +112,22 @@ class LLaMAVIDLlavaProcessor:
     ) -> ModelInputs:
         """The same for role/content messages (`text/chat.py`), one conversation or a list of them.
 
-        `add_generation_prompt` asks for the answer to the last message, which must be the user's.
+        Each of the user's turns is asked with visual tokens of its own, also about what was shown before, as in
+        training and in a `Session`.  `add_generation_prompt` asks for the answer to the last message, which must be
+        the user's.
         """
         if not isinstance(messages, list | tuple) or not messages:
             raise ConversationError(f"messages is {messages!r}; give a list of messages with 'role' and 'content'")
         conversations = messages if isinstance(messages[0], list | tuple) else [messages]
         chats = [read_messages(conversation) for conversation in conversations]
-        chosen = template_named(template)
-        texts = []
         for number, chat in enumerate(chats):
             if add_generation_prompt and len(chat.turns) % 2 == 0:
                 raise ConversationError(
                     f"conversation {number} ends with the assistant's message; end it with the user's, or set "
                     "add_generation_prompt=False"
                 )
-            form = chosen if chat.system is None else dataclasses.replace(chosen, system=chat.system)
-            texts.append(prompt(form, chat.turns, open_answer=add_generation_prompt))
         return self(
-            texts,
+            [chat.text(template, add_generation_prompt) for chat in chats],
             images=[chat.images for chat in chats],
             videos=[chat.videos for chat in chats],
             prompts=[chat.prompts for chat in chats],
@@ -144,6 +140,8 @@ class LLaMAVIDLlavaProcessor:
         check_text(text)
         slots = text.count(IMAGE)
         pixels, timestamps = self._media(images, videos, fps, progress)
+        if all(array is pixels[0] for array in pixels):
+            pixels = pixels[:1]
         if len(pixels) != slots and not (len(pixels) == 1 and slots > 0):
             raise ConversationError(
                 f"the text has {slots} {IMAGE} placeholders, but {len(pixels)} images and videos were given; "
@@ -174,17 +172,22 @@ class LLaMAVIDLlavaProcessor:
             raise ConversationError(
                 "images and videos of one sample must be lists of one length, None where the other has it"
             )
-        pixels, timestamps = [], []
+        pixels, timestamps, read = [], [], {}
         for index, (image, video) in enumerate(zip(images, videos, strict=True)):
             if (image is None) == (video is None):
                 which = "neither an image nor a video" if image is None else "an image and a video"
                 raise ConversationError(f"visual {index} is {which}; give one of them, and None for the other")
+            source = id(image if video is None else video)
+            if source in read:  # a later turn about what an earlier one showed
+                pixels.append(read[source])
+                continue
             media = self.image_processor(
                 images=None if image is None else [image],
                 videos=None if video is None else [video],
                 fps=fps,
                 progress=progress,
             )
-            pixels += media["pixel_values"]
+            (read[source],) = media["pixel_values"]
+            pixels.append(read[source])
             timestamps += media["timestamps"]
         return pixels, timestamps

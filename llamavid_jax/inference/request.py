@@ -53,14 +53,14 @@ class Settings:
 class Visual(NamedTuple):
     """One image or video: its frames and the questions asked of it, as places in `Request.questions`.
 
-    `frames` yields pixels `[3, H, W]`, or features `[P, E]` where `are_features`; `has_cls` says whether those start
-    with the CLS token.
+    `frames` yields pixels `[3, H, W]`, or features `[P, E]` where `are_features`; `has_cls` says whether those, or the
+    tower's, start with the CLS token.
     """
 
     frames: Iterable[np.ndarray]
-    questions: Sequence[int]
-    are_features: bool = False
-    has_cls: bool = True
+    questions: list[int]
+    are_features: bool
+    has_cls: bool
 
     @property
     def num_frames(self) -> int | None:
@@ -77,6 +77,7 @@ class Request:
     questions: list[str]  # of all samples
     visuals: list[Visual]
     blocks: list[list[tuple[int, int]]]  # of each row's prompts: (visual, which of its questions)
+    tokens: list[list[np.ndarray]] | None = None  # of each row's placeholders, where they are ready: [n, D] each
 
 
 def read_request(
@@ -86,6 +87,7 @@ def read_request(
     pixel_values: Any = None,
     features: Any = None,
     prompts: Any = None,
+    visual_tokens: Any = None,
     attention_mask: Any = None,
     labels: Any = None,
     features_have_cls: bool = False,
@@ -115,23 +117,36 @@ def read_request(
             targets = targets[kept]
             _check_range(f"row {number} of labels", targets, vocabulary, IGNORE_LABEL, "for no loss")
         kept_labels.append(targets)
+    if visual_tokens is not None:
+        if any(given is not None for given in (pixel_values, features, prompts)):
+            raise RequestError("visual_tokens stand for pixel_values or features and their prompts; give one of them")
+        samples = _entries("visual_tokens", visual_tokens, len(rows))
+        tokens = [_ready_tokens(config, number, arrays) for number, arrays in enumerate(samples)]
+        for number, (row, arrays) in enumerate(zip(ids, tokens, strict=True)):
+            check_row(config, number, row, len(arrays), sum(map(len, arrays)), max_new_tokens)
+        return Request(ids, kept_labels, [], [], [], tokens)
     questions, visuals, blocks = read_visuals(
         _entries("pixel_values", pixel_values, len(rows)),
         _entries("features", features, len(rows)),
         _entries("prompts", prompts, len(rows)),
-        features_have_cls,
+        (config.vision_tower_config.has_cls, features_have_cls),
     )
     for number, row in enumerate(ids):
-        frames = [visuals[visual].num_frames for visual, _ in blocks[number]]
-        tokens = None if None in frames else sum(frames) * config.tokens_per_frame
+        shown = [visuals[visual] for visual, _ in blocks[number]]
+        known = all(visual.num_frames is not None for visual in shown)
+        tokens = sum(v.num_frames * config.tokens_of(v.has_cls) for v in shown) if known else None
         check_row(config, number, row, len(blocks[number]), tokens, max_new_tokens)
     return Request(ids, kept_labels, questions, visuals, blocks)
 
 
 def read_visuals(
-    pixel_values: Sequence[Sample], features: Sequence[Sample], prompts: Sequence[Any], features_have_cls: bool
+    pixel_values: Sequence[Sample], features: Sequence[Sample], prompts: Sequence[Any], have_cls: tuple[bool, bool]
 ) -> tuple[list[str], list[Visual], list[list[tuple[int, int]]]]:
-    """Questions, visuals and blocks of a Request.  Raises RequestError where frames and prompts do not fit together."""
+    """Questions, visuals and blocks of a Request.
+
+    `have_cls`: whether features of pixels, and ready ones, begin with the CLS token.
+    Raises RequestError where frames and prompts do not fit together.
+    """
     questions: list[str] = []
     visuals: list[Visual] = []
     blocks: list[list[tuple[int, int]]] = []
@@ -149,17 +164,23 @@ def read_visuals(
             )
         places = range(len(questions), len(questions) + len(asked))
         questions += asked
-        kind = {"are_features": ready is not None, "has_cls": ready is None or features_have_cls}
+        kind = {"are_features": ready is not None, "has_cls": have_cls[ready is not None]}
         if _are_several(frames, frame_dimensions=3 if ready is None else 2):
             if len(frames) != len(asked):
                 raise RequestError(
                     f"sample {number} has {len(frames)} videos but {len(asked)} prompts; give one prompt for each"
                 )
-            blocks.append([(len(visuals) + i, 0) for i in range(len(frames))])
-            visuals += [Visual(_frames(number, f), [place], **kind) for f, place in zip(frames, places, strict=True)]
+            block, numbers = [], {}
+            for one, place in zip(frames, places, strict=True):
+                index = numbers.setdefault(id(one), len(visuals))  # frames that are given twice are encoded once
+                if index == len(visuals):
+                    visuals.append(Visual(_frames(number, one), [], **kind))
+                block.append((index, len(visuals[index].questions)))
+                visuals[index].questions.append(place)
+            blocks.append(block)
         else:
             blocks.append([(len(visuals), i) for i in range(len(asked))])
-            visuals += [] if frames is None else [Visual(_frames(number, frames), places, **kind)]
+            visuals += [] if frames is None else [Visual(_frames(number, frames), list(places), **kind)]
     return questions, visuals, blocks
 
 
@@ -168,12 +189,12 @@ def check_row(
 ) -> None:
     """Raises RequestError unless the placeholders fit the prompts and the merged row fits the model.
 
-    `tokens` are the row's visual tokens, None while they are unknown.  It holds one placeholder a prompt, or, for
-    a single prompt, one a visual token.
+    `tokens` are the row's visual tokens, None while they are unknown.  It holds one placeholder a prompt, or one a
+    visual token.
     """
     placeholders = int((row == IMAGE_TOKEN).sum())
-    if placeholders != prompts and not (prompts == 1 and placeholders > 1 and tokens in (None, placeholders)):
-        slots = f", or one for each of its {tokens} visual tokens" if prompts == 1 else ""
+    if placeholders != prompts and not (0 < prompts < placeholders and tokens in (None, placeholders)):
+        slots = f", or one for each of its {tokens} visual tokens" if prompts else ""
         raise RequestError(
             f"row {number} holds {placeholders} image placeholders and has {prompts} prompts; "
             f"give one placeholder for each prompt{slots}"
@@ -216,6 +237,20 @@ def _frames(number: int, frames: Any) -> Iterable[np.ndarray]:
     if hasattr(frames, "__len__") and len(frames) == 0:
         raise RequestError(f"a video of sample {number} holds no frame; give at least one")
     return frames
+
+
+def _ready_tokens(config: LLaMAVIDLlavaConfig, number: int, arrays: Any) -> list[np.ndarray]:
+    arrays = [] if arrays is None else arrays
+    width = config.text_config.hidden_size
+    if not isinstance(arrays, (list, tuple)):
+        raise RequestError(f"visual_tokens of sample {number} are {arrays!r}; give a list of arrays [n, {width}]")
+    for array in arrays:
+        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != width or not len(array):
+            raise RequestError(
+                f"visual_tokens of sample {number} hold {getattr(array, 'shape', array)!r}; give an array [n, {width}] "
+                "for each placeholder, as `visual_tokens` returns them"
+            )
+    return list(arrays)
 
 
 def _are_several(frames: Sample, frame_dimensions: int) -> bool:

@@ -18,10 +18,11 @@ from jaxtyping import Float32, Float64, UInt8
 from PIL import Image
 
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.files import write_files
+from llamavid_jax.files import find, write_files
 from llamavid_jax.media.images import CLIP_MEAN, CLIP_STD, normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError, check_size, fetch
-from llamavid_jax.media.video import Progress, check_fps, iter_frames, read_video
+from llamavid_jax.media.timeline import check_fps
+from llamavid_jax.media.video import Progress, iter_frames, plan_video, read_video
 
 FILE_NAME = "preprocessor_config.json"
 BICUBIC = int(Image.Resampling.BICUBIC)
@@ -36,7 +37,7 @@ Pixels = Float32[np.ndarray, "F 3 S S"]
 
 @dataclasses.dataclass(frozen=True)
 class LLaMAVIDLlavaImageProcessor:
-    """`processor(images=[...], videos=[...])` gives `pixel_values` and `timestamps`, one entry for each medium."""
+    """`processor(images=[...], videos=[...])` gives `pixel_values` and `timestamps`, one entry each."""
 
     size: int = 224  # pixels: S
     image_mean: tuple[float, ...] = CLIP_MEAN
@@ -69,7 +70,7 @@ class LLaMAVIDLlavaImageProcessor:
         """`pixel_values`: float32 [1, 3, S, S] for each image, then [F, 3, S, S] for each video; `timestamps`: float64
         [1] or [F] seconds for each.
 
-        One medium need not be put in a list; a list of frames or a [F, H, W, 3] array is one video, already sampled at
+        One alone need not be in a list; a list of frames or a [F, H, W, 3] array is one video, already sampled at
         `fps`.  Raises MediaError for media that cannot be used.
         """
         pixel_values, timestamps = [], []
@@ -111,7 +112,7 @@ class LLaMAVIDLlavaImageProcessor:
         """`video_pixels` in pieces of up to `chunk` frames, for videos that do not fit in memory."""
         with fetch(video) as path:
             frames, times = [], []
-            for seconds, frame in iter_frames(path, fps, self._crop, progress):
+            for seconds, frame in iter_frames(path, plan_video(path, fps), self._crop, progress):
                 frames.append(frame)
                 times.append(seconds)
                 if len(frames) == chunk:
@@ -131,7 +132,7 @@ class LLaMAVIDLlavaImageProcessor:
         """Reads `preprocessor_config.json`, the project's own or transformers' for CLIP.  Raises ConfigError."""
         path = Path(directory) / FILE_NAME
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(find(path).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -161,7 +162,7 @@ class LLaMAVIDLlavaImageProcessor:
 
 
 def _as_list(media: Any, one_has_dimensions: int) -> Sequence:
-    """One medium becomes a list of one; a flat list of frames is one video (4 dimensions once stacked)."""
+    """A single image or video becomes a list of one; a flat list of frames is one video (4 dimensions once stacked)."""
     if media is None:
         return []
     if isinstance(media, str | Path | Image.Image) or getattr(media, "ndim", 0) == one_has_dimensions:

@@ -28,8 +28,8 @@ def flops_per_step(
 
     M: multiply-adds of one forward pass with weights; A: those of two activations (attention's scores and weighted
     sums, in LLaMA half of them because it is causal).  `trains`: whether the part's weights train, which costs a
-    product for their gradient.  `through`: whether anything in the part or before it trains, so that the gradient of
-    the activations is computed, one product for M and two for A.  A frozen part after a trained one, such as LLaMA in
+    matmul for their gradient.  `through`: whether anything in the part or before it trains, so that the gradient of
+    the activations is computed, one matmul for M and two for A.  A frozen part after a trained one, such as LLaMA in
     stage 1, costs 2 forward passes, a trained one 3, a frozen tower at the start 1.
 
     `frames` go through the vision tower (0: ready features); `pairs` of a frame and a question of `question_tokens`

@@ -3,7 +3,7 @@
     prompt   [L, B, T, K, H]   read only: no step copies it, and the compiler is free in how it lies on the chip
     answer   [L, B, S, K, H]   one slot a step, the same in all rows, written in place
 
-Of the kind "float" both hold keys and values in the type of products; of the kind "int8" whole numbers and one scale
+Of the kind "float" both hold keys and values in the compute dtype; of the kind "int8" integers and one scale
 for each head of each position, half the memory; what it costs is measured in docs/quantization.md.
 """
 
@@ -27,10 +27,10 @@ class Rounded(NamedTuple):
 
     @classmethod
     def of(cls, x: Float[Array, "*B K H"]) -> "Rounded":
-        whole = x.astype(jnp.float32)
-        scale = (jnp.max(jnp.abs(whole), axis=-1) / 127).astype(x.dtype)
+        full = x.astype(jnp.float32)
+        scale = (jnp.max(jnp.abs(full), axis=-1) / 127).astype(x.dtype)
         divisor = jnp.where(scale == 0, 1, scale).astype(jnp.float32)
-        return cls(jnp.round(whole / divisor[..., None]).clip(-127, 127).astype(jnp.int8), scale)
+        return cls(jnp.round(full / divisor[..., None]).clip(-127, 127).astype(jnp.int8), scale)
 
 
 class KeysValues(NamedTuple):
@@ -53,13 +53,41 @@ class KeysValues(NamedTuple):
 
         return jax.tree.map(empty, self)
 
+    @property
+    def slots(self) -> int:
+        """Positions of a row, S."""
+        return jax.tree.leaves(self)[0].shape[2]
+
+    def grown(self, slots: int) -> "KeysValues":
+        """The same with empty slots behind, `slots` in all."""
+
+        def longer(x: jax.Array) -> jax.Array:
+            padded = jnp.pad(x, [(0, slots - x.shape[2]) if axis == 2 else (0, 0) for axis in range(x.ndim)])
+            return constrain(padded, *AXES[: x.ndim])
+
+        return jax.tree.map(longer, self)
+
     def layer(self, index: int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Keys and values in the type of products."""
-        k, v = (
-            x.values[index].astype(x.scale.dtype) * x.scale[index][..., None] if isinstance(x, Rounded) else x[index]
-            for x in self
-        )
-        return k, v
+        """Keys and values in the compute dtype."""
+        return _whole(jax.tree.map(lambda x: x[index], self))
+
+    def block(self, layer: jax.Array, first: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        """Likewise, of `size` positions from `first` on."""
+
+        def cut(x: jax.Array) -> jax.Array:
+            starts = (layer, 0, first, *[0] * (x.ndim - 3))
+            return jax.lax.dynamic_slice(x, starts, (1, len(x[0]), size, *x.shape[3:]))[0]
+
+        return _whole(jax.tree.map(cut, self))
+
+    def write(self, new: "KeysValues", first: jax.Array) -> "KeysValues":
+        """All layers' of some positions of every row, from `first` on."""
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=2), self, new)
+
+
+def _whole(of_layer: KeysValues) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    k, v = (x.values.astype(x.scale.dtype) * x.scale[..., None] if isinstance(x, Rounded) else x for x in of_layer)
+    return k, v
 
 
 class KVCache(NamedTuple):
@@ -71,7 +99,7 @@ class KVCache(NamedTuple):
 
     def visible(self, positions: Int[Array, " B"]) -> Bool[Array, "B _"]:
         """Of T + S: its prompt, without the padding behind it, and the answer up to the new position itself."""
-        prompt, answer = (jnp.arange(jax.tree.leaves(part)[0].shape[2]) for part in (self.prompt, self.answer))
+        prompt, answer = jnp.arange(self.prompt.slots), jnp.arange(self.answer.slots)
         own = prompt < (positions - self.written)[:, None]
         return jnp.concatenate([own, jnp.broadcast_to(answer <= self.written, (len(own), len(answer)))], axis=1)
 

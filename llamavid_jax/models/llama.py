@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llamavid_jax.attention.attention import attention
+from llamavid_jax.attention.chunk import chunk_attention
 from llamavid_jax.attention.reference import cached_attention
 from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.models import stack
@@ -131,6 +132,28 @@ class Llama(nnx.Module):
         x, seen = stack.scan(apply, self.layers, x, self.remat)
         return self.norm(x), seen
 
+    @jax.named_scope("extend")
+    def extend(
+        self, x: Float[Array, "B T D"], start: Int[Array, ""], prompt: KeysValues
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """Prefill of the positions from `start` on, behind those that `prompt` holds; theirs are written into it."""
+        rotation = self.rotation(start + jnp.arange(x.shape[1])[None])
+
+        def apply(layer: Layer, carry: tuple[jax.Array, jax.Array]):
+            x, index = carry
+            seen = None
+
+            def attend(q, k, v):
+                nonlocal seen
+                seen = KeysValues.of(k, v, self.kv_cache)
+                earlier = functools.partial(prompt.block, index)
+                return chunk_attention(q, k, v, earlier, prompt.slots, start)
+
+            return (layer(x, rotation, attend), index + 1), seen
+
+        (x, _), new = stack.scan(apply, self.layers, (x, jnp.int32(0)))
+        return self.norm(x), prompt.write(new, start)
+
     @jax.named_scope("decode")
     def decode(
         self, x: Float[Array, "B 1 D"], positions: Int[Array, " B"], cache: KVCache
@@ -154,7 +177,7 @@ class Llama(nnx.Module):
         return self.lm_head(hidden).astype(jnp.float32)
 
     def head_kernel(self) -> Float[Array, "D V"]:
-        """What `logits` multiplies with, in the type of products: the loss takes it in chunks."""
+        """The head's kernel, in the compute dtype: the loss takes it in chunks."""
         kernel = self.embed.embedding.T if self.config.tie_word_embeddings else self.lm_head.kernel
         return kernel.astype(self.embed.dtype)
 

@@ -23,18 +23,11 @@ from llamavid_jax.config.strict import check_fields
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.models import stack
 from llamavid_jax.models.linear import DropoutKey, Linear, LowRank
-from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.models.llama import Llama
+from llamavid_jax.models.structure import Params
+from llamavid_jax.weights.llama import TARGETS
 
 ADAPTERS = "llama.layers.*.lora.*"  # the pattern of the parameters that `add_lora` adds
-TARGETS = {  # target → where it is in a layer
-    "q": "attn.q",
-    "k": "attn.k",
-    "v": "attn.v",
-    "o": "attn.out",
-    "gate": "mlp.gate",
-    "up": "mlp.up",
-    "down": "mlp.down",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,38 +59,41 @@ class LoraConfig:
 
 
 def linears(layers: nnx.Module, targets: Iterable[str] = TARGETS) -> Iterator[tuple[str, Linear]]:
-    """Each target's path within a layer ("attn.q") and the Linear there, of one layer or a stack."""
+    """Each target and its Linear, of one layer or a stack."""
     for target in targets:
         part, name = TARGETS[target].split(".")
-        yield TARGETS[target], getattr(getattr(layers, part), name)
+        yield target, getattr(getattr(layers, part), name)
 
 
-def add_lora(model: LlamaVid, config: LoraConfig, rngs: nnx.Rngs, param_dtype=jnp.float32) -> None:
+def add_lora(llama: Llama, config: LoraConfig, rngs: nnx.Rngs, param_dtype=jnp.float32) -> None:
     """Gives the targets of every layer an update that is zero until it is trained; its parameters in `param_dtype`."""
-    for _, linear in linears(model.llama.layers, config.targets):
+    for _, linear in linears(llama.layers, config.targets):
 
         def make(rngs: nnx.Rngs, linear=linear) -> LowRank:
             sizes = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
             dtypes = {"dtype": linear.dtype, "param_dtype": param_dtype}
             return LowRank(linear.in_features, linear.out_features, **sizes, **dtypes, rngs=rngs)
 
-        linear.lora = stack.stack(make, model.llama.config.num_hidden_layers, rngs)
+        linear.lora = stack.stack(make, llama.config.num_hidden_layers, rngs)
 
 
-def set_dropout(model: LlamaVid, key: Key[Array, ""]) -> None:
+def set_dropout(llama: Llama, key: Key[Array, ""]) -> None:
     """Switches dropout on, inside a training step: each update of each layer draws from a key of its own."""
-    for number, (_, linear) in enumerate(linears(model.llama.layers)):
+    for number, (_, linear) in enumerate(linears(llama.layers)):
         if linear.lora is not None:
-            keys = jax.random.split(jax.random.fold_in(key, number), model.llama.config.num_hidden_layers)
+            keys = jax.random.split(jax.random.fold_in(key, number), llama.config.num_hidden_layers)
             linear.lora.dropout_key = DropoutKey(keys)
 
 
-def merge_lora(params: dict, config: LoraConfig) -> dict:
-    """Nested dict with updates → the same without them, added to the kernels in float32 and cast to their type."""
-    if "lora" in params:
-        plain = {name: value for name, value in params.items() if name != "lora"}
-        return plain | {"kernel": _merged(params["kernel"], params["lora"]["a"], params["lora"]["b"], config.scale)}
-    return {name: merge_lora(value, config) if isinstance(value, dict) else value for name, value in params.items()}
+def merge_lora(params: Params, config: LoraConfig) -> Params:
+    """Parameters with updates → the same without them, added to the kernels in float32 and cast to their type."""
+    merged = {path: value for path, value in params.items() if ".lora." not in path}
+    for path in params:
+        place, lora, part = path.rpartition(".lora.")
+        if lora and part == "a":
+            kernel = f"{place}.kernel"
+            merged[kernel] = _merged(params[kernel], params[path], params[f"{place}.lora.b"], config.scale)
+    return merged
 
 
 @jax.jit

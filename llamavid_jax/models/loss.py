@@ -1,7 +1,7 @@
 """Next-token cross-entropy in chunks over the vocabulary: hidden `[B, T, D]`, labels `[B, T]` → three sums.
 
 The logits of a row of 65,536 tokens over 32,000 words would take 8 GB in float32.  Here one chunk of the vocabulary is
-there at a time, and the gradient makes it again.  The only place where labels are shifted.
+made at a time, and made again for the gradient.  The only place where labels are shifted.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llamavid_jax.shapes import IGNORE_LABEL
 
@@ -32,16 +32,31 @@ def next_token_sums(
 ) -> LossSums:
     """Position t is scored against label t+1; labels of IGNORE_LABEL do not count.
 
-    `kernel` is the head's; products in its type, sums in float32.
+    `kernel` is the head's; matmuls in its dtype, sums in float32.
     """
-    targets = jnp.pad(labels[:, 1:], [(0, 0), (0, 1)], constant_values=IGNORE_LABEL)
-    kept = targets != IGNORE_LABEL
-    log_sum, own, best = _scores(hidden, kernel, jnp.where(kept, targets, 0))
+    words, kept = _targets(labels)
+    log_sum, own, best = _scores(hidden, kernel, words)
     return LossSums(
         jnp.sum(jnp.where(kept, log_sum - own, 0)),
         jnp.sum(kept & (own >= best), dtype=jnp.float32),
         jnp.sum(kept, dtype=jnp.float32),
     )
+
+
+@jax.jit
+def next_token_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+    """The mean over the labelled tokens, of logits that have been computed."""
+    words, kept = _targets(labels)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    picked = jnp.take_along_axis(log_probs, words[..., None], axis=-1)[..., 0]
+    return -jnp.sum(picked * kept) / jnp.maximum(kept.sum(), 1)
+
+
+def _targets(labels: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """The word that each position is scored against, label t+1 at position t, and whether there is one."""
+    targets = jnp.pad(labels[:, 1:], [(0, 0), (0, 1)], constant_values=IGNORE_LABEL)
+    kept = targets != IGNORE_LABEL
+    return jnp.where(kept, targets, 0), kept
 
 
 def _scores(

@@ -1,16 +1,16 @@
-"""Kernels in 4 or 8 bits, made whole again in the product: LLaMA's for small chips, or frozen under LoRA (QLoRA).
+"""Kernels in 4 or 8 bits, dequantised inside the matmul: LLaMA's for small chips, or frozen under LoRA (QLoRA).
 
-By Qwix: blocks of 64 inputs share one scale, in the kernel's own type.  "int8" and "int4" are whole numbers, "nf4" the
+By Qwix: blocks of 64 inputs share one scale, in the kernel's own type.  "int8" and "int4" are integers, "nf4" the
 16 quantiles of a normal distribution (Dettmers et al. 2023).  The tree changes so (L layers):
 
     llama.layers.mlp.up.kernel  [L, D, M]   →   llama.layers.mlp.up.kernel.qvalue  [L, D/64, 64, M]   int8, int4, uint4
                                                 llama.layers.mlp.up.kernel.scale   [L, D/64, 1, M]
 
-Blocks are an axis of their own, which the product sums over like the others: so the TPU compiler makes a kernel whole
-inside the product that reads it.  A kernel whose blocks are merged before the product it writes to memory first.
+Blocks are an axis of their own, which the matmul sums over like the others: so the TPU compiler dequantises a kernel
+inside the matmul that reads it.  Were the blocks merged before, it would first write the kernel to memory.
 Deviations from QLoRA: scales are not quantised themselves (0.25 bits a weight in bfloat16, where the original's double
 quantisation has 0.13), and the head stays as it is.
-Qwix flattens what it looks up in nf4's table, so that under tensor parallelism every device makes whole kernels.
+Qwix flattens what it looks up in nf4's table, so that under tensor parallelism every device dequantises whole kernels.
 """
 
 import functools
@@ -23,45 +23,45 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.models.lora import TARGETS, linears
+from llamavid_jax.models.llama import Llama
+from llamavid_jax.models.lora import linears
 from llamavid_jax.parallel.sharding import constrain
-from llamavid_jax.weights.param_axes import PARAM_AXES, in_blocks, input_axes
+from llamavid_jax.weights.inventory import BLOCK
+from llamavid_jax.weights.llama import KERNELS
+from llamavid_jax.weights.row import W, in_blocks
 
 KINDS = ("nf4", "int8", "int4")
-BLOCK = 64
-KERNELS = tuple(f"llama.layers.{place}.kernel" for place in TARGETS.values())  # of those that `quantize_base` replaces
 
 
-def quantize_base(model: LlamaVid, kind: str) -> None:
+def quantize_base(llama: Llama, kind: str) -> None:
     """Replaces the kernels of the decoder's linear layers, frozen from here on.
 
     On a mesh, call it with the mesh in context.  Raises ConfigError for an unknown kind.
     """
     if kind not in KINDS:
         raise ConfigError(f"the kind of quantisation is {kind!r}; use one of {', '.join(KINDS)}")
-    for path, linear in linears(model.llama.layers):
-        quantize_linear(linear, f"llama.layers.{path}", kind)
+    for target, linear in linears(llama.layers):
+        quantize_linear(linear, KERNELS[target], kind)
 
 
-def quantize_linear(linear: nnx.LinearGeneral | nnx.Linear, path: str, kind: str) -> None:
-    """One linear layer of a stack, at `path` in the model."""
-    names = in_blocks(PARAM_AXES[f"{path}.kernel"])
+def quantize_linear(linear: nnx.LinearGeneral | nnx.Linear, row: W, kind: str) -> None:
+    """One linear layer of a stack, whose kernel is that of `row`."""
+    names = in_blocks(row)
 
     def quantize_all(kernels: jax.Array) -> qwix.QArray:
-        return jax.tree.map(lambda part: constrain(part, *names), quantize_kernels(kernels, f"{path}.kernel", kind))
+        return jax.tree.map(lambda part: constrain(part, *names), quantize_kernels(kernels, row, kind))
 
     linear.kernel = nnx.Param(jax.jit(quantize_all)(linear.kernel[...]))
     linear.promote_dtype, linear.dot_general = _promote_but_kernel, _product_in_blocks
 
 
-@functools.partial(jax.jit, static_argnames=("path", "kind"))
-def quantize_kernels(kernels: jax.Array, path: str, kind: str) -> qwix.QArray:
-    """The kernels `[L, *in, *out]` of the parameter `path` in few bits.
+@functools.partial(jax.jit, static_argnames=("row", "kind"))
+def quantize_kernels(kernels: jax.Array, row: W, kind: str) -> qwix.QArray:
+    """The kernels `[L, *in, *out]` of `row`, quantised.
 
     One layer after the other: its float32 copy is one layer large.
     """
-    axis = input_axes(PARAM_AXES[path])  # of the block in a layer, behind the inputs
+    axis = row.input_axes  # of the block in a layer, behind the inputs
 
     def quantize(kernel: jax.Array) -> qwix.QArray:
         inputs, outputs = kernel.shape[:axis], kernel.shape[axis:]
@@ -74,7 +74,7 @@ def quantize_kernels(kernels: jax.Array, path: str, kind: str) -> qwix.QArray:
 
 
 def _promote_but_kernel(arrays: tuple, dtype) -> tuple:
-    """What `nnx.LinearGeneral` calls on input, kernel and bias before its product."""
+    """What `nnx.LinearGeneral` calls on input, kernel and bias before its matmul."""
     inputs, kernel, bias = arrays
     inputs, bias = promote_dtype((inputs, bias), dtype=dtype)
     return inputs, kernel, bias
@@ -86,5 +86,5 @@ def _product_in_blocks(inputs: jax.Array, kernel: qwix.QArray, dimensions, preci
     blocks = kernel.shape[: inner + 1]
     inputs = inputs.reshape(*inputs.shape[: inputs.ndim - inner], *blocks)
     axes = tuple(range(inputs.ndim - inner - 1, inputs.ndim)), tuple(range(inner + 1))
-    whole = qwix.dequantize(kernel).astype(inputs.dtype)
-    return jax.lax.dot_general(inputs, whole, (axes, ((), ())), precision=precision, out_sharding=out_sharding)
+    full = qwix.dequantize(kernel).astype(inputs.dtype)
+    return jax.lax.dot_general(inputs, full, (axes, ((), ())), precision=precision, out_sharding=out_sharding)

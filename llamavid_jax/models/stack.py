@@ -19,7 +19,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -
 
 
 def part(layers: nnx.Module, select: Callable[[jax.Array], jax.Array]) -> nnx.Module:
-    """The module with `select` done to every parameter."""
+    """The module with `select` applied to every parameter."""
     graphdef, state = nnx.split(layers)
     return nnx.merge(graphdef, jax.tree.map(select, state))
 
@@ -45,7 +45,7 @@ def scan(apply: Callable[[Any, Any], tuple[Any, Any]], layers: Any, carry: Any, 
 
 REMAT = {  # what the forward pass keeps for the gradient; the rest is computed again
     "none": None,  # everything
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of products with weights
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of matmuls with weights
     "full": jax.checkpoint_policies.nothing_saveable,  # a layer's input
 }
 
@@ -53,6 +53,6 @@ REMAT = {  # what the forward pass keeps for the gradient; the rest is computed 
 def rematerialise(function: Callable, remat: str, in_loop: bool = True) -> Callable:
     """`function` under the policy that `remat` names.
 
-    Outside a loop the compiler would find the same product twice and keep the first after all: a guard prevents it.
+    Outside a loop the compiler would find the same matmul twice and keep the first after all: a guard prevents it.
     """
     return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat], prevent_cse=not in_loop)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One JAX device: dense bfloat16 products, memory, and what it can send and receive at the same time."""
+    """One JAX device: dense bfloat16 matmuls, memory, and what it can send and receive at the same time."""
 
     kind: str  # as JAX names it
     tflops: float  # 10¹² FLOP/s in bfloat16
@@ -41,7 +41,7 @@ CHIPS = {  # by the name of a topology's generation
     "tpu7x": Chip("TPU7x", 1153.5, 96.0, 3690.0, 300.0, 6.2, devices=2, sides=3),
 }
 
-# bfloat16 products with float32 sums, dense, of one JAX device in 10¹² FLOP/s.  Sources: above; NVIDIA's data
+# bfloat16 matmuls with float32 sums, dense, of one JAX device in 10¹² FLOP/s.  Sources: above; NVIDIA's data
 # sheets, without sparsity.  A name that begins with another stands before it.
 PEAK_TFLOPS: Mapping[str, float] = {
     **{chip.kind: chip.tflops for chip in sorted(CHIPS.values(), key=lambda chip: chip.kind, reverse=True)},

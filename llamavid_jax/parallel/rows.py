@@ -1,4 +1,4 @@
-"""Rows that the mesh cuts over its `sequence` axis: what goes round the chips of one row, and how slots are filled."""
+"""Rows that are sharded over the mesh's `sequence` axis: the ring of a row's chips, and how slots are filled."""
 
 from typing import Any
 
@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llamavid_jax.parallel.mesh import SEQUENCE as AXIS
 from llamavid_jax.parallel.sharding import activation_spec
-
-AXIS = "sequence"
 
 
 def ways() -> int:
-    """Chips that share a row on the mesh in context."""
+    """Sequence shards: the chips that share a row on the mesh in context."""
     return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
@@ -25,7 +24,7 @@ def send(tree: Any) -> Any:
 def take_slots(table: Float[Array, "#B N D"], index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """`table[b, index[b, t]]` for the indices from 0 on; anything for those below.
 
-    Where rows are cut, so is the table, and its shares go round: no chip holds the table or the row whole.
+    Where rows are sharded, so is the table, and its shards go round: no chip holds all of the table or of the row.
     """
     cuts = ways()
     if cuts == 1 or index.shape[1] % cuts:

@@ -1,1 +1,1 @@
-"""Programs compiled ahead of time for TPU slices that are not there: whether they fit, and what they move."""
+"""Programs compiled ahead of time for TPU slices that are not attached: whether they fit, and what they move."""

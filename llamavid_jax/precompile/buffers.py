@@ -3,7 +3,7 @@
     lowered ─ optimised, partitioned, scheduled ─▶ buffers assigned ─▶ Assigned, after half a minute for a 7B step
                                                           └─ machine code, which takes minutes, and is not waited for
 
-By then memory and collectives are those of the whole compile.  What only machine code shows is not seen: a Pallas
+By then memory and collectives are those of the complete compile.  What only machine code shows is not seen: a Pallas
 kernel that the chip cannot run, for one.
 """
 

@@ -38,7 +38,7 @@ class Moved:
 
 
 def collectives(text: str, slice_devices: int | None = None) -> dict[str, Moved]:
-    """The collectives of `compiled.as_text()`, those of which there are any.
+    """The collectives of `compiled.as_text()`, by kind.
 
     `slice_devices` is the number of devices of a slice, where there are several.
     """
@@ -138,12 +138,12 @@ def _received(kind: str, opcode: str, output: str, rest: str, slice_devices: int
         pairs = np.array(re.findall(r"\{(\d+),(\d+)\}", rest), int)
         return (size / 2 if opcode.endswith("-start") else size), _crosses(pairs, slice_devices)
     groups = _groups(rest)
-    ways = groups.shape[1]
+    n = groups.shape[1]
     if opcode == "all-gather-start":  # its output holds its input too
-        size *= ways / (ways + 1)
+        size *= n / (n + 1)
     if opcode == "reduce-scatter":
-        size *= ways
-    return size * (ways - 1) / ways * (2 if kind == "all-reduce" else 1), _crosses(groups, slice_devices)
+        size *= n
+    return size * (n - 1) / n * (2 if kind == "all-reduce" else 1), _crosses(groups, slice_devices)
 
 
 def _bytes(kind: str, shape: str) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llamavid_jax.checkpoints.weights import parse_dtype
+from llamavid_jax.checkpoints.weights import abstract_params, parse_dtype
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError
 from llamavid_jax.inference.encode import SMALLEST_QUESTION
@@ -27,10 +27,12 @@ from llamavid_jax.inference.sampling import Sampling
 from llamavid_jax.models.flops import PARTS, flops_per_step
 from llamavid_jax.models.kv_cache import AXES, KVCache
 from llamavid_jax.models.llama_vid import LlamaVid, compress_frames, encode_frames
-from llamavid_jax.parallel.sharding import activation_spec, flat_paths, param_shardings
+from llamavid_jax.models.structure import Structure
+from llamavid_jax.parallel.mesh import TENSOR, describe
+from llamavid_jax.parallel.sharding import activation_spec
 from llamavid_jax.precompile.memory import device_bytes
 from llamavid_jax.precompile.report import Report, compile_report
-from llamavid_jax.precompile.topology import chip_of, describe, slice_mesh
+from llamavid_jax.precompile.topology import chip_of, slice_mesh
 from llamavid_jax.shapes import FRAME_CHUNK, bucket
 
 REMEDY = "try a mesh with a larger tensor axis, fewer frames, or a generation with more memory"
@@ -53,24 +55,15 @@ def check_inference(
     devices on `tensor`; without `machine_code` as far as `buffers.py` says.  Raises InputErrors as `check_training`.
     """
     kind = parse_dtype(dtype)
-    chips = slice_mesh(topology, mesh, default="tensor")
-    replicated = NamedSharding(chips, PartitionSpec())
+    chips = slice_mesh(topology, mesh, default=TENSOR)
+    replicated, mesh_text = NamedSharding(chips, PartitionSpec()), describe(chips.shape) or "one device"
 
     def whole(shape: tuple[int, ...], of: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, of, sharding=replicated)
 
     types = {"dtype": kind, "param_dtype": kind, "kv_cache": kv_cache}
-    abstract = nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0), **types))
-    graphdef, params = nnx.split(abstract, nnx.Param)
-    pure = nnx.to_pure_dict(params)
-    nnx.replace_by_pure_dict(
-        params,
-        jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            pure,
-            param_shardings(pure, config, chips),
-        ),
-    )
+    structure = Structure(nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0), **types)))
+    params = abstract_params(config, kind, chips)
     vision, text = config.vision_tower_config, config.text_config
     weights = dtype if config.quantization == "none" else f"{config.quantization} weights"
     named = ", ".join([name, weights, *(["int8 cache"] if kv_cache == "int8" else [])])
@@ -88,9 +81,9 @@ def check_inference(
         )  # fmt: skip
 
     def report(program: str, lowered: jax.stages.Lowered, uses: tuple[str, ...], work: int) -> Report:
-        known = {"machine_code": machine_code, "topology": topology, "devices": chips.size, "mesh": describe(chips)}
+        known = {"machine_code": machine_code, "topology": topology, "devices": chips.size, "mesh": mesh_text}
         own = compile_report(lowered, chip_of(topology), 1, work, remedy=REMEDY, program=f"{named}: {program}", **known)
-        idle = (leaf for path, leaf in flat_paths(params).items() if not path.startswith(uses))
+        idle = (leaf for path, leaf in params.items() if not path.startswith(uses))
         peak = own.peak_gib + sum(device_bytes(leaf, leaf.sharding) for leaf in idle) / 2**30
         return dataclasses.replace(own, peak_gib=peak, remedy=REMEDY if peak > own.hbm_gib else own.remedy)
 
@@ -102,7 +95,7 @@ def check_inference(
         sampling = Sampling(whole((), jnp.float32), whole(()), whole((), jnp.float32))
         row, visual = whole((1, length)), whole((1, length, text.hidden_size), kind)
         prefilled = prefill.lower(
-            graphdef, params, row, visual, row, whole((1,)), whole((), np.uint32), sampling, greedy=True
+            structure, params, row, visual, row, whole((1,)), whole((), np.uint32), sampling, greedy=True
         )
 
         def as_prefilled(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -116,20 +109,20 @@ def check_inference(
         return [
             report(
                 f"encode {FRAME_CHUNK} frames",
-                encode_frames.lower(graphdef, params, frames),
+                encode_frames.lower(structure, params, frames),
                 ("vision",),
                 flops(frames=FRAME_CHUNK),
             ),
             report(
                 f"compress {FRAME_CHUNK} pairs",
-                compress_frames.lower(graphdef, params, features, pairs, pairs, questions, mask, has_cls=True),
+                compress_frames.lower(structure, params, features, pairs, pairs, questions, mask, has_cls=True),
                 ("qformer", "visual_tokens"),
                 flops(pairs=FRAME_CHUNK),
             ),
             report(f"prefill {tokens} tokens", prefilled, ("llama",), flops(rows=1, row_tokens=length)),
             report(
                 "decode one token",
-                decode_block.lower(graphdef, params, state, whole(()), whole(()), sampling, greedy=True),
+                decode_block.lower(structure, params, state, whole(()), whole(()), sampling, greedy=True),
                 ("llama",),
                 flops(rows=1),
             ),

@@ -20,15 +20,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Sharding
 
-from llamavid_jax.checkpoints.weights import parse_dtype
+from llamavid_jax.checkpoints.weights import abstract_params, parse_dtype
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.inference.encode import SMALLEST_TABLE
 from llamavid_jax.inference.generate import SMALLEST_LENGTH
 from llamavid_jax.models.flops import PARTS
 from llamavid_jax.models.kv_cache import AXES
-from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.parallel.chips import CHIPS
-from llamavid_jax.parallel.sharding import MESH_AXES, flat_paths, param_shardings, partition_spec
+from llamavid_jax.parallel.mesh import MESH_AXES, TENSOR
+from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.precompile.topology import chip_of
 from llamavid_jax.shapes import FRAME_CHUNK, bucket
 
@@ -44,7 +44,7 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of one device in GiB; `there_gib` is what it has.  `items` need not all be there at the same time."""
+    """Memory of one device in GiB; `there_gib` is what it has.  `items` are not all held at the same time."""
 
     device: str
     devices: int
@@ -84,17 +84,16 @@ def plan_memory(
     config = config.quantized(quantize) if quantize else config
     name, devices, there = attached() if topology is None else _of_slice(topology)
     kind, vision, text = parse_dtype(dtype), config.vision_tower_config, config.text_config
-    mesh = AbstractMesh((1, 1, devices, 1), MESH_AXES)
+    sizes = dict.fromkeys(MESH_AXES, 1) | {TENSOR: devices}
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
     def gib(shape: tuple[int, ...], names: tuple[str | None, ...], of: jnp.dtype = kind) -> float:
-        ways = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(tuple(partition_spec(shape, names, mesh))))
-        return math.prod(shape) * of.itemsize / ways / GIB
+        shards = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(tuple(partition_spec(shape, names, mesh))))
+        return math.prod(shape) * of.itemsize / shards / GIB
 
-    abstract = abstract_params(config, kind)
-    leaves, places = flat_paths(abstract), flat_paths(param_shardings(abstract, config, mesh))
     weights = dict.fromkeys(PARTS, 0.0)
-    for path, leaf in leaves.items():
-        weights[path.partition(".")[0]] += device_bytes(leaf, places[path]) / GIB
+    for path, leaf in abstract_params(config, kind, mesh).items():
+        weights[path.partition(".")[0]] += device_bytes(leaf, leaf.sharding) / GIB
 
     visual = frames * config.tokens_per_frame
     prompt = bucket(visual + TEXT_TOKENS, SMALLEST_LENGTH)
@@ -109,7 +108,7 @@ def plan_memory(
         + gib((chunk, vision.num_attention_heads, seen, seen), ("frames", None, None, None), jnp.dtype("float32"))
     )
     layer = 2 * gib((prompt, text.intermediate_size), (None, "mlp")) + 4 * gib((prompt, text.hidden_size), (None, None))
-    table = bucket(frames, SMALLEST_TABLE // config.tokens_per_frame) * config.tokens_per_frame
+    table = bucket(visual, SMALLEST_TABLE)
     items = [
         *(
             Item(f"parameters: {part}", quantize if quantize and part == "llama" else kind.name, size)

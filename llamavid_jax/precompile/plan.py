@@ -3,7 +3,7 @@
     memory     parameters, gradients and Adam's moments, exactly; what the layers of LLaMA keep for the gradient
     time       the roofline of `roofline.py` over FLOPs, those done again, and the collectives that a mesh needs
 
-The formula leaves out what else is there, so that it rules out what cannot fit and nothing that can.
+The formula leaves out what else takes memory: it rules out only what cannot fit.
 """
 
 import dataclasses
@@ -16,21 +16,23 @@ import numpy as np
 
 from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.models.stack import REMAT
-from llamavid_jax.parallel.sharding import MESH_AXES, make_mesh, param_axes, partition_spec
+from llamavid_jax.parallel.mesh import DATA, FSDP, MESH_AXES, SEQUENCE, TENSOR, describe, make_mesh, shards
+from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.precompile.report import Report
 from llamavid_jax.precompile.roofline import estimate
 from llamavid_jax.precompile.topology import CompileError, chip_of, in_own_process, slice_devices
 from llamavid_jax.precompile.train import check_training, largest, recomputed_flops, step_flops
 from llamavid_jax.shapes import RowShape
 from llamavid_jax.training.config import TrainConfig
-from llamavid_jax.training.start import Layout, lay_out
+from llamavid_jax.training.layout import Layout, lay_out
+from llamavid_jax.weights import inventory
 
 LONG = 8192  # tokens of a row from which on it may be cut over `sequence`
 LANES = 128  # a cut row keeps a multiple of it
 
 
 class Try(NamedTuple):
-    """One way to run, with the GiB that it needs at least and the seconds of a step at best, by formula."""
+    """One set of choices, with the GiB that it needs at least and the seconds of a step at best, by formula."""
 
     mesh: dict[str, int]
     remat: str
@@ -44,13 +46,13 @@ class Try(NamedTuple):
 
     @property
     def text(self) -> str:
-        return ",".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "fsdp=1"
+        return describe(self.mesh) or f"{FSDP}=1"
 
 
 def plan(
     config: TrainConfig, topology: str, num_slices: int = 1, features: bool = False, name: str = "", compiles: int = 4
 ) -> list[Report]:
-    """Reports of the `compiles` most promising ways, the fastest that fits first.
+    """Reports of the `compiles` most promising choices, the fastest that fits first.
 
     Raises CompileError with the remedy where none can fit.
     """
@@ -61,7 +63,7 @@ def plan(
     if not fitting:
         least = min(tries, key=lambda one: one.gib)
         raise CompileError(
-            f"{least.gib:.1f} GiB needed at least, {chip.hbm_gib:g} GiB there, with mesh={least.text} and "
+            f"{least.gib:.1f} GiB needed at least, {chip.hbm_gib:g} GiB available, with mesh={least.text} and "
             f"training.remat={least.remat} on {topology}: "
             f"try {'shorter rows, ' if shape.tokens >= LONG else ''}a larger slice, or a generation with more memory"
         )
@@ -84,13 +86,13 @@ def _layout(config: TrainConfig, topology: str, num_slices: int) -> tuple[Layout
 def rank(
     config: TrainConfig, layout: Layout, topology: str, devices: int, num_slices: int = 1, features: bool = False
 ) -> list[Try]:
-    """Every way, the fastest by formula first; of accumulation the least that fits."""
+    """Every choice, the fastest by formula first; of accumulation the least that fits."""
     chip, shape, batch = chip_of(topology), largest(config.data.shapes), config.training.batch_size
     tries = []
     for mesh in meshes(layout.config.text_config, shape, devices, num_slices):
-        ways = mesh["data"] * mesh["fsdp"]
+        batch_shards = shards(mesh, "batch")
         micro_batches = [
-            number for number in range(1, batch + 1) if batch % number == 0 and batch // number % ways == 0
+            number for number in range(1, batch + 1) if batch % number == 0 and batch // number % batch_shards == 0
         ]
         for remat in REMAT:
             found = [_try(config, layout, topology, mesh, remat, number, features) for number in micro_batches]
@@ -111,8 +113,8 @@ def meshes(text: LlamaConfig, shape: RowShape, devices: int, num_slices: int) ->
     ):
         for sequence in (size for size in range(1, inner // tensor + 1) if inner // tensor % size == 0):
             if sequence == 1 or (shape.tokens >= LONG and shape.tokens % (sequence * LANES) == 0):
-                sizes = (num_slices, inner // tensor // sequence, tensor, sequence)
-                yield dict(zip(MESH_AXES, sizes, strict=True))
+                used = {DATA: num_slices, FSDP: inner // tensor // sequence, TENSOR: tensor, SEQUENCE: sequence}
+                yield dict.fromkeys(MESH_AXES, 1) | used
 
 
 def _try(
@@ -125,8 +127,8 @@ def _try(
     features: bool,
 ) -> Try:
     shape, text = largest(config.data.shapes), layout.config.text_config
-    rows = config.training.batch_size // micro_batches // (mesh["data"] * mesh["fsdp"])
-    tokens = rows * shape.tokens // mesh["sequence"]  # of a device at a time
+    rows = config.training.batch_size // micro_batches // shards(mesh, "batch")
+    tokens = rows * shape.tokens // shards(mesh, "sequence")  # of a device at a time
     state, gathered = _parameters(layout, mesh)
     run = Try(mesh, remat, micro_batches, 0.0, 0.0).overrides(config)
     best = estimate(
@@ -143,32 +145,32 @@ def _parameters(layout: Layout, mesh: dict[str, int]) -> tuple[float, float]:
     """Bytes of a device that hold the state and the gradients; bytes that it receives of parameters and gradients."""
     cut = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
     leaves = layout.trained | layout.frozen
-    axes = param_axes({path: leaf.shape for path, leaf in leaves.items()}, layout.config)
+    axes = inventory.axes(layout.config, {path: leaf.shape for path, leaf in leaves.items()})
     held = received = 0.0
     for path, leaf in leaves.items():
         spec = partition_spec(leaf.shape, axes[path], cut)
         axes_used = {axis for part in spec if part for axis in np.atleast_1d(part)}
-        ways, tensor = math.prod(mesh[axis] for axis in axes_used), mesh["tensor"] if "tensor" in axes_used else 1
+        parts, tensor = math.prod(mesh[axis] for axis in axes_used), mesh[TENSOR] if TENSOR in axes_used else 1
         trains = path in layout.trained
-        held += leaf.size / ways * (16 if trains else leaf.dtype.itemsize)  # itself, gradient, two moments
-        whole = leaf.size * (1 - tensor / ways) / tensor  # what others hold of the part that this device computes with
-        received += whole * (2 * 2 + 4 * trains)  # forwards and backwards in 16 bits, the gradient in 32
+        held += leaf.size / parts * (16 if trains else leaf.dtype.itemsize)  # itself, gradient, two moments
+        gathered = leaf.size * (1 - tensor / parts) / tensor  # of what this device computes with, what others hold
+        received += gathered * (2 * 2 + 4 * trains)  # forwards and backwards in 16 bits, the gradient in 32
     return held, received
 
 
 def _kept(text: LlamaConfig, mesh: dict[str, int], tokens: int, remat: str) -> float:
     """Bytes that LLaMA's layers keep for the gradient, in 16 bits."""
-    whole = text.hidden_size
-    products = 2 * whole + (
+    hidden = text.hidden_size
+    matmuls = 2 * hidden + (
         (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim + 2 * text.intermediate_size
-    ) / mesh["tensor"]  # fmt: skip
-    kept = {"full": whole, "dots": whole + products, "none": whole + 1.5 * products}[remat]
+    ) / mesh[TENSOR]  # fmt: skip
+    kept = {"full": hidden, "dots": hidden + matmuls, "none": hidden + 1.5 * matmuls}[remat]
     return 2.0 * text.num_hidden_layers * tokens * kept
 
 
 def _exchanged(text: LlamaConfig, mesh: dict[str, int], rows: int, row_tokens: int) -> float:
     """Bytes that a device receives in a micro-batch for `tensor` (4 sums a layer) and `sequence` (keys and values)."""
-    tensor, sequence = mesh["tensor"], mesh["sequence"]
+    tensor, sequence = mesh[TENSOR], mesh[SEQUENCE]
     sums = 4.0 * 2 * (tensor - 1) / tensor * rows * row_tokens / sequence * text.hidden_size
     memory = 3 * (sequence - 1) / sequence * rows * row_tokens * 2 * text.num_key_value_heads / tensor * text.head_dim
     return 2.0 * text.num_hidden_layers * (sums + memory)

@@ -139,11 +139,11 @@ def show(reports: Sequence[Report]) -> int:
     for report in reports:
         print("\n".join(f"{name:34} {cell}" for name, cell in zip(COLUMNS, report.row(), strict=True)))
         for path, size in report.replicated_mib.items():
-            print(f"{'whole on every device':34} {path}: {size:.1f} MiB")
+            print(f"{'replicated':34} {path}: {size:.1f} MiB")
         print(report.json(), flush=True)
     too_large = [report for report in reports if not report.fits]
     for report in too_large:
-        needed = f"{report.peak_gib:.1f} GiB needed, {report.hbm_gib:g} GiB there"
+        needed = f"{report.peak_gib:.1f} GiB needed, {report.hbm_gib:g} GiB available"
         print(f"{report.program}: {needed}: {report.remedy}", file=sys.stderr)
     return 1 if too_large else 0
 

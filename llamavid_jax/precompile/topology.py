@@ -1,4 +1,4 @@
-"""TPU slices that are not there: `"v5e:8x8"` → devices that programs can be compiled for, on any machine.
+"""TPU slices that are not attached: `"v5e:8x8"` → devices that programs can be compiled for, on any machine.
 
 The compiler is the one in the `libtpu` wheel, the same that a TPU runs with (jax.experimental.topologies).  It runs
 in a process of its own, whose memory is free again afterwards and whose end by the system is an error like others.
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.parallel.chips import CHIPS, Chip
-from llamavid_jax.parallel.sharding import MESH_AXES, ShardingError, make_mesh, parse_mesh
+from llamavid_jax.parallel.mesh import DATA, FSDP, ShardingError, make_mesh, parse_mesh
 
 ENVIRONMENT = {  # read when libtpu loads: nobody to ask about an attached TPU, and none to keep to itself
     "TPU_SKIP_MDS_QUERY": "1",
@@ -39,10 +39,10 @@ class CompileError(InputError):
 
 
 class OutOfMemoryError(CompileError):
-    """A program that needs more memory than a chip has: `needed` and `there` in GiB."""
+    """A program that needs more memory than a chip has: `needed`, and what is `there`, in GiB."""
 
     def __init__(self, needed: float, there: float):
-        super().__init__(f"{needed:.1f} GiB needed, {there:.1f} GiB there")
+        super().__init__(f"{needed:.1f} GiB needed, {there:.1f} GiB available")
         self.needed, self.there = needed, there
 
     def __reduce__(self):
@@ -83,17 +83,17 @@ def slice_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
         raise CompileError(f"{topology!r} is no slice that libtpu knows; v5e:4x4 is one ({_line(error)})") from None
     except RuntimeError as error:
         raise CompileError(
-            f"libtpu is not there ({_line(error)}); try pip install 'jax[tpu]=={jax.__version__}'"
+            f"libtpu is not installed ({_line(error)}); try pip install 'jax[tpu]=={jax.__version__}'"
         ) from None
 
 
-def slice_mesh(topology: str, text: str, num_slices: int = 1, default: str = "fsdp") -> Mesh:
+def slice_mesh(topology: str, text: str, num_slices: int = 1, default: str = FSDP) -> Mesh:
     """The mesh over all devices of the slices: `text`, or else slices on `data` and the rest on `default`.
 
     Raises ShardingError where `text` has more or fewer devices.
     """
     devices = slice_devices(topology, num_slices)
-    outer = {"data": num_slices} if num_slices > 1 else {}
+    outer = {DATA: num_slices} if num_slices > 1 else {}
     sizes = parse_mesh(text) or outer | {default: len(devices) // num_slices}
     if math.prod(sizes.values()) != len(devices):
         raise ShardingError(
@@ -101,10 +101,6 @@ def slice_mesh(topology: str, text: str, num_slices: int = 1, default: str = "fs
             f"use all of them, such as {default}={len(devices)}"
         )
     return make_mesh(devices, **sizes)
-
-
-def describe(mesh: Mesh) -> str:
-    return ",".join(f"{axis}={mesh.shape[axis]}" for axis in MESH_AXES if mesh.shape[axis] > 1) or "one device"
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -13,16 +13,17 @@ from jax.sharding import Mesh
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models.flops import PARTS, flops_per_step
-from llamavid_jax.parallel.sharding import ShardingError
+from llamavid_jax.parallel.mesh import FSDP, SEQUENCE, ShardingError, copies, describe, shards
+from llamavid_jax.parallel.sharding import specs
 from llamavid_jax.precompile.report import Report, compile_report
-from llamavid_jax.precompile.topology import chip_of, describe, slice_mesh
+from llamavid_jax.precompile.topology import chip_of, slice_mesh
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.training.config import TrainConfig
+from llamavid_jax.training.layout import Layout, batch_sharding, check_rows, lay_out, state_layout
 from llamavid_jax.training.optimizer import lr_factors
-from llamavid_jax.training.start import Layout, batch_sharding, check_rows, lay_out, state_layout
 from llamavid_jax.training.step import make_train_step
 
-REPLICATED = 0.02  # of the parameters may be whole on every device of a mesh that cuts them
+REPLICATED = 0.02  # of the parameters may be replicated on a mesh that could shard them
 
 
 def check_training(
@@ -40,13 +41,18 @@ def check_training(
     for what does not go together, CompileError for what the compiler refuses; what does not fit is a Report.
     """
     device_mesh = slice_mesh(topology, mesh or config.mesh, num_slices)
-    check_rows(config, device_mesh)
     shape, loop = largest(config.data.shapes), config.training
+    check_rows(config.data.shapes, loop.batch_size, loop.micro_batches, device_mesh)
     with jax.set_mesh(device_mesh):
         layout = lay_out(config, device_mesh)
         replicated = check_replicated(layout, device_mesh)
         step = make_train_step(
-            layout.structure, config.optimizer, loop, lr_factors(layout.trained, config.optimizer), loop.steps or 1000
+            layout.structure,
+            config.optimizer,
+            loop,
+            lr_factors(layout.trained, config.optimizer),
+            loop.steps or 1000,
+            specs=specs(layout.trained),
         )
         state = state_layout(config.optimizer, layout.trained, device_mesh)
         batch = abstract_batch(config, layout.config, shape, device_mesh, features)
@@ -63,7 +69,7 @@ def check_training(
             f"{loop.micro_batches} micro-batches, remat={loop.remat}",
             topology=topology if num_slices == 1 else f"{num_slices} × {topology}",
             devices=device_mesh.size,
-            mesh=describe(device_mesh),
+            mesh=describe(device_mesh.shape) or "one device",
             replicated_mib=replicated,
         )
 
@@ -117,7 +123,7 @@ def step_flops(config: TrainConfig, layout: Layout, shape: RowShape, features: b
 
 
 def recomputed_flops(config: TrainConfig, layout: Layout, shape: RowShape) -> int:
-    """FLOPs that remat=full does again: one forward pass of LLaMA; what "dots" does again is no product."""
+    """FLOPs that remat=full does again: one forward pass of LLaMA; what "dots" does again is no matmul."""
     if config.training.remat != "full":
         return 0
     rows, nothing = config.training.batch_size, dict.fromkeys(PARTS, False)
@@ -127,30 +133,30 @@ def recomputed_flops(config: TrainConfig, layout: Layout, shape: RowShape) -> in
 
 
 def check_replicated(layout: Layout, mesh: Mesh) -> dict[str, float]:
-    """The largest parameters that every device holds whole, in MiB.
+    """The largest parameters of which every device holds a copy, in MiB.
 
-    Raises ShardingError where they are more than REPLICATED of all parameters on a mesh that is there to cut them.
+    Raises ShardingError where they are more than REPLICATED of all parameters on a mesh that is meant to shard them.
     """
     leaves: Mapping[str, jax.ShapeDtypeStruct] = layout.trained | layout.frozen
     whole = {path: leaf for path, leaf in leaves.items() if leaf.sharding.is_fully_replicated}
     by_size = sorted(whole, key=lambda path: -whole[path].size)[:5]
     part = sum(leaf.size for leaf in whole.values()) / sum(leaf.size for leaf in leaves.values())
-    if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and part > REPLICATED:
+    if shards(mesh.shape, "embed") * shards(mesh.shape, "heads") > 1 and part > REPLICATED:
         raise ShardingError(
-            f"{part:.1%} of the parameters are whole on every device, {by_size[0]} {whole[by_size[0]].shape} first; "
-            f"at most {REPLICATED:.0%} may be: choose axes that divide them, not {describe(mesh)}"
+            f"{part:.1%} of the parameters are replicated, {by_size[0]} {whole[by_size[0]].shape} first; "
+            f"at most {REPLICATED:.0%} may be: choose axes that divide them, not {describe(mesh.shape)}"
         )
     return {path: whole[path].size * whole[path].dtype.itemsize / 2**20 for path in by_size}
 
 
 def remedy(config: TrainConfig, mesh: Mesh, shape: RowShape) -> str:
     """What to change where the step does not fit."""
-    loop, ways = config.training, mesh.shape["data"] * mesh.shape["fsdp"]
+    loop, batch_shards = config.training, copies(mesh)
     tries = [] if loop.remat == "full" else ["training.remat=full"]
-    if loop.batch_size // loop.micro_batches > ways:
-        tries.append(f"training.micro_batches={min(2 * loop.micro_batches, loop.batch_size // ways)}")
-    if mesh.shape["fsdp"] < mesh.size:
-        tries.append("more of the mesh on fsdp")
+    if loop.batch_size // loop.micro_batches > batch_shards:
+        tries.append(f"training.micro_batches={min(2 * loop.micro_batches, loop.batch_size // batch_shards)}")
+    if mesh.shape[FSDP] < mesh.size:
+        tries.append(f"more of the mesh on {FSDP}")
     elif shape.tokens >= 8192:
-        tries.append(f"sequence={2 * mesh.shape['sequence']}")
+        tries.append(f"{SEQUENCE}={2 * mesh.shape[SEQUENCE]}")
     return f"try {' or '.join(tries)}" if tries else "try a larger slice, or a generation with more memory"

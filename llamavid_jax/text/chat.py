@@ -4,15 +4,18 @@
      {"role": "user", "content": [{"type": "video", "path": "walk.mp4"}, {"type": "text", "text": "Who walks?"}]},
      {"role": "assistant", "content": "A man."}, {"role": "user", "content": "Alone?"}]
 
-A turn's placeholders go to its front, each on a line, where training has them; a visual stays in the turn it was
-given in, and its prompt is that turn's text, newlines kept.
+A turn's placeholders go to its front, each on a line, where training has them, and its prompt is its text, newlines
+kept.  As in training every later turn is asked with visual tokens of its own: one that shows nothing new is about all
+that was shown before, whose placeholders it repeats.
+
+    USER: <image>\\nWho walks? ASSISTANT: A man.</s>USER: <image>\\nAlone? ASSISTANT:    prompts: "Who walks?", "Alone?"
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamavid_jax.text.conversation import IMAGE, ConversationError, check_text
+from llamavid_jax.text.conversation import IMAGE, ConversationError, check_text, prompt, question_turn, template_named
 
 SOURCES = ("path", "url")  # besides the key that is the part's own type
 
@@ -30,6 +33,12 @@ class Chat:
     videos: list[Any]
     prompts: list[str]
 
+    def text(self, template: str, open_answer: bool = True) -> str:
+        """Written out in the format of that name; `open_answer` asks for the answer to a user's last turn."""
+        form = template_named(template)
+        form = form if self.system is None else dataclasses.replace(form, system=self.system)
+        return prompt(form, self.turns, open_answer)
+
 
 def read_messages(messages: Sequence[Any]) -> Chat:
     """Raises ConversationError for wrong roles, contents and parts, naming the message."""
@@ -45,7 +54,7 @@ def read_messages(messages: Sequence[Any]) -> Chat:
         if images:
             raise ConversationError("message 0 shows the system an image or video; put it in a user's message")
         first = 1
-    chat = Chat(system, [], [], [], [])
+    chat, shown = Chat(system, [], [], [], []), ([], [])
     for number, message in enumerate(messages[first:], first):
         expected = ("user", "assistant")[len(chat.turns) % 2]
         if message["role"] != expected:
@@ -60,7 +69,11 @@ def read_messages(messages: Sequence[Any]) -> Chat:
             )
         if not words and not images:
             raise ConversationError(f"message {number} is empty; give it text, or leave it out")
-        chat.turns.append("\n".join([IMAGE] * len(images) + [words] * bool(words)))
+        if images:
+            shown = shown[0] + images, shown[1] + videos
+        elif expected == "user":
+            images, videos = shown
+        chat.turns.append(question_turn(len(images), words))
         chat.images.extend(images)
         chat.videos.extend(videos)
         chat.prompts.extend([words] * len(images))

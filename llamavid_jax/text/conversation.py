@@ -120,6 +120,11 @@ def template_named(name: str) -> Template:
     return TEMPLATES[name]
 
 
+def question_turn(visuals: int, words: str) -> str:
+    """A user's turn: a placeholder for each visual, on a line of its own where training has them, before the words."""
+    return "\n".join([IMAGE] * visuals + [words] * bool(words))
+
+
 def prompt(template: Template, turns: Sequence[str], open_answer: bool = True) -> str:
     """Renders turns, user first.  After a user turn `open_answer` asks for an answer: the text ends in `ASSISTANT:`."""
     if not turns:
@@ -223,6 +228,11 @@ def _speakers_and_turns(conversations: Sequence[Any]) -> tuple[list[str], list[s
     if isinstance(conversations, str | Mapping) or not isinstance(conversations, Sequence) or not conversations:
         raise ConversationError(f"conversations is {conversations!r}; give a list of turns with 'from' and 'value'")
     for index, turn in enumerate(conversations):
+        if isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
+            raise ConversationError(
+                f"turn {index} has 'role' and 'content', as chat templates write them; a turn of LLaVA's format is "
+                '{"from": "human" or "gpt", "value": TEXT}'
+            )
         if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
             raise ConversationError(f"turn {index} is {turn!r}; it needs the keys 'from' and 'value'")
         if turn["from"] not in ("human", "gpt"):
@@ -232,8 +242,7 @@ def _speakers_and_turns(conversations: Sequence[Any]) -> tuple[list[str], list[s
 
 
 def _image_first(turn: str) -> str:
-    """One placeholder, at the front, on a line of its own."""
-    return (IMAGE + "\n" + turn.replace(IMAGE, "").strip()).strip() if IMAGE in turn else turn
+    return question_turn(1, turn.replace(IMAGE, "").strip()) if IMAGE in turn else turn
 
 
 def _image_in_later_turns(turns: Sequence[str], image_sides: Iterable[int]) -> list[str]:
@@ -245,7 +254,7 @@ def _image_in_later_turns(turns: Sequence[str], image_sides: Iterable[int]) -> l
             side = next(sides, None)
             if side not in (0, 1):
                 raise ConversationError(f"image_sides gives {side!r} for turn {index}; give a 0 or a 1 per user turn")
-            turn = turn + "\n" + IMAGE if side else IMAGE + "\n" + turn
+            turn = turn + "\n" + IMAGE if side else question_turn(1, turn)
         result.append(turn)
     return result
 

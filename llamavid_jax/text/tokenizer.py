@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
 
-from llamavid_jax.files import write_files
+from llamavid_jax.files import find, write_files
 from llamavid_jax.shapes import IMAGE_TOKEN, pad_rows
 from llamavid_jax.text.conversation import IMAGE, ConversationError, check_text
 from llamavid_jax.text.llama_tokenizer import LlamaTokenizer
@@ -71,7 +71,7 @@ Tokenizer = LlamaTokenizer | JsonTokenizer
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder; ConversationError when it holds neither file."""
-    directory = Path(directory)
+    directory = find(directory)
     for kind in (LlamaTokenizer, JsonTokenizer):
         if (directory / kind.FILE).exists():
             return kind(directory)
@@ -104,12 +104,12 @@ class TextStream:
     """Turns ids into text as they come: `push(id)` returns what is new, `finish()` what was held back.
 
     A character may be several byte pieces in both kinds of tokenizer, so text that ends in U+FFFD is held until it is
-    whole.  All returned strings joined are `tokenizer.decode` of all ids; each push decodes only the last few of them.
+    complete.  All returned strings joined are `tokenizer.decode` of all ids; each push decodes only the last few.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # ids since the last but one place where the text was whole
+        self._ids: list[int] = []  # ids since the last but one place where the text was complete
         self._shown = 0  # how many of them are in text already returned
 
     def push(self, token: int) -> str:

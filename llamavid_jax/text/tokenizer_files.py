@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llamavid_jax.files import find
 from llamavid_jax.text.conversation import ConversationError
 
 
@@ -12,7 +13,7 @@ def read_files(directory: str | Path, required: str, optional: tuple[str, ...], 
     """Name -> content.  Raises ConversationError, which ends in `remedy`, where `required` is missing."""
     files = {}
     for name in (required, *optional):
-        path = Path(directory) / name
+        path = find(Path(directory) / name)
         try:
             files[name] = path.read_bytes()
         except FileNotFoundError:

@@ -25,9 +25,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llamavid_jax.checkpoints.weights import first_line
+from llamavid_jax.checkpoints.arrays import first_line
 from llamavid_jax.errors import CheckpointError
-from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.models.structure import flat_paths
 
 ARRAYS, RUN = "arrays", "run"  # the two items of a checkpoint
 LISTED = 64  # the newest checkpoints that a restart looks at
@@ -75,7 +75,7 @@ class RunCheckpoints:
 
         `arrays` is a pytree of jax arrays on one mesh, global ones in a run of many processes; RNG keys come as their
         data.
-        `position` and `config` can be JSON; those of process 0 are kept.  A step that is there is not written again.
+        `position` and `config` can be JSON; those of process 0 are kept.  A step that exists is not written again.
         Raises CheckpointError when this save cannot start or the one before failed.
         """
         self.wait()
@@ -124,7 +124,7 @@ class RunCheckpoints:
             raise self._failure from error
 
     def restore(self, abstract: Any) -> Restored | None:
-        """The newest checkpoint that is whole, or None where there is none.
+        """The newest complete checkpoint, or None where there is none.
 
         `abstract` is the pytree that was saved, as ShapeDtypeStructs with the shardings to restore onto, or arrays.
         Damaged checkpoints are reported and, once an older one was read, renamed to `damaged-STEP`.  Raises
@@ -182,7 +182,7 @@ class RunCheckpoints:
         return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract), leaves), run["position"], run["config"])
 
     def _put_aside(self, steps: list[int]) -> None:
-        """So that the run can write those steps again."""
+        """Renames damaged checkpoints, so that the run can write those steps again."""
         if steps and jax.process_index() == 0:
             for step in steps:
                 aside = self.directory / f"damaged-{step}"

@@ -24,7 +24,7 @@ from llamavid_jax.errors import ConfigError
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.models.stack import REMAT
 from llamavid_jax.parallel.chips import CHIPS
-from llamavid_jax.parallel.sharding import parse_mesh
+from llamavid_jax.parallel.mesh import parse_mesh
 from llamavid_jax.shapes import RowShape
 from llamavid_jax.text.conversation import template_named
 
@@ -118,10 +118,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """`steps` 0 runs `epochs` whole epochs.  `batch_size` counts rows over all devices and hosts.
+    """`steps` 0 runs `epochs` complete epochs.  `batch_size` counts rows over all devices and hosts.
 
     A step adds up `micro_batches` gradients; `loss_weighting` "tokens" gives each labelled token the same weight,
-    "micro_batch" is the original's mean of means.  `dtype` is that of products and of frozen parameters;
+    "micro_batch" is the original's mean of means.  `dtype` is that of matmuls and of frozen parameters;
     trained ones are float32.  `remat`: what a layer keeps for the gradient.  A step whose loss or gradient is not
     finite is skipped; `max_bad_steps` of them in a row end the run.  `compiler_options` are what the compiler of a TPU
     generation is told beside its own defaults (docs/tpu.md).
@@ -163,7 +163,7 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The whole file.  `model` is one of `configs/models/`; empty takes the `config.json` of `start.model`."""
+    """A recipe.  `model` is one of `configs/models/`; empty takes the `config.json` of `start.model`."""
 
     output: str = "runs/train"
     model: str = ""
@@ -182,7 +182,7 @@ class TrainConfig:
             )
         if self.lora and self.lora.base != "float" and not self.start.model:
             raise ConfigError(
-                f"lora.base is {self.lora.base!r}, but start.model is empty; give start.model=DIR, whose whole kernels "
+                f"lora.base is {self.lora.base!r}, but start.model is empty; give start.model=DIR, whose full kernels "
                 "take the updates at the end, or lora.base=float"
             )
         if self.training.evaluate_every and not self.data.evaluation_path:

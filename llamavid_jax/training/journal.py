@@ -2,50 +2,42 @@
 
 import contextlib
 import fnmatch
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.console import Console
 
-from llamavid_jax.data.loader import LoadedBatch, Loader
-from llamavid_jax.data.plan import describe
+from llamavid_jax.data.loader import Loader
 from llamavid_jax.data.record import DataError
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import TrainingError
 from llamavid_jax.models.flops import PARTS, flops_per_step
 from llamavid_jax.models.lora import ADAPTERS
-from llamavid_jax.shapes import Batch
-from llamavid_jax.training.config import TrainConfig
+from llamavid_jax.training.batches import Upcoming
+from llamavid_jax.training.config import LoopConfig
+from llamavid_jax.training.log import JsonLines
 from llamavid_jax.training.metrics import Metrics, Throughput
 from llamavid_jax.training.start import Start
 from llamavid_jax.training.step import StepMetrics
 
 
-class TrainingError(InputError):
-    """A run that cannot go on: says at which step, why, and what to do."""
-
-
-class Upcoming(NamedTuple):
-    """A batch on the devices, what was loaded for it, and the data position behind it."""
-
-    batch: Batch | None  # None once its step is under way
-    loaded: LoadedBatch
-    position: dict[str, Any]
-    wait: float  # seconds that the loader needed
-
-
 class Journal:
     """What a run has seen: logs, counts, and the reasons to stop it.  A context, which closes its files."""
 
-    def __init__(self, config: TrainConfig, start: Start, loader: Loader, console: Console, first_step: int):
-        self.config, self.start, self.console = config, start, console
-        self.steps, self.first_step, self.output = loader.steps, first_step, Path(config.output)
-        sizes = loader.schedule.sizes
-        self.allowed = config.data.max_broken * len(sizes.kind)
+    def __init__(
+        self,
+        output: Path,
+        start: Start,
+        loader: Loader,
+        loop: LoopConfig,
+        max_broken: float,
+        first_step: int,
+        report: Callable[[str], None],
+    ):
+        self.output, self.loop, self.max_broken, self.report = output, loop, max_broken, report
+        self.steps, self.first_step, self.config = loader.steps, first_step, start.config
+        self.allowed = max_broken * len(loader.schedule.sizes.kind)
         self.throughput = Throughput(start.mesh.size)
         updates = {path for path in start.trained if fnmatch.fnmatchcase(path, ADAPTERS)}
         self.updates = sum(start.trained[path].size for path in updates)
@@ -54,17 +46,19 @@ class Journal:
         self.since_log: list[dict[str, float]] = []  # the steps that the next line of the log is the mean of
         self.bad_steps = self.bad_in_a_row = self.truncated = self.samples = 0
         self.rows = len(loader.rows)  # of a batch, on this process
-        tokens_per_frame, shares = start.config.tokens_per_frame, start.mesh.shape["sequence"]
-        console.print(describe(loader.schedule.epoch(0), sizes, config.data.shapes, tokens_per_frame, shares))
-        self.broken = {(one["id"], one["reason"]) for one in sizes.broken}  # known to all processes, never planned
+        # known to all processes, never planned
+        self.broken = {(one["id"], one["reason"]) for one in loader.schedule.sizes.broken}
+        own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+        self.skipped = JsonLines(output / f"skipped{own}.jsonl", report)
+        self.not_finite = JsonLines(output / f"not_finite{own}.jsonl", report)
         if first_step == 0:
-            self._file("skipped").unlink(missing_ok=True)
+            self.skipped.replace([])
         noted = self._noted()
         self.held_out = noted["evaluation"]
         self.unreadable = noted["training"] - self.broken  # of this process's rows
-        self._append("skipped", _rows(self.broken - noted["training"]))
+        self.skipped.append(_rows(self.broken - noted["training"]))
         self._totals()
-        self.metrics = Metrics(self.output, first_step + 1, report=console.print)  # last: nothing raises with it open
+        self.metrics = Metrics(output, first_step + 1, report)  # last: nothing raises with it open
 
     def __enter__(self) -> "Journal":
         return self
@@ -83,6 +77,13 @@ class Journal:
         while self.pending:
             self._look(*self.pending.pop(0))
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Looks at every step so far; what runs inside takes none of the steps' time."""
+        self.flush()
+        with self.throughput.pause():
+            yield
+
     def _look(self, step: int, metrics: StepMetrics, seen: Upcoming) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         self.samples, self.truncated = self.samples + seen.loaded.samples, self.truncated + seen.loaded.truncated
@@ -93,7 +94,7 @@ class Journal:
         else:
             self._note_bad(step, values, seen.loaded.ids)
         self._count(seen)
-        if (step + 1) % self.config.training.log_every == 0 or step + 1 == self.steps:
+        if (step + 1) % self.loop.log_every == 0 or step + 1 == self.steps:
             means = {name: float(np.mean([one[name] for one in self.since_log or [values]])) for name in values}
             values, self.since_log = means | {"learning_rate": values["learning_rate"]}, []
             _, truncated, unreadable = self._totals()
@@ -102,11 +103,11 @@ class Journal:
 
     def _count(self, seen: Upcoming) -> None:
         """Adds one step's work, over all processes."""
-        batch, rows = seen.loaded.batch, self.config.training.batch_size
+        batch, rows = seen.loaded.batch, self.loop.batch_size
         share = rows / len(batch.token_ids)
         frames, pairs = (rows * shape[1] for shape in (batch.frames.shape, batch.pair_frame.shape))
         flops = flops_per_step(
-            self.start.config,
+            self.config,
             self.trains,
             frames=frames if batch.frames.ndim == 5 else 0,
             pairs=pairs,
@@ -122,7 +123,7 @@ class Journal:
         """Names samples in the log, each once, and stops a run of one process where they are too many."""
         new = {(one["id"], one["reason"]) for one in skipped} - self.unreadable
         self.unreadable |= new
-        self._append("skipped", _rows(new))
+        self.skipped.append(_rows(new))
         if new and jax.process_count() == 1:
             self._totals()
 
@@ -130,7 +131,7 @@ class Journal:
         """Names samples of the held-out set, which stop no run."""
         new = {(one["id"], one["reason"]) for one in skipped} - self.held_out
         self.held_out |= new
-        self._append("skipped", [row | {"set": "evaluation"} for row in _rows(new)])
+        self.skipped.append([row | {"set": "evaluation"} for row in _rows(new)])
 
     def _totals(self) -> tuple[int, int, int]:
         """How many samples were read and cut, and how many cannot be read, on all processes.
@@ -139,12 +140,12 @@ class Journal:
         """
         own = np.array([self.samples, self.truncated, len(self.unreadable), self.rows], np.int32)
         *counts, rows = multihost_utils.process_allgather(own).reshape(-1, len(own)).sum(0, dtype=int).tolist()
-        samples, truncated, unreadable = (count * self.config.training.batch_size // rows for count in counts)
+        samples, truncated, unreadable = (count * self.loop.batch_size // rows for count in counts)
         count = len(self.broken) + unreadable
         if count > self.allowed:
             name, reason = max(self.unreadable or self.broken)
             raise DataError(
-                f"{count} samples cannot be read, more than data.max_broken = {self.config.data.max_broken:g} of them "
+                f"{count} samples cannot be read, more than data.max_broken = {self.max_broken:g} of them "
                 f"all; one is {name!r}: {reason}. All are named in {self.output / 'skipped.jsonl'}; mend them, or "
                 "raise data.max_broken"
             )
@@ -152,34 +153,25 @@ class Journal:
 
     def _noted(self) -> dict[str, set[tuple[str, str]]]:
         """What the log names already, when a run goes on, of either set."""
-        file, noted = self._file("skipped"), {"training": set(), "evaluation": set()}
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else ():
-            with contextlib.suppress(ValueError, KeyError):  # a killed run leaves half a line, the next goes on in it
-                row = json.loads(line)
-                noted[row.get("set", "training")].add((row["id"], row["reason"]))
+        noted: dict[str, set[tuple[str, str]]] = {"training": set(), "evaluation": set()}
+        for row in self.skipped.rows():
+            of, sample = row.get("set", "training"), (row.get("id"), row.get("reason"))
+            if of in ("training", "evaluation") and all(isinstance(part, str) for part in sample):
+                noted[of].add(sample)
         return noted
 
     def _note_bad(self, step: int, values: dict[str, float], ids: list[list[str]]) -> None:
         self.bad_steps, self.bad_in_a_row = self.bad_steps + 1, self.bad_in_a_row + 1
         names = [name for row in ids for name in row]
-        self._append("not_finite", [{"step": step + 1, **values, "samples": names}])
-        self.console.print(
+        self.not_finite.append([{"step": step + 1, **values, "samples": names}])
+        self.report(
             f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: skipped; samples {names}"
         )
-        if self.bad_in_a_row >= self.config.training.max_bad_steps:
+        if self.bad_in_a_row >= self.loop.max_bad_steps:
             raise TrainingError(
                 f"{self.bad_in_a_row} steps in a row, up to step {step + 1}, had no finite loss or gradient; look "
                 f"at the samples in {self.output / 'not_finite.jsonl'}, or lower optimizer.learning_rate"
             )
-
-    def _file(self, name: str) -> Path:
-        suffix = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
-        return self.output / f"{name}{suffix}.jsonl"
-
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        if rows:
-            with open(self._file(name), "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def summary(self) -> str:
         """What was left out or cut, in a sentence."""

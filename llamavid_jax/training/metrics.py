@@ -4,7 +4,6 @@ Names are those of COLUMNS.  Only process 0 writes.  A resumed run cuts off what
 on, so that no curve runs twice.
 """
 
-import json
 import math
 import resource
 import sys
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
-from llamavid_jax.files import write_files
 from llamavid_jax.parallel.chips import peak_flops
+from llamavid_jax.training.log import JsonLines, TensorBoard
 
 FILE = "metrics.jsonl"
 
@@ -37,18 +35,15 @@ COLUMNS: Mapping[str, tuple[str, str]] = {  # name -> on the console, and its fo
 
 
 class Metrics:
-    """Prints, and appends to `folder/metrics.jsonl` and `folder/tensorboard/`; `first_step` is the first to come."""
+    """Prints, and appends to `folder/metrics.jsonl` and `folder/tensorboard/`; `first_step` is the next step."""
 
     def __init__(self, folder: str | Path, first_step: int = 0, report: Callable[[str], None] = print):
         self._report, self._writes = report, jax.process_index() == 0
         if not self._writes:
             return
-        kept = _lines_before(Path(folder) / FILE, first_step)
-        write_files(folder, {FILE: "".join(kept).encode()})
-        self._file = open(Path(folder) / FILE, "a", encoding="utf-8")  # noqa: SIM115
-        self._tensorboard = SummaryWriter(  # its files are named by the second, which a quick resume would share
-            str(Path(folder) / "tensorboard"), purge_step=first_step, filename_suffix=f".{first_step}"
-        )
+        self._lines = JsonLines(Path(folder) / FILE, report)
+        self._lines.replace(row for row in self._lines.rows() if _step(row) < first_step)
+        self._tensorboard = TensorBoard(Path(folder) / "tensorboard", first_step, report)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -61,36 +56,26 @@ class Metrics:
         if not self._writes:
             return
         values = {name: float(value) for name, value in values.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, step)
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._lines.append([{"step": step} | dict.fromkeys(values) | finite])
+        self._tensorboard.add(step, finite)
         self._report(console_line(step, values))
 
     def close(self) -> None:
         if self._writes:
-            self._file.close()
             self._tensorboard.close()
+
+
+def _step(row: Mapping[str, Any]) -> int | float:
+    """Of a line; of one without a step it is behind all others."""
+    step = row.get("step")
+    return step if type(step) in (int, float) else math.inf
 
 
 def console_line(step: int, values: Mapping[str, float]) -> str:
     """One line whose columns stand under those of the line before."""
     columns = ((*COLUMNS.get(name, (name, "8.4g")), value) for name, value in values.items())
     return f"step {step:>6}  " + "  ".join(f"{label} {value:{form}}" for label, form, value in columns)
-
-
-def _lines_before(path: Path, first_step: int) -> list[str]:
-    """Lines of earlier steps; a line that a killed run left unfinished is dropped."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-        try:
-            if json.loads(line)["step"] < first_step:
-                kept.append(line)
-        except ValueError:
-            continue
-    return kept
 
 
 class Throughput:
@@ -108,7 +93,7 @@ class Throughput:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What runs inside, with no step under way, takes none of the steps' time."""
+        """Time spent inside is not counted; call it while no step is under way."""
         began = self._clock()
         yield
         self._since += self._clock() - began

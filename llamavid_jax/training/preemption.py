@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption:
-    """`with Preemption() as preemption`, in the main thread; a second signal acts as if this were not here.
+    """`with Preemption() as preemption`, in the main thread; a second signal has its usual effect.
 
     In a run of many processes it is entered after `jax.distributed.initialize`, which sets a SIGTERM handler too.
     """

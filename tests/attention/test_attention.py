@@ -7,25 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from attention_cases import random, relative_error, segments
 
 from llamavid_jax.attention import attention as attention_file
 from llamavid_jax.attention.attention import attention
 from llamavid_jax.attention.reference import QUERY_BLOCK, reference_attention
 from llamavid_jax.attention.splash import splash_attention, splash_supports
-from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.parallel.mesh import make_mesh
 
 BAR = 1e-5  # relative error in float32
-
-
-def random(*shapes, dtype=jnp.float32):
-    generator = np.random.default_rng(0)
-    return [jnp.asarray(generator.normal(size=shape), dtype) for shape in shapes]
-
-
-def relative_error(got, wanted) -> float:
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    assert got.shape == wanted.shape
-    return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
 
 
 def torch_attention(q, k, v, mask=None, causal=False):
@@ -98,13 +88,6 @@ def test_splash_gradients_equal_the_references(mesh):
     got = on_mesh(mesh, lambda: gradients(lambda *qkv: splash_attention(*qkv, interpret=True)))
     for ours, wanted in zip(got, gradients(lambda *qkv: reference_attention(*qkv, causal=True)), strict=True):
         assert relative_error(ours, wanted) < BAR
-
-
-def segments(length: int) -> np.ndarray:
-    """Two rows of samples of several lengths, the second padded."""
-    first, second = length // 3, length // 2 + 5
-    row = np.arange(length)
-    return np.stack([1 + (row >= first) + (row >= second), np.where(row < second, 1, 0)]).astype(np.int32)
 
 
 def packed_torch_attention(q, k, v, ids):

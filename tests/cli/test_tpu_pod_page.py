@@ -13,7 +13,7 @@ from paths import ROOT
 from training_data import environment
 
 import train
-from llamavid_jax.parallel.sharding import parse_mesh
+from llamavid_jax.parallel.mesh import parse_mesh
 from llamavid_jax.precompile import compile_check
 from llamavid_jax.training.config import TrainConfig, read_config
 

@@ -17,7 +17,6 @@ from training_data import ROOT, command, environment, losses, run, start, write_
 import train
 from llamavid_jax.checkpoints.weights import load_weights
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.parallel.sharding import flat_paths
 
 STAGE1, STAGE2, STAGE3 = (f"tiny/{name}.yaml" for name in ("stage1_align", "stage2_instruct", "stage3_long_video"))
 SIX = ("training.steps=6", "training.save_every=3")
@@ -50,7 +49,7 @@ def whole(folder, env) -> Path:
 def weights(output: Path) -> dict[str, np.ndarray]:
     model = output / "model"
     params = load_weights(model, LLaMAVIDLlavaConfig.from_pretrained(model), "float32")
-    return {path: np.asarray(value) for path, value in flat_paths(params).items()}
+    return {path: np.asarray(value) for path, value in params.items()}
 
 
 def assert_same(output: Path, expected: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from paths import ROOT
 
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, grid_stride, projector_depth
 from llamavid_jax.errors import ConfigError, InputError
-from llamavid_jax.models.llama_vid import abstract_params
-from llamavid_jax.parallel.sharding import flat_paths, param_axes
+from llamavid_jax.weights import inventory
 
 MODELS = ROOT / "configs" / "models"
 ORIGINAL = {"model_type": "llava", "mm_hidden_size": 1408, "mm_vision_tower": "model_zoo/LAVIS/eva_vit_g.pth"}
@@ -18,7 +18,7 @@ LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers"
 
 
 def count(config: LLaMAVIDLlavaConfig, part: str = "") -> int:
-    paths = flat_paths(abstract_params(config))
+    paths = abstract_params(config)
     return sum(int(np.prod(leaf.shape)) for path, leaf in paths.items() if path.startswith(part))
 
 
@@ -26,8 +26,8 @@ def count(config: LLaMAVIDLlavaConfig, part: str = "") -> int:
 def test_every_model_builds(file):
     """Every shipped configuration builds abstractly, and the sharding table covers it both ways."""
     config = LLaMAVIDLlavaConfig.from_yaml(file)
-    paths = flat_paths(abstract_params(config))
-    assert set(param_axes({path: leaf.shape for path, leaf in paths.items()}, config)) == set(paths)
+    paths = abstract_params(config)
+    assert set(inventory.axes(config, {path: leaf.shape for path, leaf in paths.items()})) == set(paths)
     if "7b" in file.stem:
         assert count(config) / 1e9 == pytest.approx(7.94, abs=0.005)  # published
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.config.schema import (
     LlamaConfig,
     LLaMAVIDLlavaConfig,
@@ -21,7 +22,7 @@ from llamavid_jax.config.schema import (
 )
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import RequestError
-from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
+from llamavid_jax.models.llama_vid import LlamaVid
 
 TINY = LLaMAVIDLlavaConfig(
     LLaMAVIDLlavaVisionConfig(

@@ -8,12 +8,10 @@ import torch
 from converted import CONFIG, ORIGINAL, convert, restore
 
 from conversion import merge_lora
-from conversion.weight_table import weight_table
 from llamavid_jax.checkpoints.adapter import peft_tensors, save_adapter
-from llamavid_jax.checkpoints.weights import nest
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.models import lora
-from llamavid_jax.parallel.sharding import flat_paths
+from llamavid_jax.weights.files import weight_table
 
 LORA = lora.LoraConfig(rank=3, alpha=6)
 RNG = np.random.default_rng(0)
@@ -28,7 +26,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def updates() -> dict[str, np.ndarray]:
-    tensors = peft_tensors(LORA, CONFIG.text_config)
+    tensors = peft_tensors(LORA, CONFIG)
     return {name: RNG.normal(size=tensor.shape, scale=0.1).astype(np.float32) for name, tensor in tensors.items()}
 
 
@@ -70,13 +68,12 @@ def test_the_originals_output(base, updates, tmp_path):
 
 def test_our_own_adapter_merges_as_in_memory(base, updates, tmp_path):
     params, layers = restore(base), CONFIG.text_config.num_hidden_layers
-    for name, tensor in peft_tensors(LORA, CONFIG.text_config).items():
-        stack = params.setdefault(tensor.path, np.zeros((layers, *tensor.ours), np.float32))
-        stack[tensor.layer] = updates[name].T.reshape(tensor.ours)
-    tree = nest(params)
-    save_adapter(tmp_path / "adapter", tree, LORA, CONFIG.text_config)
+    for name, tensor in peft_tensors(LORA, CONFIG).items():
+        stack = params.setdefault(tensor.path, np.zeros((layers, *tensor.layer_shape), np.float32))
+        stack[tensor.index] = updates[name].T.reshape(tensor.layer_shape)
+    save_adapter(tmp_path / "adapter", params, LORA, CONFIG)
     merge_lora.merge(base, tmp_path / "adapter", tmp_path / "out")
-    after, wanted = restore(tmp_path / "out"), flat_paths(lora.merge_lora(tree, LORA))
+    after, wanted = restore(tmp_path / "out"), lora.merge_lora(params, LORA)
     assert after.keys() == wanted.keys()
     for path, value in wanted.items():
         np.testing.assert_allclose(after[path], value, rtol=1e-5, atol=1e-6)

@@ -176,7 +176,7 @@ MALFORMED = {
     "a list": (lambda d: save(d, [torch.ones(2)]), "holds a list"),
     "one tensor": (lambda d: save(d, torch.ones(2)), "dictionary of weights is needed"),
     "no tensor": (lambda d: save(d, {"epoch": 3}), "holds no tensor"),
-    "missing shard": (lambda d: write_index(d, {"a": "gone.bin"}), "names the shard gone.bin, which is not there"),
+    "missing shard": (lambda d: write_index(d, {"a": "gone.bin"}), "names the shard gone.bin, which does not exist"),
     "missing key": (lambda d: write_index(d, {"c": save(d).name}), "maps c to pytorch_model.bin, which does not"),
     "shard elsewhere": (lambda d: write_index(d, {"a": "../b.bin"}), "a file name in the same folder"),
     "index without map": (lambda d: (d / "pytorch_model.bin.index.json").write_text("{}"), "has no 'weight_map'"),

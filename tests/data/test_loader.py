@@ -168,7 +168,7 @@ def test_worker_processes(data, reader):
     A signal to all of them, such as Ctrl-C, leaves the workers at their work.
     """
     code = f"""
-import os, signal, sys; sys.path[:0] = [{str(ROOT / "tests")!r}]
+import os, signal, sys; sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "data")!r}]
 if __name__ == "__main__":
     import test_loader as t
     reader = t.ExampleReader(t.load_tokenizer(t.GOLDEN / "text"), "imgsp_v1", 8, "pad", 2, 1.0, 0)

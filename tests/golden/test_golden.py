@@ -18,9 +18,9 @@ from PIL import Image
 from recorded_training import replay
 
 from conversion.check import TOLERANCES, check_case, read_expected
+from conversion.positions import resize_positions
 from conversion.read_torch import read_checkpoint
 from conversion.torch_to_jax import main as torch_to_jax
-from conversion.transforms import resize_positions
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.data.labels import training_example
 from llamavid_jax.media.images import normalize, pad_to_square, resize_and_crop

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.inference.generate import decode_block, prefill
-from llamavid_jax.models.llama_vid import abstract_params, compress_frames, encode_frames, forward
+from llamavid_jax.models.llama_vid import compress_frames, encode_frames, forward
 from llamavid_jax.shapes import IMAGE_TOKEN
 
 VIDEO = [1, 40, 41, IMAGE_TOKEN, 42, 43, 44]
@@ -90,6 +90,8 @@ def test_several_videos_in_one_conversation(tiny_model):
     apart = tiny_model(ids, pixel_values=[[one, one]], prompts=[[PROMPT, "how many dogs"]])
     together = tiny_model(ids, pixel_values=[one], prompts=[[PROMPT, "how many dogs"]])
     other = tiny_model(ids, pixel_values=[[one, frames(3, seed=1)]], prompts=[[PROMPT, "how many dogs"]])
+    copies = tiny_model(ids, pixel_values=[[one, one.copy()]], prompts=[[PROMPT, "how many dogs"]])
+    np.testing.assert_allclose(apart.logits, copies.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(apart.logits, together.logits, rtol=1e-5, atol=1e-5)
     assert other.lengths.tolist() == [3 + 2 * 2 + 2 * 3]
 
@@ -202,9 +204,9 @@ def test_tower_once_a_frame_and_qformer_once_a_pair(tiny_model, monkeypatch):
 
     seen = {"frames": 0, "pairs": 0}
 
-    def tower(graphdef, params, pixels):
+    def tower(structure, params, pixels):
         seen["frames"] += int((np.abs(pixels).sum((1, 2, 3)) > 0).sum())
-        return encode_frames(graphdef, params, pixels)
+        return encode_frames(structure, params, pixels)
 
     def write(table, slot, tokens):
         seen["pairs"] += int((slot < len(table)).sum())
@@ -214,6 +216,10 @@ def test_tower_once_a_frame_and_qformer_once_a_pair(tiny_model, monkeypatch):
     monkeypatch.setattr(encode, "_write", write)
     tiny_model.visual_tokens(frames(5), [PROMPT, "how many dogs"])
     assert seen == {"frames": 5, "pairs": 10}
+    one, other = frames(2), iter(frames(3))
+    ids = [[1, *[IMAGE_TOKEN] * 4]]
+    tiny_model(ids, pixel_values=[[one, other, one, other]], prompts=[[PROMPT, PROMPT, "who", "who"]])
+    assert seen == {"frames": 10, "pairs": 20}
 
 
 def test_save_and_load(tiny_model, tmp_path, alone):
@@ -239,16 +245,15 @@ def test_arrays_of_whole_batches_are_taken(tiny_model, alone):
 
 def test_a_dozen_projector_layers_are_loaded_in_their_order(tiny_model, tmp_path):
     config = dataclasses.replace(tiny_model.config, mm_projector_type="mlp12x_gelu")
-    leaves, structure = jax.tree.flatten(abstract_params(config))
     rng = np.random.default_rng(0)
-    params = jax.tree.unflatten(structure, [rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    leaves = abstract_params(config).items()
+    params = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in leaves}
     saved = type(tiny_model)(config, params)
     saved.save_pretrained(tmp_path)
     loaded = type(tiny_model).from_pretrained(tmp_path, dtype="float32")
-    for index, layer in params["visual_tokens"]["projector"].items():
-        np.testing.assert_array_equal(
-            loaded.params["visual_tokens"]["projector"][index]["kernel"][...], layer["kernel"]
-        )
+    for index in range(12):
+        kernel = f"visual_tokens.projector.{index}.kernel"
+        np.testing.assert_array_equal(loaded.params[kernel], params[kernel])
 
 
 def test_where_a_question_looks(tiny_model):

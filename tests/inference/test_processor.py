@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from paths import GOLDEN
+from PIL import Image
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor, LLaMAVIDLlavaProcessor
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
@@ -104,12 +105,29 @@ def test_chat_equals_the_prompt_written_out(processor):
     text = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. "
-        "USER: <image>\nWho? ASSISTANT: A man.</s>USER: Alone? ASSISTANT:"
+        "USER: <image>\nWho? ASSISTANT: A man.</s>USER: <image>\nAlone? ASSISTANT:"
     )
     written = processor(text, videos=video(2))
     assert (chat["input_ids"] == written["input_ids"]).all()
-    assert chat["prompts"] == written["prompts"] == [["Who?"]]
+    assert chat["prompts"] == written["prompts"] == [["Who?", "Alone?"]]
     assert (chat["pixel_values"][0] == written["pixel_values"][0]).all()
+
+
+def test_a_later_turn_shows_all_again_with_its_own_question(processor, tmp_path, monkeypatch):
+    """Each file is read once."""
+    Image.fromarray(image(9)).save(tmp_path / "a.png")
+    read, pixels = [], LLaMAVIDLlavaImageProcessor.image_pixels
+    monkeypatch.setattr(LLaMAVIDLlavaImageProcessor, "image_pixels", lambda *a: read.append(a[1]) or pixels(*a))
+    messages = [
+        user({"type": "image", "path": str(tmp_path / "a.png")}, {"type": "video", "video": video(3)}, words("A?")),
+        {"role": "assistant", "content": "b"},
+        user(words("C?")),
+    ]
+    inputs = processor.chat(messages)
+    assert inputs["prompts"] == [["A?", "A?", "C?", "C?"]] and read == [str(tmp_path / "a.png")]
+    still, clip, *again = inputs["pixel_values"][0]
+    assert again[0] is still and again[1] is clip
+    assert [len(times) for times in inputs.timestamps[0]] == [1, 3]
 
 
 def test_chat_with_different_visuals_and_system_text(processor):
@@ -137,8 +155,6 @@ def test_chat_without_generation_prompt(processor):
 
 
 def test_files_on_disk_and_times(processor, tmp_path):
-    from PIL import Image
-
     Image.fromarray(image(9)).save(tmp_path / "a.png")
     inputs = processor.chat([user({"type": "image", "path": str(tmp_path / "a.png")}, words("?"))])
     assert inputs["pixel_values"][0].shape == (1, 3, SIZE, SIZE)

@@ -18,21 +18,21 @@ from llamavid_jax.errors import CheckpointError, ConfigError
 from llamavid_jax.models import stack
 from llamavid_jax.models.kv_cache import KVCache
 from llamavid_jax.models.llama_vid import LlamaVid
-from llamavid_jax.models.lora import TARGETS, LoraConfig, add_lora, merge_lora, set_dropout
-from llamavid_jax.parallel.sharding import ShardingError, flat_paths, make_mesh, param_axes, param_shardings
+from llamavid_jax.models.lora import LoraConfig, add_lora, merge_lora, set_dropout
+from llamavid_jax.models.structure import Structure, params_of
+from llamavid_jax.parallel.mesh import make_mesh
+from llamavid_jax.parallel.sharding import param_shardings
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.llama import TARGETS
 
 LORA = LoraConfig(rank=4, alpha=6, dropout=0.3)
 IDS = jnp.asarray(token_ids(CONFIG, 24))
 
 
-def pure(model: nnx.Module) -> dict:
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
 def adapted(config: LoraConfig = LORA, b_scale: float = 0.2, dtype=jnp.float32) -> LlamaVid:
     """The reference's weights with updates whose B is random, as after training."""
     model = ours(CONFIG, 0.2, dtype)
-    add_lora(model, config, nnx.Rngs(1))
+    add_lora(model.llama, config, nnx.Rngs(1))
     keys = iter(jax.random.split(jax.random.key(2), 7))
     for target in config.targets:
         part, name = TARGETS[target].split(".")
@@ -61,7 +61,7 @@ def base_logits():
 @pytest.mark.parametrize("targets", [list(TARGETS), ["q", "down"]])
 def test_a_new_update_changes_no_bit(targets, base_logits):
     model = adapted(LoraConfig(rank=4, targets=targets), b_scale=0)
-    added = [path for path in flat_paths(pure(model)) if ".lora." in path]
+    added = [path for path in params_of(model) if ".lora." in path]
     assert added == [f"llama.layers.{TARGETS[t]}.lora.{m}" for t in sorted(targets, key=TARGETS.get) for m in "ab"]
     np.testing.assert_array_equal(logits(model), base_logits)
 
@@ -88,16 +88,16 @@ def test_cached_decoding_uses_the_update(model):
 def test_merged_equals_forward(dtype, bar, base_logits):
     """Logits behind two layers of scale 0.2; measured: 1.2e-6, and 0.027 in bfloat16."""
     model = adapted(dtype=dtype)
-    merged = merge_lora(pure(model), LORA)
+    merged = merge_lora(params_of(model), LORA)
     plain = ours(CONFIG, 0.2, dtype)
-    assert flat_paths(merged).keys() == flat_paths(pure(plain)).keys()
-    nnx.update(plain, merged)
+    assert merged.keys() == params_of(plain).keys()
+    plain = Structure(plain).model(merged)
     assert relative_error(logits(plain), logits(model)) < bar
     assert relative_error(base_logits, logits(model)) > 0.3
 
 
 def test_merged_kernels_keep_their_type(model):
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), pure(model))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params_of(model))
     assert {leaf.dtype for leaf in jax.tree.leaves(merge_lora(params, LORA))} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -111,7 +111,7 @@ def adapter_loss(model: LlamaVid, remat: bool, key=None):
     def loss(updates):
         model = nnx.merge(graphdef, updates, frozen)
         if key is not None:
-            set_dropout(model, key)
+            set_dropout(model.llama, key)
 
         def run(ids):
             return model.llama.logits(model.llama(model.llama.embed(ids)))
@@ -156,7 +156,7 @@ def test_dropout_drops_inputs_at_its_rate_and_keeps_the_mean():
     """Each layer draws its own: kernels of zeros and A, B that hand one input through show the mask."""
     model = adapted(LoraConfig(rank=1, alpha=1, dropout=0.25, targets=["down"]))
     down = model.llama.layers.mlp.down
-    set_dropout(model, jax.random.key(0))
+    set_dropout(model.llama, jax.random.key(0))
     down.kernel[...] = jnp.zeros_like(down.kernel[...])
     down.lora.a[...] = jnp.zeros_like(down.lora.a[...]).at[:, 0].set(1)
     down.lora.b[...] = jnp.ones_like(down.lora.b[...])
@@ -170,15 +170,15 @@ def test_dropout_drops_inputs_at_its_rate_and_keeps_the_mean():
 
 
 def test_updates_are_cut_as_their_kernels(model):
-    shapes = {path: leaf.shape for path, leaf in flat_paths(pure(model)).items()}
-    axes = param_axes(shapes, CONFIG)
+    shapes = {path: leaf.shape for path, leaf in params_of(model).items()}
+    axes = inventory.axes(CONFIG, shapes)
     assert axes["llama.layers.attn.out.lora.a"] == ("layers", "heads", "head_dim", "rank")
     assert axes["llama.layers.attn.out.lora.b"] == ("layers", "rank", "embed")
-    placed = flat_paths(param_shardings(pure(model), CONFIG, make_mesh(fsdp=4, tensor=2)))
+    placed = param_shardings(params_of(model), CONFIG, make_mesh(fsdp=4, tensor=2))
     assert placed["llama.layers.attn.q.lora.a"].spec == PartitionSpec(None, "fsdp", None)
     assert placed["llama.layers.attn.q.lora.b"].spec == PartitionSpec(None, None, "tensor", None)
-    with pytest.raises(ShardingError, match=r"lora\.b is layers rank embed = \(2, 4, 56\), but it is \(2, 5, 56\)"):
-        param_axes({**shapes, "llama.layers.mlp.down.lora.b": (2, 5, 56)}, CONFIG)
+    with pytest.raises(CheckpointError, match=r"lora\.b is layers rank embed = \(2, 4, 56\) by its row"):
+        inventory.axes(CONFIG, {**shapes, "llama.layers.mlp.down.lora.b": (2, 5, 56)})
 
 
 # ---- PEFT's files
@@ -186,11 +186,11 @@ def test_updates_are_cut_as_their_kernels(model):
 
 def test_round_trip_of_a_peft_folder_is_exact(model, tmp_path):
     for dtype in (jnp.float32, jnp.bfloat16):
-        params = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), pure(model))
-        save_adapter(tmp_path, params, LORA, CONFIG.text_config, base="vicuna")
-        config, loaded = load_adapter(tmp_path, CONFIG.text_config)
+        params = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), params_of(model))
+        save_adapter(tmp_path, params, LORA, CONFIG, base="vicuna")
+        config, loaded = load_adapter(tmp_path, CONFIG)
         assert config == LORA
-        wanted = {path: leaf for path, leaf in flat_paths(params).items() if ".lora." in path}
+        wanted = {path: leaf for path, leaf in params.items() if ".lora." in path}
         assert loaded.keys() == wanted.keys()
         for path, leaf in wanted.items():
             assert loaded[path].dtype == dtype
@@ -203,7 +203,7 @@ def test_the_file_in_torch_equals_our_logits(model, tmp_path):
 
     Measured 1.3e-6; peft 0.21 itself reads our folder, and its own is read here, with the same error.
     """
-    save_adapter(tmp_path, pure(model), LORA, CONFIG.text_config)
+    save_adapter(tmp_path, params_of(model), LORA, CONFIG)
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     language_model, hooks = reference(CONFIG, 0.2).language_model, []
@@ -237,26 +237,26 @@ def test_the_file_in_torch_equals_our_logits(model, tmp_path):
     ],
 )
 def test_an_adapter_that_cannot_be_read_is_refused(field, value, message, model, tmp_path):
-    save_adapter(tmp_path, pure(model), LORA, CONFIG.text_config)
+    save_adapter(tmp_path, params_of(model), LORA, CONFIG)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(CheckpointError, match=message):
-        load_adapter(tmp_path, CONFIG.text_config)
+        load_adapter(tmp_path, CONFIG)
 
 
 def test_damaged_files_are_named(model, tmp_path):
     with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read"):
-        load_adapter(tmp_path, CONFIG.text_config)
-    save_adapter(tmp_path, pure(model), LORA, CONFIG.text_config)
+        load_adapter(tmp_path, CONFIG)
+    save_adapter(tmp_path, params_of(model), LORA, CONFIG)
     weights = tmp_path / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(weights)
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     safetensors.torch.save_file({k: v for k, v in tensors.items() if k != name}, weights)
     with pytest.raises(CheckpointError, match=rf"1 tensors missing \({name}\)"):
-        load_adapter(tmp_path, CONFIG.text_config)
+        load_adapter(tmp_path, CONFIG)
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be read"):
-        load_adapter(tmp_path, CONFIG.text_config)
+        load_adapter(tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from llamavid_jax.errors import ConfigError
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.lora import LoraConfig, add_lora, linears, set_dropout
 from llamavid_jax.models.quantize import KINDS, quantize_base
-from llamavid_jax.parallel.sharding import flat_paths, make_mesh, param_shardings
+from llamavid_jax.models.structure import Structure, flat_paths, params_of
+from llamavid_jax.parallel.mesh import make_mesh
+from llamavid_jax.parallel.sharding import param_shardings
 
 IDS = jnp.asarray(token_ids(CONFIG, 24))
 NF4 = np.array(  # Appendix E of the QLoRA paper
@@ -30,7 +32,7 @@ def logits(model: LlamaVid) -> jax.Array:
 
 def quantized(kind: str, scale: float = 0.02) -> LlamaVid:
     model = ours(CONFIG, scale)
-    quantize_base(model, kind)
+    quantize_base(model.llama, kind)
     return model
 
 
@@ -65,7 +67,7 @@ def test_what_a_kernel_costs(kind, bits):
     config = ours(CONFIG, 0.02)
     linear = config.llama.layers.mlp.down
     linear.in_features, linear.kernel = (128,), nnx.Param(jnp.ones((2, 128, 96), jnp.bfloat16))
-    quantize_base(config, kind)
+    quantize_base(config.llama, kind)
     program = jax.jit(lambda kernel: kernel.scale.sum() + kernel.qvalue.astype(jnp.int32).sum())
     arguments = program.lower(linear.kernel[...]).compile().memory_analysis().argument_size_in_bytes
     assert arguments == 2 * 128 * 96 * bits / 8 + 2 * 2 * 96 * 2
@@ -75,14 +77,14 @@ def test_what_a_kernel_costs(kind, bits):
 def test_updates_train_over_a_quantized_base(kind):
     """Gradients of the updates alone, through scan and checkpointing; twenty steps."""
     model = quantized(kind, 0.2)
-    add_lora(model, LoraConfig(rank=4, alpha=8, dropout=0.1), nnx.Rngs(0))
+    add_lora(model.llama, LoraConfig(rank=4, alpha=8, dropout=0.1), nnx.Rngs(0))
     graphdef, updates, frozen = nnx.split(model, lambda path, _: "lora" in path, ...)
 
     @jax.jit
     @jax.value_and_grad
     def step(updates, key):
         model = nnx.merge(graphdef, updates, frozen)
-        set_dropout(model, key)
+        set_dropout(model.llama, key)
         scores = jax.nn.log_softmax(jax.checkpoint(lambda: logits(model))()[:, :-1])
         return -jnp.take_along_axis(scores, IDS[:, 1:, None], -1).mean()
 
@@ -98,10 +100,10 @@ def test_updates_train_over_a_quantized_base(kind):
 @pytest.mark.sharding
 def test_parts_stay_on_the_mesh():
     model, mesh = ours(CONFIG, 0.02), make_mesh(fsdp=2, tensor=2)
-    placed = param_shardings(nnx.to_pure_dict(nnx.state(model, nnx.Param)), CONFIG, mesh)
-    nnx.update(model, jax.device_put(nnx.to_pure_dict(nnx.state(model, nnx.Param)), placed))
+    params = params_of(model)
+    model = Structure(model).model(jax.device_put(params, param_shardings(params, CONFIG, mesh)))
     with jax.set_mesh(mesh):
-        quantize_base(model, "nf4")
+        quantize_base(model.llama, "nf4")
     where = {
         path: leaf.sharding.shard_shape(leaf.shape)
         for path, leaf in flat_paths(nnx.state(model.llama.layers, nnx.Param)).items()
@@ -114,4 +116,4 @@ def test_parts_stay_on_the_mesh():
 
 def test_an_unknown_kind():
     with pytest.raises(ConfigError, match="'int3'; use one of nf4, int8, int4"):
-        quantize_base(ours(CONFIG, 0.02), "int3")
+        quantize_base(ours(CONFIG, 0.02).llama, "int3")

@@ -16,15 +16,16 @@ import infer
 from benchmarks.quantization import decoded_logits
 from conversion import jax_to_torch
 from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaImageProcessor
-from llamavid_jax.errors import ConfigError
+from llamavid_jax.errors import CheckpointError, ConfigError
 from llamavid_jax.inference.generate import DecodeState, decode_block, prefill
 from llamavid_jax.inference.sampling import Sampling
 from llamavid_jax.models import quantize as quantization
 from llamavid_jax.models.kv_cache import KVCache, Rounded
-from llamavid_jax.models.quantize import KERNELS
-from llamavid_jax.parallel.sharding import ShardingError, flat_paths, make_mesh, param_axes
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.shapes import TEXT
 from llamavid_jax.training.config import read_config
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.llama import QUANTISED
 
 load = LLaMAVIDLlavaForConditionalGeneration.from_pretrained
 
@@ -47,18 +48,17 @@ def int8(whole, tmp_path_factory) -> Path:
 def logits(model, **changed: jax.Array) -> np.ndarray:
     """Of 64 tokens, all but the first 8 decoded; parameters may be `changed`."""
     ids = np.random.default_rng(0).integers(3, 1000, (1, 64)).astype(np.int32)
-    leaves = flat_paths(model.params) | changed
-    params = jax.tree.unflatten(jax.tree.structure(model.params), leaves.values())
+    params = model.params | changed
     visual = jnp.zeros((1, 1, model.config.text_config.hidden_size))
-    return np.asarray(decoded_logits(model.graphdef, params, ids, visual, np.full_like(ids, TEXT)))
+    return np.asarray(decoded_logits(model.structure, params, ids, visual, np.full_like(ids, TEXT)))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_the_model_is_that_of_rounded_kernels(kind, tiny_model, whole):
     """Which kernels they are rounded to: tests/models/test_quantize.py."""
     model = load(whole, dtype="float32", quantize=kind)
-    kernels = {path: flat_paths(tiny_model.params)[path] for path in KERNELS}
-    parts = {path: np.asarray(value, np.float32) for path, value in flat_paths(model.params).items()}
+    kernels = {path: tiny_model.params[path] for path in QUANTISED}
+    parts = {path: np.asarray(value, np.float32) for path, value in model.params.items()}
     kernels = {
         path: (parts[f"{path}.qvalue"] * parts[f"{path}.scale"]).reshape(kernel.shape)
         for path, kernel in kernels.items()
@@ -92,13 +92,13 @@ def test_a_quantized_checkpoint(whole, int8):
     weights = 3 * (4 * 64 * 64 + 3 * 64 * 160)
     assert sizes[0] - sizes[1] > 2 * weights  # of 4 bytes each; both are compressed
     wanted, *found = (
-        flat_paths(load(folder, dtype="float32", quantize=kind).params)
+        load(folder, dtype="float32", quantize=kind).params
         for folder, kind in ((whole, "int8"), (int8, None), (int8, "int8"))
     )
     for params in found:
         assert params.keys() == wanted.keys()
         assert all(np.array_equal(params[path], wanted[path]) for path in wanted)
-    assert wanted[f"{KERNELS[0]}.qvalue"].dtype == jnp.int8
+    assert wanted[f"{next(iter(QUANTISED))}.qvalue"].dtype == jnp.int8
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -106,8 +106,8 @@ def test_the_converter_writes_what_loading_makes(kind, tmp_path):
     convert(ORIGINAL, tmp_path / "whole")
     convert(ORIGINAL, tmp_path / "few", quantize=kind)
     assert LLaMAVIDLlavaConfig.from_pretrained(tmp_path / "few").quantization == kind
-    wanted = flat_paths(load(tmp_path / "whole", dtype="float32", quantize=kind).params)
-    got = flat_paths(load(tmp_path / "few", dtype="float32").params)
+    wanted = load(tmp_path / "whole", dtype="float32", quantize=kind).params
+    got = load(tmp_path / "few", dtype="float32").params
     assert got.keys() == wanted.keys()
     assert all(np.array_equal(got[path], wanted[path]) for path in wanted)
 
@@ -127,25 +127,25 @@ def test_no_whole_kernel_reaches_the_device(whole, monkeypatch):
 
     monkeypatch.setattr(quantization, "quantize_kernels", watched)
     model = load(whole, dtype="float32", quantize="int8", mesh=make_mesh([device]))
-    leaves = flat_paths(model.params)
-    assert len(held) == len(KERNELS)
+    leaves = model.params
+    assert len(held) == len(QUANTISED)
     assert held == sorted(held) and held[-1] < on_device() == sum(leaf.nbytes for leaf in leaves.values())
     assert all(leaf.devices() == {device} for leaf in leaves.values())
 
 
-def test_products_read_few_bits(whole):
+def test_matmuls_read_quantised_kernels(whole):
     """What decoding is given: int8 kernels and an int8 cache, no whole kernel, no whole cache."""
     model = load(whole, dtype="bfloat16", quantize="int8", kv_cache="int8")
     ids, one = np.zeros((1, 64), np.int32), np.ones(1, np.int32)
 
     def begin(params) -> DecodeState:
         visual, seed = jnp.zeros((1, 1, 64)), np.uint32(0)
-        token, keys, prompt = prefill(model.graphdef, params, ids, visual, ids, one, seed, Sampling(), greedy=True)
+        token, keys, prompt = prefill(model.structure, params, ids, visual, ids, one, seed, Sampling(), greedy=True)
         return DecodeState(token, token, token > 0, KVCache(prompt, prompt.room(96), jnp.int32(0)), keys)
 
     state = jax.eval_shape(begin, model.params)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.cache[:2])} == {"int8", "bfloat16"}
-    text = decode_block.lower(model.graphdef, model.params, state, one[0], one[0], Sampling(), greedy=True).as_text()
+    text = decode_block.lower(model.structure, model.params, state, one[0], one[0], Sampling(), greedy=True).as_text()
     (signature,) = (line for line in text.splitlines() if "@main(" in line)
     for slots in (64, 96):  # of the prompt, of the answer
         assert signature.count(f"tensor<3x1x{slots}x4x16xi8>") >= 2
@@ -158,7 +158,7 @@ def test_a_mesh_gives_the_same_answers(whole):
     ids = [np.arange(5, 40)]
     alone = load(whole, dtype="float32", quantize="int8", kv_cache="int8")
     cut = load(whole, dtype="float32", quantize="int8", kv_cache="int8", mesh=make_mesh(fsdp=2, tensor=2))
-    assert flat_paths(cut.params)["llama.layers.mlp.up.kernel.qvalue"].addressable_shards[0].data.shape[-1] == 80
+    assert cut.params["llama.layers.mlp.up.kernel.qvalue"].addressable_shards[0].data.shape[-1] == 80
     assert cut.generate(ids, max_new_tokens=8).token_ids == alone.generate(ids, max_new_tokens=8).token_ids
 
 
@@ -195,9 +195,9 @@ def test_errors(whole, int8, tmp_path, capsys):
 
 def test_blocks_that_are_none_of_the_kernel(int8):
     config = LLaMAVIDLlavaConfig.from_pretrained(int8)
-    shapes = {path: leaf.shape for path, leaf in flat_paths(load(int8).params).items()}
-    path = f"{KERNELS[0]}.qvalue"
+    shapes = {path: leaf.shape for path, leaf in load(int8).params.items()}
+    path = f"{next(iter(QUANTISED))}.qvalue"
     for wrong in ((3, 2, 64, 4, 16), (3, 64, 4, 16), (3, 1, 60, 4, 16)):
-        with pytest.raises(ShardingError, match=f"the whole of {path} is layers embed heads head_dim"):
-            param_axes(shapes | {path: wrong}, config)
+        with pytest.raises(CheckpointError, match=f"{path}: all of layers embed heads head_dim = "):
+            inventory.axes(config, shapes | {path: wrong})
     assert dataclasses.replace(config, quantization="none").quantized("int8") == config

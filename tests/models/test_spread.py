@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from llamavid_jax.models.spread import in_turns, spread
-from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.precompile.collectives import collectives
 
 

@@ -9,11 +9,10 @@ import optax
 import pytest
 import torch
 
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.models import loss
-from llamavid_jax.models.llama_vid import abstract_params
-from llamavid_jax.parallel.sharding import flat_paths
 from llamavid_jax.shapes import IGNORE_LABEL
 from llamavid_jax.training.config import OptimizerConfig
 from llamavid_jax.training.optimizer import clip, decays, learning_rate, lr_factors, make_optimizer
@@ -117,7 +116,7 @@ def test_learning_rate_by_hand():
 
 def test_biases_and_norms_do_not_decay():
     """The original leaves out `bias` in a name and every parameter of a norm: of ours these, and no others."""
-    paths = flat_paths(abstract_params(LLaMAVIDLlavaConfig()))
+    paths = abstract_params(LLaMAVIDLlavaConfig())
     kept = {path for path in paths if not decays(path)}
     assert {path.rsplit(".", 1)[-1] for path in kept} == {"bias", "q_bias", "v_bias", "scale"}
     assert {path.rsplit(".", 1)[-1] for path in paths.keys() - kept} == {

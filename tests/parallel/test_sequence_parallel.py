@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import random, relative_error, segments
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
-from test_attention import random, relative_error, segments
 
 from llamavid_jax.attention import tile as tile_file
 from llamavid_jax.attention.attention import attention
@@ -23,12 +23,14 @@ from llamavid_jax.config.schema import (
     LLaMAVIDLlavaVisionConfig,
 )
 from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.models.structure import Structure
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.parallel.rows import take_slots
-from llamavid_jax.parallel.sharding import make_mesh, param_axes, partition_spec
+from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.shapes import TEXT, Batch
-from llamavid_jax.training.start import batch_sharding
+from llamavid_jax.training.layout import batch_sharding
 from llamavid_jax.training.step import loss_sums, visual_table
-from llamavid_jax.training.structure import Structure
+from llamavid_jax.weights import inventory
 
 pytestmark = pytest.mark.sharding
 BAR = 1e-5  # relative error in float32
@@ -186,7 +188,7 @@ def batch():
 def on_mesh(sizes, structure, params, batch, function):
     """The program compiled for the mesh and what it returns."""
     mesh = make_mesh(**sizes)
-    axes = param_axes({path: leaf.shape for path, leaf in structure.shapes.items()}, CONFIG)
+    axes = inventory.axes(CONFIG, {path: leaf.shape for path, leaf in structure.shapes.items()})
     placed = {
         path: jax.device_put(value, NamedSharding(mesh, partition_spec(value.shape, axes[path], mesh)))
         for path, value in params.items()
@@ -219,7 +221,7 @@ def test_no_device_holds_a_row_or_its_table_whole(structure, params, batch):
 
 
 def test_the_vision_part_uses_all_devices(structure, params, batch):
-    """Equal tokens, and a device does little more than its eighth of the products, on `tensor` and `sequence` too."""
+    """Equal tokens, and a device does little more than its eighth of the matmuls, on `tensor` and `sequence` too."""
 
     def tokens(params, batch):
         return visual_table(structure.model(params), batch, "none", None)

@@ -1,31 +1,28 @@
 """The sharding table against the parameters, and eight devices against one."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.config.schema import (
     LlamaConfig,
     LLaMAVIDLlavaConfig,
     LLaMAVIDLlavaQFormerConfig,
     LLaMAVIDLlavaVisionConfig,
 )
+from llamavid_jax.errors import CheckpointError
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
-from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.parallel import sharding
-from llamavid_jax.parallel.sharding import (
-    ShardingError,
-    closed_rings,
-    flat_paths,
-    make_mesh,
-    param_axes,
-    param_shardings,
-    parse_mesh,
-)
+from llamavid_jax.parallel.mesh import AXIS_RULES, ShardingError, closed_rings, make_mesh, parse_mesh
+from llamavid_jax.parallel.sharding import param_shardings
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.weights import inventory
 
 pytestmark = pytest.mark.sharding
 BAR = 1e-5  # relative error of logits on eight devices against one
@@ -69,7 +66,7 @@ THIRTEEN_B = dataclasses.replace(
 
 
 def shapes(config):
-    return {path: leaf.shape for path, leaf in flat_paths(abstract_params(config)).items()}
+    return {path: leaf.shape for path, leaf in abstract_params(config).items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,50 +75,49 @@ def different_shapes():
 
 
 def test_sizes_of_the_test_configuration_tell_all_axes_apart():
-    sizes = {name: size for name, size in sharding.axis_sizes(ALL_DIFFERENT).items() if name not in SAME_BY_NATURE}
+    sizes = {name: size for name, size in inventory.axis_sizes(ALL_DIFFERENT).items() if name not in SAME_BY_NATURE}
     assert len(set(sizes.values())) == len(sizes)
 
 
 def test_every_parameter_has_a_row_and_every_row_a_parameter(different_shapes):
-    axes = param_axes(different_shapes, ALL_DIFFERENT)
+    axes = inventory.axes(ALL_DIFFERENT, different_shapes)
     assert set(axes) == set(different_shapes)
     used = {name for names in axes.values() for name in names}
-    assert used == set(sharding.axis_sizes(ALL_DIFFERENT))
-    assert used <= set(sharding.AXIS_RULES)
+    assert used == set(inventory.axis_sizes(ALL_DIFFERENT))
+    assert used <= set(AXIS_RULES)
 
 
 def test_names_in_another_order_are_refused(different_shapes, monkeypatch):
     """Each row with its first and last axis exchanged, one row at a time."""
-    exchanged = 0
-    for row, names in sharding.PARAM_AXES.items():
-        first, *middle, last = names.split() if " " in names else (names, names)
+    exchanged, rows = 0, inventory.rows(ALL_DIFFERENT)
+    for number, row in enumerate(rows):
+        first, *middle, last = row.axes.split() if " " in row.axes else (row.axes, row.axes)
         if SAME_BY_NATURE.get(last, last) == SAME_BY_NATURE.get(first, first):
             continue
+        other = row._replace(axes=" ".join([last, *middle, first]))
         with monkeypatch.context() as patch:
-            patch.setitem(sharding._ROWS, row, " ".join([last, *middle, first]))
-            with pytest.raises(ShardingError, match="PARAM_AXES says"):
-                param_axes(different_shapes, ALL_DIFFERENT)
+            patch.setattr(inventory, "rows", lambda _, n=number, w=other: (*rows[:n], w, *rows[n + 1 :]))
+            with pytest.raises(CheckpointError, match=f"{re.escape(row.path)} is .* by its row, but"):
+                inventory.axes(ALL_DIFFERENT, different_shapes)
         exchanged += 1
     assert exchanged > 50
 
 
 def test_strict_both_ways(different_shapes, monkeypatch):
-    with pytest.raises(ShardingError, match=r"llama\.new \(3,\) has no row"):
-        param_axes({**different_shapes, "llama.new": (3,)}, ALL_DIFFERENT)
-    with pytest.raises(
-        ShardingError, match=r"PARAM_AXES says llama\.norm\.scale is embed = \(52,\), but it is \(53,\)"
-    ):
-        param_axes({**different_shapes, "llama.norm.scale": (53,)}, ALL_DIFFERENT)
+    with pytest.raises(CheckpointError, match=r"llama\.new \(3,\) has no row"):
+        inventory.axes(ALL_DIFFERENT, {**different_shapes, "llama.new": (3,)})
+    with pytest.raises(CheckpointError, match=r"llama\.norm\.scale is embed = \(52,\) by its row, but \(53,\) here"):
+        inventory.axes(ALL_DIFFERENT, {**different_shapes, "llama.norm.scale": (53,)})
     fewer = {path: shape for path, shape in different_shapes.items() if path != "qformer.query"}
-    with pytest.raises(ShardingError, match=r"row qformer\.query matches no parameter"):
-        param_axes(fewer, ALL_DIFFERENT)
+    with pytest.raises(CheckpointError, match=r"row qformer\.query of .* matches no parameter"):
+        inventory.axes(ALL_DIFFERENT, fewer)
 
 
 @pytest.mark.parametrize("kind", ["identity", "linear", "mlp1x_gelu", "mlp3x_gelu"])
 def test_optional_rows(kind):
     text = dataclasses.replace(ALL_DIFFERENT.text_config, hidden_size=20, tie_word_embeddings=True)
     config = dataclasses.replace(ALL_DIFFERENT, text_config=text, mm_projector_type=kind)
-    param_axes(shapes(config), config)
+    inventory.axes(config, shapes(config))
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"tensor": 4, "fsdp": 2}, {"tensor": 8}])
@@ -129,9 +125,8 @@ def test_optional_rows(kind):
 def test_no_large_parameter_stays_whole(config, mesh):
     """Nothing above 2 % of all parameters is on every device; a device holds little more than its eighth."""
     params = abstract_params(config)
-    placed = zip(
-        jax.tree.leaves(params), jax.tree.leaves(param_shardings(params, config, make_mesh(**mesh))), strict=True
-    )
+    places = param_shardings(params, config, make_mesh(**mesh))
+    placed = [(leaf, places[path]) for path, leaf in params.items()]
     sizes = [(leaf.size, np.prod(where.shard_shape(leaf.shape)), where.is_fully_replicated) for leaf, where in placed]
     total = sum(size for size, _, _ in sizes)
     assert total > 7.9e9
@@ -153,7 +148,7 @@ def test_parse_mesh_names_the_wrong_part(text):
 
 
 def test_a_mesh_of_more_devices_than_there_are():
-    with pytest.raises(ShardingError, match="a mesh of fsdp=4, tensor=4 needs 16 devices; 8 are there"):
+    with pytest.raises(ShardingError, match="a mesh of fsdp=4, tensor=4 needs 16 devices; 8 are attached"):
         make_mesh(fsdp=4, tensor=4)
 
 
@@ -243,9 +238,8 @@ MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 2, "ten
 def params():
     """Weights of 0.1, so that greedy choices are clear and all parts count."""
     generator = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: generator.normal(size=leaf.shape, scale=0.1).astype(np.float32), abstract_params(SMALL)
-    )
+    leaves = sorted(abstract_params(SMALL).items())
+    return {path: jnp.asarray(generator.normal(size=leaf.shape, scale=0.1), jnp.float32) for path, leaf in leaves}
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +274,7 @@ def one_device(params, inputs, golden):
 def test_eight_devices_equal_one(sizes, params, inputs, golden, one_device):
     mesh = make_mesh(**sizes)
     placed = jax.device_put(params, param_shardings(params, SMALL, mesh))
-    kernel = placed["llama"]["layers"]["mlp"]["gate"]["kernel"]
+    kernel = placed["llama.layers.mlp.gate.kernel"]
     ways = sizes.get("fsdp", 1) * sizes.get("tensor", 1) * sizes.get("sequence", 1)
     assert kernel.addressable_shards[0].data.size * ways == kernel.size
     got = results(placed, inputs, golden, mesh)
@@ -293,7 +287,7 @@ def test_eight_devices_equal_one(sizes, params, inputs, golden, one_device):
 
 def test_random_weights_are_made_on_the_mesh():
     model = LLaMAVIDLlavaForConditionalGeneration(SMALL, mesh=make_mesh(fsdp=8))
-    head = flat_paths(model.params)["llama.lm_head.kernel"]
+    head = model.params["llama.lm_head.kernel"]
     assert head.sharding.shard_shape(head.shape) == (4, 96)
     assert 0 < np.std(head) < 1
 

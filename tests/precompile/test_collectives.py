@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.precompile.collectives import Moved, _groups, collectives
 
 TPU_TEXT = """HloModule jit_step, is_scheduled=true

@@ -18,7 +18,7 @@ from training_cases import CONFIG, ROOT, batch, example
 from training_data import write_tokenizers
 
 from llamavid_jax.parallel.chips import CHIPS, Chip, peak_flops
-from llamavid_jax.parallel.sharding import ShardingError, make_mesh
+from llamavid_jax.parallel.mesh import ShardingError, make_mesh
 from llamavid_jax.precompile import plan as plans
 from llamavid_jax.precompile import report as reports
 from llamavid_jax.precompile.buffers import read
@@ -35,9 +35,9 @@ from llamavid_jax.precompile.topology import (
 from llamavid_jax.precompile.train import abstract_batch, check_replicated, largest, remedy
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.training.config import read_config
-from llamavid_jax.training.loop import initial_state
+from llamavid_jax.training.layout import batch_sharding, initial_state, lay_out, state_layout
 from llamavid_jax.training.optimizer import lr_factors
-from llamavid_jax.training.start import batch_sharding, lay_out, load_start, state_layout
+from llamavid_jax.training.start import load_start
 from llamavid_jax.training.step import make_train_step
 
 TINY = ROOT.parent / "configs" / "tiny" / "stage2_instruct.yaml"
@@ -58,7 +58,7 @@ def test_the_checked_step_is_the_step_of_the_run(tmp_path):
         factors = lr_factors(start.trained, config.optimizer)
         data = batch([[example(n, frames=2, length=20)] for n in range(8)], SHAPE)
         real = make_train_step(start.structure, config.optimizer, config.training, factors, 20).lower(
-            initial_state(config, start, mesh),
+            initial_state(config.optimizer, start.trained, mesh),
             start.frozen,
             Batch(*(jax.device_put(x, batch_sharding(mesh, field)) for field, x in data._asdict().items())),
         )
@@ -112,7 +112,7 @@ def test_the_peak_of_a_run_on_a_chip_is_that_of_the_table(chip):
 
 def test_what_is_whole_everywhere():
     config = tiny()
-    with pytest.raises(ShardingError, match=r"are whole on every device, .* first; at most 2% may be"):
+    with pytest.raises(ShardingError, match=r"are replicated, .* first; at most 2% may be"):
         check_replicated(lay_out(config, make_mesh(fsdp=7)), make_mesh(fsdp=7))
     found = check_replicated(lay_out(config, make_mesh(fsdp=4)), make_mesh(fsdp=4))
     assert all(size < 0.1 for size in found.values())
@@ -140,7 +140,7 @@ def test_an_unknown_topology(name, such_as):
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
-        (RuntimeError("JAX TPU support not installed"), "libtpu is not there .* try pip install 'jax\\[tpu\\]=="),
+        (RuntimeError("JAX TPU support not installed"), "libtpu is not installed .* try pip install 'jax\\[tpu\\]=="),
         (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: not divisible"), "'v5e:3x7' is no slice .* not divisible"),
     ],
 )
@@ -173,7 +173,7 @@ class Lowered(jax.stages.Lowered):
 )
 def test_a_program_that_does_not_fit(monkeypatch, message):
     monkeypatch.setattr(reports, "versions", dict)  # libtpu is not there
-    with pytest.raises(OutOfMemoryError, match=r"65\.2 GiB needed, 15\.8 GiB there"):
+    with pytest.raises(OutOfMemoryError, match=r"65\.2 GiB needed, 15\.8 GiB available"):
         compile_lowered(Lowered(message))
     report = reports.compile_report(
         Lowered(message),
@@ -226,7 +226,7 @@ def test_remedies():
 
 def test_plan_ranks_what_can_fit():
     """7B, 16,384 tokens, 64 chips of 16 GiB: nothing that keeps all activations."""
-    long = ["data.buckets=[{frames: 0, pairs: 0, questions: 0, tokens: 16384}]"]
+    long = ["training.batch_size=128", "data.buckets=[{frames: 0, pairs: 0, questions: 0, tokens: 16384}]"]
     config = read_config(ROOT.parent / "configs" / "stage2_instruct.yaml", long)
     layout = lay_out(config, make_mesh())
     tries = rank(config, layout, "v5e:8x8", devices=64)
@@ -246,7 +246,7 @@ def test_plan_says_what_is_missing(monkeypatch):
     config = read_config(ROOT.parent / "configs" / "stage2_instruct_13b.yaml")
     monkeypatch.setattr(plans, "in_own_process", lambda *_: (lay_out(config, make_mesh()), 1))
     with pytest.raises(
-        CompileError, match=r"^\d+\.\d GiB needed at least, 16 GiB there, with .* on v5e:1x1: try a larger"
+        CompileError, match=r"^\d+\.\d GiB needed at least, 16 GiB available, with .* on v5e:1x1: try a larger"
     ):
         plans.plan(config, "v5e:1x1")
 

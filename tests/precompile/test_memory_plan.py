@@ -28,7 +28,7 @@ def test_an_hour_on_one_chip():
     assert plan_memory(LONG, 3600, 512, topology="v6e:1x1").fits
 
 
-def test_few_bits():
+def test_quantised():
     """And a quarter of a bit for the scales in bfloat16."""
     wanted = {"int8": (8.25 / 8 * KERNELS + 2 * REST) / GIB, "int4": (4.25 / 8 * KERNELS + 2 * REST) / GIB}
     for kind, size in wanted.items():

@@ -135,9 +135,37 @@ def test_messages_of_chat_apis():
         ]
     )
     assert chat.system == "Be brief."
-    assert chat.turns == ["<image>\n<image>\nCompare", "Fine.", "<image>", "A cat.", "Sure?"]
-    assert (chat.images, chat.videos) == ([None, "b", "c"], ["a.mp4", None, None])
-    assert chat.prompts == ["Compare", "Compare", ""]
+    assert chat.turns == [
+        "<image>\n<image>\nCompare",
+        "Fine.",
+        "<image>",
+        "A cat.",
+        "<image>\n<image>\n<image>\nSure?",  # about all that was shown before
+    ]
+    assert (chat.images, chat.videos) == ([None, "b", "c"] * 2, ["a.mp4", None, None] * 2)
+    assert chat.prompts == ["Compare", "Compare", "", *["Sure?"] * 3]
+    assert chat.text("vicuna_v1").endswith(
+        "Fine.</s>USER: <image> ASSISTANT: A cat.</s>USER: " + chat.turns[-1] + " ASSISTANT:"
+    )
+    assert chat.text("llava_v1").startswith("Be brief. USER: <image>")
+
+
+def test_a_later_turn_is_laid_out_as_in_training():
+    """Where training draws the front for its placeholder."""
+    chat = read_messages(
+        [
+            user("Hi"),
+            {"role": "assistant", "content": "Hello"},
+            user({"type": "video", "path": "a.mp4"}, {"type": "text", "text": "What?"}),
+            {"role": "assistant", "content": "Dog"},
+            user("Why?"),
+        ]
+    )
+    turns, prompts = training_turns(
+        template_named("imgsp_v1"), record("Hi", "Hello", "<image>\nWhat?", "Dog", "Why?"), True, [0]
+    )
+    assert (chat.turns, chat.prompts) == (turns, prompts[1:])
+    assert chat.videos == ["a.mp4"] * 2
 
 
 MALFORMED_RECORDS = {

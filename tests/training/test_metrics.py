@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 from paths import CONFIGS
 
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models.flops import PARTS, _visual_tokens, flops_per_step
-from llamavid_jax.models.llama_vid import abstract_params
 from llamavid_jax.models.visual_tokens import VisualTokens
 from llamavid_jax.parallel.chips import PEAK_TFLOPS, peak_flops
 from llamavid_jax.training import metrics
@@ -36,7 +36,7 @@ def by_hand() -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    "trained,factors",  # factors of the products with weights and between activations, part by part
+    "trained,factors",  # factors of the matmuls with weights and between activations, part by part
     [
         ((), {"vision": (1, 1), "qformer": (1, 1), "visual_tokens": (1, 1), "llama": (1, 1)}),
         (("visual_tokens",), {"vision": (1, 1), "qformer": (1, 1), "visual_tokens": (3, 3), "llama": (2, 3)}),
@@ -45,7 +45,7 @@ def by_hand() -> dict[str, tuple[int, int]]:
     ],
 )
 def test_flops_by_hand(trained, factors):
-    config = LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "tiny.yaml")
+    config = LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "models" / "tiny.yaml")
     trains = NOTHING | dict.fromkeys(trained, True)
     expected = sum(
         2 * (weighted * factors[part][0] + attention * factors[part][1])
@@ -56,9 +56,9 @@ def test_flops_by_hand(trained, factors):
 
 def test_seven_billion_parameters():
     """A trained LLaMA: 6·N·tokens without the embedding, and attention, 4 % of it at 2048 tokens."""
-    config = LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "llamavid_7b_224_video.yaml")
-    llama = abstract_params(config)["llama"]
-    number = sum(leaf.size for leaf in jax.tree.leaves(llama)) - llama["embed"]["embedding"].size
+    config = LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "models" / "llamavid_7b_224_video.yaml")
+    sizes = {path: leaf.size for path, leaf in abstract_params(config).items() if path.startswith("llama.")}
+    number = sum(sizes.values()) - sizes["llama.embed.embedding"]
     step = {"frames": 0, "pairs": 0, "question_tokens": 0, "rows": 3, "row_tokens": 2048}
     ratio = flops_per_step(config, NOTHING | {"llama": True}, **step) / (6 * number * 3 * 2048)
     assert ratio == pytest.approx(1 + 32 * 2048 * 4096 / number, rel=1e-4) and 1.03 < ratio < 1.05
@@ -67,7 +67,7 @@ def test_seven_billion_parameters():
 @pytest.mark.parametrize("kind", ["both", "context", "content"])
 def test_forward_is_what_xla_counts(kind):
     """One pair through the part that has no scan, which XLA counts once; XLA also counts element-wise operations."""
-    config = dataclasses.replace(LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "tiny.yaml"), frame_tokens=kind)
+    config = dataclasses.replace(LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "models" / "tiny.yaml"), frame_tokens=kind)
     dtypes = {"dtype": jnp.float32, "param_dtype": jnp.float32}
     model = nnx.eval_shape(lambda: VisualTokens(config, **dtypes, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
@@ -82,7 +82,7 @@ def test_forward_is_what_xla_counts(kind):
 
 def test_flops_of_low_rank_updates():
     """Kernels below updates let the gradient through and have none; an update's parameter is a product a token."""
-    config = LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "tiny.yaml")
+    config = LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "models" / "tiny.yaml")
     weighted, attention = by_hand()["llama"]
     more = flops_per_step(config, NOTHING, **STEP, updates=1000) - flops_per_step(config, NOTHING, **STEP)
     assert more == 2 * (weighted + 2 * attention) + 2 * 3 * 1000 * 2 * 40

@@ -58,7 +58,7 @@ import os, signal, sys, time
 import jax
 port, process, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
-from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.training.preemption import Preemption
 with jax.set_mesh(make_mesh(data=2, fsdp=4)), Preemption() as preemption:
     for step in range(200):

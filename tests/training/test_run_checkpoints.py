@@ -21,7 +21,7 @@ from paths import ROOT
 from training_data import environment
 
 from llamavid_jax.errors import CheckpointError, InputError
-from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.training.checkpoint import RunCheckpoints, fingerprints
 
 
@@ -254,7 +254,7 @@ port, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.experimental.multihost_utils import sync_global_devices
-from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.training.checkpoint import RunCheckpoints
 
 def state(step, **mesh):

@@ -1,4 +1,4 @@
-"""What LoRA runs start from and leave: adapters of earlier runs, kernels in few bits, the model merged at the end."""
+"""What LoRA runs start from and leave: adapters of earlier runs, quantised kernels, the model merged at the end."""
 
 import json
 import weakref
@@ -12,13 +12,14 @@ from training_cases import CONFIG, random_params
 from training_data import write_tokenizers
 
 from conversion import merge_lora
-from llamavid_jax.checkpoints.weights import load_weights, nest, save_part, save_weights
+from llamavid_jax.checkpoints.weights import load_weights, save_part, save_weights
 from llamavid_jax.errors import CheckpointError, ConfigError, InputError
 from llamavid_jax.models import quantize
 from llamavid_jax.models.lora import TARGETS
-from llamavid_jax.parallel.sharding import flat_paths, make_mesh
-from llamavid_jax.training import start
-from llamavid_jax.training.config import read_config
+from llamavid_jax.parallel.mesh import make_mesh
+from llamavid_jax.training import result, start
+from llamavid_jax.training.config import TrainConfig, read_config
+from llamavid_jax.training.result import save_result
 from llamavid_jax.training.start import load_start
 
 RECIPE = ROOT / "configs" / "tiny" / "lora.yaml"
@@ -32,7 +33,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_tokenizers(folder)
     CONFIG.save_pretrained(folder)
-    save_weights(folder, nest(random_params()))
+    save_weights(folder, random_params())
     return folder
 
 
@@ -44,9 +45,17 @@ def mesh():
         yield mesh
 
 
+def recipe(model: Path, *overrides: str) -> TrainConfig:
+    return read_config(RECIPE, ("model=", "data.tokenizer=", f"start.model={model}", *overrides))
+
+
 def begin(model: Path, mesh, *overrides: str) -> start.Start:
-    start_from = ("model=", "data.tokenizer=", f"start.model={model}")
-    return load_start(read_config(RECIPE, (*start_from, *overrides)), mesh)
+    return load_start(recipe(model, *overrides), mesh)
+
+
+def leave(output: Path, run: start.Start, trained: dict[str, jax.Array], model: Path, *overrides: str) -> None:
+    config = recipe(model, *overrides)
+    save_result(output, run, trained, config.training.dtype, config.lora, config.start)
 
 
 def moved(run: start.Start) -> dict[str, jax.Array]:
@@ -56,7 +65,7 @@ def moved(run: start.Start) -> dict[str, jax.Array]:
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    return {path: np.asarray(value) for path, value in flat_paths(load_weights(folder, CONFIG)).items()}
+    return {path: np.asarray(value) for path, value in load_weights(folder, CONFIG).items()}
 
 
 def trained_by(run: start.Start) -> dict[str, np.ndarray]:
@@ -67,7 +76,7 @@ def trained_by(run: start.Start) -> dict[str, np.ndarray]:
 def test_the_adapter_merged_is_the_runs_model(base, model, mesh, tmp_path):
     """`conversion.merge_lora` takes the updates and what was trained in full beside them."""
     run = begin(model, mesh, f"lora.base={base}")
-    run.save(tmp_path, moved(run))
+    leave(tmp_path, run, moved(run), model, f"lora.base={base}")
     assert merge_lora.main([str(model), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
     before, wanted, found = (weights(folder) for folder in (model, tmp_path / "model", tmp_path / "merged"))
     for path, value in wanted.items():
@@ -82,10 +91,10 @@ def test_the_adapter_merged_is_the_runs_model(base, model, mesh, tmp_path):
 
 def test_full_parameters_of_another_model_are_not_merged(model, mesh, tmp_path, capsys):
     run = begin(model, mesh)
-    run.save(tmp_path, run.trained)
+    leave(tmp_path, run, run.trained, model)
     save_part(tmp_path / "adapter", {"qformer.query": jax.numpy.zeros((2, 3))})
     assert merge_lora.main([str(model), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 2
-    assert "qformer.query has shape (2, 3), the base (" in capsys.readouterr().err
+    assert "adapter/weights: qformer.query is (2, 3), but" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
 
 
@@ -95,8 +104,9 @@ def test_a_quantized_run_keeps_the_adapter_it_started_from(model, mesh, tmp_path
     stage = {path: random_params(1)[path] for path in paths}
     save_part(tmp_path / "stage", stage)
     frozen = ("trainable={'llama.*': false, 'vision.*': false, 'qformer.*': true, 'visual_tokens.*': false}",)
-    run = begin(model, mesh, "lora.base=nf4", f"start.adapter={tmp_path / 'stage'}", *frozen)
-    run.save(tmp_path, run.trained)
+    overrides = ("lora.base=nf4", f"start.adapter={tmp_path / 'stage'}", *frozen)
+    run = begin(model, mesh, *overrides)
+    leave(tmp_path, run, run.trained, model, *overrides)
     wanted = weights(model) | {path: np.asarray(value) for path, value in stage.items()}
     for path, value in weights(tmp_path / "model").items():
         np.testing.assert_array_equal(value, wanted[path], err_msg=path)
@@ -109,9 +119,9 @@ def test_a_quantized_run_writes_the_adapter_before_it_merges_on_the_cpu(model, m
         assert mesh.devices.ravel().tolist() == jax.local_devices(backend="cpu")[:1]
         raise MemoryError
 
-    monkeypatch.setattr(start, "load_weights", no_room)
+    monkeypatch.setattr(result, "load_weights", no_room)
     with pytest.raises(MemoryError):
-        run.save(tmp_path, run.trained)
+        leave(tmp_path, run, run.trained, model, "lora.base=nf4")
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "weights"
     }  # fmt: skip
@@ -139,7 +149,7 @@ def test_quantizing_lets_go_of_each_whole_kernel(model, mesh, monkeypatch):
 def test_a_run_goes_on_from_the_updates_of_another(base, model, mesh, tmp_path):
     first = begin(model, mesh)
     trained = moved(first)
-    first.save(tmp_path, trained)
+    leave(tmp_path, first, trained, model)
     second = begin(model, mesh, f"lora.base={base}", f"start.adapter={tmp_path / 'adapter'}", "lora.dropout=0.5")
     found = trained_by(second)
     assert found.keys() == trained.keys()
@@ -157,7 +167,7 @@ def test_a_run_goes_on_from_the_updates_of_another(base, model, mesh, tmp_path):
 
 def test_updates_that_the_run_cannot_take_are_named(model, mesh, tmp_path):
     run = begin(model, mesh)
-    run.save(tmp_path, run.trained)
+    leave(tmp_path, run, run.trained, model)
     given = f"start.adapter={tmp_path / 'adapter'}"
     for override, says in (
         ("lora=null", r"which holds LoRA updates, but lora is null; .*conversion\.merge_lora"),
@@ -172,7 +182,7 @@ def test_updates_that_the_run_cannot_take_are_named(model, mesh, tmp_path):
 @BASES
 def test_a_kernel_does_not_train_under_its_update(base, model, mesh):
     overrides = (f"lora.base={base}", "trainable.llama.*=true", "lora.targets=[k]")
-    named = "k" if base == "float" else "q"  # in few bits no kernel trains
+    named = "k" if base == "float" else "q"  # quantised kernels do not train
     with pytest.raises(InputError, match=rf"trainable: llama\.layers\.attn\.{named}\.kernel trains, but lora"):
         begin(model, mesh, *overrides)
 

@@ -13,16 +13,18 @@ from paths import CONFIGS
 
 import train
 from benchmarks.packing import mixed
-from conversion.weight_table import weight_table
+from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.plan import fit, plan_epoch
 from llamavid_jax.errors import ConfigError, InputError
-from llamavid_jax.models.llama_vid import LlamaVid, abstract_params
+from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.lora import add_lora
-from llamavid_jax.parallel.sharding import flat_paths, param_axes
+from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.training.config import read_config
 from llamavid_jax.training.optimizer import lr_factors
 from llamavid_jax.training.trainable import matches, trainable_paths
+from llamavid_jax.weights import inventory
+from llamavid_jax.weights.files import weight_table
 
 RECIPES = sorted(path for path in CONFIGS.glob("**/*.yaml") if path.parent.name != "models")
 STAGE2 = CONFIGS / "stage2_instruct.yaml"
@@ -70,11 +72,11 @@ def test_every_recipe_builds(file):
         rngs = nnx.Rngs(0)
         model = LlamaVid(model_config, rngs=rngs)
         if config.lora:
-            add_lora(model, config.lora, rngs)
+            add_lora(model.llama, config.lora, rngs)
         return model
 
     shapes = {path: leaf.shape for path, leaf in flat_paths(nnx.state(nnx.eval_shape(make), nnx.Param)).items()}
-    assert set(param_axes(shapes, model_config)) == set(shapes)
+    assert set(inventory.axes(model_config, shapes)) == set(shapes)
     adapters = {path for path in shapes if ".lora." in path}
     assert len(adapters) == (14 if "lora" in file.stem else 0)
     trains = trainable_paths(shapes.keys() - adapters, config.trainable)
@@ -123,7 +125,7 @@ def test_every_script_has_a_recipe_and_its_numbers():
 def original_names(golden) -> dict[str, set[str]]:
     """Path → the original's names of what it holds."""
     config = LLaMAVIDLlavaConfig.from_pretrained(golden / "short_video_mean")
-    names = {path: set() for path in flat_paths(abstract_params(config))}
+    names = {path: set() for path in abstract_params(config)}
     for weight in weight_table(config, "original"):
         names[weight.path].add(weight.name)
     return names

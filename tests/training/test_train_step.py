@@ -10,13 +10,15 @@ from jax.sharding import NamedSharding
 from training_cases import CONFIG, LOOP, OPTIMIZER, STAGES, batch, example, random_params, state, structure
 
 from llamavid_jax.models import eva_vit, llama_vid
-from llamavid_jax.parallel.sharding import make_mesh, param_axes, partition_spec
+from llamavid_jax.parallel.mesh import make_mesh
+from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.training import step
 from llamavid_jax.training.config import LoopConfig
-from llamavid_jax.training.start import batch_sharding
+from llamavid_jax.training.layout import batch_sharding
 from llamavid_jax.training.step import loss_sums, make_evaluate_step, make_train_step
 from llamavid_jax.training.trainable import trainable_paths
+from llamavid_jax.weights import inventory
 
 SHAPE = RowShape(frames=4, pairs=8, questions=2, tokens=48)
 ROWS = [[example(n, frames=n % 4, length=14 + 2 * n, questions=1 + n % 2)] for n in range(8)]
@@ -128,7 +130,7 @@ def test_no_random_key_serves_twice(monkeypatch):
 
 
 def test_the_compiler_cannot_undo_rematerialisation():
-    """Outside a loop, where it would find the forward's products again, stands a guard."""
+    """Outside a loop, where it would find the forward's matmuls again, stands a guard."""
     model = structure("full").model(random_params())
     traced = jax.make_jaxpr(lambda rows: loss_sums(model, rows, "full").loss)(batch(ROWS, SHAPE))
     guards = set()
@@ -219,7 +221,7 @@ def test_rows_without_labels_give_no_loss():
 def test_sharded_equals_single(sizes, single):
     """Eight devices: two steps give one device's losses, norms and parameters."""
     mesh = make_mesh(**sizes)
-    axes = param_axes({path: leaf.shape for path, leaf in structure().shapes.items()}, CONFIG)
+    axes = inventory.axes(CONFIG, {path: leaf.shape for path, leaf in structure().shapes.items()})
 
     def place(params):
         spec = {path: partition_spec(value.shape, axes[path], mesh) for path, value in params.items()}

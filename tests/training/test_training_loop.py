@@ -13,22 +13,22 @@ from unittest.mock import MagicMock, Mock
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 from training_cases import CONFIG
 from training_data import ROOT, environment
 
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.data.loader import LoadedBatch, Loader
 from llamavid_jax.models.loss import LossSums
-from llamavid_jax.parallel.sharding import make_mesh
+from llamavid_jax.models.structure import Structure
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.shapes import Batch
 from llamavid_jax.training import journal as journal_module
 from llamavid_jax.training import loop
+from llamavid_jax.training.batches import FETCHED_AHEAD
 from llamavid_jax.training.config import DataConfig, LoopConfig, TrainConfig, read_config
 from llamavid_jax.training.journal import Journal
 from llamavid_jax.training.start import Start
 from llamavid_jax.training.step import StepMetrics, TrainState
-from llamavid_jax.training.structure import Structure
 
 BROKEN = {"id": "sample 7", "reason": "absent.png"}
 
@@ -72,7 +72,7 @@ class Run:
     """`train` on stand-ins; `stop_after` counts the questions whether a signal has come."""
 
     def __init__(self, monkeypatch, folder: Path, steps=4, row_bytes=0, stop_after=None, held_out=None, mesh="fsdp=1"):
-        self.events, self.saved, self.folder, asked = Events(), [], folder, itertools.count()
+        self.events, self.saved, self.reports, self.folder, asked = Events(), [], [], folder, itertools.count()
         loaders = {False: Rows(steps, self.events, row_bytes=row_bytes), True: held_out and held_out(self.events)}
         self.config = TrainConfig(
             output=str(folder),
@@ -86,23 +86,26 @@ class Run:
         start.trained = {"llama.layers.attn.q.lora.a": jnp.zeros(6), "llama.layers.attn.q.lora.b": jnp.zeros(4)}
         start.mesh = make_mesh(fsdp=1)
         checkpoints = MagicMock()
+        checkpoints.__enter__.return_value = checkpoints
         checkpoints.steps.return_value, checkpoints.restore.return_value = [], None
         checkpoints.save = lambda step, *_: self.saved.append(step)
         preemption = MagicMock()
         preemption.__enter__.return_value.requested = lambda: stop_after is not None and next(asked) >= stop_after
         for name, stand_in in {
-            "open_data": lambda config: ([], [] if held_out else None),
+            "open_data": lambda data: ([], [] if held_out else None),
             "load_start": lambda config, mesh: start,
             "make_loader": lambda *_, held_out=False, resumed=False: loaders[held_out],
             "check_same_data": lambda *_: None,
+            "identity": lambda *_: {},
+            "save_result": lambda *_: None,
+            "describe": lambda *_: "plan",
             "initial_state": lambda *_: TrainState(jnp.int32(0), {"a": jnp.zeros(1)}, None),
-            "make_train_step": lambda *_: self.step,
+            "make_train_step": lambda *_, **__: self.step,
             "make_evaluate_step": lambda *_: self.evaluate_step,
             "RunCheckpoints": lambda *_, **__: checkpoints,
             "Preemption": lambda: preemption,
         }.items():
             monkeypatch.setattr(loop, name, stand_in)
-        monkeypatch.setattr(journal_module, "describe", lambda *_: "plan")
         monkeypatch.setattr(loop.jax, "block_until_ready", lambda _: self.events.append("wait"))
 
     def step(self, state, frozen, batch):
@@ -115,8 +118,7 @@ class Run:
         return LossSums(jnp.float32(6), jnp.float32(1), jnp.float32(2))
 
     def __call__(self, profile=False) -> int:
-        console = Console(file=open(self.folder / "console", "w"), width=200)  # noqa: SIM115
-        return loop.train(self.config, console, profile)
+        return loop.train(self.config, self.reports.append, profile)
 
     def metrics(self) -> list[dict]:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -129,7 +131,7 @@ def test_the_next_batch_is_fetched_during_a_step(tmp_path, monkeypatch):
 
 
 def test_batches_of_long_videos_are_on_the_devices_one_at_a_time(tmp_path, monkeypatch):
-    run = Run(monkeypatch, tmp_path, row_bytes=loop.FETCHED_AHEAD)
+    run = Run(monkeypatch, tmp_path, row_bytes=FETCHED_AHEAD)
     assert run() == 0
     assert run.events == ["load", "step", "wait"] * 4
 
@@ -166,7 +168,7 @@ def test_what_a_run_tells(tmp_path, monkeypatch):
     monkeypatch.setattr(journal_module.Metrics, "close", lambda self: closed.append(self))
     run = Run(monkeypatch, tmp_path, held_out=lambda events: Rows(1, events, "held out", broken=[BROKEN]))
     run()
-    text = (tmp_path / "console").read_text()
+    text = "\n".join(run.reports)
     assert "leaves 7 devices idle" in text
     assert "divided by 2: the largest bucket has 4096 tokens, the model 2048 positions" in text
     assert len(closed) == 1
@@ -177,7 +179,9 @@ def test_what_a_run_tells(tmp_path, monkeypatch):
 
 
 def make_journal(run: Run, first_step: int = 1) -> Journal:
-    return Journal(run.config, loop.load_start(None, None), Rows(4, Events()), Console(quiet=True), first_step)
+    start, training = loop.load_start(None, None), run.config.training
+    data = run.config.data
+    return Journal(run.folder, start, Rows(4, Events()), training, data.max_broken, first_step, run.reports.append)
 
 
 def test_held_out_samples_stop_no_run_and_are_named_once(tmp_path, monkeypatch):
@@ -234,8 +238,8 @@ import jax, numpy as np
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from types import SimpleNamespace as Some
 from llamavid_jax.shapes import Batch
-from llamavid_jax.parallel.sharding import MESH_AXES, ShardingError
-from llamavid_jax.training.loop import own_rows, upcoming
+from llamavid_jax.parallel.mesh import MESH_AXES, ShardingError
+from llamavid_jax.training.batches import own_rows, upcoming
 
 def mesh(*order, sequence=1):
     return jax.sharding.Mesh(np.array(jax.devices())[list(order)].reshape(1, -1, 1, sequence), MESH_AXES)
@@ -245,13 +249,12 @@ rows = own_rows(crossed, 16)
 assert rows == [[0, 1, 4, 5, 10, 11, 14, 15], [2, 3, 6, 7, 8, 9, 12, 13]][jax.process_index()], rows
 class Loader(list):
     get_state = dict
-config = Some(data=Some(packing=True), training=Some(batch_size=16))
 shared = mesh(0, 4, 1, 5, 6, 2, 7, 3, sequence=2)  # each process holds a half of every row's frames
 assert own_rows(shared, 16) == list(range(16))
 for here in (crossed, shared):
     rows = np.array(own_rows(here, 16))[:, None]
     loaded = Some(batch=Batch(*[rows] * len(Batch._fields))._replace(frames=100 * rows + np.arange(4)))
-    (one,) = upcoming(Loader([loaded]), here, config)
+    (one,) = upcoming(Loader([loaded]), here, 16, packing=True)
     assert one.batch.frames.shape == (16, 4) and one.batch.labels.shape == (16, 1)
     every = np.arange(16)[:, None]
     for array, whole in ((one.batch.frames, 100 * every + np.arange(4)), (one.batch.labels, every)):

@@ -1,0 +1,246 @@
+"""Ask LLaMA-VID about videos and images:
+
+    python infer.py --model DIR --video FILE_OR_URL --question "What happens?"
+
+The answer goes to stdout, progress to stderr.  Bad input ends with exit code 2 and one line that says what to do.
+`--chat` reads one question a line and never encodes the video again.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from llamavid_jax.commands import program
+from llamavid_jax.data.records import count_frames
+from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
+from llamavid_jax.inference.request import Settings
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.source import local_file
+from llamavid_jax.text.conversation import TEMPLATES
+from llamavid_jax.text.subtitles import read_subtitles
+
+# what the original's command line does, but for the seed; an option of its own wins over it
+LIKE_ORIGINAL = {"template": "llava_v1", "temperature": 0.2, "top_p": 0.7, "image_aspect_ratio": "crop"}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = Parser(prog="infer.py", description="Ask LLaMA-VID about videos and images.", allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a converted checkpoint")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE|URL", help="may be given several times")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE|URL", help="may be given several times")
+    parser.add_argument("--subtitles", metavar="FILE", help="of the one video, .srt or .vtt: a film with what is said")
+    parser.add_argument("--question", help="what to ask; with --chat the first question")
+    parser.add_argument("--chat", action="store_true", help="go on asking: one question a line on stdin")
+    parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (512)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of mass (1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (0: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT")
+    parser.add_argument("--template", default="vicuna_v1", choices=sorted(TEMPLATES), help="conversation format")
+    parser.add_argument(
+        "--like-original",
+        action="store_true",
+        help="as the original's command line: template llava_v1, stills cropped, sampled at temperature 0.2 and top-p "
+        "0.7, in a chat the visuals in the newest question alone; other options given with it hold",
+    )
+    parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each answer")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
+    )
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="the weights, while they are loaded")
+    parser.add_argument("--kv-cache", default="float", choices=["float", "int8"], help="of decoding (float)")
+    parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
+    parser.add_argument("--compile-only", action="store_true", help="compile for --topology and stop")
+    parser.add_argument("--topology", metavar="NAME", help="such as v5e:1x1: a generation of TPU, and chips")
+    parser.add_argument("--tokens", type=int, default=3584, metavar="N", help="of the compiled prompt, frames and all")
+    parser.set_defaults(**{"image_aspect_ratio": None} | (LIKE_ORIGINAL if "--like-original" in arguments else {}))
+    options = parser.parse_args(arguments)
+    options.model = os.path.expanduser(options.model)
+    if options.compile_only != bool(options.topology):
+        parser.error("--compile-only and --topology go together, such as --compile-only --topology v5e:1x1")
+    if options.tokens < 1:
+        parser.error(f"--tokens is {options.tokens}; give the length of the prompt, such as 3584")
+    # said now, not after minutes of loading
+    names = [field.name for field in dataclasses.fields(Settings)]
+    options.settings = dataclasses.asdict(Settings(**{name: getattr(options, name) for name in names}))
+    if options.compile_only:
+        return options
+    options.question = checked((options.question or "").strip(), "--question")
+    for text in options.stop:
+        checked(text, "--stop")
+    if not options.question and not options.chat:
+        parser.error("there is no question; give --question TEXT or --chat")
+    if options.stream and options.json:
+        parser.error("--stream and --json exclude each other; give one of them")
+    if not 0 < options.fps < math.inf:
+        parser.error(f"--fps is {options.fps}; give a number above 0, such as 1")
+    if options.subtitles is not None:
+        if len(options.video) != 1 or options.image:
+            parser.error("--subtitles goes with one --video alone; give that")
+        options.subtitles = read_subtitles(options.subtitles)
+    return options
+
+
+def checked(text: str, name: str) -> str:
+    """`text`, if UTF-8 can hold it: bytes of arguments and of stdin that it cannot come as half surrogate pairs."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{name} is {text!r}, which is not UTF-8; give it in UTF-8")
+    return text
+
+
+def compile_only(options: argparse.Namespace) -> int:
+    """Compiles the programs for a slice that need not be there.  `--model` may be one of configs/models/."""
+    from llamavid_jax import LLaMAVIDLlavaConfig
+    from llamavid_jax.precompile.infer import check_inference
+    from llamavid_jax.precompile.report import show
+    from llamavid_jax.precompile.topology import in_own_process
+
+    read = LLaMAVIDLlavaConfig.from_yaml if options.model.endswith(".yaml") else LLaMAVIDLlavaConfig.from_pretrained
+    config = read(options.model)
+    config = config.quantized(options.quantize) if options.quantize else config
+    arguments = options.topology, options.mesh, options.tokens, options.max_new_tokens, options.dtype, options.model
+    return show(in_own_process(check_inference, config, *arguments, options.kv_cache))
+
+
+def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
+    """Also looks at all files: MediaError for one that is no picture, or no video that can be sampled.
+
+    URLs are read later.
+    """
+    processor = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
+    if options.image_aspect_ratio:
+        processor = dataclasses.replace(processor, image_aspect_ratio=options.image_aspect_ratio)
+    for sources, look in (
+        (options.image, processor.image_pixels),
+        (options.video, lambda video: count_frames(video, "video", options.fps)),
+    ):
+        for source in sources:
+            if "://" not in source and not source.startswith("data:"):
+                local_file(source)
+                look(source)
+    return processor
+
+
+def start_session(options: argparse.Namespace, console: Console) -> Any:
+    """The conversation, with its model loaded."""
+    images = image_processor(options)  # before minutes of loading, and before JAX is imported
+    from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
+    from llamavid_jax.inference.session import Session
+    from llamavid_jax.parallel.mesh import make_mesh, parse_mesh
+
+    mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
+    with console.status(Text(printable(f"loading {options.model}"))):
+        model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
+            options.model, dtype=options.dtype, mesh=mesh, quantize=options.quantize, kv_cache=options.kv_cache
+        )
+    return Session(
+        model,
+        images,
+        images=options.image,
+        videos=options.video,
+        subtitles=options.subtitles,
+        fps=options.fps,
+        template=options.template,
+        follow_ups=options.chat,
+        newest_alone=options.like_original,
+        notice=say,
+    )
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[Any, int, int | None], None]]:
+    """A bar for each video, where stderr is a terminal."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(video: Any, done: int, total: int | None) -> None:
+            name = printable(f"frames of {video}")
+            if done == 1 or name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done, total=total)
+
+        yield show
+
+
+def questions(options: argparse.Namespace) -> Iterator[str]:
+    if options.question:
+        yield options.question
+    while options.chat:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise InputError(f"a question on stdin is not UTF-8 ({error}); give it in UTF-8") from None
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def write(text: str) -> None:
+    """To stdout; what a terminal would obey is written out there."""
+    try:
+        print(printable(text, kept="\n\t") if sys.stdout.isatty() else text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"stdout cannot be written ({error.strerror}); send it elsewhere") from None
+
+
+@command("infer.py")
+def main(arguments: list[str] | None = None) -> int:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was downloaded is deleted
+    options = parse_arguments(arguments)
+    if was_closed(sys.stdout):
+        raise InputError("stdout is closed, and the answer goes there; leave it open, or give > FILE")
+    if options.compile_only:
+        return compile_only(options)
+    if options.chat and was_closed(sys.stdin):
+        raise InputError("stdin is closed, and --chat reads its questions there; leave it open, or leave out --chat")
+    console, start, code = Console(stderr=True), time.perf_counter(), 0
+    program.keep_programs()
+    session = start_session(options, console)
+    loaded = time.perf_counter() - start
+    for question in questions(options):
+        try:
+            checked(question, "the question on stdin")
+            with progress_bar(console) as session.progress:
+                answer = session.ask(question, write if options.stream else None, **options.settings)
+        except InputError as error:
+            code = complain(error, "infer.py")
+            if options.chat and (session.features is not None or not (options.image or options.video)):
+                continue
+            break
+        if options.json:
+            result = dataclasses.asdict(answer)
+            result = {"answer": result.pop("text"), **result, "seconds": {"load": loaded, **answer.seconds}}
+            is_utf8 = "utf" in (sys.stdout.encoding or "utf-8").lower()
+            write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
+        else:
+            write("\n" if options.stream else answer.text + "\n")
+    return code
+
+
+def run() -> None:
+    """`main` as a process of its own."""
+    program.run(main)

@@ -1,0 +1,235 @@
+"""A conversation about some images and videos: `Session(model, image_processor, videos=["walk.mp4"]).ask("Who?")`.
+
+    frames ─ once ─▶ features on the host ─ each question ─▶ its own visual tokens
+    system │ visual tokens 1, question 1 │ answer 1 │ visual tokens 2, question 2 │ ...
+
+Each turn is asked with visual tokens of its own, as in training and as the processor's `chat` lays messages out.  A
+prompt so begins as the one before, whose keys and values are kept (`prompt_cache.py`): only the last answer and the
+new question are run.
+
+A conversation that becomes too long loses what is oldest, and `notice` is told so once.  Beyond the positions that the
+language model was trained for before they were stretched (4,096 for Vicuna) earlier turns keep their words but not
+their visual tokens: every turn of an hour of video would bring 7,200 more.  Beyond the model's own positions the older
+half of the turns is left out.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
+from llamavid_jax.inference.prompt_cache import PromptCache
+from llamavid_jax.inference.request import Settings
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.timeline import Sampling
+from llamavid_jax.shapes import IMAGE_TOKEN
+from llamavid_jax.text.conversation import IMAGE, check_text, long_video_text, prompt, question_turn, template_named
+from llamavid_jax.text.subtitles import Cue, interleave
+from llamavid_jax.text.tokenizer import encode_with_images
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What one question gave.  Of the `prompt_tokens`, `visual_tokens` are frames, `cached_tokens` known before."""
+
+    text: str
+    frames: int
+    visual_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    seconds: dict[str, float]  # "encode": frames and visual tokens; "generate": the answer
+    sampling: list[dict[str, Any]]  # of each video: its name, the rule that chose its frames, how many
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A question with its visual tokens, `[n, D]` for each visual or none where they are left out, and its answer."""
+
+    question: str
+    tokens: list[np.ndarray]
+    answer: str = ""
+
+
+class Session:
+    """One conversation.
+
+    `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video.  Without `follow_ups` every
+    question stands alone and frames are forgotten as they are encoded; with them their features stay in host memory
+    (0.7 MB a frame for the 7B models).  `newest_alone` leaves the visual tokens out of all earlier turns, as the
+    original's command line does.  `progress(video, frames done, frames in all or None)` and `notice(text)` are told
+    what happens.
+    """
+
+    def __init__(
+        self,
+        model: LLaMAVIDLlavaForConditionalGeneration,
+        image_processor: LLaMAVIDLlavaImageProcessor,
+        *,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        subtitles: Sequence[Cue] | None = None,
+        fps: float | int = 1.0,
+        template: str = "vicuna_v1",
+        follow_ups: bool = True,
+        newest_alone: bool = False,
+        progress: Callable[[Any, int, int | None], None] = lambda *_: None,
+        notice: Callable[[str], None] = lambda _: None,
+    ):
+        if model.tokenizer is None:
+            raise InputError("the checkpoint holds no tokenizer; convert again with --tokenizer FOLDER")
+        if subtitles is not None and (len(videos) != 1 or images):
+            raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
+        self.model, self.image_processor, self.template = model, image_processor, template_named(template)
+        self.images, self.videos, self.subtitles, self.fps = images, videos, subtitles, fps
+        self.follow_ups, self.newest_alone, self.progress, self.notice = follow_ups, newest_alone, progress, notice
+        self.turns: list[Turn] = []
+        self.frames = 0  # encoded
+        self.features: list[np.ndarray] | None = None  # of each visual, once they are encoded
+        self._movie: str | None = None  # the frames' placeholders with the subtitles between them
+        self.sampled: dict[int, Sampling] = {}  # of each video that has begun: which frames, and by which rule
+        self._said: set[str] = set()
+        self._cache = PromptCache()
+
+    def ask(self, question: str, streamer: Callable[[str], None] | None = None, **settings: Any) -> Answer:
+        """The answer to a question, after all that was asked before.
+
+        `streamer` is given the answer as it comes; `settings` are those of `generate`, such as `max_new_tokens=128`.
+        Raises InputErrors; the conversation is then what it was.
+        """
+        chosen, started = Settings(**settings), time.perf_counter()
+        turn = self._turn(question, chosen.max_new_tokens)
+        earlier = self._that_fit(turn, chosen.max_new_tokens) if self.follow_ups else []
+        ids, tokens = self._lay_out([*earlier, turn])
+        encoded = time.perf_counter() - started
+        out = self.model.generate(
+            [ids],
+            visual_tokens=[tokens],
+            **dataclasses.asdict(chosen),
+            streamer=streamer and (lambda _, text: streamer(text)),
+            cache=self._cache if self.follow_ups else None,
+        )
+        text = out.texts[0].strip()
+        self.turns = [*earlier, dataclasses.replace(turn, answer=text.replace(IMAGE, ""))]
+        seconds = {"encode": encoded + out.seconds["encode"], "generate": out.seconds["generate"]}
+        counts = out.visual_tokens[0], out.prompt_tokens[0], out.cached_tokens, len(out.token_ids[0])
+        sampling = [
+            {"video": str(self.videos[number]), "rule": plan.rule, "frames": len(plan)}
+            for number, plan in self.sampled.items()
+        ]
+        return Answer(text, self.frames, *counts, seconds, sampling)
+
+    def inputs(self, question: str) -> tuple[list[int], list[np.ndarray]]:
+        """Ids and visual tokens of the question as the first of a conversation: a row of a batch for `generate`."""
+        return self._lay_out([self._turn(question, 1)])
+
+    def encode(self, new_tokens: int = 1) -> int:
+        """Decodes and encodes all frames, which the first question does otherwise; returns their number."""
+        if self.features is None:
+            self.frames = 0
+            self.features = [self.model.vision_features(frames) for frames in self._visuals(new_tokens)]
+        return self.frames
+
+    # ---- a question becomes a prompt
+
+    def _turn(self, question: str, new_tokens: int) -> Turn:
+        """The question with its visual tokens."""
+        check_text(question, "the question")
+        if IMAGE in question:
+            raise InputError(f"the question holds {IMAGE}, which stands for a picture; give pictures with --image")
+        if self.follow_ups:
+            self.encode(new_tokens)
+            known = {"features_have_cls": self.model.config.vision_tower_config.has_cls, "prompts": [question]}
+            return Turn(question, [self.model.visual_tokens(features=one, **known)[0] for one in self.features])
+        self.frames = 0
+        return Turn(question, [self.model.visual_tokens(one, [question])[0] for one in self._visuals(new_tokens)])
+
+    def _that_fit(self, newest: Turn, new_tokens: int) -> list[Turn]:
+        """The earlier turns that go before the newest one, with their visual tokens or without."""
+        positions = self.model.config.text_config
+        room, turns = positions.max_length - new_tokens, self.turns
+        if self._length([newest]) > room:
+            return []  # it cannot be asked at all, which `generate` says
+        short = min(room, positions.max_position_embeddings)
+        if any(turn.tokens for turn in turns) and (self.newest_alone or self._length([*turns, newest]) > short):
+            turns = [dataclasses.replace(turn, tokens=[]) for turn in turns]
+            if not self.newest_alone:
+                self._say(f"with more than {short} tokens in all, earlier questions keep their words but no frames")
+        while self._length([*turns, newest]) > room:
+            turns = turns[(len(turns) + 1) // 2 :]
+            self._say(f"the conversation is longer than the {room} tokens of its room: the oldest turns are left out")
+        return turns
+
+    def _lay_out(self, turns: Sequence[Turn]) -> tuple[list[int], list[np.ndarray]]:
+        """Ids of the prompt, and the visual tokens of its placeholders."""
+        words = [part for turn in turns for part in (self._words(turn), turn.answer)]
+        ids = encode_with_images(self.model.tokenizer, prompt(self.template, words[:-1]))
+        return ids, [array for turn in turns for array in turn.tokens]
+
+    def _words(self, turn: Turn) -> str:
+        if self._movie is not None and turn.tokens:
+            return long_video_text(self._movie, turn.question, self.model.config.tokens_per_frame)
+        return question_turn(len(turn.tokens), turn.question)
+
+    def _length(self, turns: Sequence[Turn]) -> int:
+        ids, tokens = self._lay_out(turns)
+        return len(ids) - ids.count(IMAGE_TOKEN) + sum(map(len, tokens))
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.notice(text)
+
+    # ---- frames
+
+    def _visuals(self, new_tokens: int) -> Iterator[Iterable[np.ndarray]]:
+        """Pixels of every image and video; those of a video are decoded as they are asked for."""
+        for image in self.images:
+            yield self._counted(self.image_processor.image_pixels(image))
+        for number, video in enumerate(self.videos):
+            yield self._counted(self._video_frames(number, video, new_tokens))
+
+    def _counted(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for frame in frames:
+            self.frames += 1
+            yield frame
+
+    def _video_frames(self, number: int, video: Any, new_tokens: int) -> Iterator[np.ndarray]:
+        expected, times = None, []
+
+        def on_read(sampling: Sampling, done: int) -> None:
+            nonlocal expected
+            if done == 1:
+                self.sampled[number], expected = sampling, len(sampling)
+                self._check_length(video, new_tokens)
+
+        if isinstance(video, str | Path):
+            pieces = self.image_processor.stream_video(video, self.fps, progress=on_read)
+        else:
+            pieces = [self.image_processor.video_pixels(video, self.fps)]
+        for frames, seconds in pieces:
+            for frame, time_ in zip(frames, seconds.tolist(), strict=True):
+                yield frame
+                times.append(time_)
+                self.progress(video, len(times), expected)
+        if self.subtitles is not None:
+            self._movie = interleave(times, self.subtitles)
+
+    def _check_length(self, video: Any, new_tokens: int) -> None:
+        """Says that the videos are too long at the first frame of the one too many, not after its last."""
+        config, total = self.model.config, sum(plan.timeline.seconds for plan in self.sampled.values())
+        tokens = sum(map(len, self.sampled.values())) * config.tokens_per_frame
+        room = config.text_config.max_length - new_tokens
+        if tokens <= room:
+            return
+        fps = 0.9 * room / config.tokens_per_frame / total
+        remedy = f"--fps {fps:.2g}" if fps >= 0.001 else "a smaller --max-new-tokens"
+        raise InputError(
+            f"with {video} the videos last {total:.0f} s, at {self.fps:g} frames a second {tokens} visual tokens; "
+            f"this model has room for {max(room, 0)}: use {remedy} or a long-video checkpoint"
+        )

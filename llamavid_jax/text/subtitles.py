@@ -1,0 +1,84 @@
+"""Subtitles of a video -> the text of a movie: one `<image>` a frame, and between them what is said.
+
+    file .srt or .vtt -> cues (end in seconds, text) ─┐
+    times of the sampled frames, in seconds ──────────┴─> "<image>Hello.<image><image>Who goes?"
+
+The layout is the original's: a text stands behind the last frame before its end, but never before the text in front of
+it; several texts of one frame are joined by a blank, and so are the lines of a cue; `...` is deleted.  A text that ends
+before the first frame stands behind the last one.  Of .srt files the original takes every line of digits for a cue's
+number, and so does this.
+
+Deviations: tags, such as those for italics, are deleted, and so is `<image>`, which would take a frame's place.
+"""
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llamavid_jax.text.conversation import IMAGE, ConversationError
+
+CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}[.,]\d{1,3})"
+TIMING = re.compile(rf"\s*{CLOCK}\s*-->\s*{CLOCK}(?:\s|$)")
+SRT_TAG = re.compile(r"</?(?:i|b|u|s|font)\b[^<>]*>|\{\\[^{}]*\}", re.IGNORECASE)
+VTT_TAG = re.compile(r"<[^<>]*>")
+MAX_BYTES = 16 * 2**20  # a film's are 100 kB
+
+
+class Cue(NamedTuple):
+    """What is said until `end`, in seconds."""
+
+    end: float
+    text: str
+
+
+def read_subtitles(path: str | Path) -> list[Cue]:
+    """The cues of a .srt or .vtt file, in its order.  Raises ConversationError."""
+    try:
+        file = Path(path).expanduser()
+        if file.exists() and not file.is_file():
+            raise OSError("no regular file")
+        with file.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        remedy = "save it as UTF-8, such as with: iconv -f latin1 -t utf-8"
+        raise ConversationError(f"{path} is not UTF-8 (byte {error.start}); {remedy}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, no home
+        raise ConversationError(f"{str(path)!r} cannot be read ({error}); check its name and permissions") from None
+    cues = [] if len(content) > MAX_BYTES else parse_subtitles(text)
+    if not cues:
+        raise ConversationError(f"{path} holds no subtitles, such as 00:01,000 --> 00:02,500; give a .srt or .vtt file")
+    return cues
+
+
+def parse_subtitles(text: str) -> list[Cue]:
+    """A .vtt's text begins with WEBVTT, and its cues end at a blank line; those of a .srt at the next one's times."""
+    is_vtt, cues, end, lines = text.startswith("WEBVTT"), [], None, []
+    for line in [*text.splitlines(), "0:00.0 --> 0:00.0"]:
+        timing = TIMING.match(line)
+        words = html.unescape(VTT_TAG.sub("", line)) if is_vtt else SRT_TAG.sub("", line)
+        words = words.replace(IMAGE, " ").replace("...", "").strip()
+        if timing or (is_vtt and not line.strip()):
+            cues += [Cue(end, " ".join(lines))] if lines else []
+            end, lines = timing and _seconds(*timing.groups()[3:]), []
+        elif end is not None and words and (is_vtt or not words.isdigit()):
+            lines.append(words)
+    return cues
+
+
+def interleave(times: Iterable[float], cues: Iterable[Cue]) -> str:
+    """`<image>` for each frame of `times`, with the texts behind the frames that they belong to."""
+    times = list(times)
+    texts: Sequence[list[str]] = [[] for _ in times]
+    reached = 0
+    for end, text in cues:
+        while reached < len(times) and times[reached] < end:
+            reached += 1
+        texts[reached - 1].append(text)
+    return "".join(IMAGE + " ".join(own) for own in texts)
+
+
+def _seconds(hours: str | None, minutes: str, seconds: str) -> float:
+    return 3600 * int(hours or 0) + 60 * int(minutes) + float(seconds.replace(",", "."))

@@ -1,0 +1,156 @@
+"""From records to batches on the devices: which rows a process reads, and each batch on its way.
+
+records ─ make_loader ─▶ Loader, this process's rows ─ upcoming ─▶ Batch, sharded over the mesh
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from llamavid_jax.data.examples import ExampleReader
+from llamavid_jax.data.loader import FrameLayout, LoadedBatch, Loader
+from llamavid_jax.data.record import DataError
+from llamavid_jax.data.records import read_records
+from llamavid_jax.data.sizes import read_sizes
+from llamavid_jax.errors import ConfigError, TrainingError
+from llamavid_jax.parallel.mesh import ShardingError, row_shards
+from llamavid_jax.shapes import Batch
+from llamavid_jax.training.config import DataConfig, LoopConfig
+from llamavid_jax.training.layout import batch_sharding
+from llamavid_jax.training.start import Start
+
+FETCHED_AHEAD = 2**30  # bytes of frames a device: larger batches wait on the host until the step before is done
+
+
+class Upcoming(NamedTuple):
+    """A batch on the devices, what was loaded for it, and the data position behind it."""
+
+    batch: Batch | None  # None once its step is under way
+    loaded: LoadedBatch
+    position: dict[str, Any]
+    wait: float  # seconds that the loader needed
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this process's devices hold, in order.
+
+    They need not be neighbours: meshes follow the chips' wiring.  Along `tensor` and `sequence` several processes may
+    hold the same.  Raises ShardingError, on all processes, where one has no device in the mesh.
+    """
+    idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if idle:
+        raise ShardingError(
+            f"a mesh of {mesh.size} devices leaves process {min(idle)} without one; use all {jax.device_count()}"
+        )
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for place in places for row in range(*place[0].indices(batch_size))})
+
+
+def open_data(data: DataConfig) -> tuple[Sequence, Sequence | None]:
+    """The records to train on and the held-out ones.  Raises ConfigError or DataError for a path that is wrong."""
+    if not data.path:
+        raise ConfigError("data.path is empty; give a LLaVA-format .json or .jsonl, or a folder of shards")
+    opened = []
+    for name in ("path", "evaluation_path"):
+        path = getattr(data, name)
+        try:
+            opened.append(read_records(path, data.media) if path else None)
+        except DataError as error:
+            raise DataError(f"data.{name}: {error}") from None
+    return tuple(opened)
+
+
+def make_loader(
+    records: Sequence,
+    output: Path,
+    start: Start,
+    data: DataConfig,
+    loop: LoopConfig,
+    rows: Sequence[int],
+    *,
+    held_out: bool = False,
+    resumed: bool = False,
+) -> Loader:
+    """The batches of the training data or of one pass over the held-out set, this process's `rows` of them."""
+    vision = start.config.vision_tower_config
+    reader = ExampleReader(
+        start.tokenizer,
+        data.template,
+        vision.image_size,
+        start.config.image_aspect_ratio,
+        start.config.tokens_per_frame,
+        data.fps,
+        data.seed,
+    )
+    path, table = (data.evaluation_path, "sizes-evaluation.npz") if held_out else (data.path, "sizes.npz")
+    sizes = read_sizes(records, reader, path, output / table, max(data.threads, data.processes), retry=not resumed)
+    return Loader(
+        records,
+        sizes,
+        reader,
+        start.qformer_tokenizer,
+        data.shapes,
+        {
+            "pixels": FrameLayout((vision.image_size, vision.image_size, 3), np.uint8),
+            "features": FrameLayout((vision.num_patches, vision.hidden_size), jnp.dtype(loop.dtype)),
+        },
+        batch_size=loop.batch_size,
+        question_tokens=data.question_tokens,
+        seed=data.seed,
+        packing=data.packing,
+        shuffle=not held_out,
+        epochs=1 if held_out else loop.epochs,
+        steps=0 if held_out else loop.steps,
+        threads=data.threads,
+        processes=0 if held_out else data.processes,
+        rows=rows,
+        shares=row_shards(start.mesh),
+    )
+
+
+def check_same_data(identity: Mapping[str, Any], *loaders: Loader | None) -> None:
+    """Raises TrainingError where a process has other data than the rest: each would run another program."""
+    plans = [bytes.fromhex(loader.schedule.fingerprint()) for loader in loaders if loader is not None]
+    own = hashlib.sha256(json.dumps(identity, sort_keys=True).encode() + b"".join(plans)).digest()
+    every = multihost_utils.process_allgather(np.frombuffer(own, np.uint8)).reshape(jax.process_count(), -1)
+    if np.any(every != every[0]):
+        raise TrainingError(
+            "the processes see different data: a file is missing, unreadable or another on some of them; "
+            "run `python -m llamavid_jax.data.validate` on each host, and compare the files"
+        )
+
+
+def room_ahead(loader: Loader, mesh: Mesh, batch_size: int) -> bool:
+    """Whether a batch may be on the devices beside the one that is computed with."""
+    device_rows = batch_sharding(mesh).shard_shape((batch_size,))[0]
+    return loader.row_bytes * device_rows // row_shards(mesh) <= FETCHED_AHEAD
+
+
+def upcoming(loader: Loader, mesh: Mesh, batch_size: int, packing: bool) -> Iterator[Upcoming]:
+    """Batches on their way to the devices, from each process its own rows.
+
+    Rows of one sample need no segments: causality hides the padding behind it.
+    """
+
+    def place(field: str, array: np.ndarray) -> jax.Array:
+        whole = (batch_size, *array.shape[1:])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, field), array, whole)
+
+    batches, unused = iter(loader), () if packing else ("segment_ids", "positions")
+    while True:
+        began = time.perf_counter()
+        loaded = next(batches, None)
+        if loaded is None:
+            return
+        fields = loaded.batch._replace(**dict.fromkeys(unused))._asdict()
+        placed = (None if array is None else place(field, array) for field, array in fields.items())
+        yield Upcoming(Batch(*placed), loaded, loader.get_state(), time.perf_counter() - began)

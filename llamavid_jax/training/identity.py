@@ -1,0 +1,132 @@
+"""What a run is made of, kept with its checkpoints, so that it does not go on with something else in silence.
+
+recipe, model, weights, tokenizers, data ─ identity ─▶ {name: value} in each checkpoint ─ check_same_run ─▶ the same
+sizes and times of the media files, a column a record  ─ check_same_media ─▶ output/media.npy
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Int64
+
+from llamavid_jax.data.records import find_media
+from llamavid_jax.data.shards import MANIFEST, Shards
+from llamavid_jax.errors import InputError, TrainingError
+from llamavid_jax.files import write_files
+from llamavid_jax.models.structure import flat_paths
+from llamavid_jax.training.config import TrainConfig
+from llamavid_jax.training.start import Start
+
+FREE = {  # fields that may change in the middle of a run: neither the order of the data nor the steps depend on them
+    *("output", "mesh", "data.media", "data.evaluation_path", "data.max_broken", "data.threads", "data.processes"),
+    *("training.log_every", "training.save_every", "training.keep", "training.evaluate_every"),
+    *("training.max_bad_steps", "training.remat", "training.compiler_options"),
+}
+MEDIA = "media.npy"
+
+
+def identity(config: TrainConfig, start: Start) -> dict[str, Any]:
+    """All that a run is made of but its media files, as flat JSON."""
+    recipe = {}
+    for section, value in dataclasses.asdict(config).items():
+        named = {f"{section}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {section: value}
+        recipe |= {name: x for name, x in named.items() if name not in FREE}
+    sizes = {f"the model's {name}": x for name, x in flat_paths(dataclasses.asdict(start.config)).items()}
+    weights = {f"the fingerprint of {path} in start.model": value for path, value in start.read.items()}
+    tokenizer, data = Path(config.data.tokenizer or config.start.model), Path(config.data.path)
+    texts = (file for pattern in ("*token*", "qformer_tokenizer/*") for file in sorted(tokenizer.glob(pattern)))
+    contents = {
+        "the SHA-256 of data.path": _sha256([data / MANIFEST if data.is_dir() else data]),
+        "the SHA-256 of the tokenizers": _sha256([file for file in texts if file.is_file()]),
+    }
+    return json.loads(json.dumps(recipe | sizes | weights | contents))
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def check_same_run(now: Mapping[str, Any], before: Mapping[str, Any], output: Path) -> None:
+    """Raises TrainingError, on all processes, for the first thing that is not what the run was made of."""
+    differing = [name for name in (*now, *before) if now.get(name) != before.get(name)]
+    _agree(
+        f"{differing[0]} is {now.get(differing[0])!r}, but the run in {output} began with "
+        f"{before.get(differing[0])!r}; set it back, or give another output folder"
+        if differing
+        else ""
+    )
+
+
+def check_same_media(
+    records: Sequence, output: Path, resumed: bool, threads: int, report: Callable[[str], None]
+) -> None:
+    """Raises TrainingError, on all processes, where a file is gone or has another size or time than when the run began.
+
+    Where all files have other times they were copied, which is reported.  Process 0 looks at its own files.
+    """
+    problem, file = "", output / MEDIA
+    if jax.process_index() == 0 and not isinstance(records, Shards):  # whose manifest has the sizes
+        now = media_files(records, threads)
+        before = _read_media(file) if resumed else None
+        if before is None or before.shape != now.shape:
+            if resumed:
+                report(f"{file} is absent or damaged: whether the media files are those of before is not known")
+            content = io.BytesIO()
+            np.save(content, now)
+            write_files(output, {MEDIA: content.getvalue()})
+            before = now
+        sizes, times = now != before
+        copied = times[before[0] >= 0].all() and len(np.unique(before[0])) > 1 and not sizes.any()
+        changed = np.flatnonzero(sizes | times)
+        if copied and len(changed):
+            report("all media files have other times than when the run began, as copies have, and the same sizes")
+        elif len(changed):
+            problem = (
+                f"{len(changed)} records have other media files than when the run in {output} began, by size or time; "
+                f"the first is {records[int(changed[0])].media}: put it back, give another output folder or, where the "
+                f"content is the same, remove {file}"
+            )
+    _agree(problem)
+
+
+def media_files(records: Sequence, threads: int) -> Int64[np.ndarray, "2 N"]:
+    """Size and time of every record's media file; -1 where it has none."""
+
+    def look(index: int) -> tuple[int, int]:
+        try:
+            record = records[index]
+            status = os.stat(find_media(record)) if record.media else None
+        except (InputError, OSError, ValueError):
+            status = None
+        return (-1, -1) if status is None else (status.st_size, status.st_mtime_ns)
+
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        return np.array(list(pool.map(look, range(len(records)))), np.int64).reshape(-1, 2).T
+
+
+def _read_media(file: Path) -> np.ndarray | None:
+    """None where there is no such file, or it is damaged."""
+    try:
+        return np.load(file)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _agree(problem: str) -> None:
+    """Raises TrainingError on all processes where one has a problem: else the others would wait for it."""
+    if np.any(multihost_utils.process_allgather(np.int32(bool(problem)))):
+        raise TrainingError(problem or "another process found that this is not the run that began; see its output")

@@ -1,0 +1,92 @@
+"""What a run leaves at its end: `model`, a complete checkpoint, and `adapter`, what was trained alone.
+
+Each folder is made beside its place and renamed when it is complete, so that a full disk leaves nothing half-made.
+"""
+
+import contextlib
+import fnmatch
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llamavid_jax.checkpoints.adapter import save_adapter
+from llamavid_jax.checkpoints.weights import load_weights, parse_dtype, save_part, save_weights
+from llamavid_jax.errors import InputError
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.models.lora import ADAPTERS, LoraConfig, merge_lora
+from llamavid_jax.models.structure import Params
+from llamavid_jax.parallel.mesh import host_mesh
+from llamavid_jax.training.config import StartConfig
+from llamavid_jax.training.start import Start, with_adapter
+
+
+def save_result(
+    output: Path, start: Start, trained: Params, dtype: str, lora: LoraConfig | None, source: StartConfig
+) -> None:
+    """Writes `output/adapter`, which is small, and then `output/model` in `dtype`.
+
+    With LoRA the model holds the updates merged, and the adapter is in PEFT's layout, with whatever else was trained
+    beside it in `adapter/weights`.  Raises InputError where they cannot be written.
+    """
+    updates = {path: value for path, value in trained.items() if fnmatch.fnmatchcase(path, ADAPTERS)}
+    beside = {path: value for path, value in trained.items() if path not in updates}
+    if lora:
+        updates = multihost_utils.process_allgather(updates, tiled=True)
+    if lora or (start.frozen and beside):
+        with replaced(output / "adapter") as folder:
+            if lora and jax.process_index() == 0:
+                save_adapter(folder, updates, lora, start.config, base=source.model)
+            if start.frozen and beside:
+                save_part(folder, beside)
+    if lora and lora.base != "float":
+        params = merged_on_host(start, source, updates, dtype, lora) | beside
+    else:
+        params = start.frozen | trained
+        params = merge_lora(params, lora) if lora else params
+    with replaced(output / "model") as folder:
+        if jax.process_index() == 0:
+            vision, aspect = start.config.vision_tower_config, start.config.image_aspect_ratio
+            for part in (start.config, start.tokenizer, start.qformer_tokenizer):
+                part.save_pretrained(folder)
+            LLaMAVIDLlavaImageProcessor(vision.image_size, image_aspect_ratio=aspect).save_pretrained(folder)
+        save_weights(folder, {path: value.astype(parse_dtype(dtype)) for path, value in params.items()})
+
+
+def merged_on_host(
+    start: Start, source: StartConfig, updates: dict[str, np.ndarray], dtype: str, lora: LoraConfig
+) -> dict[str, np.ndarray]:
+    """What the run started from, read again, with the updates added to its full-precision kernels.
+
+    QLoRA's devices may have no room for it beside the quantised kernels; every process makes all of it.
+    """
+    mesh = host_mesh()
+    with jax.set_mesh(mesh):
+        params = load_weights(source.model, start.config, dtype, mesh)
+        merged = merge_lora(with_adapter(params, source.adapter) | updates, lora)
+    return {path: np.asarray(value) for path, value in merged.items()}  # process 0 writes these
+
+
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, for all processes, which takes its place once all have left the block."""
+    aside, first = folder.with_name(f"{folder.name}.incomplete"), jax.process_index() == 0
+    try:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        multihost_utils.sync_global_devices(f"{aside} made")
+        yield aside
+        multihost_utils.sync_global_devices(f"{aside} written")
+        if first:
+            if folder.exists():
+                shutil.rmtree(folder)
+            aside.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error}); free space there, and run the same again") from None
+    finally:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,165 @@
+"""A conversation: its layout is the processor's, what it has computed stays, and it may go on for ever."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from paths import GOLDEN, ROOT
+
+from llamavid_jax import LLaMAVIDLlavaImageProcessor, LLaMAVIDLlavaProcessor
+from llamavid_jax.errors import InputError
+from llamavid_jax.inference.session import Session
+from llamavid_jax.shapes import IMAGE_TOKEN
+from llamavid_jax.text.subtitles import Cue
+
+CLIP = str(ROOT / "demo" / "space.mp4")
+IMAGES = LLaMAVIDLlavaImageProcessor(56)
+QUESTIONS = ("what is in the video?", "which\ncar is it", "who?")
+SHORT = {"max_new_tokens": 8}
+
+
+def picture(value: int) -> np.ndarray:
+    return np.full((40, 30, 3), value, np.uint8)
+
+
+def clip(frames: int) -> np.ndarray:
+    return np.random.default_rng(frames).integers(0, 256, (frames, 30, 40, 3), np.uint8)
+
+
+@pytest.fixture
+def prompts(tiny_model, monkeypatch) -> list[list[int]]:
+    """Ids of every row that the model is asked about."""
+    asked, generate = [], tiny_model.generate
+    monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: asked.append(list(ids[0])) or generate(ids, **kw))
+    return asked
+
+
+@pytest.mark.parametrize("media", [{}, {"videos": [CLIP]}, {"images": [picture(9), picture(200)], "videos": [clip(3)]}])
+def test_the_processor_lays_the_conversation_out_alike(tiny_model, prompts, media):
+    """Same ids, the visual tokens of each turn for its own question, and so the same answers."""
+    session = Session(tiny_model, IMAGES, **media)
+    processor = LLaMAVIDLlavaProcessor(IMAGES, tiny_model.tokenizer, tiny_model.qformer_tokenizer)
+    shown = [{"type": "image", "image": image} for image in media.get("images", ())]
+    shown += [{"type": "video", "video": video} for video in media.get("videos", ())]
+    messages, before = [], 0
+    for number, question in enumerate(QUESTIONS):
+        answer = session.ask(question, **SHORT)
+        words = {"type": "text", "text": question}
+        messages.append({"role": "user", "content": [words] if number else [*shown, words]})
+        inputs = processor.chat(messages)
+        assert inputs["prompts"] == [[asked for asked in QUESTIONS[: number + 1] for _ in shown]]
+        assert inputs["input_ids"][0].tolist() == prompts[-1]
+        alone = type(tiny_model).generate(tiny_model, **inputs, max_new_tokens=8)
+        assert (alone.texts[0].strip(), alone.visual_tokens) == (answer.text, [answer.visual_tokens])
+        assert answer.prompt_tokens == alone.prompt_tokens[0]
+        assert answer.cached_tokens >= before - 2  # what follows may change the last token
+        before = answer.prompt_tokens
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+def test_frames_are_decoded_and_encoded_once(tiny_model, monkeypatch):
+    decoded, done = [], []
+    read = LLaMAVIDLlavaImageProcessor.stream_video
+    monkeypatch.setattr(
+        LLaMAVIDLlavaImageProcessor, "stream_video", lambda *a, **kw: decoded.append(a[1]) or read(*a, **kw)
+    )
+    session = Session(tiny_model, IMAGES, videos=[CLIP], progress=lambda *seen: done.append(seen))
+    assert session.encode() == 12 and done[-1] == (CLIP, 12, 12)
+    assert [session.ask(question, **SHORT).frames for question in QUESTIONS] == [12] * 3
+    assert decoded == [CLIP]
+    once = Session(tiny_model, IMAGES, videos=[CLIP], follow_ups=False)
+    assert once.ask(QUESTIONS[0], **SHORT).text == session.turns[0].answer
+    assert once.features is None and once.ask(QUESTIONS[1], **SHORT).visual_tokens == 24  # stands alone
+
+
+def test_a_question_that_fails_changes_nothing(tiny_model):
+    session = Session(tiny_model, IMAGES, videos=[clip(3)])
+    first = session.ask(QUESTIONS[0], **SHORT)
+    for question, settings, message in (
+        ("is <image> here?", SHORT, "the question holds <image>"),
+        ("caf\udce9", SHORT, "the question holds half a surrogate pair"),
+        ("word " * 2100, SHORT, "more than the 2048 positions"),
+        ("who?", {"max_new_tokens": 2040}, "more than the 2048 positions"),
+    ):
+        with pytest.raises(InputError, match=message):
+            session.ask(question, **settings)
+    assert [turn.answer for turn in session.turns] == [first.text]
+    assert session.ask(QUESTIONS[1], **SHORT).cached_tokens == first.prompt_tokens
+
+
+@pytest.fixture
+def positions(tiny_model, monkeypatch):
+    """Gives the model other positions than its 2,048."""
+
+    def change(trained: int, factor: float = 1.0) -> None:
+        text = dataclasses.replace(tiny_model.config.text_config, max_position_embeddings=trained, rope_factor=factor)
+        monkeypatch.setattr(tiny_model, "config", dataclasses.replace(tiny_model.config, text_config=text))
+
+    return change
+
+
+def test_the_oldest_turns_give_way(tiny_model, positions):
+    """Thirty questions in 320 positions: frames go first, then turns, and each is said once."""
+    positions(320)
+    said = []
+    session = Session(tiny_model, IMAGES, videos=[clip(10)], notice=said.append)
+    answers = [session.ask(f"{number} what who", **SHORT) for number in range(30)]
+    assert max(answer.prompt_tokens for answer in answers) <= 312
+    assert len(said) == 2 and "no frames" in said[0] and "the oldest turns are left out" in said[1]
+    assert {answer.visual_tokens for answer in answers} > {20, 40, 60}
+    assert np.mean([answer.cached_tokens > answer.prompt_tokens / 2 for answer in answers]) > 0.6
+    assert session.turns[-1].question == "29 what who" and 3 <= len(session.turns) < 20
+
+
+def test_beyond_the_trained_positions_earlier_turns_lose_their_frames(tiny_model, positions):
+    """A long-video model would take them, at 80 tokens a turn here and 7,200 for an hour."""
+    positions(300, factor=8.0)
+    said = []
+    session = Session(tiny_model, IMAGES, videos=[clip(40)], notice=said.append)
+    answers = [session.ask(question, **SHORT) for question in QUESTIONS]
+    assert [answer.visual_tokens for answer in answers] == [80, 160, 80]
+    assert said == ["with more than 300 tokens in all, earlier questions keep their words but no frames"]
+    assert [turn.question for turn in session.turns] == list(QUESTIONS)
+
+
+def test_the_newest_question_alone_shows_frames(tiny_model, prompts):
+    session = Session(tiny_model, IMAGES, videos=[clip(3)], newest_alone=True, template="llava_v1")
+    assert [session.ask(question, **SHORT).visual_tokens for question in QUESTIONS] == [6, 6, 6]
+    assert [ids.count(IMAGE_TOKEN) for ids in prompts] == [1, 1, 1]
+    text = tiny_model.tokenizer.decode([token for token in prompts[1] if token >= 0])
+    assert "curious human" in text
+
+
+CASES = json.loads((GOLDEN / "movie" / "cases.json").read_text(encoding="utf-8"))
+FILMS = {
+    case["name"]: case
+    for case in CASES
+    if case["inputs"] is not None
+    and (case["source"], case["video_token"], case["im_start_end"]) == ("whisper", 2, False)
+}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", FILMS)
+def test_a_film_with_subtitles(tiny_model, name):
+    """The recorded ids, from frames and cues."""
+    case = FILMS[name]
+    cues = [Cue(cue["end"], cue["text"]) for cue in case["subtitles"]]
+    fps = case["video_fps"] / round(case["video_fps"])
+    session = Session(tiny_model, IMAGES, videos=[clip(case["frames"])], subtitles=cues, fps=fps)
+    ids, tokens = session.inputs(case["question"])
+    assert ids == case["inference"]["input_ids"]
+    assert [array.shape for array in tokens] == [(2 * case["frames"], 64)]
+
+
+def test_a_conversation_about_a_film(tiny_model, prompts):
+    cues = [Cue(1.5, "Hello."), Cue(3.0, "Bye.")]
+    for follow_ups in (False, True):
+        session = Session(tiny_model, IMAGES, videos=[clip(4)], subtitles=cues, follow_ups=follow_ups)
+        answers = [session.ask(question, **SHORT) for question in QUESTIONS]
+        assert [ids.count(IMAGE_TOKEN) for ids in prompts] == ([8, 16, 24] if follow_ups else [8, 8, 8])
+        assert answers[2].cached_tokens > 0 or not follow_ups
+        prompts.clear()
+    with pytest.raises(InputError, match="subtitles go with one video alone, not with 2 and 0 images"):
+        Session(tiny_model, IMAGES, videos=[clip(4)] * 2, subtitles=cues)

@@ -1,0 +1,94 @@
+"""Subtitles: files as they are written, and the original's recorded layout."""
+
+import json
+
+import pytest
+from paths import GOLDEN
+
+from llamavid_jax.text.conversation import ConversationError
+from llamavid_jax.text.subtitles import Cue, interleave, parse_subtitles, read_subtitles
+
+CASES = {case["name"]: case for case in json.loads((GOLDEN / "movie" / "cases.json").read_text(encoding="utf-8"))}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["inputs"] is not None])
+def test_recorded_layout(name):
+    case = CASES[name]
+    cues = [Cue(cue["end"], cue["text"]) for cue in case["subtitles"]]
+    assert interleave(case["frame_times"], cues) == case["inputs"]
+    if case["source"] == "srt":
+        assert parse_subtitles(case["srt"]) == cues
+
+
+VTT = """WEBVTT - a film
+X-TIMESTAMP-MAP=LOCAL:00:00:00.000
+
+STYLE
+::cue { color: lime }
+
+NOTE an earlier version had
+00:09.000
+
+1
+00:00.500 --> 00:02.000 align:start position:10%
+<v Roger>First <i>line</i>
+second&nbsp;line &amp; more
+
+intro
+01:00:02.000 --> 01:00:04.250
+1984
+
+00:05.000 --> 00:06.000
+
+00:07.000 --> 00:08.000
+<00:07.500>&lt;image&gt; <b>here</b>...
+"""
+
+
+def test_vtt():
+    found = parse_subtitles(VTT)
+    assert [cue.end for cue in found] == [2.0, 3604.25, 8.0]
+    assert [cue.text.split() for cue in found] == [["First", "line", "second", "line", "&", "more"], ["1984"], ["here"]]
+
+
+def test_srt():
+    """Lines of digits are numbers; a cue without text is none; what is behind a blank line still belongs to it."""
+    text = (
+        "\r\n7\r\n00:00:01,000 --> 00:00:02,000\r\n\r\n8\r\n0:0:3,5 --> 00:00:04.25 X1:0\r\n{\\an8}<i>Hi</i>  <font\r\n"
+        "<im<image>age> 5 < 6\r\n\r\nbehind\r\n1984\r\n...\r\n"
+    )
+    assert parse_subtitles(text) == [Cue(4.25, "Hi  <font <im age> 5 < 6 behind")]
+    assert parse_subtitles("no times\n1\n00:00:01,000 ->\n") == []
+
+
+def test_no_text_takes_a_frames_place():
+    cues = parse_subtitles("0:01.0 --> 0:02.0\n<im<i>age>\n")
+    assert interleave([0.0, 1.0], cues).count("<image>") == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no subtitles"),
+        (b"WEBVTT\n", "holds no subtitles"),
+        (b"1\n00:00:01,000 --> 00:00:02,000\ncaf\xe9\n", "is not UTF-8 .byte 35.; save it"),
+        (b"0:01.0 --> 0:02.0\na\n" * 2**20, "holds no subtitles"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, content, message):
+    (tmp_path / "film.srt").write_bytes(content)
+    with pytest.raises(ConversationError, match=f"film.srt {message}"):
+        read_subtitles(tmp_path / "film.srt")
+
+
+@pytest.mark.parametrize("name", ["nothing.srt", "", "a\0b", "~nobody-here/a.srt"])
+def test_names_that_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConversationError, match="cannot be read"):
+        read_subtitles(name)
+
+
+def test_a_byte_order_mark(tmp_path):
+    (tmp_path / "film.srt").write_bytes("\ufeff1\n00:00:00,000 --> 00:00:01,000\nÀ\n".encode())
+    assert read_subtitles(str(tmp_path / "film.srt")) == [Cue(1.0, "À")]
