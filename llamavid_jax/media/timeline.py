@@ -83,6 +83,8 @@ def timeline_of(
     if len(parts) == 1 and len(steps) and math.isclose(durations[:-1].sum(), times[-1], rel_tol=0.01):
         end = times[-1] + min(durations[-1] or step, max(steps.max(), JUMP))
     average_fps = declared_fps if _keeps_rate(times, declared_fps, 0.5 if has_times else 3.0) else 0.0
+    if average_fps and not has_times:
+        times = np.arange(len(times)) / average_fps
     return Timeline(np.concatenate(parts), times, float(end), average_fps)
 
 
