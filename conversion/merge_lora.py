@@ -13,17 +13,20 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from llamavid_jax.checkpoints.adapter import check_tensors, peft_tensors, read_peft_config, read_values
-from llamavid_jax.checkpoints.weights import WEIGHTS
+from llamavid_jax.checkpoints.arrays import Arrays
+from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, Parser, command
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_jax, weight_table
 
-from . import folder, orbax_store
+from . import folder
+from .orbax_store import LayerWriter
 from .read_torch import read_file
 from .stored_tensor import StoredTensor
 
@@ -60,18 +63,14 @@ def read_full_modules(source: Path, table: list[Weight]) -> dict[str, StoredTens
     return full
 
 
-def read_full_parameters(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> orbax_store.Arrays | None:
+def read_full_parameters(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays | None:
     """The parameters that `train.py` trained in full; None where there are none."""
     directory = source / WEIGHTS
     if not directory.is_dir():
         return None
-    arrays = orbax_store.Arrays(directory)
-    for path in arrays.paths:
-        given, wanted = arrays[path].shape, shapes.get(path, "no such parameter")
-        if given != wanted:
-            raise CheckpointError(
-                f"{directory}: {path} has shape {given}, the base {wanted}; give the base that it was trained on"
-            )
+    arrays = Arrays(directory, "copy it again")
+    known = {path: shapes[path] for path in arrays if path in shapes}
+    check_params(directory, arrays, known, "give the base that it was trained on")
     return arrays
 
 
@@ -95,19 +94,18 @@ def merged(
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """Writes the folder `out`.  Raises InputError, and leaves nothing at `out` then."""
     config = LLaMAVIDLlavaConfig.from_pretrained(base).require_whole(base)
-    table, arrays = weight_table(config, "original"), orbax_store.Arrays(base / "weights")
+    table, arrays = weight_table(config, "original"), Arrays(base / WEIGHTS)
     lora, updates = read_adapter(adapter, config)
     shapes = inventory.shapes(config)
     full, own = read_full_modules(adapter, table), read_full_parameters(adapter, shapes)
-    replaced = set(own.paths) if own else set()
-    if differing := set(shapes) ^ set(arrays.paths):
-        raise CheckpointError(f"{base} has other parameters than its config.json describes, such as {min(differing)}")
+    replaced = set(own or ())
+    check_params(arrays.folder, arrays, shapes)
     with folder.whole_folder(out) as partial:
-        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("weights"))
+        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
         dtypes = {path: arrays[path].dtype.numpy_dtype for path in shapes}
         stacked = {weight.path for weight in table if weight.index is not None}
-        orbax_store.create(partial / "weights", shapes, dtypes, stacked)
-        written = orbax_store.Arrays(partial / "weights")
+        empty = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in shapes.items()}
+        written = LayerWriter(partial / WEIGHTS, empty, stacked)
         for weight in table:
             start = (own if weight.path in replaced else arrays).read(weight.path, weight.index)
             value = merged(start.astype(dtypes[weight.path]), weight, lora, updates, full)
@@ -116,19 +114,15 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     print(f"{out}: {len(updates) // 2} kernels updated, {count} weights replaced")
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.merge_lora", description=__doc__.split("\n\n")[0])
     parser.add_argument("base", metavar="BASE", type=Path, help="a converted checkpoint")
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder of a LoRA adapter")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
-    try:
-        options = parser.parse_args(arguments)
-        merge(options.base, options.adapter, options.out)
-    except InputError as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_args(arguments)
+    merge(options.base, options.adapter, options.out)
     return 0
 
 

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from llamavid_jax.commands.program import keep_programs
-from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, Parser, command
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.quantize import quantize_kernels
 from llamavid_jax.models.structure import flat_paths
@@ -34,7 +34,8 @@ from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_jax, weight_table
 from llamavid_jax.weights.llama import QUANTISED
 
-from . import folder, orbax_store
+from . import folder
+from .orbax_store import LayerWriter
 from .positions import resize_positions
 from .read_gguf import write_tokenizer
 from .sources import Source, Tensor, model_config, open_sources
@@ -161,13 +162,7 @@ def write_weights(
 
     whole = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in plan.shapes.items()}
     stored = whole if quantize is None else flat_paths(jax.eval_shape(few_bits, whole))
-    orbax_store.create(
-        out,
-        {path: leaf.shape for path, leaf in stored.items()},
-        {path: leaf.dtype for path, leaf in stored.items()},
-        {path for path in stored if path in stacked or path.rpartition(".")[0] in stacked},
-    )
-    arrays = orbax_store.Arrays(out)
+    arrays = LayerWriter(out, stored, {path for path in stored if {path, path.rpartition(".")[0]} & stacked})
 
     def write(weight: Weight, value: np.ndarray) -> None:
         value = value.astype(dtypes[weight.path], copy=False)
@@ -259,6 +254,7 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
     return [f"{what}: {', '.join(names)}"] if names else []
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("source", metavar="SRC", type=Path, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
@@ -276,15 +272,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--init-missing", metavar="SEED", type=int, help="random values for weights that no file holds")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
-    try:
-        options = vars(parser.parse_args(arguments))
-        options["config_file"] = options.pop("config")
-        keep_programs()
-        convert(options.pop("source"), options.pop("out"), **options)
-    except InputError as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        return 130
+    options = vars(parser.parse_args(arguments))
+    options["config_file"] = options.pop("config")
+    keep_programs()
+    convert(options.pop("source"), options.pop("out"), **options)
     return 0
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -16,7 +17,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: object = ""):
-        super().__init__(printable(message, kept="\n\t"))
+        super().__init__(printable(message))
 
 
 class ConfigError(InputError):
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Makes a function of arguments a command: its streams are usable, bad input is one line, Ctrl-C a code."""
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
@@ -89,17 +90,21 @@ def printable(text: object, kept: str = "") -> str:
     )
 
 
-def open_streams() -> set[str]:
-    """Makes the standard streams usable: those that are closed, whose names it returns, lead nowhere from now on.
+def open_streams() -> None:
+    """Makes the standard streams usable: those that are closed lead nowhere from now on.
 
     Else the next file that is opened would take their place.  Text that a stream cannot hold is escaped.
     """
-    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
-    for name in closed:  # in the order of their numbers: a file gets the lowest that is free
-        setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers: a file gets the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    return set(closed)
+
+
+def was_closed(stream: Any) -> bool:
+    """Whether `open_streams` found it so."""
+    return getattr(stream, "name", None) == os.devnull

@@ -21,6 +21,7 @@ from llamavid_jax.models.structure import Structure, params_of
 from llamavid_jax.parallel.sharding import param_shardings
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.text.tokenizer import Tokenizer
+from llamavid_jax.weights import inventory
 
 Model = TypeVar("Model")  # the class that is asked; beartype knows no typing.Self
 
@@ -57,7 +58,7 @@ class PretrainedModel:
         if params is None:
             shardings = mesh and param_shardings(self.structure.shapes, config, mesh)
             params = jax.jit(lambda: params_of(make()), out_shardings=shardings)()
-        check_params("params", params, self.structure.shapes)
+        check_params("params", params, inventory.shapes(config))
         self.params = params
 
     @classmethod

@@ -1,16 +1,15 @@
 """Weights on disk: an Orbax checkpoint of the nested dict of parameters, read straight onto a mesh."""
 
 import dataclasses
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
-import tensorstore
 from jax.sharding import AbstractMesh, Mesh
 
+from llamavid_jax.checkpoints.arrays import Arrays, chunk_shape, write_arrays
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, ConfigError
 from llamavid_jax.files import find
@@ -37,13 +36,17 @@ def weights_folder(directory: str | Path) -> Path:
 
 
 def save_weights(directory: str | Path, params: Mapping[str, Any]) -> None:
-    """Writes `directory/weights`; Orbax writes aside and renames, so that it is complete or absent."""
+    """Writes `directory/weights`, complete or not at all; every process its own shards of what is sharded."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be made ({error.strerror}); give a folder, not a file") from None
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(weights_folder(directory), nest(params), force=True)
+
+    def chunk(value: Any) -> tuple[int, ...]:
+        shard = value.sharding.shard_shape(value.shape) if isinstance(value, jax.Array) else value.shape
+        return chunk_shape(shard, value.dtype.itemsize)
+
+    write_arrays(weights_folder(directory), params, {path: chunk(value) for path, value in params.items()})
 
 
 def load_weights(
@@ -60,43 +63,22 @@ def load_weights(
     devices never hold them in full precision.
     Raises CheckpointError when the weights are missing, damaged, or not those of `config`.
     """
-    path = weights_folder(find(directory))
-    if not path.is_dir():
+    folder = weights_folder(find(directory))
+    if not folder.is_dir():
         raise CheckpointError(
-            f"{path} does not exist: {directory} is not a converted checkpoint; "
+            f"{folder} does not exist: {directory} is not a converted checkpoint; "
             "make one with `python -m conversion.torch_to_jax SRC OUT`"
         )
-    target = abstract_params(config, dtype, mesh, float32)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-
-        def restore(some: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-            item = nest(some)
-            how = ocp.checkpoint_utils.construct_restore_args(item)
-            arguments = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-            return flat_paths(checkpointer.restore(path, args=arguments))
-
-        try:
-            if (path / "manifest.ocdbt").exists():  # of a damaged index Orbax prints one traceback an array
-                index = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}
-                tensorstore.KvStore.open(index).result().list().result()
-            stored = checkpointer.metadata(path).item_metadata
-            if stored is None:
-                raise CheckpointError(f"{path}: its metadata (_METADATA) is missing or damaged; convert again")
-            stored = flat_paths(dict(stored.tree))
-            plain = dataclasses.replace(config, quantization="none")
-            to_quantize = [name for name in stored if f"{name}.qvalue" in target]
-            whole = abstract_params(plain, dtype, host_mesh()) if to_quantize else target
-            check_params(path, stored, whole)
-            restored = restore({name: target[name] for name in stored if name in target})
-            for name in to_quantize:
-                restored |= _quantized(whole[name], name, restore, config.quantization, target)
-        except CheckpointError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            raise CheckpointError(
-                f"{path} is damaged ({type(error).__name__}: {first_line(error)}); convert again"
-            ) from error
-    return {name: restored[name] for name in target}
+    stored, target = Arrays(folder), abstract_params(config, dtype, mesh, float32)
+    plain = dataclasses.replace(config, quantization="none")
+    to_quantize = [path for path in stored if f"{path}.qvalue" in target]
+    whole = abstract_params(plain, dtype, host_mesh()) if to_quantize else target
+    check_params(folder, stored, {path: leaf.shape for path, leaf in whole.items()})
+    restored = {path: stored.restore(path, leaf) for path, leaf in target.items() if path in stored}
+    for path in to_quantize:
+        kernel = stored.restore(path, whole[path])
+        restored |= _quantized(path, kernel, config.quantization, target)
+    return {path: restored[path] for path in target}
 
 
 def abstract_params(
@@ -119,12 +101,12 @@ def abstract_params(
 
 
 def _quantized(
-    kernel: jax.ShapeDtypeStruct, name: str, restore: Callable, kind: str, target: Mapping[str, jax.ShapeDtypeStruct]
+    path: str, kernel: jax.Array, kind: str, target: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """`{name}.qvalue` and `{name}.scale` in their places, of a kernel that only the host holds in full precision."""
+    """`{path}.qvalue` and `{path}.scale` in their places, of a kernel that only the host holds in full precision."""
     from llamavid_jax.models.quantize import quantize_kernels  # Qwix takes a second to import
 
-    parts = flat_paths({name: quantize_kernels(restore({name: kernel})[name], QUANTISED[name], kind)})
+    parts = flat_paths({path: quantize_kernels(kernel, QUANTISED[path], kind)})
     placed = {part: jax.device_put(value, target[part].sharding) for part, value in parts.items()}
     return jax.block_until_ready(placed)  # before the next kernel is read
 
@@ -139,54 +121,29 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
 
     Raises CheckpointError for a folder without a part, and for parameters that `onto` lacks or has in other shapes.
     """
-    path = weights_folder(directory)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist; give the `adapter` folder of a training run")
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            tree = dict(checkpointer.metadata(path).item_metadata or {})
-            stored = flat_paths(tree)
-            known = {name: onto[name] for name in stored if name in onto}
-            check_params(path, stored, known, "give the adapter of a run of this model")
-            target = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in known.values()]
-            return flat_paths(checkpointer.restore(path, jax.tree.unflatten(jax.tree.structure(tree), target)))
-        except CheckpointError:
-            raise
-        except Exception as error:  # of many kinds, as in load_weights
-            raise CheckpointError(
-                f"{path} is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
-            ) from error
+    folder = weights_folder(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist; give the `adapter` folder of a training run")
+    stored = Arrays(folder, "copy it again")
+    known = {path: onto[path] for path in stored if path in onto}
+    check_params(
+        folder, stored, {path: x.shape for path, x in known.items()}, "give the adapter of a run of this model"
+    )
+    return {path: stored.restore(path, x) for path, x in known.items()}
 
 
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.b": x}` → `{"a": {"b": x}}`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split(".")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
-
-
-def check_params(source: Any, given: dict[str, Any], expected: dict[str, Any], remedy: str = "convert again") -> None:
+def check_params(
+    source: Any, given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], remedy: str = "convert again"
+) -> None:
     """Raises CheckpointError unless the arrays of `source` have the paths and shapes of the configuration's."""
-    missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    missing, extra = sorted(shapes.keys() - given.keys()), sorted(given.keys() - shapes.keys())
     if missing or extra:
         raise CheckpointError(
             f"{source} does not hold the weights of the configuration: {len(missing)} missing "
             f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}); {remedy}"
         )
-    for name, leaf in expected.items():
-        if tuple(given[name].shape) != leaf.shape:
+    for name, shape in shapes.items():
+        if tuple(given[name].shape) != shape:
             raise CheckpointError(
-                f"{source}: {name} is {tuple(given[name].shape)}, but the configuration asks for {leaf.shape}; {remedy}"
+                f"{source}: {name} is {tuple(given[name].shape)}, but the configuration asks for {shape}; {remedy}"
             )
-
-
-def first_line(error: BaseException) -> str:
-    """Of the error that the others were raised from: it names the file and what is wrong with it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]

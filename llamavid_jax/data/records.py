@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from llamavid_jax.data.record import DataError, Record
+from llamavid_jax.data.record import DataError, Record, as_utf8
 from llamavid_jax.media import features
 from llamavid_jax.media.images import open_image
 from llamavid_jax.media.source import MediaError, local_file
@@ -121,8 +121,13 @@ class Records(Sequence):
         row = self.rows[index]
         if not isinstance(row, Mapping):
             raise DataError(f"record {index} is {str(row)[:60]!r}; it must be an object with 'conversations'")
-        name = str(index) if row.get("id") is None else str(row["id"])
+        name = str(index) if row.get("id") is None else as_utf8(str(row["id"]))
         conversations = row.get("conversations")
+        if conversations is None and "messages" in row:
+            raise DataError(
+                f"record {name!r} has 'messages', as chat templates write them; LLaVA's format has 'conversations', "
+                'turns of the form {"from": "human" or "gpt", "value": TEXT}'
+            )
         if not isinstance(conversations, list) or not conversations:
             raise DataError(f"record {name!r}: conversations is {str(conversations)[:60]!r}; give a list of turns")
         keys = [key for key in MEDIA_KEYS if row.get(key) is not None]

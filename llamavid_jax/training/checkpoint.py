@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llamavid_jax.checkpoints.weights import first_line
+from llamavid_jax.checkpoints.arrays import first_line
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.models.structure import flat_paths
 

@@ -18,27 +18,27 @@ from converted import CONFIG, ORIGINAL, convert
 from jax.sharding import NamedSharding, PartitionSpec
 from paths import ROOT
 
-from conversion.orbax_store import CHUNK_BYTES, Arrays, chunk_shape
+from conversion.orbax_store import layer_chunk
 from conversion.read_torch import read_checkpoint
 from conversion.torch_config import original_config
+from llamavid_jax.checkpoints.arrays import CHUNK_BYTES, Arrays
 from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
-from llamavid_jax.errors import CheckpointError, ConfigError
+from llamavid_jax.errors import ConfigError
 from llamavid_jax.weights.files import weight_table
 
 
 def test_chunks_are_layers_or_parts_of_them():
-    assert chunk_shape((39, 1408), 2, True) == (39, 1408)  # small: whole
-    assert chunk_shape((32, 4096, 32, 128), 2, True) == (1, 4096, 32, 128)
-    assert chunk_shape((32, 4096, 11008), 2, True) == (1, 4096, 2752)
+    def chunk(shape, dtype, stacked):
+        return layer_chunk(jax.ShapeDtypeStruct(shape, dtype), stacked)
+
+    assert chunk((39, 1408), "bfloat16", True) == (39, 1408)  # small: whole
+    assert chunk((32, 4096, 32, 128), "bfloat16", True) == (1, 4096, 32, 128)
+    assert chunk((32, 4096, 11008), "bfloat16", True) == (1, 4096, 2752)
     for shape, stacked in (((32003, 4096), False), ((40, 5120, 13824), True), ((30523, 768), False)):
-        chunk = chunk_shape(shape, 4, stacked)
-        assert CHUNK_BYTES / 4 < np.prod(chunk) * 4 <= CHUNK_BYTES
-        assert np.prod([-(-size // part) for size, part in zip(shape, chunk, strict=True)]) < 800  # files
-
-
-def test_not_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="is not an Orbax checkpoint"):
-        Arrays(tmp_path)
+        found = chunk(shape, "float32", stacked)
+        assert CHUNK_BYTES / 4 < np.prod(found) * 4 <= CHUNK_BYTES
+        assert all(size % part == 0 for size, part in zip(shape, found, strict=True))
+        assert np.prod([size // part for size, part in zip(shape, found, strict=True)]) < 800  # files
 
 
 @pytest.mark.sharding
@@ -104,7 +104,7 @@ def test_memory_is_that_of_one_tensor(large, tmp_path):
 def test_a_killed_conversion_leaves_nothing_that_loads(large, tmp_path):
     process = run(str(large), str(tmp_path / "out"))
     deadline = time.monotonic() + 1200
-    while not list(tmp_path.glob("out.partial-*/weights/llama.layers.mlp.down.kernel/[0-9]*")):
+    while not list(tmp_path.glob("out.partial-*/weights/llama.layers.mlp.down.kernel/c/[0-9]*")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
