@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_models import BAR, CONFIG, SCALES, features_of, ours, qformer_error, questions, relative_error
-
 from llamavid_jax.models.qformer import dropout
+from torch_models import BAR, CONFIG, SCALES, features_of, ours, qformer_error, questions, relative_error
 
 
 @pytest.mark.parity
