@@ -4,6 +4,7 @@
 byte-level BPE, the one in `tokenizer.json`.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import SupportsIndex
@@ -16,7 +17,7 @@ from llamavid_jax.files import find, write_files
 from llamavid_jax.shapes import IMAGE_TOKEN, pad_rows
 from llamavid_jax.text.conversation import IMAGE, ConversationError, check_text
 from llamavid_jax.text.llama_tokenizer import LlamaTokenizer
-from llamavid_jax.text.tokenizer_files import json_object, max_length, read_files
+from llamavid_jax.text.tokenizer_files import SETTINGS, added_tokens, json_object, max_length, read_files
 
 
 class JsonTokenizer:
@@ -31,7 +32,7 @@ class JsonTokenizer:
         """Those of `added` that the file does not know get the next ids."""
         path = Path(directory) / self.FILE
         remedy = "copy the language model's tokenizer.json there"
-        self._files = read_files(directory, path.name, ("tokenizer_config.json", "special_tokens_map.json"), remedy)
+        self._files = read_files(directory, path.name, SETTINGS, remedy)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._files[path.name])
         except Exception as error:  # the library raises bare Exception
@@ -40,6 +41,15 @@ class JsonTokenizer:
             self._files[path.name] = self._tokenizer.to_str().encode()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        for number, token in sorted(added_tokens(self._files, directory).items()):
+            if self._tokenizer.token_to_id(token.content) is None:
+                add = self._tokenizer.add_special_tokens if token.special else self._tokenizer.add_tokens
+                add([tokenizers.AddedToken(**dataclasses.asdict(token))])
+            if (found := self._tokenizer.token_to_id(token.content)) != number:
+                raise ConversationError(
+                    f"{path} has the id {found} for the added token {token.content!r}, the files beside it {number}; "
+                    "copy the files of one tokenizer"
+                )
         config_path = path.with_name("tokenizer_config.json")
         config = json_object(self._files, config_path.name, directory)
         config |= json_object(self._files, "special_tokens_map.json", directory)
