@@ -122,7 +122,8 @@ def _check(source: Source, weight: Weight, tensor: Tensor, new_rows: Mapping[str
     resizable = weight.path == "vision.position" and same_width
     if resizable and source.resizable:
         return True
-    if same_width and weight.shape[0] - tensor.shape[0] == new_rows.get(weight.path, 0):
+    rows = new_rows.get(weight.path)
+    if rows and same_width and weight.shape[0] - tensor.shape[0] == rows:
         return True
     remedy = "--image-size N resizes it" if resizable else "check config.json, or give the right sizes with --config"
     raise CheckpointError(

@@ -188,7 +188,7 @@ def test_a_header_tells_of_pixels_that_cannot_be_used(tmp_path):
 
 def test_the_canvas_of_a_panorama_is_no_gigabyte():
     picture = Image.new("RGB", (16_000, 2000), (9, 9, 9))
-    padded = pad_to_square(picture)
+    padded = pad_to_square(picture, CLIP_MEAN)
     assert padded.size == (8000, 8000)
     small = resize_and_crop(padded, 224)
     assert tuple(small[0, 0]) == (122, 116, 104) and tuple(small[112, 112]) == (9, 9, 9)
