@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from llamavid_jax.config.schema import LlamaConfig
+from llamavid_jax.config.parts import LlamaConfig
 from llamavid_jax.errors import CheckpointError
 
 _NAMES = {

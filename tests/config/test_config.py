@@ -220,7 +220,7 @@ BAD = {
     "feature_layer is -2; this tower has -1, its last": {**OWN, "vision_tower_config": {"feature_layer": -2}},
     "image_mean is (0.5,); three numbers": {**OWN, "vision_tower_config": {"image_mean": [0.5]}},
     "image_std is (1.0, 1.0, 0.0)": {**OWN, "vision_tower_config": {"image_std": [1.0, 1.0, 0.0]}},
-    "cross_attention_frequency is 2, but every layer": {**OWN, "bert_type": "raw_bert"},
+    "cross_attention_frequency is 2, but every layer": {**OWN, "bert_type": "raw_bert", "qformer_config": {}},
     "only linear scaling is known": {**ORIGINAL, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "hidden_act is 'gelu'": {**ORIGINAL, "hidden_act": "gelu"},
     "attention_bias is true": {**ORIGINAL, "attention_bias": True},

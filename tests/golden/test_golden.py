@@ -6,6 +6,7 @@ Each is recognised by what its file holds, so that other recordings can be run a
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from conversion.read_torch import read_checkpoint
 from conversion.resize import grow_rows, resize_positions
 from conversion.torch_to_jax import main as torch_to_jax
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
-from llamavid_jax.config.schema import CLIP_MEAN, CLIP_STD, LLaMAVIDLlavaConfig
+from llamavid_jax.config.parts import CLIP_MEAN, CLIP_STD
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.labels import training_example
 from llamavid_jax.media.images import normalize, pad_to_square, resize_and_crop
 from llamavid_jax.shapes import END, START
@@ -40,7 +42,7 @@ pytestmark = pytest.mark.golden
 
 def pytest_generate_tests(metafunc):
     """One test for each recording; what DIR does not hold has none."""
-    root = Path(metafunc.config.getoption("--golden"))
+    root = Path(metafunc.config.getoption("--golden") or GOLDEN)
     for kind, cases in find_recordings(root).items():
         if kind in metafunc.fixturenames:
             metafunc.parametrize(kind, cases, ids=[str(case.relative_to(root)) for case in cases])
@@ -234,8 +236,14 @@ def test_folders_with_some_kinds_of_cases(kept, passed, tmp_path):
             np.savez(tmp_path / "recorded.npz", something=np.ones(3))
         else:
             shutil.copytree(GOLDEN / name, tmp_path / f"case of {name}")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "golden", "--golden", str(tmp_path), __file__]
-    done = subprocess.run([*command, "-k", "not folders"], cwd=ROOT, capture_output=True, text=True)
+    entry = tmp_path.with_name(f"{tmp_path.name}-installed")  # as `make test` installs tests/golden_option
+    shutil.copytree(ROOT / "tests" / "golden_option", entry)
+    (entry / "golden_option-0.dist-info").mkdir()
+    (entry / "golden_option-0.dist-info" / "entry_points.txt").write_text("[pytest11]\ngolden_option = golden_option\n")
+    (entry / "golden_option-0.dist-info" / "METADATA").write_text("Name: golden_option\nVersion: 0\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "golden", "--golden", str(tmp_path), "-k", "not folders"]
+    environment = os.environ | {"PYTHONPATH": str(entry)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     summary = done.stdout.splitlines()[-1]
     good = "unknown" not in kept and bool(passed)
     assert (f"{passed} passed" in summary) == bool(passed) and ("1 failed" in summary) != good, done.stdout

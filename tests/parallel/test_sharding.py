@@ -11,12 +11,8 @@ import pytest
 from paths import GOLDEN
 
 from llamavid_jax.checkpoints.weights import abstract_params
-from llamavid_jax.config.schema import (
-    LlamaConfig,
-    LLaMAVIDLlavaConfig,
-    LLaMAVIDLlavaQFormerConfig,
-    LLaMAVIDLlavaVisionConfig,
-)
+from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig, LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.parallel import sharding

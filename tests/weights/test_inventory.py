@@ -10,12 +10,8 @@ from flax import nnx
 from paths import GOLDEN
 
 from conversion.resize import resize_positions
-from llamavid_jax.config.schema import (
-    LlamaConfig,
-    LLaMAVIDLlavaConfig,
-    LLaMAVIDLlavaQFormerConfig,
-    LLaMAVIDLlavaVisionConfig,
-)
+from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig, LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.lora import LoraConfig, add_lora
