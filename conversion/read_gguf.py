@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 
-from llamavid_jax.config.schema import LlamaConfig
+from llamavid_jax.config.parts import LlamaConfig
 from llamavid_jax.errors import CheckpointError
 
 from .stored_tensor import MAX_AXES

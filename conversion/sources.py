@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
+from llamavid_jax.config.parts import LlamaConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 
 from .read_gguf import GgufTensor, gguf_config, read_gguf

@@ -226,7 +226,7 @@ def convert(
 ) -> Plan:
     """Writes the folder `out`; see the command line for the arguments.
 
-    Raises CheckpointError or `llamavid_jax.config.schema.ConfigError`, and leaves nothing at `out` then.
+    Raises CheckpointError or `llamavid_jax.errors.ConfigError`, and leaves nothing at `out` then.
     """
     console = console or Console(stderr=True)
     began = time.monotonic()

@@ -17,13 +17,8 @@ import transformers
 from flax import nnx
 from torch.nn import functional
 
-from llamavid_jax.config.schema import (
-    LlamaConfig,
-    LLaMAVIDLlavaConfig,
-    LLaMAVIDLlavaQFormerConfig,
-    LLaMAVIDLlavaVisionConfig,
-    projector_depth,
-)
+from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig, LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, projector_depth
 from llamavid_jax.models import llama_vid
 from llamavid_jax.models.structure import Structure
 from llamavid_jax.weights import inventory

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int32
 from PIL import Image
 
-from llamavid_jax.config.schema import LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
 from llamavid_jax.data.labels import TextExample, training_example
 from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.data.records import decode, find_media, media_file, media_size, thinned

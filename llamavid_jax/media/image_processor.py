@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 from PIL import Image
 
-from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find, write_files
 from llamavid_jax.media.images import normalize, open_image, pad_to_square, resize_and_crop, to_rgb

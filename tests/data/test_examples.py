@@ -10,7 +10,7 @@ from clips import cut, index_frame, read_index, write_clip
 from paths import GOLDEN
 from PIL import Image
 
-from llamavid_jax.config.schema import CLIP_MEAN
+from llamavid_jax.config.parts import CLIP_MEAN
 from llamavid_jax.data.build_shards import read_header
 from llamavid_jax.data.examples import ExampleReader, SampleSize, thinned
 from llamavid_jax.data.labels import training_example

@@ -13,7 +13,8 @@ from PIL import Image
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor, LLaMAVIDLlavaProcessor
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
-from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig, LLaMAVIDLlavaQFormerConfig
+from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import ConversationError

@@ -8,7 +8,7 @@ from clips import index_frame, write_clip
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llamavid_jax.config.schema import CLIP_MEAN, CLIP_STD
+from llamavid_jax.config.parts import CLIP_MEAN, CLIP_STD
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.media.image_processor import FILE_NAME, LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.images import normalize, pad_to_square, resize_and_crop

@@ -13,7 +13,7 @@ from paths import GOLDEN
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llamavid_jax.config.schema import CLIP_MEAN, CLIP_STD
+from llamavid_jax.config.parts import CLIP_MEAN, CLIP_STD
 from llamavid_jax.media.images import check_picture, normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError
 
