@@ -86,7 +86,7 @@ def test_positions_are_resized_when_asked(tmp_path):
     report = convert(ORIGINAL, tmp_path / "a", image_size=84)
     convert(tmp_path / "vicuna", tmp_path / "b", **parts, image_size=84)
     name = "model.vision_tower.vision_tower.pos_embed"
-    assert f"resized to the image size: {name}" in report
+    assert f"resized: {name}" in report
     grid = state_dict()[name][0, 1:].reshape(1, 4, 4, 64).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)
     expected = torch.cat([state_dict()[name][0, :1], grid.permute(0, 2, 3, 1).reshape(36, 64)]).numpy()
