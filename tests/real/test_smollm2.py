@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from paths import ROOT
+from paths import GOLDEN
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from conversion import torch_to_jax
@@ -41,7 +41,7 @@ def gguf() -> Path:
 def converted(gguf, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     (folder / "sizes.yaml").write_text(TINY_PARTS)
-    vocabulary = ROOT / "golden/short_video_mean/qformer_tokenizer"
+    vocabulary = GOLDEN / "short_video_mean/qformer_tokenizer"
     options = ["--config", str(folder / "sizes.yaml"), "--bert-tokenizer", str(vocabulary), "--init-missing", "0"]
     assert torch_to_jax.main([str(gguf), str(folder / "out"), *options]) == 0
     return folder / "out"
