@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, as they are impo
 	touch $@
 
 .venv/ready-test: .venv/ready pyproject.toml
-	$(INSTALL) --editable ".[train,convert,demo,test]"
+	$(INSTALL) --editable ".[train,convert,demo,test]" --editable tests/golden_option
 	touch $@
 
 # The TPU compiler that the installed JAX names (213 MB), for tests that look for it there.

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 
 from benchmarks.timing import seconds
-from llamavid_jax.config.schema import LlamaConfig
+from llamavid_jax.config.parts import LlamaConfig
 
 OTHERS = ("rope_theta", "rope_factor", "eos_token_id")  # fields that do not change the work
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
+from llamavid_jax.text.chat_template import save_chat_template
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
 TEXT_FILES = (
@@ -55,7 +56,8 @@ def copy_tokenizers(
     for name in TEXT_FILES:
         if (text / name).is_file():
             shutil.copy(text / name, out / name)
-    check_tokenizers(config, load_tokenizers(text)[0], None, text)
+    save_chat_template(out)
+    check_tokenizers(config, load_tokenizers(text, config)[0], None, text)
     if not any((out / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         if tokenizer is not None:
             raise CheckpointError(f"--tokenizer {tokenizer} holds neither tokenizer.model nor tokenizer.json")

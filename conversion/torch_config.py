@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig, LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 
 

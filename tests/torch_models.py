@@ -17,13 +17,8 @@ import transformers
 from flax import nnx
 from torch.nn import functional
 
-from llamavid_jax.config.schema import (
-    LlamaConfig,
-    LLaMAVIDLlavaConfig,
-    LLaMAVIDLlavaQFormerConfig,
-    LLaMAVIDLlavaVisionConfig,
-    projector_depth,
-)
+from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig, LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, projector_depth
 from llamavid_jax.models import llama_vid
 from llamavid_jax.models.structure import Structure
 from llamavid_jax.weights import inventory
@@ -74,8 +69,7 @@ class TorchLlamaVid(torch.nn.Module):
         dropout = sizes.pop("dropout")
         self.qformer = transformers.InstructBlipQFormerModel(
             transformers.InstructBlipQFormerConfig(
-                **sizes,
-                encoder_hidden_size=vision.hidden_size,
+                **sizes | {"encoder_hidden_size": vision.hidden_size},
                 hidden_dropout_prob=dropout,
                 attention_probs_dropout_prob=dropout,
                 attn_implementation="eager",

@@ -18,14 +18,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.files import find
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.text.chat import read_messages
+from llamavid_jax.shapes import START
+from llamavid_jax.text.chat import Chat, read_messages
+from llamavid_jax.text.chat_template import save_chat_template
 from llamavid_jax.text.conversation import (
     IMAGE,
     ConversationError,
     check_text,
+    marked,
     question_per_image,
     template_named,
 )
@@ -34,7 +40,7 @@ from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images, load_toke
 
 
 class ModelInputs(dict):
-    """What `model(**inputs)` and `model.generate(**inputs)` take, by name.
+    """What `model(**inputs)` and `model.generate(**inputs)` take, by name: `inputs["input_ids"]`, `inputs.input_ids`.
 
     `timestamps` holds the seconds of the frames, float64 [F] for each visual of each sample.
     """
@@ -43,28 +49,39 @@ class ModelInputs(dict):
         super().__init__(inputs)
         self.timestamps = timestamps
 
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"the inputs have no {name!r}; they have {', '.join(self)} and timestamps")
+        return self[name]
+
 
 class LLaMAVIDLlavaProcessor:
     """Image processor, language model's tokenizer and Q-Former's tokenizer of one checkpoint folder."""
 
     def __init__(
-        self, image_processor: LLaMAVIDLlavaImageProcessor, tokenizer: Tokenizer, qformer_tokenizer: QFormerTokenizer
+        self,
+        image_processor: LLaMAVIDLlavaImageProcessor,
+        tokenizer: Tokenizer,
+        qformer_tokenizer: QFormerTokenizer,
+        start_end: bool = False,
     ):
-        self.image_processor = image_processor
+        """`start_end`: the model has tokens for the start and the end of a visual (`mm_use_im_start_end`)."""
+        self.image_processor, self.start_end = image_processor, start_end
         self.tokenizer = tokenizer
         self.qformer_tokenizer = qformer_tokenizer
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaProcessor":
         """Reads a converted checkpoint folder.  Raises ConversationError or ConfigError, naming the file and remedy."""
-        return cls(
-            LLaMAVIDLlavaImageProcessor.from_pretrained(directory),
-            load_tokenizer(directory),
-            QFormerTokenizer(Path(directory) / QFormerTokenizer.FOLDER),
-        )
+        images, path = LLaMAVIDLlavaImageProcessor.from_pretrained(directory), Path(directory)
+        has_config = (find(path) / "config.json").is_file()
+        config = LLaMAVIDLlavaConfig.from_pretrained(find(path)) if has_config else LLaMAVIDLlavaConfig()
+        tokenizer = load_tokenizer(directory, config.added_tokens)
+        return cls(images, tokenizer, QFormerTokenizer(path / QFormerTokenizer.FOLDER), config.mm_use_im_start_end)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes preprocessor_config.json, the tokenizer's files and qformer_tokenizer/vocab.txt."""
+        """Writes preprocessor_config.json, the tokenizer's files, qformer_tokenizer/vocab.txt, chat_template.jinja."""
+        save_chat_template(directory)
         for part in (self.image_processor, self.tokenizer, self.qformer_tokenizer):
             part.save_pretrained(directory)
 
@@ -75,31 +92,37 @@ class LLaMAVIDLlavaProcessor:
         videos: Any = None,
         prompts: Any = None,
         *,
-        fps: float | int = 1.0,
+        fps: Any = 1.0,
         template: str = "vicuna_v1",
+        return_tensors: str = "np",
         progress: Any = None,
     ) -> ModelInputs:
         """One sample, or a list of texts with a list of each other argument, None where a sample has none.
 
         `text` is a ready prompt with one `<image>` per visual.  A sample with images and videos gives both lists as
         long as its placeholders, None where the other list has the visual.  `prompts`: one string per placeholder, or
-        one for all; by default the words of the `template`'s user turn around the placeholder.  Raises
+        one for all; by default the words of the `template`'s user turn around the placeholder.  `fps`: a number, or a
+        sample each a number or a list as long as its images and videos.  `return_tensors`: "np" or "jax".  Raises
         ConversationError for text and counts, MediaError for media.
         """
         if isinstance(text, str):
             text, images, videos, prompts = [text], [images], [videos], [prompts]
         if not isinstance(text, Sequence) or not text:
             raise ConversationError(f"text is {text!r}; give a string, or a list of one or more")
-        given = {"images": images, "videos": videos, "prompts": prompts}
+        if return_tensors not in ("np", "jax"):
+            raise ConversationError(f"return_tensors is {return_tensors!r}; use 'np' or 'jax'")
+        rates = fps if isinstance(fps, list | tuple) else [fps] * len(text)
+        given = {"images": images, "videos": videos, "prompts": prompts, "fps": rates}
         for name, values in given.items():
             if values is None:
                 given[name] = [None] * len(text)
             elif not isinstance(values, list | tuple) or len(values) != len(text):
                 raise ConversationError(f"text is a list of {len(text)}; give {name} as a list of that length too")
-        samples = [self._sample(*sample, template, fps, progress) for sample in zip(text, *given.values(), strict=True)]
+        samples = [self._sample(*sample, template, progress) for sample in zip(text, *given.values(), strict=True)]
         input_ids, attention_mask = pad_with_mask([sample.pop("ids") for sample in samples], self.tokenizer.pad_id)
         columns = {name: [sample[name] for sample in samples] for name in samples[0]}
-        return ModelInputs(input_ids=input_ids, attention_mask=attention_mask, **columns)
+        inputs = ModelInputs(input_ids=input_ids, attention_mask=attention_mask, **columns)
+        return inputs if return_tensors == "np" else _on_device(inputs)
 
     def chat(
         self,
@@ -108,35 +131,60 @@ class LLaMAVIDLlavaProcessor:
         add_generation_prompt: bool = True,
         template: str = "vicuna_v1",
         fps: float | int = 1.0,
+        return_tensors: str = "np",
         progress: Any = None,
     ) -> ModelInputs:
         """The same for role/content messages (`text/chat.py`), one conversation or a list of them.
 
         Each of the user's turns is asked with visual tokens of its own, also about what was shown before, as in
         training and in a `Session`.  `add_generation_prompt` asks for the answer to the last message, which must be
-        the user's.
+        the user's.  `fps` holds for the parts that name none.
         """
-        if not isinstance(messages, list | tuple) or not messages:
-            raise ConversationError(f"messages is {messages!r}; give a list of messages with 'role' and 'content'")
-        conversations = messages if isinstance(messages[0], list | tuple) else [messages]
-        chats = [read_messages(conversation) for conversation in conversations]
-        for number, chat in enumerate(chats):
-            if add_generation_prompt and len(chat.turns) % 2 == 0:
-                raise ConversationError(
-                    f"conversation {number} ends with the assistant's message; end it with the user's, or set "
-                    "add_generation_prompt=False"
-                )
+        chats = _read_chats(messages, add_generation_prompt)
         return self(
             [chat.text(template, add_generation_prompt) for chat in chats],
             images=[chat.images for chat in chats],
             videos=[chat.videos for chat in chats],
             prompts=[chat.prompts for chat in chats],
-            fps=fps,
+            fps=[[fps if rate is None else rate for rate in chat.fps] for chat in chats],
             template=template,
+            return_tensors=return_tensors,
             progress=progress,
         )
 
-    def _sample(self, text, images, videos, prompts, template: str, fps, progress) -> dict[str, Any]:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Any],
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        *,
+        template: str = "vicuna_v1",
+        **settings: Any,
+    ) -> str | list[str] | np.ndarray | ModelInputs:
+        """transformers' name for `chat`: the text; with `tokenize` its ids `[B, T]`; with `return_dict` all inputs.
+
+        Text and ids alone read no media, whose parts may then name none.  `settings` are those of `chat`.
+        """
+        if tokenize and return_dict:
+            return self.chat(messages, add_generation_prompt=add_generation_prompt, template=template, **settings)
+        chats = _read_chats(messages, add_generation_prompt, need_sources=False)
+        texts = [chat.text(template, add_generation_prompt) for chat in chats]
+        if tokenize:
+            return pad_with_mask([encode_with_images(self.tokenizer, text) for text in texts], self.tokenizer.pad_id)[0]
+        return texts if isinstance(messages[0], list | tuple) else texts[0]
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        """The text of one row of ids, such as `model.generate(...).token_ids[0]`; special tokens have none."""
+        if not skip_special_tokens:
+            raise ConversationError("special tokens are not decoded; leave skip_special_tokens at True")
+        return self.tokenizer.decode(np.asarray(ids).astype(int).reshape(-1).tolist())
+
+    def batch_decode(self, rows: Sequence[Any], skip_special_tokens: bool = True) -> list[str]:
+        """The text of each row."""
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+    def _sample(self, text, images, videos, prompts, fps, template: str, progress) -> dict[str, Any]:
         check_text(text)
         slots = text.count(IMAGE)
         pixels, timestamps = self._media(images, videos, fps, progress)
@@ -156,6 +204,8 @@ class LLaMAVIDLlavaProcessor:
             raise ConversationError(f"the text has {slots} {IMAGE} placeholders, but {len(prompts)} prompts were given")
         for index, question in enumerate(prompts):
             check_text(question, f"prompt {index}")
+        if START not in text:
+            text = text.replace(IMAGE, marked(IMAGE, self.start_end))
         return {
             "ids": encode_with_images(self.tokenizer, text),
             "pixel_values": pixels[0] if len(pixels) == 1 else pixels or None,
@@ -172,22 +222,54 @@ class LLaMAVIDLlavaProcessor:
             raise ConversationError(
                 "images and videos of one sample must be lists of one length, None where the other has it"
             )
+        rates = fps if isinstance(fps, list | tuple) else [fps] * len(images)
+        if len(rates) != len(images):
+            raise ConversationError(f"fps is {fps!r}; give a number, or one for each of the {len(images)} visuals")
         pixels, timestamps, read = [], [], {}
-        for index, (image, video) in enumerate(zip(images, videos, strict=True)):
+        for index, (image, video, rate) in enumerate(zip(images, videos, rates, strict=True)):
             if (image is None) == (video is None):
                 which = "neither an image nor a video" if image is None else "an image and a video"
                 raise ConversationError(f"visual {index} is {which}; give one of them, and None for the other")
-            source = id(image if video is None else video)
+            source = id(image if video is None else video), rate
             if source in read:  # a later turn about what an earlier one showed
                 pixels.append(read[source])
                 continue
             media = self.image_processor(
                 images=None if image is None else [image],
                 videos=None if video is None else [video],
-                fps=fps,
+                fps=rate,
                 progress=progress,
             )
             (read[source],) = media["pixel_values"]
             pixels.append(read[source])
             timestamps += media["timestamps"]
         return pixels, timestamps
+
+
+def _read_chats(messages: Any, add_generation_prompt: bool, need_sources: bool = True) -> list[Chat]:
+    """One conversation or a list of them."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ConversationError(f"messages is {messages!r}; give a list of messages with 'role' and 'content'")
+    conversations = messages if isinstance(messages[0], list | tuple) else [messages]
+    chats = [read_messages(conversation, need_sources) for conversation in conversations]
+    for number, chat in enumerate(chats):
+        if add_generation_prompt and len(chat.turns) % 2 == 0:
+            raise ConversationError(
+                f"conversation {number} ends with the assistant's message; end it with the user's, or set "
+                "add_generation_prompt=False"
+            )
+    return chats
+
+
+def _on_device(inputs: ModelInputs) -> ModelInputs:
+    """NumPy's arrays as JAX's, one for one: an array that is given twice stays one."""
+    arrays: dict[int, Any] = {}
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            if id(value) not in arrays:
+                arrays[id(value)] = jnp.asarray(value)
+            return arrays[id(value)]
+        return [convert(one) for one in value] if isinstance(value, list) else value
+
+    return ModelInputs(inputs.timestamps, **{name: convert(value) for name, value in inputs.items()})

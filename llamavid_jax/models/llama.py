@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from llamavid_jax.attention.attention import attention
 from llamavid_jax.attention.chunk import chunk_attention
 from llamavid_jax.attention.reference import cached_attention
-from llamavid_jax.config.schema import LlamaConfig
+from llamavid_jax.config.parts import LlamaConfig
 from llamavid_jax.models import stack
 from llamavid_jax.models.kv_cache import KeysValues, KVCache
 from llamavid_jax.models.linear import Linear

@@ -17,7 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llamavid_jax.attention.reference import reference_attention
-from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, LLaMAVIDLlavaQFormerConfig
+from llamavid_jax.config.parts import LLaMAVIDLlavaQFormerConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models import stack
 from llamavid_jax.parallel.sharding import constrain
 

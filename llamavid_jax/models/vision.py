@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from llamavid_jax.attention.attention import attention
-from llamavid_jax.config.schema import LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
 from llamavid_jax.models import stack
 from llamavid_jax.models.spread import spread
 

@@ -34,7 +34,7 @@ class VisualTokens(nnx.Module):
     def __init__(self, config: LLaMAVIDLlavaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         vision, text = config.vision_tower_config.hidden_size, config.text_config.hidden_size
         linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.memory_projector = linear(vision, config.memory_width) if config.projects_memory else None
+        self.to_memory = linear(vision, config.memory_width) if config.projects_memory else None
         self.query_projector = linear(config.qformer_config.hidden_size, vision)
         self.key_projector = linear(vision, vision)
         self.value_projector = linear(vision, text)
@@ -47,7 +47,7 @@ class VisualTokens(nnx.Module):
 
     def memory(self, features: Float[Array, "S E"]) -> Float[Array, "S W"]:
         """The features as the text decoder reads them, in its own width."""
-        return features if self.memory_projector is None else self.memory_projector(features)
+        return features if self.to_memory is None else self.to_memory(features)
 
     def context_attention(
         self, patches: Float[Array, "P E"], queries: Float[Array, "Q C"], counted: Bool[Array, " Q"] | None = None

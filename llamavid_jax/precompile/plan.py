@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from llamavid_jax.config.schema import LlamaConfig
+from llamavid_jax.config.parts import LlamaConfig
 from llamavid_jax.models.stack import REMAT
 from llamavid_jax.parallel.mesh import DATA, FSDP, MESH_AXES, SEQUENCE, TENSOR, describe, make_mesh, shards
 from llamavid_jax.parallel.sharding import partition_spec

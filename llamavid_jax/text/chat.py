@@ -6,12 +6,14 @@
 
 A turn's placeholders go to its front, each on a line, where training has them, and its prompt is its text, newlines
 kept.  As in training every later turn is asked with visual tokens of its own: one that shows nothing new is about all
-that was shown before, whose placeholders it repeats.
+that was shown before, whose placeholders it repeats.  A video's part may say how densely to sample it: "fps": 0.5.
 
     USER: <image>\\nWho walks? ASSISTANT: A man.</s>USER: <image>\\nAlone? ASSISTANT:    prompts: "Who walks?", "Alone?"
 """
 
 import dataclasses
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,9 +24,10 @@ SOURCES = ("path", "url")  # besides the key that is the part's own type
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """`turns` alternate user, assistant; `images[i]`, `videos[i]` and `prompts[i]` belong to the i-th placeholder.
+    """`turns` alternate user, assistant; `images[i]`, `videos[i]`, `prompts[i]`, `fps[i]` are the i-th placeholder's.
 
-    Of `images[i]` and `videos[i]` one is None.  `system` is None where the template's own text holds.
+    Of `images[i]` and `videos[i]` one is None; `fps[i]` is None where the part names none.
+    `system` is None where the template's own text holds.
     """
 
     system: str | None
@@ -32,6 +35,7 @@ class Chat:
     images: list[Any]
     videos: list[Any]
     prompts: list[str]
+    fps: list[Any]
 
     def text(self, template: str, open_answer: bool = True) -> str:
         """Written out in the format of that name; `open_answer` asks for the answer to a user's last turn."""
@@ -40,8 +44,11 @@ class Chat:
         return prompt(form, self.turns, open_answer)
 
 
-def read_messages(messages: Sequence[Any]) -> Chat:
-    """Raises ConversationError for wrong roles, contents and parts, naming the message."""
+def read_messages(messages: Sequence[Any], need_sources: bool = True) -> Chat:
+    """Raises ConversationError for wrong roles, contents and parts, naming the message.
+
+    Without `need_sources` a part may name none, as for text that is written out alone: its image and video are None.
+    """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ConversationError(f"messages is {messages!r}; give a list of messages with 'role' and 'content'")
     for number, message in enumerate(messages):
@@ -50,11 +57,11 @@ def read_messages(messages: Sequence[Any]) -> Chat:
     system = None
     first = 0
     if messages[0]["role"] == "system":
-        system, images, _ = _read_content(messages[0]["content"], 0)
+        system, images, *_ = _read_content(messages[0]["content"], 0, need_sources)
         if images:
             raise ConversationError("message 0 shows the system an image or video; put it in a user's message")
         first = 1
-    chat, shown = Chat(system, [], [], [], []), ([], [])
+    chat, shown = Chat(system, [], [], [], [], []), ([], [], [])
     for number, message in enumerate(messages[first:], first):
         expected = ("user", "assistant")[len(chat.turns) % 2]
         if message["role"] != expected:
@@ -62,7 +69,7 @@ def read_messages(messages: Sequence[Any]) -> Chat:
                 f"message {number} has the role {message['role']!r}, but {expected!r} is next; "
                 "messages go system (optional), user, assistant, user, ..."
             )
-        words, images, videos = _read_content(message["content"], number)
+        words, images, videos, fps = _read_content(message["content"], number, need_sources)
         if images and expected == "assistant":
             raise ConversationError(
                 f"message {number} is the assistant's and has an image or video; only users show them"
@@ -70,24 +77,25 @@ def read_messages(messages: Sequence[Any]) -> Chat:
         if not words and not images:
             raise ConversationError(f"message {number} is empty; give it text, or leave it out")
         if images:
-            shown = shown[0] + images, shown[1] + videos
+            shown = shown[0] + images, shown[1] + videos, shown[2] + fps
         elif expected == "user":
-            images, videos = shown
+            images, videos, fps = shown
         chat.turns.append(question_turn(len(images), words))
         chat.images.extend(images)
         chat.videos.extend(videos)
+        chat.fps.extend(fps)
         chat.prompts.extend([words] * len(images))
     if not chat.turns:
         raise ConversationError("messages hold no user's message; give at least one")
     return chat
 
 
-def _read_content(content: Any, number: int) -> tuple[str, list[Any], list[Any]]:
-    """A message's content -> its text, and images and videos, each list as long as there are visuals."""
+def _read_content(content: Any, number: int, need_sources: bool) -> tuple[str, list[Any], list[Any], list[Any]]:
+    """A message's content -> its text, and images, videos and fps, each list as long as there are visuals."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list | tuple):
         raise ConversationError(f"the content of message {number} is {content!r}; give a string or a list of parts")
-    words, images, videos = [], [], []
+    words, images, videos, fps = [], [], [], []
     for index, part in enumerate(parts):
         name = f"part {index} of message {number}"
         if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
@@ -100,22 +108,36 @@ def _read_content(content: Any, number: int) -> tuple[str, list[Any], list[Any]]
                     raise ConversationError(f"{name} has {IMAGE} in its text; give the visual as a part of its own")
                 words.append(text)
             case "image":
-                images.append(_source(part, name))
+                images.append(_source(part, name, need_sources))
                 videos.append(None)
+                fps.append(None)
             case "video":
                 images.append(None)
-                videos.append(_source(part, name))
+                videos.append(_source(part, name, need_sources))
+                fps.append(part.get("fps"))
             case other:
                 raise ConversationError(f"{name} has the type {other!r}; use 'text', 'image' or 'video'")
-    return "\n".join(words), images, videos
+    return "\n".join(words), images, videos, fps
 
 
-def _source(part: Mapping[str, Any], name: str) -> Any:
+def _source(part: Mapping[str, Any], name: str, needed: bool) -> Any:
     """Path, URL or pixels: {"type": "image", "path": ...}, {"type": "image_url", "image_url": {"url": ...}}, ..."""
-    found = [part[key] for key in (part["type"], *SOURCES) if part.get(key) is not None]
+    kind = part["type"].removesuffix("_url")
+    found = [part[key] for key in (kind, f"{kind}_url", *SOURCES) if part.get(key) is not None]
+    if not found and not needed:
+        return None
     if len(found) != 1:
         raise ConversationError(f"{name} names {len(found)} sources; give one of {part['type']!r}, 'path' and 'url'")
     source = found[0].get("url") if isinstance(found[0], Mapping) else found[0]
     if source is None:
         raise ConversationError(f"{name} has no 'url' in its {part['type']!r}; add it")
-    return source
+    if isinstance(source, list | tuple) and all(isinstance(frame, str) for frame in source):
+        return [_local(frame) for frame in source]
+    return _local(source)
+
+
+def _local(source: Any) -> Any:
+    """The path of a `file://` URL; anything else as it is."""
+    if not isinstance(source, str) or not source.startswith("file://"):
+        return source
+    return urllib.request.url2pathname(urllib.parse.urlsplit(source).path)

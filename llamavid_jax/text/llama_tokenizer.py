@@ -1,8 +1,8 @@
 """LLaMA token ids from a sentencepiece `tokenizer.model`: text -> list of int, and back.
 
 The ids are those of transformers 4.31's slow tokenizer, which the released checkpoints were trained with.
-Special tokens in the text (`</s>` after every answer) are cut out first; each stretch between them goes to
-sentencepiece on its own, and two versions of that step exist:
+Special tokens in the text (`</s>` after every answer) and tokens that a fine-tune added are cut out first; each stretch
+between them goes to sentencepiece on its own, and two versions of that step exist:
   legacy      every stretch gets sentencepiece's leading blank, also after a special token;
   not legacy  only the beginning of the text gets it, a stretch after a special token loses it again.
 `tokenizer_config.json` says which (`legacy`, true where the key is absent).
@@ -10,9 +10,9 @@ sentencepiece on its own, and two versions of that step exist:
 Deviation: ids without a piece (placeholders, rows that pad the vocabulary) decode to nothing instead of an error.
 """
 
-import dataclasses
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -20,18 +20,17 @@ import sentencepiece
 
 from llamavid_jax.files import write_files
 from llamavid_jax.text.conversation import ConversationError, check_text
-from llamavid_jax.text.tokenizer_files import flag, json_object, max_length, read_files
+from llamavid_jax.text.tokenizer_files import (
+    SETTINGS,
+    AddedToken,
+    added_tokens,
+    flag,
+    json_object,
+    max_length,
+    read_files,
+)
 
 BLANK = "▁"  # how sentencepiece writes a space
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialToken:
-    """A token cut out of the text as it stands; `lstrip` and `rstrip`: it eats the white space on that side."""
-
-    content: str
-    lstrip: bool = False
-    rstrip: bool = False
 
 
 class LlamaTokenizer:
@@ -42,16 +41,16 @@ class LlamaTokenizer:
 
     FILE = "tokenizer.model"
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, added: Sequence[str] = ()):
+        """`added` are tokens that the model brings: those that the files do not know get the next ids."""
         path = Path(directory) / self.FILE
         remedy = "copy the language model's tokenizer.model there"
-        self._files = read_files(directory, path.name, ("tokenizer_config.json", "special_tokens_map.json"), remedy)
+        self._files = read_files(directory, path.name, SETTINGS, remedy)
         config = json_object(self._files, "tokenizer_config.json", directory)
         try:
             if not self._files[path.name]:  # sentencepiece takes no bytes for no model
                 raise ValueError
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self._files[path.name])
-            self.vocab_size = self._model.vocab_size()
         except (RuntimeError, ValueError):
             raise ConversationError(f"{path} is not a sentencepiece model; {remedy} again") from None
         config_path = path.with_name("tokenizer_config.json")
@@ -63,13 +62,36 @@ class LlamaTokenizer:
         self.max_length = max_length(config, config_path)
         self._adds_bos = flag(config, "add_bos_token", True, config_path)
 
-        tokens = _special_tokens(config, json_object(self._files, "special_tokens_map.json", directory))
-        self._special = {token.content: token for token in tokens}
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._cut = re.compile("(" + "|".join(re.escape(text) for text in longest_first) + ")")
+        names = json_object(self._files, "special_tokens_map.json", directory)
+        known = added_tokens(self._files, directory)
+        self._add(known, added)
+        tokens = _special_tokens(config, names, {token.content: token for token in known.values()})
         self.bos_id, self.eos_id, self.pad_id = (self._model.piece_to_id(token.content) for token in tokens)
         if len({self.bos_id, self.eos_id, self.pad_id}) < 3 or self.pad_id != self._model.unk_id():
-            raise ConversationError(f"{path} lacks one of the pieces {', '.join(self._special)}; {remedy} again")
+            pieces = ", ".join(token.content for token in tokens)
+            raise ConversationError(f"{path} lacks one of the pieces {pieces}; {remedy} again")
+
+        ids = {token.content: self._model.piece_to_id(token.content) for token in tokens}
+        self._added = {number: token for number, token in known.items() if token.content not in ids}
+        self._ids = ids | {token.content: number for number, token in self._added.items()}
+        self._cut_tokens = {token.content: token for token in (*tokens, *self._added.values())}
+        longest_first = sorted(self._cut_tokens.values(), key=lambda token: -len(token.content))
+        self._cut = re.compile("(" + "|".join(map(_pattern, longest_first)) + ")")
+        self._skipped = {*ids.values(), *(number for number, token in self._added.items() if token.special)}
+        # Older folders give padding an id that no embedding belongs to; no text holds it.
+        padding = names.get("pad_token") or config.get("pad_token")
+        padding = padding.get("content") if isinstance(padding, dict) else padding
+        rows = [number + 1 for number, token in self._added.items() if token.content != padding]
+        self.vocab_size = max(self._model.vocab_size(), *rows, 0)
+
+    def _add(self, known: dict[int, AddedToken], contents: Sequence[str]) -> None:
+        """Puts tokens behind those that are known.  They eat the white space around them, as in the original."""
+        ids = {token.content: number for number, token in known.items()}
+        for content in contents:
+            number = ids.setdefault(content, max([self._model.vocab_size() - 1, *known]) + 1)
+            known[number] = AddedToken(content, lstrip=True, rstrip=True)
+        if contents:
+            self._files["added_tokens.json"] = (json.dumps(ids, indent=1) + "\n").encode()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes tokenizer.model and the JSON files beside it."""
@@ -84,14 +106,14 @@ class LlamaTokenizer:
         parts = self._cut.split(text)  # stretch, special token, stretch, ...
         for index, part in enumerate(parts):
             if index % 2:
-                ids.append(self._model.piece_to_id(part))
+                ids.append(self._ids[part])
                 continue
-            if index > 0 and self._special[parts[index - 1]].rstrip:
+            if index > 0 and self._cut_tokens[parts[index - 1]].rstrip:
                 part = part.lstrip()
-            if index + 1 < len(parts) and self._special[parts[index + 1]].lstrip:
+            if index + 1 < len(parts) and self._cut_tokens[parts[index + 1]].lstrip:
                 part = part.rstrip()
             if part:
-                ids += self._encode_stretch(part)
+                ids += self._encode_behind_added(part) if ids and ids[-1] in self._added else self._encode_stretch(part)
         return ids
 
     def _encode_stretch(self, text: str) -> list[int]:
@@ -105,22 +127,51 @@ class LlamaTokenizer:
             pieces = ([pieces[0][1:]] if len(pieces[0]) > 1 else []) + pieces[1:]
         return [self._model.piece_to_id(piece) for piece in pieces]
 
+    def _encode_behind_added(self, text: str) -> list[int]:
+        """As transformers' fast tokenizer does: never a second blank where the text has one itself."""
+        if self.legacy and not text.startswith((" ", BLANK)):
+            return self._model.encode(text)
+        newline = len(self._model.encode("\n"))  # of bytes, which merge with nothing: takes the leading blank
+        return self._model.encode("\n" + text)[newline:]
+
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        skipped = (self.bos_id, self.eos_id, self.pad_id)
-        pieces = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in skipped]
-        return self._model.decode(pieces) if pieces else ""
+        kept = [i for i in map(int, ids) if i not in self._skipped]
+        text, pieces = "", []
+        for i in kept:
+            if i in self._added:
+                text += self._decode_stretch(pieces, first=not text) + self._added[i].content
+                pieces = []
+            elif 0 <= i < self._model.vocab_size():
+                pieces.append(i)
+        return text + self._decode_stretch(pieces, first=not text)
+
+    def _decode_stretch(self, pieces: list[int], first: bool) -> str:
+        """sentencepiece drops the blank before its first piece: right at the beginning of a text alone."""
+        blank = [] if first else [self._model.piece_to_id(BLANK)]
+        return self._model.decode(blank + pieces) if pieces else ""
 
 
-def _special_tokens(config: dict[str, Any], overrides: dict[str, Any]) -> list[SpecialToken]:
-    """bos, eos, unk.  A bare string in special_tokens_map.json eats white space on both sides, one elsewhere none."""
+def _pattern(token: AddedToken) -> str:
+    text = re.escape(token.content)
+    return rf"(?<!\w){text}(?!\w)" if token.single_word else text
+
+
+def _special_tokens(
+    config: dict[str, Any], overrides: dict[str, Any], added: dict[str, AddedToken]
+) -> list[AddedToken]:
+    """bos, eos, unk.  A bare string in special_tokens_map.json eats white space on both sides, one elsewhere none.
+
+    What added_tokens_decoder says of one of them goes before.
+    """
     tokens = []
     for name, default in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
         value = overrides.get(name) or config.get(name) or default
         strips = bool(overrides.get(name))
         if isinstance(value, dict):
             value, lstrip, rstrip = value.get("content"), value.get("lstrip", False), value.get("rstrip", False)
-            tokens.append(SpecialToken(str(value), lstrip, rstrip))
+            token = AddedToken(str(value), lstrip, rstrip)
         else:
-            tokens.append(SpecialToken(str(value), strips, strips))
+            token = AddedToken(str(value), strips, strips)
+        tokens.append(added.get(token.content, token))
     return tokens

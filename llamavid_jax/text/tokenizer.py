@@ -4,6 +4,7 @@
 byte-level BPE, the one in `tokenizer.json`.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import SupportsIndex
@@ -16,7 +17,7 @@ from llamavid_jax.files import find, write_files
 from llamavid_jax.shapes import IMAGE_TOKEN, pad_rows
 from llamavid_jax.text.conversation import IMAGE, ConversationError, check_text
 from llamavid_jax.text.llama_tokenizer import LlamaTokenizer
-from llamavid_jax.text.tokenizer_files import json_object, max_length, read_files
+from llamavid_jax.text.tokenizer_files import SETTINGS, added_tokens, json_object, max_length, read_files
 
 
 class JsonTokenizer:
@@ -27,16 +28,28 @@ class JsonTokenizer:
 
     FILE = "tokenizer.json"
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, added: Sequence[str] = ()):
+        """Those of `added` that the file does not know get the next ids."""
         path = Path(directory) / self.FILE
         remedy = "copy the language model's tokenizer.json there"
-        self._files = read_files(directory, path.name, ("tokenizer_config.json", "special_tokens_map.json"), remedy)
+        self._files = read_files(directory, path.name, SETTINGS, remedy)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._files[path.name])
         except Exception as error:  # the library raises bare Exception
             raise ConversationError(f"{path} is not a tokenizer ({error}); {remedy} again") from None
+        if self._tokenizer.add_tokens(list(added)):
+            self._files[path.name] = self._tokenizer.to_str().encode()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        for number, token in sorted(added_tokens(self._files, directory).items()):
+            if self._tokenizer.token_to_id(token.content) is None:
+                add = self._tokenizer.add_special_tokens if token.special else self._tokenizer.add_tokens
+                add([tokenizers.AddedToken(**dataclasses.asdict(token))])
+            if (found := self._tokenizer.token_to_id(token.content)) != number:
+                raise ConversationError(
+                    f"{path} has the id {found} for the added token {token.content!r}, the files beside it {number}; "
+                    "copy the files of one tokenizer"
+                )
         config_path = path.with_name("tokenizer_config.json")
         config = json_object(self._files, config_path.name, directory)
         config |= json_object(self._files, "special_tokens_map.json", directory)
@@ -69,12 +82,12 @@ class JsonTokenizer:
 Tokenizer = LlamaTokenizer | JsonTokenizer
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder; ConversationError when it holds neither file."""
+def load_tokenizer(directory: str | Path, added: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, with the tokens `added`; ConversationError when it holds neither file."""
     directory = find(directory)
     for kind in (LlamaTokenizer, JsonTokenizer):
         if (directory / kind.FILE).exists():
-            return kind(directory)
+            return kind(directory, added)
     raise ConversationError(
         f"{directory} has no tokenizer.model and no tokenizer.json; copy the language model's tokenizer there"
     )

@@ -1,5 +1,6 @@
-"""The files of a tokenizer, read into memory with it."""
+"""The files of a tokenizer, read into memory with it; the tokens that a fine-tune added to its vocabulary."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,27 @@ from typing import Any
 
 from llamavid_jax.files import find
 from llamavid_jax.text.conversation import ConversationError
+
+SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)  # what may stand beside a tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedToken:
+    """A token cut out of the text as it stands.
+
+    `lstrip` and `rstrip`: it eats the white space on that side; `single_word`: it is none inside a word; `special`: it
+    decodes to nothing.
+    """
+
+    content: str
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    special: bool = False
 
 
 def read_files(directory: str | Path, required: str, optional: tuple[str, ...], remedy: str) -> dict[str, bytes]:
@@ -33,6 +55,44 @@ def json_object(files: Mapping[str, bytes], name: str, directory: str | Path) ->
     if not isinstance(value, dict):
         raise ConversationError(f"{Path(directory) / name} holds a JSON {type(value).__name__}; an object is needed")
     return value
+
+
+def added_tokens(files: Mapping[str, bytes], directory: str | Path) -> dict[int, AddedToken]:
+    """Id -> token, of added_tokens.json and of added_tokens_decoder in tokenizer_config.json, which says more."""
+    config, names, plain = (json_object(files, name, directory) for name in SETTINGS)
+    special = {_content(token) for key, token in (config | names).items() if key.endswith("_token")}
+    for listed in ("additional_special_tokens", "extra_special_tokens"):
+        value = names.get(listed) or config.get(listed) or ()
+        special |= {_content(token) for token in (value.values() if isinstance(value, dict) else value)}
+    detailed = config.get("added_tokens_decoder") or {}
+    path = Path(directory) / SETTINGS[0 if detailed else 2]
+    tokens = {}
+    try:
+        for content, number in plain.items():
+            tokens[_token_id(number)] = AddedToken(content, special=content in special)
+        for number, entry in detailed.items():
+            flags = {field.name: entry.get(field.name, False) for field in dataclasses.fields(AddedToken)[1:]}
+            tokens[_token_id(int(number))] = AddedToken(entry["content"], **flags)
+        if not all(isinstance(token.content, str) and token.content for token in tokens.values()):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ConversationError(
+            f"the added tokens in {path} are not as transformers writes them; copy it again"
+        ) from None
+    if len({token.content for token in tokens.values()}) < len(tokens):
+        raise ConversationError(f"{path} gives one added token two ids; copy the files of one tokenizer")
+    return tokens
+
+
+def _content(token: Any) -> Any:
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _token_id(number: Any) -> int:
+    if type(number) is not int or not 0 <= number < 2**31:
+        raise ValueError
+    return number
 
 
 def flag(config: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:

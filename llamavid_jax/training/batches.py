@@ -90,7 +90,12 @@ def make_loader(
         start.config.tokens_per_frame,
         data.fps,
         data.seed,
+        vision.image_mean,
+        start.config.mm_use_im_start_end,
     )
+    frames = {"pixels": FrameLayout((vision.image_size, vision.image_size, 3), np.uint8)}
+    if start.config.tokens_of(has_cls=False) == start.config.tokens_per_frame:  # else features would lack a token
+        frames["features"] = FrameLayout((vision.num_patches, vision.hidden_size), jnp.dtype(loop.dtype))
     path, table = (data.evaluation_path, "sizes-evaluation.npz") if held_out else (data.path, "sizes.npz")
     sizes = read_sizes(records, reader, path, output / table, max(data.threads, data.processes), retry=not resumed)
     return Loader(
@@ -99,10 +104,7 @@ def make_loader(
         reader,
         start.qformer_tokenizer,
         data.shapes,
-        {
-            "pixels": FrameLayout((vision.image_size, vision.image_size, 3), np.uint8),
-            "features": FrameLayout((vision.num_patches, vision.hidden_size), jnp.dtype(loop.dtype)),
-        },
+        frames,
         batch_size=loop.batch_size,
         question_tokens=data.question_tokens,
         seed=data.seed,

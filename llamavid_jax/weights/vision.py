@@ -4,7 +4,7 @@ EVA's keys have no bias: the documented form fuses the query bias, zeros and the
 has the same names in both layouts.
 """
 
-from llamavid_jax.config.schema import LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
 from llamavid_jax.weights.row import W, linear, norm
 
 _NAME, _DOCUMENTED = "model.vision_tower.vision_tower.", "vision_tower."

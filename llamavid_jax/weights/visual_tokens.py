@@ -14,9 +14,7 @@ def _linear(path: str, inputs: str, outputs: str, name: str, documented: str = "
 def rows(mm_projector_type: str, depth: int, projects_memory: bool) -> tuple[W, ...]:
     """`depth` linear layers of the content projector; `projects_memory` where the text decoder has another width."""
     names = ["mm_projector"] if mm_projector_type == "linear" else [f"mm_projector.{2 * i}" for i in range(depth)]
-    memory = (
-        _linear("memory_projector", "vision_embed", "memory_hidden", "vlm_att_bert_proj") if projects_memory else ()
-    )
+    memory = _linear("to_memory", "vision_embed", "memory_hidden", "vlm_att_bert_proj") if projects_memory else ()
     content = (
         row
         for i, name in enumerate(names)

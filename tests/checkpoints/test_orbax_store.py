@@ -22,7 +22,8 @@ from conversion.orbax_store import layer_chunk
 from conversion.read_torch import read_checkpoint
 from conversion.torch_config import original_config
 from llamavid_jax.checkpoints.arrays import CHUNK_BYTES, Arrays
-from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
+from llamavid_jax.config.parts import LlamaConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.weights.files import weight_table
 

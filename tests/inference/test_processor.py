@@ -13,7 +13,8 @@ from PIL import Image
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor, LLaMAVIDLlavaProcessor
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
-from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig, LLaMAVIDLlavaQFormerConfig
+from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import ConversationError
@@ -154,6 +155,93 @@ def test_chat_without_generation_prompt(processor):
     assert processor.tokenizer.decode(asked).endswith("Hi [/INST]")
 
 
+CHATS = {
+    "one question": [user({"type": "video"}, words("Who?"))],
+    "words before and a list": [user(words("A"), {"type": "image"}, {"type": "image_url"}, words("B"))],
+    "no words": [user({"type": "video_url"})],
+    "system": [{"role": "system", "content": "Be brief."}, user(words("Hi"))],
+    "system in parts": [
+        {"role": "system", "content": [words("Be"), words("brief.")]},
+        {"role": "user", "content": "x"},
+    ],
+    "follow-up": [
+        user({"type": "image"}, words("A?")),
+        {"role": "assistant", "content": [words("b")]},
+        user({"type": "video"}, words("C?\nD?")),
+        {"role": "assistant", "content": "e"},
+        user(words("F?")),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_the_jinja_template_gives_the_same_text(name, processor, tmp_path):
+    jinja2 = pytest.importorskip("jinja2")
+    processor.save_pretrained(tmp_path)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((tmp_path / "chat_template.jinja").read_text())
+    text = processor.apply_chat_template(CHATS[name], add_generation_prompt=True)
+    assert template.render(messages=CHATS[name], add_generation_prompt=True) == text
+    answered = [*CHATS[name], {"role": "assistant", "content": "ok"}]
+    assert template.render(messages=answered) == processor.apply_chat_template(answered)
+    assert processor.apply_chat_template([CHATS[name]] * 2, True) == [text, text]
+
+
+def test_apply_chat_template_gives_what_chat_gives(processor):
+    messages = [user({"type": "video", "video": video(4), "fps": 2}, {"type": "image", "image": image()}, words("?"))]
+    chat = processor.chat(messages)
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    assert (chat.input_ids == inputs.input_ids).all() and (ids == chat.input_ids).all()
+    assert [times.tolist() for times in inputs.timestamps[0]] == [[0, 0.5, 1, 1.5], [0]]
+    assert processor.decode(ids[0][ids[0] >= 0]).endswith("ASSISTANT:")
+    with pytest.raises(ConversationError, match="names 0 sources"):
+        processor.apply_chat_template(CHATS["one question"], True, True, True)
+
+
+def test_arrays_of_jax_and_attributes(processor):
+    import jax
+
+    still = image()
+    inputs = processor(text="<image><image>?", images=[still, image(3)], return_tensors="jax")
+    assert isinstance(inputs.input_ids, jax.Array) and isinstance(inputs.pixel_values[0][1], jax.Array)
+    again = [user({"type": "image", "image": still}, {"type": "image", "image": image(3)}, words("a"))]
+    again += [{"role": "assistant", "content": "b"}, user(words("c"))]
+    pixels = processor.chat(again, return_tensors="jax").pixel_values[0]
+    assert pixels[0] is pixels[2] and pixels[1] is pixels[3]
+    with pytest.raises(AttributeError, match="no 'inputs_ids'; they have input_ids"):
+        _ = inputs.inputs_ids
+    with pytest.raises(ConversationError, match="return_tensors is 'pt'; use 'np' or 'jax'"):
+        processor("a", return_tensors="pt")
+
+
+def test_batch_decode(processor):
+    rows = [processor.tokenizer.encode("a dog</s>"), np.array(processor.tokenizer.encode("walking"), np.int32)]
+    assert processor.batch_decode(rows, skip_special_tokens=True) == ["a dog", "walking"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "PATH"},
+        {"type": "image", "url": "PATH"},
+        {"type": "image", "image": "file://PATH"},
+        {"type": "image", "image_url": "file://PATH"},
+        {"type": "image_url", "image_url": {"url": "file://PATH", "detail": "low"}},
+        {"type": "image_url", "image_url": "PATH"},
+        {"type": "video", "video": ["file://PATH", "file://PATH"], "fps": 4},
+        {"type": "video_url", "video_url": {"url": ["PATH", "PATH"]}, "fps": 4},
+    ],
+    ids=str,
+)
+def test_parts_of_other_tools(part, processor, tmp_path):
+    Image.fromarray(image(9)).save(tmp_path / "a b.png")
+    part = json.loads(json.dumps(part).replace("PATH", str(tmp_path / "a b.png")))
+    inputs = processor.chat([user(part, words("?"))])
+    video = part["type"].startswith("video")
+    assert inputs.timestamps[0][0].tolist() == ([0, 0.25] if video else [0])
+
+
 def test_files_on_disk_and_times(processor, tmp_path):
     Image.fromarray(image(9)).save(tmp_path / "a.png")
     inputs = processor.chat([user({"type": "image", "path": str(tmp_path / "a.png")}, words("?"))])
@@ -171,7 +259,7 @@ def test_qformer_ids_of_the_recorded_prompts(processor):
 def test_save_and_load(processor, folder, tmp_path):
     processor.save_pretrained(tmp_path / "copy")
     saved = {str(p.relative_to(tmp_path / "copy")) for p in (tmp_path / "copy").rglob("*") if p.is_file()}
-    assert saved == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert saved == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} | {"chat_template.jinja"}
     again = LLaMAVIDLlavaProcessor.from_pretrained(tmp_path / "copy")
     assert again.image_processor == processor.image_processor
     assert again.tokenizer.encode("a </s> b") == processor.tokenizer.encode("a </s> b")

@@ -140,7 +140,6 @@ FILMS = {
 }
 
 
-@pytest.mark.golden
 @pytest.mark.parametrize("name", FILMS)
 def test_a_film_with_subtitles(tiny_model, name):
     """The recorded ids, from frames and cues."""

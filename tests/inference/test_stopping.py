@@ -1,6 +1,7 @@
 """Stop strings and streaming over the borders of tokens and characters, with the golden sentencepiece vocabulary."""
 
 import pytest
+from paths import GOLDEN
 
 from llamavid_jax.inference.stopping import RowText
 from llamavid_jax.text.tokenizer import load_tokenizer
@@ -9,8 +10,8 @@ TEXT = "A man walks into the kitchen. USER: and then? ASSISTANT: He sits down."
 
 
 @pytest.fixture(scope="module")
-def tokenizer(golden):
-    return load_tokenizer(golden / "text")
+def tokenizer():
+    return load_tokenizer(GOLDEN / "text")
 
 
 def push_all(row: RowText, ids, size: int) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from paths import GOLDEN
 
 from llamavid_jax.checkpoints.weights import abstract_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
@@ -92,10 +93,9 @@ def test_no_gradient_holds_the_logits_of_all_tokens():
     assert memory(loss.next_token_sums) < whole / 2
 
 
-@pytest.mark.golden
 @pytest.mark.parametrize("stage", [1, 2])
-def test_learning_rates_are_the_recorded_ones(golden, stage):
-    record = np.load(golden / "short_video_mean" / f"train_stage{stage}.npz")
+def test_learning_rates_are_the_recorded_ones(stage):
+    record = np.load(GOLDEN / "short_video_mean" / f"train_stage{stage}.npz")
     hyper = json.loads(str(record["hyper"]))
     config = OptimizerConfig(learning_rate=hyper["lr"], warmup=hyper["warmup_steps"] / hyper["steps"])
     rates = [float(learning_rate(config, hyper["steps"], step)) for step in range(hyper["steps"])]

@@ -16,12 +16,8 @@ from llamavid_jax.attention.attention import attention
 from llamavid_jax.attention.reference import reference_attention
 from llamavid_jax.attention.ring import ring_attention
 from llamavid_jax.attention.tile import LAX_TILE, splash_tile
-from llamavid_jax.config.schema import (
-    LlamaConfig,
-    LLaMAVIDLlavaConfig,
-    LLaMAVIDLlavaQFormerConfig,
-    LLaMAVIDLlavaVisionConfig,
-)
+from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig, LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.structure import Structure
 from llamavid_jax.parallel.mesh import make_mesh

@@ -8,14 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from paths import GOLDEN
 
 from llamavid_jax.checkpoints.weights import abstract_params
-from llamavid_jax.config.schema import (
-    LlamaConfig,
-    LLaMAVIDLlavaConfig,
-    LLaMAVIDLlavaQFormerConfig,
-    LLaMAVIDLlavaVisionConfig,
-)
+from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig, LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.parallel import sharding
@@ -38,6 +35,7 @@ ALL_DIFFERENT = LLaMAVIDLlavaConfig(
         num_attention_heads=11,
         intermediate_size=29,
         max_position_embeddings=37,
+        encoder_hidden_size=15,
     ),
     LlamaConfig(
         vocab_size=83,
@@ -51,6 +49,7 @@ ALL_DIFFERENT = LLaMAVIDLlavaConfig(
     num_query=9,
 )
 SAME_BY_NATURE = {"hidden": "embed", "context": "vision_embed", "patch_column": "patch_row", "channels": "qkv"}
+SAME_BY_NATURE |= {"memory_hidden": "memory", "qformer_types": "vision_layers"}
 
 SEVEN_B = LLaMAVIDLlavaConfig()
 THIRTEEN_B = dataclasses.replace(
@@ -83,7 +82,7 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter(different_shapes):
     axes = inventory.axes(ALL_DIFFERENT, different_shapes)
     assert set(axes) == set(different_shapes)
     used = {name for names in axes.values() for name in names}
-    assert used == set(inventory.axis_sizes(ALL_DIFFERENT))
+    assert used | {"qformer_types"} == set(inventory.axis_sizes(ALL_DIFFERENT))  # which BERT alone has
     assert used <= set(AXIS_RULES)
 
 
@@ -253,8 +252,8 @@ def inputs():
     }
 
 
-def results(params, inputs, golden, mesh=None):
-    tokenizer = QFormerTokenizer(golden / "short_video_mean" / "qformer_tokenizer")
+def results(params, inputs, mesh=None):
+    tokenizer = QFormerTokenizer(GOLDEN / "short_video_mean" / "qformer_tokenizer")
     model = LLaMAVIDLlavaForConditionalGeneration(SMALL, params, mesh=mesh, qformer_tokenizer=tokenizer)
     return {
         "tokens": np.asarray(model.visual_tokens(inputs["pixel_values"][1], inputs["prompts"][1])),
@@ -266,18 +265,18 @@ def results(params, inputs, golden, mesh=None):
 
 
 @pytest.fixture(scope="module")
-def one_device(params, inputs, golden):
-    return results(params, inputs, golden)
+def one_device(params, inputs):
+    return results(params, inputs)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: ",".join(f"{axis}={size}" for axis, size in sizes.items()))
-def test_eight_devices_equal_one(sizes, params, inputs, golden, one_device):
+def test_eight_devices_equal_one(sizes, params, inputs, one_device):
     mesh = make_mesh(**sizes)
     placed = jax.device_put(params, param_shardings(params, SMALL, mesh))
     kernel = placed["llama.layers.mlp.gate.kernel"]
     ways = sizes.get("fsdp", 1) * sizes.get("tensor", 1) * sizes.get("sequence", 1)
     assert kernel.addressable_shards[0].data.size * ways == kernel.size
-    got = results(placed, inputs, golden, mesh)
+    got = results(placed, inputs, mesh)
     assert relative_error(got["tokens"], one_device["tokens"]) < BAR
     for row, wanted in zip(got["logits"], one_device["logits"], strict=True):
         assert relative_error(row, wanted) < BAR

@@ -11,7 +11,6 @@ from llamavid_jax.text.subtitles import Cue, interleave, parse_subtitles, read_s
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "movie" / "cases.json").read_text(encoding="utf-8"))}
 
 
-@pytest.mark.golden
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["inputs"] is not None])
 def test_recorded_layout(name):
     case = CASES[name]

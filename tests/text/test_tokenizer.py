@@ -292,3 +292,80 @@ def test_malformed_text(llama, tmp_path):
             tokenizer(prompts)
     with pytest.raises(ConversationError, match="half a surrogate pair at character 2"):
         llama.encode("ab\ud800")
+
+
+def added(content: str, **flags: bool) -> dict:
+    return {"content": content, "normalized": False} | {
+        name: flags.get(name, False) for name in ("lstrip", "rstrip", "single_word", "special")
+    }
+
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+CONTROL = {str(i): added(token, special=True) for i, token in enumerate(("<unk>", "<s>", "</s>"))}
+DETAILED = CONTROL | {
+    "1024": added("<tag>", lstrip=True),
+    "1025": added("qux", single_word=True),
+    "1026": added("<end>", rstrip=True, special=True),
+    "1027": added("<tag>s"),
+}
+FINE_TUNES = {
+    "added_tokens.json": {
+        "added_tokens.json": {"<tag>": 1024, "qux": 1025, "[PAD]": 1026, "走る": 1027},
+        "special_tokens_map.json": {name: added(token) for name, token in NAMES.items()} | {"pad_token": "[PAD]"},
+        "tokenizer_config.json": {"legacy": False},
+    },
+    "decoder": {"tokenizer_config.json": {"legacy": False, "added_tokens_decoder": DETAILED}},
+    "decoder, legacy": {"tokenizer_config.json": {"legacy": True, "added_tokens_decoder": DETAILED}},
+}
+TAGGED = [
+    *("a <tag> b", "<tag>", "<tag> ", "<tag><tag> walking", "x<tag>s <tag>y", "a qux, quxs keyqux qux", "<end>  c"),
+    *("qux", "a</s><tag>b", "What[PAD] is 走る?", "<tag>\n走る<end>\n<tag>", "no tag at all", "a<tag> <tag>  b"),
+]
+
+
+@pytest.mark.parametrize("kind", FINE_TUNES)
+def test_added_tokens_are_those_of_transformers(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    files = {name.replace(".", "__"): json.dumps(value).encode() for name, value in FINE_TUNES[kind].items()}
+    write(tmp_path, tokenizer__model=MODEL, **files)
+    load_tokenizer(tmp_path).save_pretrained(tmp_path / "saved")
+    reference = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path / "saved")
+    assert tokenizer.vocab_size == 1028
+    for text in TAGGED:
+        ids = reference.encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text, add_bos=False) == ids, text
+        shown = reference.decode(ids, skip_special_tokens=True)
+        assert tokenizer.decode(ids) == shown, text
+        stream = TextStream(tokenizer)
+        assert "".join([stream.push(i) for i in ids]) + stream.finish() == shown
+
+
+def test_padding_may_lack_an_embedding(tmp_path):
+    """LLaMA 2's first folders give `<pad>` the id behind the last row."""
+    write(tmp_path, tokenizer__model=MODEL, added_tokens__json=b'{"<pad>": 1024}')
+    assert load_tokenizer(tmp_path).vocab_size == 1025
+    write(tmp_path, special_tokens_map__json=b'{"pad_token": "<pad>"}')
+    assert load_tokenizer(tmp_path).vocab_size == 1024
+
+
+def test_added_tokens_of_a_json_tokenizer(byte_level):
+    write(byte_level, added_tokens__json=b'{"<tag>": 258}')
+    tokenizer = load_tokenizer(byte_level)
+    assert tokenizer.encode("a<tag>")[1:] == [258] and tokenizer.decode([258]) == "<tag>"
+    assert tokenizer.vocab_size == 259
+    write(byte_level, added_tokens__json=b'{"<tag>": 300}')
+    with pytest.raises(ConversationError, match="the id 258 for the added token '<tag>', the files beside it 300"):
+        load_tokenizer(byte_level)
+
+
+@pytest.mark.parametrize("value", [{"<a>": "x"}, {"<a>": -1}, {"": 1024}, {"<a>": True}, {"<a>": 10**12}])
+def test_broken_added_tokens(value, tmp_path):
+    write(tmp_path, tokenizer__model=MODEL, added_tokens__json=json.dumps(value).encode())
+    with pytest.raises(ConversationError, match=r"added_tokens\.json are not as transformers writes them"):
+        load_tokenizer(tmp_path)
+    config = {"added_tokens_decoder": {str(number): {"content": text} for text, number in value.items()}}
+    config["added_tokens_decoder"]["x"] = 3
+    write(tmp_path, added_tokens__json=b"{}", tokenizer_config__json=json.dumps(config).encode())
+    with pytest.raises(ConversationError, match=r"tokenizer_config\.json are not as"):
+        load_tokenizer(tmp_path)

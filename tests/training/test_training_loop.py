@@ -13,6 +13,7 @@ from unittest.mock import MagicMock, Mock
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from paths import GOLDEN
 from training_cases import CONFIG
 from training_data import ROOT, environment
 
@@ -222,14 +223,14 @@ def test_kernels_below_lora_do_not_train(tmp_path, monkeypatch):
     assert journal.updates == 10 and not any(journal.trains.values())
 
 
-def test_the_tiny_recipes_have_tokenizers(golden):
+def test_the_tiny_recipes_have_tokenizers():
     """The ones that are shipped, and those of the recorded cases."""
     for path in sorted((ROOT / "configs/tiny").iterdir()):
         config = read_config(path)
         tokenizers = load_tokenizers(ROOT / config.data.tokenizer)
         assert None not in tokenizers
         check_tokenizers(config.model_config(), *tokenizers, "")
-    check_tokenizers(CONFIG, load_tokenizers(golden / "text")[0], load_tokenizers(golden / "short_video_mean")[1], "")
+    check_tokenizers(CONFIG, load_tokenizers(GOLDEN / "text")[0], load_tokenizers(GOLDEN / "short_video_mean")[1], "")
 
 
 TWO_PROCESSES = """

@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from paths import GOLDEN
 
-from conversion.positions import resize_positions
-from llamavid_jax.config.schema import (
-    LlamaConfig,
-    LLaMAVIDLlavaConfig,
-    LLaMAVIDLlavaQFormerConfig,
-    LLaMAVIDLlavaVisionConfig,
-)
+from conversion.resize import resize_positions
+from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig, LLaMAVIDLlavaVisionConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.lora import LoraConfig, add_lora
@@ -47,6 +44,17 @@ def variants():
             CONFIG, mm_projector_type="identity", text_config=dataclasses.replace(CONFIG.text_config, hidden_size=24)
         ),
         "tied": dataclasses.replace(CONFIG, text_config=tied),
+        "clip": dataclasses.replace(
+            CONFIG,
+            vision_tower_config=dataclasses.replace(CONFIG.vision_tower_config, kind="clip"),
+            qformer_config=dataclasses.replace(CONFIG.qformer_config, encoder_hidden_size=16),
+        ),
+        "qformer": dataclasses.replace(CONFIG, bert_type="qformer"),
+        "raw_bert": dataclasses.replace(
+            CONFIG,
+            bert_type="raw_bert",
+            qformer_config=dataclasses.replace(CONFIG.qformer_config, cross_attention_frequency=1),
+        ),
     }
 
 
@@ -165,9 +173,9 @@ def test_positions_are_resized_as_torch_does(old, new):
     assert np.linalg.norm(resized[1:] - expected) / np.linalg.norm(expected) < 2e-6  # measured: up to 5e-7
 
 
-def test_positions_of_the_original(golden):
+def test_positions_of_the_original():
     found = 0
-    for file in golden.rglob("expected.npz"):
+    for file in GOLDEN.rglob("expected.npz"):
         expected = np.load(file)
         tables = {name: expected[name][0] for name in expected.files if name.startswith("pos_embed_")}
         for (_, old), (name, new) in itertools.permutations(tables.items(), 2):
