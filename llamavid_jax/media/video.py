@@ -218,6 +218,8 @@ def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, 
     for packet in _packets(container, stream):
         try:
             frames = packet.decode()
+        except EOFError:  # the decoder has given its last frames
+            continue
         except av.FFmpegError:
             if (previous < 0 and is_broadcast) or _is_hidden(packet):
                 continue
