@@ -78,9 +78,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.tokens < 1:
         parser.error(f"--tokens is {options.tokens}; give the length of the prompt, such as 3584")
     # said now, not after minutes of loading
-    options.settings = Settings(
-        options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.stop
-    )
+    names = [field.name for field in dataclasses.fields(Settings)]
+    options.settings = dataclasses.asdict(Settings(**{name: getattr(options, name) for name in names}))
     if options.compile_only:
         return options
     options.question = checked((options.question or "").strip(), "--question")
@@ -226,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             checked(question, "the question on stdin")
             with progress_bar(console) as session.progress:
-                answer = session.ask(question, options.settings, write if options.stream else None)
+                answer = session.ask(question, write if options.stream else None, **options.settings)
         except InputError as error:
             code = complain(error, "infer.py")
             if options.chat and (session.features is not None or not (options.image or options.video)):

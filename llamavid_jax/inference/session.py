@@ -28,7 +28,15 @@ from llamavid_jax.inference.request import Settings
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.timeline import Sampling
 from llamavid_jax.shapes import IMAGE_TOKEN
-from llamavid_jax.text.conversation import IMAGE, check_text, movie_text, prompt, question_turn, template_named
+from llamavid_jax.text.conversation import (
+    IMAGE,
+    check_text,
+    long_video_text,
+    marked,
+    prompt,
+    question_turn,
+    template_named,
+)
 from llamavid_jax.text.subtitles import Cue, interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
@@ -91,27 +99,26 @@ class Session:
         self.turns: list[Turn] = []
         self.frames = 0  # encoded
         self.features: list[np.ndarray] | None = None  # of each visual, once they are encoded
-        self._movie: str | None = None  # stands for the video where there are subtitles
+        self._movie: str | None = None  # the frames' placeholders with the subtitles between them
         self.sampled: dict[int, Sampling] = {}  # of each video that has begun: which frames, and by which rule
         self._said: set[str] = set()
         self._cache = PromptCache()
 
-    def ask(
-        self, question: str, settings: Settings | None = None, streamer: Callable[[str], None] | None = None
-    ) -> Answer:
+    def ask(self, question: str, streamer: Callable[[str], None] | None = None, **settings: Any) -> Answer:
         """The answer to a question, after all that was asked before.
 
-        `streamer` is given the answer as it comes.  Raises InputErrors; the conversation is then what it was.
+        `streamer` is given the answer as it comes; `settings` are those of `generate`, such as `max_new_tokens=128`.
+        Raises InputErrors; the conversation is then what it was.
         """
-        settings, started = settings or Settings(), time.perf_counter()
-        turn = self._turn(question, settings.max_new_tokens)
-        earlier = self._that_fit(turn, settings.max_new_tokens) if self.follow_ups else []
+        chosen, started = Settings(**settings), time.perf_counter()
+        turn = self._turn(question, chosen.max_new_tokens)
+        earlier = self._that_fit(turn, chosen.max_new_tokens) if self.follow_ups else []
         ids, tokens = self._lay_out([*earlier, turn])
         encoded = time.perf_counter() - started
         out = self.model.generate(
             [ids],
             visual_tokens=[tokens],
-            **dataclasses.asdict(settings),
+            **dataclasses.asdict(chosen),
             streamer=streamer and (lambda _, text: streamer(text)),
             cache=self._cache if self.follow_ups else None,
         )
@@ -168,10 +175,15 @@ class Session:
 
     def _lay_out(self, turns: Sequence[Turn]) -> tuple[list[int], list[np.ndarray]]:
         """Ids of the prompt, and the visual tokens of its placeholders."""
-        words = [part for turn in turns for part in (question_turn(len(turn.tokens), turn.question), turn.answer)]
-        text = prompt(self.template, words[:-1])
-        text = text if self._movie is None else text.replace(IMAGE, self._movie)
-        return encode_with_images(self.model.tokenizer, text), [array for turn in turns for array in turn.tokens]
+        words = [part for turn in turns for part in (self._words(turn), turn.answer)]
+        ids = encode_with_images(self.model.tokenizer, prompt(self.template, words[:-1]))
+        return ids, [array for turn in turns for array in turn.tokens]
+
+    def _words(self, turn: Turn) -> str:
+        config = self.model.config
+        if self._movie is not None and turn.tokens:
+            return long_video_text(self._movie, turn.question, config.tokens_per_frame, config.mm_use_im_start_end)
+        return question_turn(len(turn.tokens), turn.question).replace(IMAGE, marked(IMAGE, config.mm_use_im_start_end))
 
     def _length(self, turns: Sequence[Turn]) -> int:
         ids, tokens = self._lay_out(turns)
@@ -215,7 +227,7 @@ class Session:
                 times.append(time_)
                 self.progress(video, len(times), expected)
         if self.subtitles is not None:
-            self._movie = movie_text(interleave(times, self.subtitles), self.model.config.tokens_per_frame)
+            self._movie = interleave(times, self.subtitles)
 
     def _check_length(self, video: Any, new_tokens: int) -> None:
         """Says that the videos are too long at the first frame of the one too many, not after its last."""

@@ -99,7 +99,7 @@ def _named(path: Path, name: object) -> Iterator[None]:
     try:
         yield
     except MediaError as error:
-        raise MediaError(str(error).replace(str(path), str(name))) from None
+        raise MediaError(str(error).replace(printable(path), str(name))) from None
 
 
 def _decode_data_url(source: str, name: str, max_bytes: int) -> bytes:
@@ -119,7 +119,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
-            raise MediaError(f"{req.full_url} redirects to {printable(newurl[:200])}; only http and https are followed")
+            raise MediaError(f"{req.full_url} redirects to {newurl[:200]}; only http and https are followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -198,13 +198,11 @@ def _download(url: str, name: str, file: BinaryIO, max_bytes: int, deadline: flo
     except TimeoutError:
         raise too_slow from None
     except urllib.error.HTTPError as error:
-        raise MediaError(
-            f"{name} answered {error.code} {printable(error.reason[:100])}; check the URL in a browser"
-        ) from None
+        raise MediaError(f"{name} answered {error.code} {error.reason[:100]}; check the URL in a browser") from None
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
             raise too_slow from None
         raise MediaError(f"{name} cannot be reached ({error.reason}); check the URL and the network") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = printable(str(error)[:200]) or type(error).__name__
+        reason = str(error)[:200] or type(error).__name__
         raise MediaError(f"{name} cannot be downloaded ({reason}); check the URL and the network") from None
