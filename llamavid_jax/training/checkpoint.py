@@ -110,9 +110,9 @@ class RunCheckpoints:
         try:
             self.wait()
         finally:
-            if not self._failure:  # Orbax would only raise its error again
+            if not self._failure:  # else Orbax would only raise its error again, and its threads go on for a while
                 self._manager.close()
-            self._quiet.close()
+                self._quiet.close()
 
     @contextlib.contextmanager
     def _write_errors(self):
