@@ -1,13 +1,15 @@
 """Small files, written completely or not at all; and the files that come with the package, wherever it stands."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import CheckpointError, InputError
 
 PACKAGE = Path(__file__).parent
+SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 BROUGHT = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent  # as installed; in a clone
 
 
@@ -30,3 +32,26 @@ def write_files(directory: str | Path, files: Mapping[str, bytes]) -> None:
                 os.replace(Path(aside, name), folder / name)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror}); give a folder that can") from None
+
+
+def with_sums(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The same files, and their SHA-256 sums in one more."""
+    lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
+    return {**files, SUMS: "".join(lines).encode()}
+
+
+def check_sums(folder: Path) -> None:
+    """Raises CheckpointError where a file in `folder` is not what SHA256SUMS there says; silent where it says none."""
+    if not (folder / SUMS).is_file():
+        return
+    for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
+        wanted, _, name = line.partition(" ")
+        file = folder / name.lstrip(" *")
+        if file.parent != folder or not file.is_file():
+            continue
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != wanted:
+                raise CheckpointError(
+                    f"{file} is damaged: its SHA-256 is not that in {SUMS}; copy the folder again, or remove {SUMS} if "
+                    "you changed the file"
+                )
