@@ -3,7 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOCK ?= requirements.lock
-INSTALL := $(BIN)/pip install --quiet $(LOCK:%=--constraint %)
+INSTALL := $(BIN)/pip install --quiet --no-compile $(LOCK:%=--constraint %)
+export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, as they are imported, and not all at the installation
 
 .venv/ready: requirements.txt $(LOCK)
 	$(PYTHON) -m venv .venv

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.commands.program import keep_programs
-from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, Parser, command
 from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN
 
 TOLERANCES = {"vision_features": 1e-5, "tokens": 1e-5, "logits": 5e-5, "loss": 1e-5, "greedy": 0.0}
@@ -164,18 +164,16 @@ def read_expected(file: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{file} is not a readable .npz file ({error}); give a recorded expected.npz") from None
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.check", description=__doc__.split("\n\n")[0])
     parser.add_argument("directory", metavar="DIR", type=Path, help="a converted checkpoint")
     parser.add_argument("--expected", metavar="FILE", type=Path, required=True, help="recorded outputs (.npz)")
-    try:
-        options = parser.parse_args(arguments)
-        expected = read_expected(options.expected)
-        keep_programs()
-        model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.directory, dtype="float32")
-        rows = check_case(model, expected)
-    except InputError as error:
-        return complain(error)
+    options = parser.parse_args(arguments)
+    expected = read_expected(options.expected)
+    keep_programs()
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.directory, dtype="float32")
+    rows = check_case(model, expected)
     table = Table("array", "relative error", "tolerance", "verdict", title=str(options.directory))
     for row in rows:
         table.add_row(row.name, f"{row.error:.2e}", f"{row.tolerance:.0e}", "ok" if row.passed else "FAILED")

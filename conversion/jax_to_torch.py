@@ -23,7 +23,7 @@ from rich.table import Table
 from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, Parser, command
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_torch, weight_table
 
@@ -165,6 +165,7 @@ def _write_json(file: Path, values: dict) -> None:
     file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.jax_to_torch", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", metavar="DIR", type=Path, help="a converted checkpoint")
@@ -172,13 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=tuple(SHARD_BYTES), required=True)
     parser.add_argument("--max-shard-bytes", metavar="N", type=int, help="size of one weight file (1 or 5 GiB)")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
-    try:
-        options = parser.parse_args(arguments)
-        convert(options.source, options.out, layout=options.layout, max_shard_bytes=options.max_shard_bytes)
-    except InputError as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_args(arguments)
+    convert(options.source, options.out, layout=options.layout, max_shard_bytes=options.max_shard_bytes)
     return 0
 
 

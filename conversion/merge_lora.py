@@ -20,7 +20,7 @@ from llamavid_jax.checkpoints.adapter import check_tensors, peft_tensors, read_p
 from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, Parser, command
 from llamavid_jax.files import check_sums
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
@@ -116,19 +116,15 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     print(f"{out}: {len(updates) // 2} kernels updated, {count} weights replaced")
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.merge_lora", description=__doc__.split("\n\n")[0])
     parser.add_argument("base", metavar="BASE", type=Path, help="a converted checkpoint")
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder of a LoRA adapter")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
-    try:
-        options = parser.parse_args(arguments)
-        merge(options.base, options.adapter, options.out)
-    except InputError as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_args(arguments)
+    merge(options.base, options.adapter, options.out)
     return 0
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from llamavid_jax.config.foreign import llama_config
 from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.errors import CheckpointError
 
@@ -149,7 +148,7 @@ def gguf_config(file: Path) -> LlamaConfig:
         raise CheckpointError(
             f"{file} does not state {', '.join(missing)}; its metadata is incomplete: download it again"
         )
-    return llama_config(values, str(file))
+    return LlamaConfig.from_transformers(values, str(file))
 
 
 def write_tokenizer(file: Path, out: Path) -> bool:

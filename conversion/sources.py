@@ -7,8 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from llamavid_jax.config.foreign import llama_config
-from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 
 from .read_gguf import GgufTensor, gguf_config, read_gguf
@@ -85,7 +84,7 @@ def model_config(checkpoint: Path, config_file: Path | None, image_size: int | N
     if checkpoint.suffix == ".gguf":
         config = dataclasses.replace(given or LLaMAVIDLlavaConfig(), text_config=gguf_config(checkpoint))
     elif values.get("model_type") == "llama" and "mm_vision_tower" not in values:
-        text_config = llama_config(values, str(own))
+        text_config = LlamaConfig.from_transformers(values, str(own))
         config = dataclasses.replace(given or LLaMAVIDLlavaConfig(), text_config=text_config)
     elif given:
         config = given

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig
+from llamavid_jax.config.schema import LlamaConfig, LLaMAVIDLlavaConfig, LLaMAVIDLlavaVisionConfig
 from llamavid_jax.errors import CheckpointError
 
 
@@ -26,21 +26,30 @@ def llama_values(text: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _part_values(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
-    """The sizes of the tower and the Q-Former, which the original keeps in code."""
-    vision, qformer = config.vision_tower_config, config.qformer_config
+BERT_LAYERS = 12  # of BERT-base; the original cuts off the others where `bert_type` says "layer:N"
+
+
+def _vision_values(vision: LLaMAVIDLlavaVisionConfig) -> dict[str, Any]:
+    kind = {"model_type": "clip_vision_model"} if vision.kind == "clip" else {"qkv_bias": True}
     return {
-        "vision_tower_config": {
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_hidden_layers": vision.num_hidden_layers,
-            "num_attention_heads": vision.num_attention_heads,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "layer_norm_eps": vision.layer_norm_eps,
-            "hidden_act": "gelu",
-            "qkv_bias": True,
-        },
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": vision.num_hidden_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "hidden_act": vision.hidden_act,
+        **kind,
+    }
+
+
+def _part_values(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
+    """The sizes of the tower and the text decoder, which the original keeps in code."""
+    vision, qformer = config.vision_tower_config, config.qformer_config
+    layers = "" if qformer.num_hidden_layers == BERT_LAYERS else f"_layer:{qformer.num_hidden_layers}"
+    return {
+        "vision_tower_config": _vision_values(vision),
         "qformer_config": {
             "vocab_size": qformer.vocab_size,
             "hidden_size": qformer.hidden_size,
@@ -50,11 +59,11 @@ def _part_values(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
             "max_position_embeddings": qformer.max_position_embeddings,
             "layer_norm_eps": qformer.layer_norm_eps,
             "cross_attention_frequency": qformer.cross_attention_frequency,
-            "encoder_hidden_size": vision.hidden_size,
+            "encoder_hidden_size": config.memory_width,
             "hidden_dropout_prob": qformer.dropout,
             "attention_probs_dropout_prob": qformer.dropout,
         },
-        "bert_type": "qformer_pretrain",
+        "bert_type": config.bert_type + layers,
         "num_query": config.num_query,
         "compress_type": None if config.compress_type == "none" else config.compress_type,
         "mm_hidden_size": vision.hidden_size,
@@ -65,41 +74,52 @@ def _part_values(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
 
 def original_config(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
     """The original's form: LLaMA's fields flat, LLaMA-VID's beside them."""
-    size = config.vision_tower_config.image_size
+    vision = config.vision_tower_config
+    is_clip, size = vision.kind == "clip", vision.image_size
+    clip, layer = f"./model_zoo/OpenAI/clip-vit-large-patch14{'-336' * (size == 336)}", vision.feature_layer
     return {
         "model_type": "llava",
         "architectures": ["LlavaLlamaAttForCausalLM"],
         **llama_values(config.text_config),
         **_part_values(config),
         "max_token": config.text_config.max_length,
-        "mm_vision_tower": "./model_zoo/LAVIS/eva_vit_g.pth",
-        "image_processor": f"./llamavid/processor/clip-patch14-{size}",
+        "mm_vision_tower": clip if is_clip else "./model_zoo/LAVIS/eva_vit_g.pth",
+        "image_processor": clip if is_clip else f"./llamavid/processor/clip-patch14-{size}",
         "mm_projector_type": config.mm_projector_type,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": config.mm_use_im_start_end,
+        "mm_use_im_patch_token": config.mm_use_im_patch_token,
+        "mm_vision_select_feature": vision.select_feature,
+        "mm_vision_select_layer": layer if is_clip else -2,  # which EVA does not look at
         "image_aspect_ratio": config.image_aspect_ratio,
         "use_mm_proj": True,
     }
 
 
 def documented_config(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
-    """The transformers port's form.  Raises CheckpointError for a content projector that it does not know."""
-    if config.mm_projector_type != "mlp2x_gelu":
-        raise CheckpointError(
-            f"mm_projector_type is {config.mm_projector_type!r}, but the documented layout has two layers only "
-            "(mlp2x_gelu); use --layout original"
-        )
+    """The transformers port's form.  Raises CheckpointError for what it does not know."""
+    vision = config.vision_tower_config
+    for name, value, known in (
+        ("mm_projector_type", config.mm_projector_type, "mlp2x_gelu"),
+        ("bert_type", config.bert_type, "qformer_pretrain"),
+        ("vision_tower_config.kind", vision.kind, "eva"),
+        ("qformer_config.encoder_hidden_size", config.memory_width, config.tower_width),
+        ("mm_use_im_start_end", config.mm_use_im_start_end, False),
+    ):
+        if value != known:
+            raise CheckpointError(
+                f"{name} is {value!r}, but the documented layout has {known!r} alone; use --layout original"
+            )
+    strategy = "full" if vision.select_feature == "cls_patch" else "default"
     return {
         "model_type": "llamavid",
         "architectures": ["LLaMAVIDLlavaForConditionalGeneration"],
         "text_config": {"model_type": "llama", **llama_values(config.text_config)},
         **_part_values(config),
+        "bert_type": config.bert_type,
         "image_token_index": config.image_token_index,
         "image_aspect_ratio": config.image_aspect_ratio,
         "projector_hidden_act": "gelu",
         "ignore_index": -100,
         "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": strategy,
     }

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from llamavid_jax.commands.program import keep_programs
-from llamavid_jax.errors import CheckpointError, InputError, Parser, complain
+from llamavid_jax.errors import CheckpointError, Parser, command
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.quantize import quantize_kernels
 from llamavid_jax.models.structure import flat_paths
@@ -254,6 +254,7 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
     return [f"{what}: {', '.join(names)}"] if names else []
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("source", metavar="SRC", type=Path, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
@@ -271,15 +272,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--init-missing", metavar="SEED", type=int, help="random values for weights that no file holds")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
-    try:
-        options = vars(parser.parse_args(arguments))
-        options["config_file"] = options.pop("config")
-        keep_programs()
-        convert(options.pop("source"), options.pop("out"), **options)
-    except InputError as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        return 130
+    options = vars(parser.parse_args(arguments))
+    options["config_file"] = options.pop("config")
+    keep_programs()
+    convert(options.pop("source"), options.pop("out"), **options)
     return 0
 
 

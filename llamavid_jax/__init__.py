@@ -11,6 +11,7 @@ _HOMES = {
     "LLaMAVIDLlavaImageProcessor": "media.image_processor",
     "LLaMAVIDLlavaProcessor": "inference.processor",
     "LLaMAVIDLlavaForConditionalGeneration": "inference.model",
+    "Session": "inference.session",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

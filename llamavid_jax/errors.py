@@ -7,10 +7,17 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class InputError(ValueError):
-    """Input that cannot be used.  The message names the thing, the value and the remedy."""
+    """Input that cannot be used.  The message names the thing, the value and the remedy.
+
+    Names of files and replies of servers stand in it: what would command a terminal is written as an escape.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(message))
 
 
 class ConfigError(InputError):
@@ -32,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Makes a function of arguments a command: its streams are usable, bad input is one line, Ctrl-C a code."""
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
@@ -45,6 +52,8 @@ def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
                 return code
             except InputError as error:
                 return complain(error, name)
+            except ModuleNotFoundError as error:
+                return complain(InputError(f'{error.name} is not installed; pip install "llamavid_jax[train]"'), name)
             except KeyboardInterrupt:
                 return 130
             except OSError as error:  # which nobody expected: of stdout, whose reader has gone or whose disk is full
@@ -70,28 +79,32 @@ def say(text: str) -> None:
             print(printable(text, kept="\n"), file=sys.stderr, flush=True)
 
 
-def printable(text: str, kept: str = "") -> str:
+def printable(text: object, kept: str = "") -> str:
     """`text` with all that a terminal would obey, and half surrogate pairs, written out: "\\x1b[2J".
 
     Names of files and answers of servers may hold anything; the characters of `kept` stay.
     """
     return "".join(
         letter if letter.isprintable() or letter in kept else letter.encode("unicode_escape").decode()
-        for letter in text
+        for letter in str(text)
     )
 
 
-def open_streams() -> set[str]:
-    """Makes the standard streams usable: those that are closed, whose names it returns, lead nowhere from now on.
+def open_streams() -> None:
+    """Makes the standard streams usable: those that are closed lead nowhere from now on.
 
     Else the next file that is opened would take their place.  Text that a stream cannot hold is escaped.
     """
-    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
-    for name in closed:  # in the order of their numbers: a file gets the lowest that is free
-        setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers: a file gets the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    return set(closed)
+
+
+def was_closed(stream: Any) -> bool:
+    """Whether `open_streams` found it so."""
+    return getattr(stream, "name", None) == os.devnull

@@ -49,12 +49,16 @@ def original_names(config: LLaMAVIDLlavaConfig) -> dict[str, list[str]]:
     return names
 
 
-def factor(names: list[str], shape: tuple[int, ...], lr_multi: str | None) -> np.ndarray:
-    """The original's `lr_multi`, "substring:factor" separated by backslashes, of one parameter, layer by layer."""
+def factor(names: list[str], shape: tuple[int, ...], lr_multi: str | dict | None) -> np.ndarray:
+    """The original's `lr_multi` of one parameter, layer by layer: factors by substring, a mapping or as the original
+    writes them, "substring:factor" separated by backslashes."""
+    written = (
+        (part.rsplit(":", 1) for part in (lr_multi or "").split("\\") if part) if not isinstance(lr_multi, dict) else ()
+    )
+    parts = lr_multi if isinstance(lr_multi, dict) else dict(written)
     factors = []
     for name in names:
-        parts = (part.rsplit(":", 1) for part in (lr_multi or "").split("\\") if part)
-        factors.append(next((float(value) for text, value in parts if text in name), 1.0))
+        factors.append(next((float(value) for text, value in parts.items() if text in name), 1.0))
     return np.float32(factors[0]) if len(set(factors)) == 1 else np.reshape(factors, (-1, *[1] * (len(shape) - 1)))
 
 

@@ -82,7 +82,11 @@ def test_the_demo_from_another_folder(site, tmp_path):
     [
         ("llamavid --model demo/model --video demo/held_out.mp4 --question Why? --max-new-tokens 1", 0, ""),
         ("llamavid --model demo/models --question Why?", 2, "demo/models/preprocessor_config.json does not exist"),
-        ("llamavid-train --config configs/tiny/stage1_align.yaml data.path=no.json", 2, "no.json does not exist"),
+        (
+            "llamavid-train --config configs/tiny/stage1_align.yaml training.batch_size=8 data.path=no.json",
+            2,
+            "no.json does not exist",
+        ),
         ("llamavid-train --config configs/tiny/stage9.yaml", 2, "configs/tiny/stage9.yaml does not exist"),
         ("llamavid-convert no OUT", 2, "no does not exist"),
     ],

@@ -7,7 +7,8 @@
 | splash    | TPU, v4 and later    | causal self-attention; Pallas kernel, no scores in memory         |
 
 Rows that hold several samples (`segment_ids`) run on all three; cuDNN then gets the mask as an array `[B, 1, T, T]`.
-Causal rows that the mesh cuts over `sequence` go to `ring.ring_attention`, whose tiles splash computes on TPU.
+Causal rows that the mesh cuts over `sequence` go to `ring.ring_attention`, whose tiles splash computes on TPU.  Chunks
+of a prompt behind a cache, whose keys are more than their queries, go to `chunk.chunk_attention` everywhere.
 
 Every backend is compared with `reference_attention` in `tests/attention/test_attention.py`.
 """

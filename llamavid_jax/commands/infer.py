@@ -12,7 +12,9 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,8 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from llamavid_jax.commands import program
 from llamavid_jax.data.records import count_frames
-from llamavid_jax.errors import InputError, Parser, complain, open_streams, printable
+from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import local_file
@@ -75,9 +78,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.tokens < 1:
         parser.error(f"--tokens is {options.tokens}; give the length of the prompt, such as 3584")
     # said now, not after minutes of loading
-    options.settings = Settings(
-        options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.stop
-    )
+    names = [field.name for field in dataclasses.fields(Settings)]
+    options.settings = dataclasses.asdict(Settings(**{name: getattr(options, name) for name in names}))
     if options.compile_only:
         return options
     options.question = checked((options.question or "").strip(), "--question")
@@ -158,7 +160,7 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
         template=options.template,
         follow_ups=options.chat,
         newest_alone=options.like_original,
-        notice=lambda text: print(printable(text), file=sys.stderr, flush=True),
+        notice=say,
     )
 
 
@@ -204,51 +206,41 @@ def write(text: str) -> None:
         raise OSError(f"stdout cannot be written ({error.strerror}); send it elsewhere") from None
 
 
+@command("infer.py")
 def main(arguments: list[str] | None = None) -> int:
-    code = 0
-    try:
-        closed = open_streams()
-        options = parse_arguments(arguments)
-        if "stdout" in closed:
-            raise InputError("stdout is closed, and the answer goes there; leave it open, or give > FILE")
-        if options.compile_only:
-            return compile_only(options)
-        if options.chat and "stdin" in closed:
-            raise InputError(
-                "stdin is closed, and --chat reads its questions there; leave it open, or leave out --chat"
-            )
-        console, start = Console(stderr=True), time.perf_counter()
-        session = start_session(options, console)
-        loaded = time.perf_counter() - start
-        for question in questions(options):
-            try:
-                checked(question, "the question on stdin")
-                with progress_bar(console) as session.progress:
-                    answer = session.ask(question, options.settings, write if options.stream else None)
-            except InputError as error:
-                code = complain(error, "infer.py")
-                if options.chat and (session.features is not None or not (options.image or options.video)):
-                    continue
-                break
-            if options.json:
-                result = dataclasses.asdict(answer)
-                result = {"answer": result.pop("text"), **result, "seconds": {"load": loaded, **answer.seconds}}
-                is_utf8 = "utf" in (sys.stdout.encoding or "utf-8").lower()
-                write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
-            else:
-                write("\n" if options.stream else answer.text + "\n")
-    except InputError as error:
-        return complain(error, "infer.py")
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:  # stdout: whoever read the answers has gone, or its disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141 if isinstance(error, BrokenPipeError) else complain(InputError(str(error)), "infer.py")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was downloaded is deleted
+    options = parse_arguments(arguments)
+    if was_closed(sys.stdout):
+        raise InputError("stdout is closed, and the answer goes there; leave it open, or give > FILE")
+    if options.compile_only:
+        return compile_only(options)
+    if options.chat and was_closed(sys.stdin):
+        raise InputError("stdin is closed, and --chat reads its questions there; leave it open, or leave out --chat")
+    console, start, code = Console(stderr=True), time.perf_counter(), 0
+    program.keep_programs()
+    session = start_session(options, console)
+    loaded = time.perf_counter() - start
+    for question in questions(options):
+        try:
+            checked(question, "the question on stdin")
+            with progress_bar(console) as session.progress:
+                answer = session.ask(question, write if options.stream else None, **options.settings)
+        except InputError as error:
+            code = complain(error, "infer.py")
+            if options.chat and (session.features is not None or not (options.image or options.video)):
+                continue
+            break
+        if options.json:
+            result = dataclasses.asdict(answer)
+            result = {"answer": result.pop("text"), **result, "seconds": {"load": loaded, **answer.seconds}}
+            is_utf8 = "utf" in (sys.stdout.encoding or "utf-8").lower()
+            write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
+        else:
+            write("\n" if options.stream else answer.text + "\n")
     return code
 
 
 def run() -> None:
     """`main` as a process of its own."""
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # compiled work may still run after Ctrl-C, and would crash the interpreter's own end
+    program.run(main)

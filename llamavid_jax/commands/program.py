@@ -1,5 +1,6 @@
 """How every command begins and ends: compiled programs are kept for the next call, and the process leaves at once."""
 
+import contextlib
 import gc
 import os
 import sys
@@ -16,10 +17,13 @@ def keep_programs() -> None:
     import jax  # here, so that `--help` does not wait for it
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        given = os.environ.get("XDG_CACHE_HOME", "")  # which counts only as a full path
         try:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamavid_jax"
+            folder = (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "llamavid_jax"
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, RuntimeError):  # no home, or none to write to: as without a cache
+            return
+        if not os.access(folder, os.W_OK):
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX's own leaves out what takes below a second
@@ -33,6 +37,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     """
     gc.set_threshold(100_000)  # imports and traces make a million objects that stay
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # of a stream that has failed before, which `main` has said
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)

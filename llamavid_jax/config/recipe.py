@@ -35,6 +35,8 @@ def _read(path: Path, home: str) -> dict[str, Any]:
         values = yaml.safe_load(find(path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; such files are in {home}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give a file, such as one of {home}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

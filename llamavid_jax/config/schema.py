@@ -14,10 +14,11 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from llamavid_jax.config import foreign
 from llamavid_jax.config.recipe import read_recipe
-from llamavid_jax.config.strict import check_fields, require_divisible, strict
+from llamavid_jax.config.strict import check_fields, require_divisible, require_one_of, strict
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find, write_files
 from llamavid_jax.shapes import IMAGE_TOKEN
@@ -63,9 +64,34 @@ class Part:
         return next(field.name for field in dataclasses.fields(LLaMAVIDLlavaConfig) if field.type is cls)
 
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels from 0 to 1, as CLIP and EVA were trained
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Tower(NamedTuple):
+    """How towers of one kind are built."""
+
+    patch_bias: bool
+    pre_norm: bool  # a norm before the first block
+    key_bias: bool  # separate query, key and value, with a bias each; else one kernel, and the key has none
+    post_norm: bool  # held for the way back to PyTorch; the features come from before it
+    cls_in_patches: bool  # whether the features of select_feature "patch" begin with the CLS token
+
+
+TOWERS = {
+    "eva": Tower(patch_bias=True, pre_norm=False, key_bias=False, post_norm=False, cls_in_patches=True),
+    "clip": Tower(patch_bias=False, pre_norm=True, key_bias=True, post_norm=True, cls_in_patches=False),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class LLaMAVIDLlavaVisionConfig(Part):
-    """EVA ViT-g/14 as LLaMA-VID runs it: 39 of EVA's 40 blocks, no final norm (`eva_vit.py` in the original)."""
+    """A vision tower.  By default EVA ViT-g/14 as LLaMA-VID runs it: 39 of EVA's 40 blocks, no final norm.
+
+    `kind` is one of TOWERS.  `feature_layer` is the hidden state that the features are: 0 before the first block, -1
+    after the last.  `select_feature` "patch" keeps the CLS token out of the visual tokens; with "cls_patch" it is one
+    of the patches.  `image_mean` and `image_std` are those of the pixels, red, green and blue.
+    """
 
     hidden_size: int = 1408
     intermediate_size: int = 6144
@@ -74,13 +100,37 @@ class LLaMAVIDLlavaVisionConfig(Part):
     image_size: int = 224
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
+    kind: str = "eva"
+    hidden_act: str = "gelu"
+    feature_layer: int = -1
+    select_feature: str = "patch"
+    image_mean: tuple = CLIP_MEAN
+    image_std: tuple = CLIP_STD
 
     def __post_init__(self):
-        check_fields(self, "vision_tower_config.")
-        require_divisible(
-            "vision_tower_config", "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
-        )
-        require_divisible("vision_tower_config", "image_size", self.image_size, "patch_size", self.patch_size)
+        section = "vision_tower_config"
+        check_fields(self, f"{section}.", own_range=["feature_layer"])
+        require_divisible(section, "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        require_divisible(section, "image_size", self.image_size, "patch_size", self.patch_size)
+        require_one_of(f"{section}.kind", self.kind, TOWERS)
+        require_one_of(f"{section}.hidden_act", self.hidden_act, ("gelu", "quick_gelu"))
+        require_one_of(f"{section}.select_feature", self.select_feature, ("patch", "cls_patch"))
+        layers = self.num_hidden_layers
+        if not -layers - 1 <= self.feature_layer <= layers or (self.kind == "eva" and self.feature_layer != -1):
+            known = "-1, its last block" if self.kind == "eva" else f"{-layers - 1} to {layers}"
+            raise ConfigError(f"{section}.feature_layer is {self.feature_layer}; this tower has {known}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(type(value) is float and math.isfinite(value) for value in values):
+                raise ConfigError(f"{section}.{name} is {values!r}; three numbers are needed, for red, green and blue")
+        if min(self.image_std) <= 0:
+            raise ConfigError(
+                f"{section}.image_std is {self.image_std!r}; pixels are divided by it, so use numbers above 0"
+            )
+
+    @property
+    def tower(self) -> Tower:
+        return TOWERS[self.kind]
 
     @property
     def side(self) -> int:
@@ -92,10 +142,23 @@ class LLaMAVIDLlavaVisionConfig(Part):
         """Patches of one frame, without the CLS token."""
         return self.side**2
 
+    @property
+    def blocks_used(self) -> int:
+        """Blocks before the features; those behind are held but not run."""
+        return self.feature_layer % (self.num_hidden_layers + 1)
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the tower's features begin with the CLS token."""
+        return self.tower.cls_in_patches or self.select_feature == "cls_patch"
+
 
 @dataclasses.dataclass(frozen=True)
 class LLaMAVIDLlavaQFormerConfig(Part):
-    """InstructBLIP's Q-Former: BERT-base with learned queries and cross-attention in every nth layer."""
+    """The text decoder: BERT-base with cross-attention in every nth layer, by default InstructBLIP's Q-Former.
+
+    `encoder_hidden_size` is the width of the features that a pretrained Q-Former reads, 0 for the tower's.
+    """
 
     vocab_size: int = 30523  # bert-base-uncased and [DEC]
     hidden_size: int = 768
@@ -106,9 +169,10 @@ class LLaMAVIDLlavaQFormerConfig(Part):
     layer_norm_eps: float = 1e-12
     cross_attention_frequency: int = 2
     dropout: float = 0.1  # in training only
+    encoder_hidden_size: int = 0
 
     def __post_init__(self):
-        check_fields(self, "qformer_config.", own_range=["dropout"])
+        check_fields(self, "qformer_config.", from_zero=["encoder_hidden_size"], own_range=["dropout"])
         require_divisible(
             "qformer_config", "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
         )
@@ -158,6 +222,11 @@ class LlamaConfig(Part):
                 f"text_config.rope_factor is {self.rope_factor}; linear scaling needs a factor of 1 or more"
             )
 
+    @classmethod
+    def from_transformers(cls, values: Any, section: str = "text_config") -> "LlamaConfig":
+        """Reads transformers' fields; `section` names them in errors."""
+        return strict(cls, foreign.llama_config(values, section), f"{section}.")
+
     @property
     def max_length(self) -> int:
         """The longest sequence, in tokens, that the rotary positions were made for."""
@@ -168,12 +237,15 @@ class LlamaConfig(Part):
 class LLaMAVIDLlavaConfig:
     """The whole model.
 
-    `compress_type` is "none" (all patches), "mean" (one content token a frame) or "grid:n" (average pooling with
-    stride side // n).  `mm_projector_type` is "linear", "mlpNx_gelu" or "identity".  `image_aspect_ratio` is "pad"
-    (to a square, with the mean colour) or "crop"; videos are always cropped.  `frame_tokens` is "both" kinds of
-    token, or "context" or "content" alone (the paper's ablation).  `image_token_index` is the
-    placeholder id that `input_ids` may hold besides -200: the documented layout gives it a row of the vocabulary.
-    `quantization` is "none", or "int8" or "int4" where the kernels of LLaMA's layers are held so.
+    `bert_type` is the text decoder: "qformer_pretrain" (InstructBLIP's, with a norm on what it reads), "qformer" (the
+    same without) or "raw_bert" (BERT, whose text states ask).  `compress_type` is "none" (all patches), "mean" (one
+    content token a frame) or "grid:n" (average pooling with stride side // n).  `mm_projector_type` is "linear",
+    "mlpNx_gelu" or "identity".  `image_aspect_ratio` is "pad" (to a square, with the mean colour) or "crop"; videos
+    are always cropped.  `frame_tokens` is "both" kinds of token, or "context" or "content" alone (the paper's
+    ablation).  `image_token_index` is the placeholder id that `input_ids` may hold besides -200: the documented layout
+    gives it a row of the vocabulary.  `quantization` is "none", or "int8" or "int4" where the kernels of LLaMA's layers
+    are held so.  `mm_use_im_start_end`: the text has a token before and after every visual; `mm_use_im_patch_token`:
+    the vocabulary has one more, which nothing uses.
     """
 
     vision_tower_config: LLaMAVIDLlavaVisionConfig = LLaMAVIDLlavaVisionConfig()
@@ -186,9 +258,23 @@ class LLaMAVIDLlavaConfig:
     image_aspect_ratio: str = "pad"
     image_token_index: int = IMAGE_TOKEN
     quantization: str = "none"
+    bert_type: str = "qformer_pretrain"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
 
     def __post_init__(self):
         check_fields(self, own_range=["image_token_index"])
+        require_one_of("bert_type", self.bert_type, ("qformer_pretrain", "qformer", "raw_bert"))
+        if self.bert_type == "raw_bert" and self.qformer_config.cross_attention_frequency != 1:
+            raise ConfigError(
+                f"qformer_config.cross_attention_frequency is {self.qformer_config.cross_attention_frequency}, but "
+                "every layer of bert_type 'raw_bert' attends to the frame; set it to 1"
+            )
+        if self.vision_tower_config.select_feature == "cls_patch" and self.compress_type.startswith("grid"):
+            raise ConfigError(
+                f"compress_type is {self.compress_type!r}, but the CLS token of select_feature 'cls_patch' has no "
+                "place in a grid; use 'patch', or compress_type 'mean' or 'none'"
+            )
         grid_stride(self.compress_type, self.vision_tower_config.side)  # raises on a wrong value
         projector_depth(self.mm_projector_type)
         if (
@@ -199,12 +285,9 @@ class LLaMAVIDLlavaConfig:
                 f"mm_projector_type 'identity' needs vision and text of one width, but they are "
                 f"{self.vision_tower_config.hidden_size} and {self.text_config.hidden_size}; use 'mlp2x_gelu'"
             )
-        if self.image_aspect_ratio not in ("pad", "crop"):
-            raise ConfigError(f"image_aspect_ratio is {self.image_aspect_ratio!r}; use 'pad' or 'crop'")
-        if self.frame_tokens not in ("both", "context", "content"):
-            raise ConfigError(f"frame_tokens is {self.frame_tokens!r}; use 'both', 'context' or 'content'")
-        if self.quantization not in ("none", "int8", "int4"):
-            raise ConfigError(f"quantization is {self.quantization!r}; use 'none', 'int8' or 'int4'")
+        require_one_of("image_aspect_ratio", self.image_aspect_ratio, ("pad", "crop"))
+        require_one_of("frame_tokens", self.frame_tokens, ("both", "context", "content"))
+        require_one_of("quantization", self.quantization, ("none", "int8", "int4"))
 
     def quantized(self, kind: str) -> "LLaMAVIDLlavaConfig":
         """The same model with quantised kernels.  Raises ConfigError where they are of another kind already."""
@@ -225,10 +308,31 @@ class LLaMAVIDLlavaConfig:
         return self
 
     @property
+    def memory_width(self) -> int:
+        """Width of the features as the text decoder reads them."""
+        if self.bert_type == "raw_bert":
+            return self.qformer_config.hidden_size
+        return self.qformer_config.encoder_hidden_size * (self.bert_type == "qformer_pretrain") or self.tower_width
+
+    @property
+    def projects_memory(self) -> bool:
+        """Whether a projection leads there from the tower's features."""
+        return self.bert_type == "raw_bert" or self.memory_width != self.tower_width
+
+    @property
+    def tower_width(self) -> int:
+        return self.vision_tower_config.hidden_size
+
+    @property
     def tokens_per_frame(self) -> int:
-        """Context token and content tokens of one frame: the n+1 of the paper."""
-        side = self.vision_tower_config.side
-        content = (side // (grid_stride(self.compress_type, side) or 1)) ** 2
+        """Context token and content tokens of one frame of pixels: the n+1 of the paper."""
+        return self.tokens_of(self.vision_tower_config.has_cls)
+
+    def tokens_of(self, has_cls: bool) -> int:
+        """The same of a frame's features, which may or may not begin with the CLS token."""
+        vision = self.vision_tower_config
+        content = (vision.side // (grid_stride(self.compress_type, vision.side) or 1)) ** 2
+        content += has_cls and vision.select_feature == "cls_patch" and self.compress_type == "none"
         return {"both": 1 + content, "context": 1, "content": content}[self.frame_tokens]
 
     @classmethod
@@ -255,8 +359,6 @@ class LLaMAVIDLlavaConfig:
     @classmethod
     def from_dict(cls, values: Any) -> "LLaMAVIDLlavaConfig":
         """Reads a mapping in any of the three forms; which one is told by `model_type`."""
-        from llamavid_jax.config import foreign
-
         if not isinstance(values, Mapping):
             raise ConfigError(f"the configuration is of type {type(values).__name__}; a mapping of fields is needed")
 
@@ -264,9 +366,9 @@ class LLaMAVIDLlavaConfig:
             case "llamavid_jax":
                 return strict(cls, {k: v for k, v in values.items() if k != "model_type"}, "")
             case "llamavid":
-                return foreign.from_documented(values)
+                return strict(cls, foreign.from_documented(values), "")
             case "llava" | "llava_llama" | None if "mm_hidden_size" in values or "mm_vision_tower" in values:
-                return foreign.from_original(values)
+                return strict(cls, foreign.from_original(values), "")
             case "llama":
                 raise ConfigError(
                     "model_type is 'llama': a language model alone, without vision tower, Q-Former and projectors"

@@ -22,6 +22,7 @@ def strict(cls, values: Any, path: str):
             arguments[name] = strict(kind, value, f"{path}{name}.")
             continue
         value = float(value) if kind is float and type(value) is int and abs(value) < 2**31 else value
+        value = tuple(value) if kind is tuple and isinstance(value, list) else value
         check_type(path + name, value, kind)
         arguments[name] = value
     return cls(**arguments)
@@ -52,3 +53,9 @@ def check_type(name: str, value: Any, kind: type) -> None:
 def require_divisible(section: str, name: str, value: int, by_name: str, by: int) -> None:
     if by < 1 or value < 1 or value % by:
         raise ConfigError(f"{section}.{name} is {value}, which is not a positive multiple of {by_name} = {by}")
+
+
+def require_one_of(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        *others, last = [repr(one) for one in known]
+        raise ConfigError(f"{name} is {value!r}; use {', '.join(others)} or {last}")

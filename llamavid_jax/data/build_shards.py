@@ -34,13 +34,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from llamavid_jax.data.examples import file_header
-from llamavid_jax.data.record import Record
-from llamavid_jax.data.records import count_frames, media_file, read_records
+from llamavid_jax.data.record import Record, as_utf8
+from llamavid_jax.data.records import media_file, read_records
 from llamavid_jax.data.shards import FORMAT_VERSION, MANIFEST, MediaHeader, read_manifest
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import InputError, Parser, command, printable
 from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.video import open_video
+from llamavid_jax.media.video import read_timeline
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
 MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
@@ -74,6 +74,7 @@ class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
                 "data": tfds.features.Tensor(shape=(), dtype=np.object_),  # the file's bytes
                 "frames": tfds.features.Scalar(np.int64),
                 "average_fps": tfds.features.Scalar(np.float64),
+                "seconds": tfds.features.Scalar(np.float64),
                 "inputs": tfds.features.Text(),  # JSON: the text in a file of features, null without
             }
         )
@@ -139,7 +140,7 @@ def build(
                 **counts,
                 "files": {file.name: file.stat().st_size for file in sorted(written.iterdir())},
             }
-            (written / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
+            (written / MANIFEST).write_text(json.dumps(manifest, indent=1))
             written.rename(out)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error}); it was not made: run the same again") from None
@@ -228,7 +229,7 @@ def look_up(records: Sequence, index: int, media: Path) -> dict[str, Any]:
             size = path.stat().st_size
             if size > MAX_SAMPLE_BYTES:
                 raise MediaError(f"{path} has {size} bytes, a record holds {MAX_SAMPLE_BYTES}; cut or compress it")
-            example["media"] = os.path.relpath(record.media, media)
+            example["media"] = as_utf8(os.path.relpath(record.media, media))
             return {"path": str(path), "bytes": size, "example": example | _example_header(read_header(record, path))}
     except InputError as error:
         return {"index": index, "id": name, "reason": str(error)}
@@ -243,8 +244,10 @@ def read_header(record: Record, path: Path) -> MediaHeader:
     if record.kind == "features":
         return file_header(path)
     if record.kind == "video":
-        with open_video(path) as (_, _, average_fps):
-            return MediaHeader(count_frames(path, "video", average_fps), average_fps)
+        timeline = read_timeline(path)
+        return MediaHeader(
+            len(timeline.times), timeline.average_fps, seconds=0.0 if timeline.average_fps else timeline.seconds
+        )
     check_picture(path)
     return MediaHeader(1)
 
@@ -264,6 +267,7 @@ def write_shards(plans: Sequence[Path], folder: Path, pipeline_options) -> Path:
     return Path(builder.data_dir)
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="build_shards", description=__doc__.split("\n")[0])
     parser.add_argument("source", metavar="JSON", help="samples in LLaVA's format, .json or .jsonl")
@@ -272,16 +276,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-broken", type=float, default=0.01, help="fraction that may be left out (0.01)")
     beam_help = f"write with Apache Beam; the options of its pipeline as one text, --beam='{LOCAL_BEAM}'"
     parser.add_argument("--beam", nargs="?", const=LOCAL_BEAM, metavar="OPTIONS", help=beam_help)
-    try:
-        options = parser.parse_args(arguments)
-        state = "was complete already" if (Path(options.out) / MANIFEST).is_file() else "is complete"
-        manifest = build(options.source, options.out, options.media, options.max_broken, options.beam)
-    except InputError as error:
-        return complain(error)
+    options = parser.parse_args(arguments)
+    state = "was complete already" if (Path(options.out) / MANIFEST).is_file() else "is complete"
+    manifest = build(options.source, options.out, options.media, options.max_broken, options.beam)
     kinds = ", ".join(f"{counts['samples']} {kind}" for kind, counts in sorted(manifest["kinds"].items()))
     print(f"{options.out} {state}: {manifest['samples']} samples ({kinds}), {len(manifest['skipped'])} skipped")
     for sample in manifest["skipped"][:10]:
-        print(f"  skipped {sample['id'] or sample['index']}: {sample['reason']}")
+        print(printable(f"  skipped {sample['id'] or sample['index']}: {sample['reason']}"))
     return 0
 
 

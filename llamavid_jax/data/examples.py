@@ -13,7 +13,6 @@ placeholder in an answer are errors, where the original trains on something else
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +23,12 @@ from PIL import Image
 
 from llamavid_jax.data.labels import TextExample, training_example
 from llamavid_jax.data.record import DataError, Record
-from llamavid_jax.data.records import count_frames, decode, find_media, media_file, media_size
+from llamavid_jax.data.records import decode, find_media, media_file, media_size, thinned
 from llamavid_jax.data.shards import MediaHeader
 from llamavid_jax.media import features
 from llamavid_jax.media.images import pad_to_square, resize_and_crop
 from llamavid_jax.media.source import MediaError, local_file
-from llamavid_jax.media.video import check_fps, frame_stride
+from llamavid_jax.media.timeline import check_fps, count_samples
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import (
     IMAGE,
@@ -100,13 +99,12 @@ class ExampleReader:
     def size(self, record: Record, index: int, header: MediaHeader | None = None) -> SampleSize:
         """The size of `read(record, index, max_frames)` with enough `max_frames`, without decoding the media file.
 
-        Exact but for the frames of a video, which are those that its header claims.  With `header`, as shards keep it,
-        the media file is not opened.
+        With `header`, as shards keep it, the media file is not opened.
         """
         header = header or self._header(record)
         frames = header.frames
-        if header.average_fps:
-            frames = math.ceil(frames / frame_stride(header.average_fps, self.fps, record.media))
+        if header.average_fps or header.seconds:
+            frames = count_samples(frames, header.average_fps, header.seconds, self.fps, record.media)
         if self._template.masking == "rounds" and header.inputs is None:
             # Labels cost three times as much as the ids, and a data set may have a million samples to plan.
             check_places(record)
@@ -135,7 +133,8 @@ class ExampleReader:
             with media_file(record) as path:
                 header = file_header(path) if record.kind == "features" else MediaHeader(0)
                 text = self._text(record, index, header, max_frames)
-                frames = self._frames(path, record.kind, max_frames)
+                decoded = decode(path, record.kind, self.fps, max_frames)
+                frames = np.stack([self._transform(frame, record.kind) for frame in decoded])
         return Example(record.id, text.input_ids, text.labels, text.prompts, frames)
 
     def _text(self, record: Record, index: int, header: MediaHeader, max_frames: int | None = None) -> TextExample:
@@ -177,32 +176,12 @@ class ExampleReader:
             return []
         return draw_image_sides((self.seed << 32) + int(index), len(record.conversations))
 
-    def _frames(self, path: Path, kind: str, max_frames: int) -> np.ndarray:
-        """The sampled frames of a file.  Where a video's header counts wrongly, its end shows it: it is read again."""
-        expected = count_frames(path, kind, self.fps)
-        while True:
-            count, frames, places = 0, {}, set(thinned(expected, max_frames))
-            for frame in decode(path, kind, self.fps):
-                if count in places or (expected <= max_frames and count < max_frames):
-                    frames[count] = self._transform(frame, kind)
-                count += 1
-            if list(frames) == thinned(count, max_frames):
-                return np.stack(list(frames.values()))
-            expected = count
-
     def _transform(self, frame: np.ndarray, kind: str) -> np.ndarray:
         if kind == "features":
             return frame
         if kind == "image" and self.image_aspect_ratio == "pad":
             return resize_and_crop(pad_to_square(Image.fromarray(frame)), self.image_size)
         return resize_and_crop(frame, self.image_size)
-
-
-def thinned(count: int, max_frames: int) -> list[int]:
-    """Which of `count` frames stay: at most `max_frames`, evenly spaced, the first and the last among them."""
-    if count <= max_frames:
-        return list(range(count))
-    return np.linspace(0, count - 1, max_frames).round().astype(int).tolist()
 
 
 def check_places(record: Record) -> None:

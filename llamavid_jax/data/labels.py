@@ -22,11 +22,15 @@ from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images
 
 @dataclasses.dataclass(frozen=True)
 class TextExample:
-    """One training sample's text; prompts[i] belongs to the i-th placeholder where every user turn has one."""
+    """One training sample's text; prompts[i] belongs to the i-th placeholder where every user turn has one.
+
+    `ignored` says why no token of it has a label; empty where one has.
+    """
 
     input_ids: Int32[np.ndarray, " T"]
     labels: Int32[np.ndarray, " T"]
     prompts: list[str]
+    ignored: str = ""
 
 
 def training_example(
@@ -67,7 +71,24 @@ def training_example(
         labels[start:stop] = IGNORE_LABEL
     if template.masking == "rounds":
         _mask_rounds(labels, text, template, encode, tokenizer.pad_id, max_length)
-    return TextExample(input_ids, labels, prompts)
+    ignored = why_ignored(template, turns, input_ids, tokenizer.pad_id) if (labels == IGNORE_LABEL).all() else ""
+    return TextExample(input_ids, labels, prompts, ignored)
+
+
+def why_ignored(template: Template, turns: Sequence[str], input_ids: np.ndarray, pad_id: int) -> str:
+    """What in the turns keeps a sample from being trained."""
+    marks = ["</s>", template.answer_marker.strip()] if template.masking == "rounds" else []
+    for number, turn in enumerate(turns):
+        found = next((mark for mark in marks if mark in turn), None)
+        if found:
+            return f"turn {number} holds {found!r}, which the template writes between turns; remove it"
+        if not turn:
+            return f"turn {number} is empty; give it words, or remove its round"
+    if len(turns) % 2:
+        return "its last turn has no answer; remove it, or add one"
+    if pad_id in input_ids:
+        return "a turn holds the token that stands for padding, <unk>; remove it"
+    return "the lengths of its rounds do not add up to that of its text; remove white space around the turns"
 
 
 def _mask_rounds(labels, text: str, template: Template, encode, pad_id: int, max_length: int) -> None:

@@ -9,6 +9,11 @@ class DataError(InputError):
     """Training data that cannot be used: names the file or the record, what is wrong and what to do."""
 
 
+def as_utf8(text: str) -> str:
+    """`text` with what UTF-8 cannot hold written out: half a surrogate pair, a byte of a file name in another code."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One sample before it is tokenised or decoded.

@@ -13,7 +13,6 @@ its path fallbacks apply only where the named file is missing; `.pkl` features a
 
 import contextlib
 import json
-import math
 import mmap
 import operator
 import os
@@ -25,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from llamavid_jax.data.record import DataError, Record
+from llamavid_jax.data.record import DataError, Record, as_utf8
 from llamavid_jax.media import features
 from llamavid_jax.media.images import open_image
 from llamavid_jax.media.source import MediaError, local_file
-from llamavid_jax.media.video import frame_stride, iter_frames, open_video
+from llamavid_jax.media.video import iter_frames, plan_video
 
 MEDIA_KEYS = ("image", "video", "features")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
@@ -122,8 +121,13 @@ class Records(Sequence):
         row = self.rows[index]
         if not isinstance(row, Mapping):
             raise DataError(f"record {index} is {str(row)[:60]!r}; it must be an object with 'conversations'")
-        name = str(index) if row.get("id") is None else str(row["id"])
+        name = str(index) if row.get("id") is None else as_utf8(str(row["id"]))
         conversations = row.get("conversations")
+        if conversations is None and "messages" in row:
+            raise DataError(
+                f"record {name!r} has 'messages', as chat templates write them; LLaVA's format has 'conversations', "
+                'turns of the form {"from": "human" or "gpt", "value": TEXT}'
+            )
         if not isinstance(conversations, list) or not conversations:
             raise DataError(f"record {name!r}: conversations is {str(conversations)[:60]!r}; give a list of turns")
         keys = [key for key in MEDIA_KEYS if row.get(key) is not None]
@@ -188,7 +192,7 @@ def media_file(record: Record) -> Iterator[Path]:
 def media_size(record: Record, fps: float | int) -> int:
     """Frames of the media file at `fps` a second, without decoding it, and of an image without opening it.
 
-    Of a video they are what its header says, which may be one off.  Raises MediaError.
+    Raises MediaError.
     """
     if record.kind in ("text", "image"):
         return int(record.kind == "image")
@@ -202,24 +206,27 @@ def count_frames(path: str | Path, kind: str, fps: float | int) -> int:
         return 1
     if kind == "features":
         return features.read_header(path).frames
-    with open_video(path) as (container, stream, average_fps):
-        stride = frame_stride(average_fps, fps, path)
-        if stream.duration:
-            seconds = float(stream.duration * stream.time_base)
-        else:
-            seconds = (container.duration or 0) / 1e6
-        frames = stream.frames or round(seconds * average_fps)
-        if not frames:  # a browser's recording: nothing but the packets tells
-            frames = sum(1 for packet in container.demux(stream) if packet.size)
-    return max(1, math.ceil(frames / stride))
+    return len(plan_video(path, fps))
 
 
-def decode(path: Path, kind: str, fps: float | int) -> Iterator[np.ndarray]:
-    """The frames of a local file one by one: uint8 [h, w, 3], or float [P, E] of features.  Raises MediaError."""
+def decode(path: Path, kind: str, fps: float | int, max_frames: int | None = None) -> Iterator[np.ndarray]:
+    """The frames of a local file one by one: uint8 [h, w, 3], or float [P, E] of features.  Raises MediaError.
+
+    Of more than `max_frames` the `thinned` ones.
+    """
     if kind == "image":
         yield np.asarray(open_image(path))
     elif kind == "features":
-        yield from features.iter_features(path)
+        places = set(thinned(features.read_header(path).frames, max_frames))
+        yield from (frame for place, frame in enumerate(features.iter_features(path)) if place in places)
     else:
-        for _, frame in iter_frames(path, fps):
+        plan = plan_video(path, fps)
+        for _, frame in iter_frames(path, plan.only(thinned(len(plan), max_frames))):
             yield frame
+
+
+def thinned(count: int, max_frames: int | None) -> list[int]:
+    """Which of `count` frames stay: at most `max_frames`, evenly spaced, the first and the last among them."""
+    if max_frames is None or count <= max_frames:
+        return list(range(count))
+    return np.linspace(0, count - 1, max_frames).round().astype(int).tolist()

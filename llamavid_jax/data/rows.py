@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from llamavid_jax.data.examples import Example
-from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN, TEXT, Batch, RowShape, merge_row, pad_to
-from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN, TEXT, Batch, RowShape, merge_row
+from llamavid_jax.text.qformer_tokenizer import ABSENT, QFormerTokenizer, pad_questions
 
 
 def lay_out_row(
@@ -40,6 +40,7 @@ def lay_out_row(
     visual_index = np.full(shape.tokens, TEXT, np.int32)
     labels = np.full(shape.tokens, IGNORE_LABEL, np.int32)
     questions: list[str] = []
+    counts_asked: list[int] = []  # of each example
     used_frames, used_pairs = np.zeros((2, shares), int)  # of each share
     used_tokens, cut = 0, []
     for segment, example in enumerate(examples, 1):
@@ -70,6 +71,7 @@ def lay_out_row(
             frames[place] = example.frames[kept]
             used_frames += counts
             questions += example.questions[:asked]
+            counts_asked.append(asked)
         row = merge_row(input_ids, blocks, own_labels)
         length = min(len(row.token_ids), shape.tokens - used_tokens)
         place = slice(used_tokens, used_tokens + length)
@@ -78,17 +80,18 @@ def lay_out_row(
         labels[place.start : place.start + 1] = IGNORE_LABEL  # nothing before it predicts a sample's first token
         used_tokens = place.stop
         cut.append(length < len(row.token_ids) or len(kept) < own or asked < len(example.questions))
-    question_ids, question_mask = np.zeros((2, shape.questions, question_tokens), np.int32)
+    question_ids = np.full((shape.questions, question_tokens), ABSENT, np.int32)
+    question_mask = np.zeros(question_ids.shape, bool)
     if questions:
         read = qformer_tokenizer(questions, question_tokens)
-        question_ids, question_mask = (pad_to(x, shape.questions, question_tokens) for x in read)
+        question_ids, question_mask = pad_questions(*read, counts_asked, shape.questions, question_tokens)
     return (
         Batch(
             frames,
             pair_frame,
             pair_question,
             question_ids,
-            question_mask.astype(bool),
+            question_mask,
             token_ids,
             visual_index,
             labels,

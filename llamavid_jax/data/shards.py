@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 
 from llamavid_jax.data.record import DataError, Record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
 class MediaHeader(NamedTuple):
     """What a media file says of itself without decoding; 0 frames: no media."""
 
-    frames: int  # in the file; of a video as its container says, which may be one off
-    average_fps: float = 0.0  # frames a second of a video, else 0
+    frames: int  # in the file
+    average_fps: float = 0.0  # of a video whose frames keep a rate
     inputs: str | None = None  # the text that a file of features holds
+    seconds: float = 0.0  # of a video whose frames do not
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -69,8 +70,8 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
     def outline(self, index: int) -> tuple[Record, MediaHeader]:
         """The sample without its media bytes, and their header: all that a plan needs."""
         sample = self._read("outline", index)
-        header = MediaHeader(int(sample["frames"]), float(sample["average_fps"]), json.loads(sample["inputs"]))
-        return _to_record(sample, None), header
+        numbers = int(sample["frames"]), float(sample["average_fps"])
+        return _to_record(sample, None), MediaHeader(*numbers, json.loads(sample["inputs"]), float(sample["seconds"]))
 
     def _read(self, split: str, index: int) -> dict[str, Any]:
         if not -self._length <= index < self._length:

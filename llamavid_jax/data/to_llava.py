@@ -29,7 +29,7 @@ from typing import Any
 
 from llamavid_jax.data.record import DataError
 from llamavid_jax.data.records import PICKLES, JsonRows
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import Parser, command
 from llamavid_jax.media import features
 from llamavid_jax.text.conversation import IMAGE
 
@@ -193,6 +193,7 @@ def write_records(path: str | Path, records: Iterable[Mapping[str, Any]], skippe
     return count
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
@@ -214,21 +215,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "--media", required=name == "video_chatgpt", metavar="DIR", help="folder of the videos"
             )
     skipped: Skipped = collections.Counter()
-    try:
-        options = parser.parse_args(arguments)
-        if options.command == "split_chat":
-            if options.rounds < 1:
-                raise DataError(f"--rounds is {options.rounds}; give 1 or more")
-            records = split_chat(JsonRows(options.source), options.rounds, skipped)
+    options = parser.parse_args(arguments)
+    if options.command == "split_chat":
+        if options.rounds < 1:
+            raise DataError(f"--rounds is {options.rounds}; give 1 or more")
+        records = split_chat(JsonRows(options.source), options.rounds, skipped)
+    else:
+        found = None if options.media is None else find_videos(options.media)
+        if options.command == "webvid":
+            records = webvid(read_csv(options.source), found, skipped)
         else:
-            found = None if options.media is None else find_videos(options.media)
-            if options.command == "webvid":
-                records = webvid(read_csv(options.source), found, skipped)
-            else:
-                records = video_chatgpt(JsonRows(options.source), found, skipped)
-        count = write_records(options.output, records, skipped)
-    except InputError as error:
-        return complain(error)
+            records = video_chatgpt(JsonRows(options.source), found, skipped)
+    count = write_records(options.output, records, skipped)
     print(f"{options.output}: {count:,} records")
     if skipped:
         print(f"left out: {_left_out(skipped)}")

@@ -33,13 +33,12 @@ from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.examples import ExampleReader, check_places, file_header, thinned_inputs
 from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.data.records import decode, find_media, media_file, media_size, read_records
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import InputError, Parser, command, printable
 from llamavid_jax.files import write_files
 from llamavid_jax.media.features import read_header
 from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.video import check_fps
-from llamavid_jax.shapes import IGNORE_LABEL
+from llamavid_jax.media.timeline import check_fps
 from llamavid_jax.text.conversation import ConversationError, template_named, training_turns
 from llamavid_jax.text.tokenizer import load_tokenizer
 
@@ -121,8 +120,8 @@ class Validator:
                     thinned_inputs(record.media, header, ())  # raises where its text does not fit its frames
             return media_size(record, self.fps), 0
         text, frames = self.reader.text(record, index), media_size(record, self.fps)
-        if (text.labels == IGNORE_LABEL).all():
-            raise ConversationError("no token of it would be trained: it has no answer, or a turn holds </s>")
+        if text.ignored:
+            raise ConversationError(f"no token of it would be trained: {text.ignored}")
         return frames, self.reader.expanded_length(text.input_ids, len(text.prompts), frames)
 
 
@@ -169,7 +168,8 @@ class Report:
             for name in ("index", "id", "problem", "reason"):
                 table.add_column(name, overflow="fold")
             for check in self.problems[:SHOWN]:
-                table.add_row(*(Text(str(x)) for x in (check.index, check.id, check.problem, check.reason)))
+                cells = (check.index, check.id, check.problem, check.reason)
+                table.add_row(*(Text(printable(str(cell))) for cell in cells))
             console.print(table)
             if len(self.problems) > SHOWN:
                 console.print(f"... and {len(self.problems) - SHOWN} more: --json FILE writes them all")
@@ -188,6 +188,7 @@ class Report:
         console.print(f"{len(self.problems):,} samples are broken: {found}" if found else "No sample is broken.")
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(prog="llamavid_jax.data.validate", description="Check training data.", allow_abbrev=False)
@@ -201,32 +202,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--decode", action="store_true", help="decode all media to their end, not their headers alone")
     parser.add_argument("--json", metavar="FILE", help="write summary and problems there")
-    try:
-        options = parser.parse_args(arguments)
-        check_fps(options.fps, "the data")
-        if options.max_tokens is not None and (options.model is None or options.max_tokens < 1):
-            parser.error(f"--max-tokens {options.max_tokens} needs a number above 0 and --model, to count tokens")
-        config = LLaMAVIDLlavaConfig.from_pretrained(options.model) if options.model else None
-        validator = Validator(options.template, options.fps, options.decode)
-        if config is not None:
-            vision = config.vision_tower_config
-            validator.reader = _reader(options, config)
-            validator.frame_shape = (vision.num_patches, vision.hidden_size)
-            validator.max_tokens = options.max_tokens or config.text_config.max_length
-        records = read_records(options.path, options.media)
-        report = Report(options.fps)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a sample whose labels are ignored is in the report
-            checks = check_all(validator, records)
-            for check in track(checks, "Checking", len(records), console=Console(stderr=True), transient=True):
-                report.add(check)
-        report.show(Console())  # before anything can be wrong with the file: the checks may have taken hours
-        if options.json:
-            full = report.summary() | {"broken": [dataclasses.asdict(check) for check in report.problems]}
-            file = Path(options.json)
-            write_files(file.parent, {file.name: json.dumps(full, indent=1).encode()})
-    except InputError as error:
-        return complain(error)
+    options = parser.parse_args(arguments)
+    check_fps(options.fps, "the data")
+    if options.max_tokens is not None and (options.model is None or options.max_tokens < 1):
+        parser.error(f"--max-tokens {options.max_tokens} needs a number above 0 and --model, to count tokens")
+    config = LLaMAVIDLlavaConfig.from_pretrained(options.model) if options.model else None
+    validator = Validator(options.template, options.fps, options.decode)
+    if config is not None:
+        vision = config.vision_tower_config
+        validator.reader = _reader(options, config)
+        validator.frame_shape = (vision.num_patches, vision.hidden_size)
+        validator.max_tokens = options.max_tokens or config.text_config.max_length
+    records = read_records(options.path, options.media)
+    report = Report(options.fps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a sample whose labels are ignored is in the report
+        checks = check_all(validator, records)
+        for check in track(checks, "Checking", len(records), console=Console(stderr=True), transient=True):
+            report.add(check)
+    report.show(Console())  # before anything can be wrong with the file: the checks may have taken hours
+    if options.json:
+        full = report.summary() | {"broken": [dataclasses.asdict(check) for check in report.problems]}
+        file = Path(options.json)
+        write_files(file.parent, {file.name: json.dumps(full, indent=1).encode()})
     return int(bool(report.problems))
 
 

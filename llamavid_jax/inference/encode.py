@@ -1,4 +1,4 @@
-"""Frames → a table of visual tokens `[R, n+1, D]`, chunk by chunk: only the tokens of a video are kept.
+"""Frames → a table of visual tokens `[N, D]`, chunk by chunk: only the tokens of a video are kept.
 
 Frames come from arrays or from iterators (a video that is still being decoded), of several visuals one after another,
 and fill chunks of `FRAME_CHUNK` together.  The vision tower sees each frame once, the Q-Former each pair of a frame
@@ -43,19 +43,18 @@ def encode_visuals(
     dtype: Any,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, list[list[np.ndarray]]]:
-    """Encodes all visuals; returns the table `[R, n+1, D]` and `slots[visual][question]`, `[F]` rows of it.
+    """Encodes all visuals: the table `[N, D]`, and in `slots[visual][question]` `[F]` the places of the first tokens.
 
     `text_ids` and `text_mask` `[U, T]` hold the questions.  `progress` is told how many frames each step took.
     Raises RequestError for a frame of a wrong shape.
     """
     slots: list[list[list[int]]] = [[[] for _ in visual.questions] for visual in visuals]
-    table = jnp.zeros(
-        (_first_size(visuals, config.tokens_per_frame), config.tokens_per_frame, config.text_config.hidden_size), dtype
-    )
+    table = jnp.zeros((_first_size(visuals, config), config.text_config.hidden_size), dtype)
     used, running = 0, table
     questions = bucket(len(text_ids), SMALLEST_QUESTIONS)
     text_ids, text_mask = (pad_to(array, questions, array.shape[1]) for array in (text_ids, text_mask))
     for (are_features, has_cls), group in itertools.groupby(enumerate(visuals), lambda item: item[1][2:]):
+        width = config.tokens_of(has_cls)
         owned = ((index, frame) for index, visual in group for frame in visual.frames)
         for chunk in _chunks(owned):
             array = np.stack([_checked(frame, config, has_cls if are_features else None) for _, frame in chunk])
@@ -68,7 +67,7 @@ def encode_visuals(
                 for number, question in enumerate(visuals[index].questions):
                     slots[index][number].append(used)
                     pairs.append((place, question, used))
-                    used += 1
+                    used += width
             if used > len(table):
                 table = _grow(table, size=bucket(used, 2 * len(table)))
             for some in _chunks(pairs):
@@ -78,7 +77,7 @@ def encode_visuals(
                 tokens = compress_frames(
                     structure, params, features, frame, question, text_ids, text_mask, has_cls=has_cls
                 )
-                table = _write(table, slot, tokens)
+                table = _write(table, slot[:, None] + np.arange(width, dtype=np.int32), tokens)
             if progress:
                 progress(len(chunk))
     return table, [[np.asarray(slot, np.int32) for slot in visual] for visual in slots]
@@ -97,8 +96,8 @@ def table_of(
 
 
 def token_places(slots: np.ndarray, tokens_per_frame: int) -> np.ndarray:
-    """Places `[F·(n+1)]` in the flattened table of the frames at `slots`."""
-    return (slots[:, None] * tokens_per_frame + np.arange(tokens_per_frame)).reshape(-1).astype(np.int32)
+    """Places `[F·(n+1)]` in the table of the frames at `slots`."""
+    return (slots[:, None] + np.arange(tokens_per_frame)).reshape(-1).astype(np.int32)
 
 
 def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
@@ -107,9 +106,9 @@ def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _first_size(visuals: Sequence[Visual], tokens_per_frame: int) -> int:
-    known = [(v.num_frames or UNKNOWN_FRAMES) * len(v.questions) for v in visuals]
-    return bucket(sum(known), SMALLEST_TABLE // tokens_per_frame)
+def _first_size(visuals: Sequence[Visual], config: LLaMAVIDLlavaConfig) -> int:
+    known = [(v.num_frames or UNKNOWN_FRAMES) * len(v.questions) * config.tokens_of(v.has_cls) for v in visuals]
+    return bucket(sum(known), SMALLEST_TABLE)
 
 
 def _checked(frame: np.ndarray, config: LLaMAVIDLlavaConfig, features_have_cls: bool | None) -> np.ndarray:
@@ -136,4 +135,4 @@ def _write(table: jax.Array, slot: jax.Array, tokens: jax.Array) -> jax.Array:
 
 @jax.jit(static_argnames="size")
 def _grow(table: jax.Array, *, size: int) -> jax.Array:
-    return jnp.pad(table, [(0, size - len(table)), (0, 0), (0, 0)])
+    return jnp.pad(table, [(0, size - len(table)), (0, 0)])

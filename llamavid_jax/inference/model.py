@@ -6,7 +6,7 @@ It lays rows out on the host (`shapes.py`) and calls the compiled functions of `
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from llamavid_jax.inference.stopping import RowText
 from llamavid_jax.models.llama_vid import attend_frames, forward
 from llamavid_jax.models.loss import next_token_loss
 from llamavid_jax.shapes import FRAME_CHUNK, IGNORE_LABEL, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
+from llamavid_jax.text.qformer_tokenizer import pad_questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,10 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
     """
 
     def vision_features(self, pixel_values: Frames, progress: Callable[[int], None] | None = None) -> np.ndarray:
-        """Features `[F, 1+P, E]` of frames, CLS first, on the host: what `features=` takes with `features_have_cls`."""
+        """Features `[F, P, E]` of frames, on the host: what `features=` takes.
+
+        Those of EVA begin with the CLS token (`features_have_cls`), as `vision_tower_config.has_cls` says.
+        """
         chunks = []
         with self.on_mesh():
             for chunk in frame_features(self.structure, self.params, pixel_values, self.config):
@@ -87,17 +91,18 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
 
         The weights of the paper's context token (section 3.2), averaged over the queries.
         """
-        text_ids, text_mask = (array[0] for array in self._question_ids([prompt]))
-        features = self.vision_features(pixel_values)
-        chunks = []
+        text_ids, text_mask = (array[0] for array in self._question_ids([prompt], [1]))
+        features, vision, chunks = self.vision_features(pixel_values), self.config.vision_tower_config, []
         with self.on_mesh():
             for start in range(0, len(features), FRAME_CHUNK):
                 chunk = features[start : start + FRAME_CHUNK]
                 padded = pad_to(chunk, chunk_size(len(chunk)))
-                weights = attend_frames(self.structure, self.params, padded, text_ids, text_mask)
+                weights = attend_frames(
+                    self.structure, self.params, padded, text_ids, text_mask, has_cls=vision.has_cls
+                )
                 chunks.append(np.asarray(weights)[: len(chunk)])
-        side = self.config.vision_tower_config.side
-        return np.concatenate(chunks).reshape(-1, side, side)
+        weights = np.concatenate(chunks)[:, -vision.num_patches :]  # without the CLS token's, where it has one
+        return weights.reshape(-1, vision.side, vision.side)
 
     def visual_tokens(
         self,
@@ -109,7 +114,8 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
     ) -> np.ndarray:
         """Visual tokens `[prompts, F·(n+1), D]` of one sample: for each prompt, frame after frame, context first."""
         with self.on_mesh():
-            table, places = self._encode(*read_visuals([pixel_values], [features], [prompts], features_have_cls), None)
+            have_cls = self.config.vision_tower_config.has_cls, features_have_cls
+            table, places = self._encode(*read_visuals([pixel_values], [features], [prompts], have_cls), None)
             if len({len(place) for place in places[0]}) != 1:
                 raise RequestError("visual_tokens takes one video and at least one prompt; call it for each video")
             return np.asarray(table)[np.stack(places[0])]
@@ -258,21 +264,24 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         """The table `[N, D]` of all visual tokens, and `places[row][prompt]`: where a prompt's tokens stand in it."""
         if not visuals:
             return jnp.zeros((1, self.config.text_config.hidden_size), self.dtype), [[] for _ in blocks]
-        text_ids, text_mask = self._question_ids(questions)
+        text_ids, text_mask = self._question_ids(questions, [len(block) for block in blocks])
         table, slots = encode_visuals(
             self.structure, self.params, self.config, visuals, text_ids, text_mask, self.dtype, progress
         )
-        width = self.config.tokens_per_frame
-        places = [[token_places(slots[visual][question], width) for visual, question in row] for row in blocks]
+        places = [
+            [token_places(slots[v][question], self.config.tokens_of(visuals[v].has_cls)) for v, question in row]
+            for row in blocks
+        ]
         if any(len(place) == 0 for row in places for place in row):
             raise RequestError("a video holds no frame; give at least one")
-        return table.reshape(-1, table.shape[-1]), places
+        return table, places
 
-    def _question_ids(self, questions: Sequence[str]) -> Iterator[np.ndarray]:
-        """Ids and mask `[U, T]` of questions for the Q-Former, T a bucket; those beyond its positions lose their
-        beginning."""
+    def _question_ids(self, questions: Sequence[str], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask `[U, T]` of questions for the Q-Former, `counts` of each sample, T a bucket; those beyond its
+        positions lose their beginning."""
         if self.qformer_tokenizer is None:
             raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
         positions = self.config.qformer_config.max_position_embeddings
-        read = self.qformer_tokenizer(questions, positions)
-        return (pad_to(x, len(x), min(bucket(x.shape[1], SMALLEST_QUESTION), positions)) for x in read)
+        ids, mask = self.qformer_tokenizer(questions, positions)
+        length = min(bucket(ids.shape[1], SMALLEST_QUESTION), positions)
+        return pad_questions(ids, mask, counts, len(ids), length)

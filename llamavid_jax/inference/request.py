@@ -53,14 +53,14 @@ class Settings:
 class Visual(NamedTuple):
     """One image or video: its frames and the questions asked of it, as places in `Request.questions`.
 
-    `frames` yields pixels `[3, H, W]`, or features `[P, E]` where `are_features`; `has_cls` says whether those start
-    with the CLS token.
+    `frames` yields pixels `[3, H, W]`, or features `[P, E]` where `are_features`; `has_cls` says whether those, or the
+    tower's, start with the CLS token.
     """
 
     frames: Iterable[np.ndarray]
     questions: list[int]
-    are_features: bool = False
-    has_cls: bool = True
+    are_features: bool
+    has_cls: bool
 
     @property
     def num_frames(self) -> int | None:
@@ -129,19 +129,24 @@ def read_request(
         _entries("pixel_values", pixel_values, len(rows)),
         _entries("features", features, len(rows)),
         _entries("prompts", prompts, len(rows)),
-        features_have_cls,
+        (config.vision_tower_config.has_cls, features_have_cls),
     )
     for number, row in enumerate(ids):
-        frames = [visuals[visual].num_frames for visual, _ in blocks[number]]
-        tokens = None if None in frames else sum(frames) * config.tokens_per_frame
+        shown = [visuals[visual] for visual, _ in blocks[number]]
+        known = all(visual.num_frames is not None for visual in shown)
+        tokens = sum(v.num_frames * config.tokens_of(v.has_cls) for v in shown) if known else None
         check_row(config, number, row, len(blocks[number]), tokens, max_new_tokens)
     return Request(ids, kept_labels, questions, visuals, blocks)
 
 
 def read_visuals(
-    pixel_values: Sequence[Sample], features: Sequence[Sample], prompts: Sequence[Any], features_have_cls: bool
+    pixel_values: Sequence[Sample], features: Sequence[Sample], prompts: Sequence[Any], have_cls: tuple[bool, bool]
 ) -> tuple[list[str], list[Visual], list[list[tuple[int, int]]]]:
-    """Questions, visuals and blocks of a Request.  Raises RequestError where frames and prompts do not fit together."""
+    """Questions, visuals and blocks of a Request.
+
+    `have_cls`: whether features of pixels, and ready ones, begin with the CLS token.
+    Raises RequestError where frames and prompts do not fit together.
+    """
     questions: list[str] = []
     visuals: list[Visual] = []
     blocks: list[list[tuple[int, int]]] = []
@@ -159,7 +164,7 @@ def read_visuals(
             )
         places = range(len(questions), len(questions) + len(asked))
         questions += asked
-        kind = {"are_features": ready is not None, "has_cls": ready is None or features_have_cls}
+        kind = {"are_features": ready is not None, "has_cls": have_cls[ready is not None]}
         if _are_several(frames, frame_dimensions=3 if ready is None else 2):
             if len(frames) != len(asked):
                 raise RequestError(

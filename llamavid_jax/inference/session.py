@@ -14,7 +14,6 @@ half of the turns is left out.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,8 +26,9 @@ from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.prompt_cache import PromptCache
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.timeline import Sampling
 from llamavid_jax.shapes import IMAGE_TOKEN
-from llamavid_jax.text.conversation import IMAGE, check_text, movie_text, prompt, question_turn, template_named
+from llamavid_jax.text.conversation import IMAGE, check_text, long_video_text, prompt, question_turn, template_named
 from llamavid_jax.text.subtitles import Cue, interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
@@ -44,6 +44,7 @@ class Answer:
     cached_tokens: int
     new_tokens: int
     seconds: dict[str, float]  # "encode": frames and visual tokens; "generate": the answer
+    sampling: list[dict[str, Any]]  # of each video: its name, the rule that chose its frames, how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,27 +91,26 @@ class Session:
         self.turns: list[Turn] = []
         self.frames = 0  # encoded
         self.features: list[np.ndarray] | None = None  # of each visual, once they are encoded
-        self._movie: str | None = None  # stands for the video where there are subtitles
-        self._seconds: dict[int, float] = {}  # of each video that has begun, by its header
+        self._movie: str | None = None  # the frames' placeholders with the subtitles between them
+        self.sampled: dict[int, Sampling] = {}  # of each video that has begun: which frames, and by which rule
         self._said: set[str] = set()
         self._cache = PromptCache()
 
-    def ask(
-        self, question: str, settings: Settings | None = None, streamer: Callable[[str], None] | None = None
-    ) -> Answer:
+    def ask(self, question: str, streamer: Callable[[str], None] | None = None, **settings: Any) -> Answer:
         """The answer to a question, after all that was asked before.
 
-        `streamer` is given the answer as it comes.  Raises InputErrors; the conversation is then what it was.
+        `streamer` is given the answer as it comes; `settings` are those of `generate`, such as `max_new_tokens=128`.
+        Raises InputErrors; the conversation is then what it was.
         """
-        settings, started = settings or Settings(), time.perf_counter()
-        turn = self._turn(question, settings.max_new_tokens)
-        earlier = self._that_fit(turn, settings.max_new_tokens) if self.follow_ups else []
+        chosen, started = Settings(**settings), time.perf_counter()
+        turn = self._turn(question, chosen.max_new_tokens)
+        earlier = self._that_fit(turn, chosen.max_new_tokens) if self.follow_ups else []
         ids, tokens = self._lay_out([*earlier, turn])
         encoded = time.perf_counter() - started
         out = self.model.generate(
             [ids],
             visual_tokens=[tokens],
-            **dataclasses.asdict(settings),
+            **dataclasses.asdict(chosen),
             streamer=streamer and (lambda _, text: streamer(text)),
             cache=self._cache if self.follow_ups else None,
         )
@@ -118,7 +118,11 @@ class Session:
         self.turns = [*earlier, dataclasses.replace(turn, answer=text.replace(IMAGE, ""))]
         seconds = {"encode": encoded + out.seconds["encode"], "generate": out.seconds["generate"]}
         counts = out.visual_tokens[0], out.prompt_tokens[0], out.cached_tokens, len(out.token_ids[0])
-        return Answer(text, self.frames, *counts, seconds)
+        sampling = [
+            {"video": str(self.videos[number]), "rule": plan.rule, "frames": len(plan)}
+            for number, plan in self.sampled.items()
+        ]
+        return Answer(text, self.frames, *counts, seconds, sampling)
 
     def inputs(self, question: str) -> tuple[list[int], list[np.ndarray]]:
         """Ids and visual tokens of the question as the first of a conversation: a row of a batch for `generate`."""
@@ -140,7 +144,7 @@ class Session:
             raise InputError(f"the question holds {IMAGE}, which stands for a picture; give pictures with --image")
         if self.follow_ups:
             self.encode(new_tokens)
-            known = {"features_have_cls": True, "prompts": [question]}
+            known = {"features_have_cls": self.model.config.vision_tower_config.has_cls, "prompts": [question]}
             return Turn(question, [self.model.visual_tokens(features=one, **known)[0] for one in self.features])
         self.frames = 0
         return Turn(question, [self.model.visual_tokens(one, [question])[0] for one in self._visuals(new_tokens)])
@@ -163,10 +167,14 @@ class Session:
 
     def _lay_out(self, turns: Sequence[Turn]) -> tuple[list[int], list[np.ndarray]]:
         """Ids of the prompt, and the visual tokens of its placeholders."""
-        words = [part for turn in turns for part in (question_turn(len(turn.tokens), turn.question), turn.answer)]
-        text = prompt(self.template, words[:-1])
-        text = text if self._movie is None else text.replace(IMAGE, self._movie)
-        return encode_with_images(self.model.tokenizer, text), [array for turn in turns for array in turn.tokens]
+        words = [part for turn in turns for part in (self._words(turn), turn.answer)]
+        ids = encode_with_images(self.model.tokenizer, prompt(self.template, words[:-1]))
+        return ids, [array for turn in turns for array in turn.tokens]
+
+    def _words(self, turn: Turn) -> str:
+        if self._movie is not None and turn.tokens:
+            return long_video_text(self._movie, turn.question, self.model.config.tokens_per_frame)
+        return question_turn(len(turn.tokens), turn.question)
 
     def _length(self, turns: Sequence[Turn]) -> int:
         ids, tokens = self._lay_out(turns)
@@ -194,11 +202,11 @@ class Session:
     def _video_frames(self, number: int, video: Any, new_tokens: int) -> Iterator[np.ndarray]:
         expected, times = None, []
 
-        def on_read(_: float, seconds: float | None) -> None:
+        def on_read(sampling: Sampling, done: int) -> None:
             nonlocal expected
-            if seconds:
-                self._check_length(number, video, seconds, new_tokens)
-                expected = math.ceil(seconds * self.fps)
+            if done == 1:
+                self.sampled[number], expected = sampling, len(sampling)
+                self._check_length(video, new_tokens)
 
         if isinstance(video, str | Path):
             pieces = self.image_processor.stream_video(video, self.fps, progress=on_read)
@@ -210,13 +218,12 @@ class Session:
                 times.append(time_)
                 self.progress(video, len(times), expected)
         if self.subtitles is not None:
-            self._movie = movie_text(interleave(times, self.subtitles), self.model.config.tokens_per_frame)
+            self._movie = interleave(times, self.subtitles)
 
-    def _check_length(self, number: int, video: Any, seconds: float, new_tokens: int) -> None:
+    def _check_length(self, video: Any, new_tokens: int) -> None:
         """Says that the videos are too long at the first frame of the one too many, not after its last."""
-        self._seconds[number] = seconds
-        config, total = self.model.config, sum(self._seconds.values())
-        tokens = int(total * self.fps) * config.tokens_per_frame
+        config, total = self.model.config, sum(plan.timeline.seconds for plan in self.sampled.values())
+        tokens = sum(map(len, self.sampled.values())) * config.tokens_per_frame
         room = config.text_config.max_length - new_tokens
         if tokens <= room:
             return

@@ -21,7 +21,8 @@ from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find, write_files
 from llamavid_jax.media.images import CLIP_MEAN, CLIP_STD, normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError, check_size, fetch
-from llamavid_jax.media.video import Progress, check_fps, iter_frames, read_video
+from llamavid_jax.media.timeline import check_fps
+from llamavid_jax.media.video import Progress, iter_frames, plan_video, read_video
 
 FILE_NAME = "preprocessor_config.json"
 BICUBIC = int(Image.Resampling.BICUBIC)
@@ -111,7 +112,7 @@ class LLaMAVIDLlavaImageProcessor:
         """`video_pixels` in pieces of up to `chunk` frames, for videos that do not fit in memory."""
         with fetch(video) as path:
             frames, times = [], []
-            for seconds, frame in iter_frames(path, fps, self._crop, progress):
+            for seconds, frame in iter_frames(path, plan_video(path, fps), self._crop, progress):
                 frames.append(frame)
                 times.append(seconds)
                 if len(frames) == chunk:

@@ -1,6 +1,6 @@
 """Pictures as the vision tower wants them: file -> RGB -> uint8 [H, W, 3] -> float32 [3, H, W], CLIP's preprocessing.
 
-    open_image      any Pillow format -> upright RGB picture; check_picture looks at its header alone
+    open_image      picture file -> upright RGB picture; check_picture looks at its header alone
     pad_to_square   canvas of the mean colour, for stills
     resize_and_crop shortest edge to the size, bicubic, centre crop -> uint8 [H, W, 3], H = W = size
     normalize       uint8 [F, H, W, 3] -> float32 [F, 3, H, W]
@@ -9,67 +9,89 @@ A frame stays uint8 until `normalize`: an hour of video at one frame a second is
 Letters: F frames, H height, W width.
 
 Deviations from the original, which calls `Image.open(...).convert("RGB")`: the EXIF orientation is applied, and
-16-bit grey is scaled to 8 bits (Pillow's conversion clips it to white).  As in Pillow, an alpha channel is dropped, not
-blended, and an animation gives its first picture.
+16-bit grey is scaled to 8 bits (Pillow's conversion clips it to white); 32-bit and floating-point pixels, whose range
+is unknown, and pictures of more than MAX_PIXELS are refused.  As in Pillow, an alpha channel is dropped, not blended,
+and an animation gives its first picture.
 """
 
-from collections.abc import Sequence
+import contextlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from llamavid_jax.media.source import MediaError, check_size, local_file
+from llamavid_jax.media.source import MAX_PIXELS, MediaError, check_size, local_file
+
+# Pillow would start Ghostscript for an EPS, and has readers that nobody's pictures need
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA")
+FORMATS += ("TIFF", "WEBP")
+LARGE, LARGE_PIXELS = threading.Lock(), 2**24  # a process reads one picture of so many pixels at a time
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Reads a picture file as an upright RGB picture.  Raises MediaError naming the file."""
+@contextlib.contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """A picture file whose header has been read and can be used.  Raises MediaError, also for what its body meets."""
     file = local_file(path)
     try:
-        with Image.open(file) as image:
-            check_size(*image.size, path)
-            image.load()
-            return to_rgb(image, path)
+        with Image.open(file, formats=FORMATS) as image:
+            _check(image, path)
+            yield image
     except MediaError:
         raise
     except Image.UnidentifiedImageError:
-        raise MediaError(f"{path} is not a picture that Pillow can read; convert it to PNG or JPEG") from None
+        with file.open("rb") as opened:
+            is_drawing = opened.read(4) in (b"%!PS", b"\xc5\xd0\xd3\xc6")
+        kind = "an EPS drawing, a program that has no pixels" if is_drawing else "not a picture that Pillow can read"
+        raise MediaError(f"{path} is {kind}; convert it to PNG or JPEG") from None
     except Image.DecompressionBombError:
-        raise MediaError(f"{path} has too many pixels (over 178 million); shrink it first") from None
+        raise MediaError(f"{path} has too many pixels, over {MAX_PIXELS // 10**6} million; shrink it first") from None
     # Pillow's readers raise whatever their parsing meets in a damaged file: SyntaxError, struct.error, KeyError ...
     except Exception as error:
         raise MediaError(f"{path} is cut short or damaged ({error}); copy or export it again") from None
 
 
 def check_picture(path: str | Path) -> None:
-    """Raises MediaError unless the file's header is that of a picture whose size can be used."""
-    try:
-        with Image.open(path) as image:
-            check_size(*image.size, path)
-    except MediaError:
-        raise
-    except Exception as error:  # as above
-        raise MediaError(f"{path} is not a picture that Pillow can read ({error}); convert it to PNG or JPEG") from None
+    """Raises MediaError unless the file's header is that of a picture that can be used."""
+    with open_picture(path):
+        pass
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Reads a picture file as an upright RGB picture.  Raises MediaError naming the file."""
+    with open_picture(path) as image, LARGE if math.prod(image.size) > LARGE_PIXELS else contextlib.nullcontext():
+        image.load()
+        return to_rgb(image, path)
 
 
 def to_rgb(image: Image.Image, name: object = "the picture") -> Image.Image:
-    """Upright RGB copy of a picture of any mode; `name` is for the MediaError."""
-    check_size(*image.size, name)
-    if image.mode == "F":
-        raise MediaError(f"{name} holds floating-point pixels, whose range is unknown; save it as 8-bit PNG")
-    image = ImageOps.exif_transpose(image)
+    """A picture of any mode, upright and in RGB; `name` is for the MediaError."""
+    _check(image, name)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else a copy for nothing
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow also opens as 32-bit "I"
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        levels = np.asarray(image).clip(0, 65535) >> 8
         image = Image.fromarray(levels.astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _check(image: Image.Image, name: object) -> None:
+    check_size(*image.size, name)
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these two hold 16 bits in it
+        kind = "floating-point" if image.mode == "F" else "32-bit integer"
+        raise MediaError(f"{name} holds {kind} pixels, whose range is unknown; save it as 8-bit PNG")
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float] = CLIP_MEAN) -> Image.Image:
     """Centres the picture on a square canvas of the mean colour, cut to whole numbers: (122, 116, 104)."""
+    if max(image.size) ** 2 > MAX_PIXELS:  # a panorama, whose canvas would be a gigabyte
+        image = image.reduce(2)
     width, height = image.size
     side = max(width, height)
     canvas = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))

@@ -8,7 +8,9 @@ import base64
 import binascii
 import contextlib
 import http.client
+import io
 import re
+import socket
 import tempfile
 import time
 import urllib.error
@@ -18,13 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, printable
 from llamavid_jax.files import find
 
 MAX_BYTES = 2 * 1024**3  # about an hour of 1080p at 4.5 Mbit/s
 TIMEOUT = 600.0  # seconds for a whole download
 STALL = 20.0  # seconds without a byte
-MAX_SIDE = 16384  # pixels; a square canvas of this side is 1 GiB in Pillow
+MAX_SIDE = 16384  # pixels
+MAX_PIXELS = 2**27  # half a GiB in Pillow, twice that while it is converted
 MAX_ASPECT = 100  # a longer strip would be resized to a picture of gigabytes
 
 
@@ -34,10 +37,11 @@ class MediaError(InputError):
 
 def check_size(width: int, height: int, name: object) -> None:
     """Raises MediaError for a picture that would need gigabytes once padded to a square or resized (pixels)."""
-    if min(width, height) < 1 or max(width, height) > MAX_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+    short, long = sorted((width, height))
+    if short < 1 or long > MAX_SIDE or long > MAX_ASPECT * short or width * height > MAX_PIXELS:
         raise MediaError(
             f"{name} is {width} x {height} pixels; use sides of 1 to {MAX_SIDE} pixels, "
-            f"none more than {MAX_ASPECT} times the other: crop or shrink it"
+            f"none more than {MAX_ASPECT} times the other, and {MAX_PIXELS // 10**6} million in all; shrink or crop it"
         )
 
 
@@ -95,7 +99,7 @@ def _named(path: Path, name: object) -> Iterator[None]:
     try:
         yield
     except MediaError as error:
-        raise MediaError(str(error).replace(str(path), str(name))) from None
+        raise MediaError(str(error).replace(printable(path), str(name))) from None
 
 
 def _decode_data_url(source: str, name: str, max_bytes: int) -> bytes:
@@ -110,13 +114,64 @@ def _decode_data_url(source: str, name: str, max_bytes: int) -> bytes:
         raise MediaError(f"{name} is not valid base64 ({error}); encode the file again") from None
 
 
-class _HttpRedirectOnly(urllib.request.HTTPRedirectHandler):
+class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http(s) alone: urllib's own handler would also go to ftp."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
-            raise MediaError(f"{req.full_url} redirects to {newurl}; only http and https are followed")
+            raise MediaError(f"{req.full_url} redirects to {newurl[:200]}; only http and https are followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _Clocked(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Connections on which everything that is read, headers and sizes of chunks too, has come before one deadline.
+
+    A socket's own timeout begins again with every byte.
+    """
+
+    def __init__(self, deadline: float):
+        super().__init__()
+        self.deadline = deadline
+
+    def do_open(self, http_class, req, **arguments):
+        def connect(*args, **kwargs):
+            connection = http_class(*args, **kwargs)
+            connection.response_class = respond
+            return connection
+
+        def respond(sock, *args, **kwargs):
+            response = http.client.HTTPResponse(sock, *args, **kwargs)
+            response.fp = io.BufferedReader(_Deadline(sock, response.fp.detach(), self.deadline))
+            return response
+
+        req.timeout = _patience(self.deadline)
+        return super().do_open(connect, req, **arguments)
+
+
+class _Deadline(io.RawIOBase):
+    """What comes from `sock` through `raw`; TimeoutError after the deadline or a stall."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, deadline: float):
+        self.sock, self.raw, self.deadline = sock, raw, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        self.sock.settimeout(_patience(self.deadline))
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def _patience(deadline: float) -> float:
+    """Seconds that may be waited for the next byte."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return min(STALL, left)
 
 
 def _download(url: str, name: str, file: BinaryIO, max_bytes: int, deadline: float) -> None:
@@ -126,8 +181,8 @@ def _download(url: str, name: str, file: BinaryIO, max_bytes: int, deadline: flo
     too_slow = MediaError(f"{name} took too long to download; try again, or download it and give the file")
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "llamavid_jax"})
-        opener = urllib.request.build_opener(_HttpRedirectOnly)
-        with opener.open(request, timeout=_patience(deadline)) as response:
+        opener = urllib.request.build_opener(_Redirects, _Clocked(deadline))
+        with opener.open(request) as response:
             expected = response.headers.get("Content-Length", "")
             if expected.isdigit() and int(expected) > max_bytes:
                 raise too_large
@@ -136,8 +191,6 @@ def _download(url: str, name: str, file: BinaryIO, max_bytes: int, deadline: flo
                 file.write(block)
                 if file.tell() > max_bytes:
                     raise too_large
-                if time.monotonic() > deadline:
-                    raise too_slow
             if expected.isdigit() and file.tell() < int(expected):
                 raise MediaError(f"{name} broke off after {file.tell()} of {expected} bytes; try again")
     except MediaError:
@@ -145,15 +198,11 @@ def _download(url: str, name: str, file: BinaryIO, max_bytes: int, deadline: flo
     except TimeoutError:
         raise too_slow from None
     except urllib.error.HTTPError as error:
-        raise MediaError(f"{name} answered {error.code} {error.reason}; check the URL in a browser") from None
+        raise MediaError(f"{name} answered {error.code} {error.reason[:100]}; check the URL in a browser") from None
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
             raise too_slow from None
         raise MediaError(f"{name} cannot be reached ({error.reason}); check the URL and the network") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = str(error) or type(error).__name__
+        reason = str(error)[:200] or type(error).__name__
         raise MediaError(f"{name} cannot be downloaded ({reason}); check the URL and the network") from None
-
-
-def _patience(deadline: float) -> float:
-    return max(0.001, min(STALL, deadline - time.monotonic()))

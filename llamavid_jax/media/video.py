@@ -1,43 +1,57 @@
 """Video file -> sampled frames uint8 [F, H, W, 3] and their times in seconds, decoded with PyAV.
 
-Frames 0, s, 2s, ... in order of presentation, with stride s = round(average_fps / fps), where Python rounds halves to
-even: no cap, no padding, never fewer than one frame.  Decoding is sequential, so that an index means the same
-frame in every container.  Only sampled frames are kept; `transform` shrinks each as it comes.
+    file ─ its packets, undecoded ─▶ Timeline ─ fps ─▶ Sampling          media/timeline.py has the rules
+         └ decoded in order, the frames of the plan alone ─▶ transform ─▶ (seconds, frame)
+
+The plan is made before anything is decoded, and everything that counts or reads frames goes by it.  Only the frames of
+the plan are converted; `transform` shrinks each as it comes.
 Letters: F sampled frames, H height, W width; h, w before `transform`.
 
-Deviations from the original (decord): rotation and mirroring metadata are applied; a stride of 0 is an error that says
-what to do; a file that ends before its declared end, or holds frames that cannot be decoded, is refused with the number
-of seconds that can be read, since an answer about half a video would look like one about the whole.  (MPEG-TS and
-MPEG-PS declare no end: there a cut file is simply shorter, and undecodable data before the first frame is skipped,
-as recordings of a broadcast begin anywhere.)
+Deviations from the original (decord): files that do not keep their declared rate are sampled by the frames' own times;
+rotation and mirroring metadata are applied; a stride of 0 is an error that says what to do; a file that is cut short or
+holds frames that cannot be decoded is refused with the number of seconds that can be read, since an answer about half a
+video would look like one about the whole.  (`media/ending.py` says of which formats a cut end can be told.  In MPEG-TS
+and MPEG-PS data before the first frame that can be decoded is skipped, as recordings of a broadcast begin anywhere.)
 """
 
 import contextlib
 import dataclasses
+import io
 import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, UInt8
 
+from llamavid_jax.media.ending import is_cut, is_joined
+from llamavid_jax.media.images import open_picture
 from llamavid_jax.media.source import MediaError, check_size, local_file
+from llamavid_jax.media.timeline import Packet, Sampling, Timeline, sample, timeline_of
 
 Transform = Callable[[np.ndarray], np.ndarray]
-Progress = Callable[[float, float | None], None]  # seconds read, seconds in all where the file says so
+Progress = Callable[[Sampling, int], None]  # the plan, and how many of its frames have been decoded
 PLAYLISTS = ("concat", "hls", "dash")
 BROADCASTS = ("mpegts", "mpeg")
+DECLARED = ("ivf", "mxf")  # formats whose stated length is that of their frames, and tells a cut
+WITHOUT_TIMES = ("avi", "mpeg")  # FFmpeg makes up times of packets, which the frames get in another order
+NEAR, FAR = 32, 1024  # frames before and after the place expected where a decoded one is looked for
+LOST = 0.5  # seconds of frames that do not come out of the decoder: a gap
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Sampled frames; `timestamps` are seconds from the start of the file, as a player shows them."""
+    """Sampled frames, and the plan by which they were read."""
 
     frames: UInt8[np.ndarray, "F H W 3"]
-    timestamps: Float64[np.ndarray, " F"]
-    average_fps: float  # frames a second of the file
-    stride: int  # frames of the file from one sampled frame to the next
+    sampling: Sampling
+
+    @property
+    def timestamps(self) -> Float64[np.ndarray, " F"]:
+        """Seconds after the first frame of the file."""
+        return self.sampling.times
 
 
 def read_video(
@@ -50,46 +64,88 @@ def read_video(
 
     Raises MediaError for a file that cannot be read to its end.
     """
-    with open_video(path) as (container, stream, average_fps):
-        stride = frame_stride(average_fps, fps, path)
-        sampled = _sample(path, container, stream, average_fps, stride, transform, progress)
-        times, frames = zip(*sampled, strict=True)
-    return Video(np.stack(frames), np.array(times, np.float64), average_fps, stride)
+    sampling = plan_video(path, fps)
+    return Video(np.stack([frame for _, frame in iter_frames(path, sampling, transform, progress)]), sampling)
+
+
+def plan_video(path: str | Path, fps: float | int = 1.0) -> Sampling:
+    """Which frames are sampled, from the packets of the file alone.  Raises MediaError."""
+    return sample(read_timeline(path), fps, path)
+
+
+def read_timeline(path: str | Path) -> Timeline:
+    """The times of all frames, without decoding them.  Raises MediaError for a file that is cut short."""
+    import av
+
+    with open_video(path) as (container, stream):
+        kind, tick = container.format.name, float(stream.time_base)
+        packets, is_partial, file = [], False, local_file(path)
+        try:
+            for packet in container.demux():
+                if packet.size:
+                    is_partial = packet.is_corrupt  # matters for the last one
+                    if packet.stream is stream and not _is_hidden(packet):
+                        pts = packet.dts if packet.pts is None else packet.pts
+                        packets.append(Packet(pts, packet.duration or 0, packet.is_keyframe, not packet.is_discard))
+        except av.FFmpegError:
+            is_partial = True
+        if not is_partial and not any(packet.is_shown for packet in packets):
+            raise _empty(path)
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        flags = {"is_broadcast": kind in BROADCASTS, "has_times": kind not in WITHOUT_TIMES}
+        timeline = timeline_of(packets, tick, rate, **flags) if packets else None
+        seconds = timeline.times[-1] if timeline else 0.0
+        is_short = kind in DECLARED and float((stream.duration or 0) * stream.time_base) - seconds > LOST
+        if timeline is None or is_cut(file, kind) or is_short or (is_partial and kind not in BROADCASTS):
+            raise _damaged(path, seconds, (container.duration or 0) / 1e6)
+    if is_joined(file, kind):
+        raise MediaError(
+            f"{path} is several files joined end to end, of which not all can be read; "
+            "give them one by one, or join them with: ffmpeg -f concat"
+        )
+    return timeline
 
 
 def iter_frames(
-    path: str | Path, fps: float | int = 1.0, transform: Transform | None = None, progress: Progress | None = None
+    path: str | Path,
+    sampling: Sampling,
+    transform: Transform | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
-    """Yields (seconds, frame) one by one, for videos that do not fit in memory.  Errors as `read_video`.
+    """Yields (seconds, frame) of the plan one by one, for videos that do not fit in memory.  Errors as `read_video`.
 
-    A file that is cut short is known as such only at its end: use what was yielded only when the loop ended normally.
+    A damaged frame is known as such only when it is reached: use what was yielded only when the loop ended normally.
     """
-    with open_video(path) as (container, stream, average_fps):
-        stride = frame_stride(average_fps, fps, path)
-        yield from _sample(path, container, stream, average_fps, stride, transform, progress)
+    import av
 
+    size = {}  # of the first frame: a stream may change its size, and the frames of one video are stacked
 
-def check_fps(fps: Any, name: object) -> None:
-    """Raises MediaError for a rate that is not a finite number above 0 (frames a second)."""
-    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < math.inf:
-        raise MediaError(f"{name} cannot be sampled at {fps!r} frames a second; use --fps 1")
+    def pixels(frame) -> np.ndarray:
+        if not size:
+            check_size(frame.width, frame.height, path)
+            size.update(width=frame.width, height=frame.height)
+        try:  # by default each frame starts as many threads as there are cores, and keeps them as long as it lives
+            shown = _upright(frame.to_ndarray(format="rgb24", threads=1, **size), frame)
+        except (av.FFmpegError, ValueError) as error:
+            raise MediaError(
+                f"{path} has {frame.format.name} pixels, which cannot be shown ({error}); convert it to H.264 .mp4"
+            ) from None
+        return transform(shown) if transform else shown
 
-
-def frame_stride(average_fps: float, fps: float | int, name: object = "the video") -> int:
-    """round(average_fps / fps): 23.976 -> 24, 2.5 -> 2.  MediaError where it would be 0."""
-    check_fps(fps, name)
-    stride = round(average_fps / fps)
-    if stride == 0:
-        raise MediaError(
-            f"{name} has {average_fps:.4g} frames a second, too few to sample {fps:g} a second; "
-            f"use --fps {average_fps:.3g}"
-        )
-    return stride
+    with open_video(path) as (container, stream):
+        previous = shown = None
+        frames = _due(_decode(path, container, stream, sampling.timeline), sampling)
+        for done, (seconds, frame) in enumerate(zip(sampling.times.tolist(), frames, strict=True), 1):
+            if frame is not previous:
+                previous, shown = frame, pixels(frame)
+            if progress:
+                progress(sampling, done)
+            yield seconds, shown
 
 
 @contextlib.contextmanager
 def open_video(path: str | Path) -> Iterator[tuple]:
-    """The open container, its best video stream and the average frames a second."""
+    """The open container and its best video stream."""
     import av  # here, so that importing the package loads no video library
 
     file = local_file(path)
@@ -98,7 +154,9 @@ def open_video(path: str | Path) -> Iterator[tuple]:
         "download); copy it again or convert it to .mp4"
     )
     try:
-        container = av.open(str(file), metadata_errors="replace", options={"protocol_whitelist": "file"})
+        container = av.open(
+            _animated_webp(path) or str(file), metadata_errors="replace", options={"protocol_whitelist": "file"}
+        )
     except (av.FFmpegError, ValueError):
         raise unreadable from None
     with container:
@@ -116,97 +174,103 @@ def open_video(path: str | Path) -> Iterator[tuple]:
         stream = best if best in streams else streams[0]
         if stream.codec_context is None:
             raise MediaError(f"{path} has a video codec that is not known here; convert it to H.264 .mp4")
-        stream.thread_type = "AUTO"
-        average_fps = float(stream.average_rate or stream.guessed_rate or 0) or _measured_fps(path, file, stream)
-        yield container, stream, average_fps
+        if stream.codec_context.width:  # else known with the first frame
+            check_size(stream.codec_context.width, stream.codec_context.height, path)
+        # FFmpeg's Theora takes the headers in the middle of a joined file on one thread only
+        stream.thread_type = "NONE" if stream.codec_context.name == "theora" else "AUTO"
+        yield container, stream
 
 
-def _measured_fps(path: str | Path, file: Path, stream) -> float:
-    """Frames a second counted over the packets, for a container that does not say (a browser's recording)."""
+def _animated_webp(path: str | Path) -> io.BytesIO | None:
+    """An animated WebP, which FFmpeg does not read, as lossless video in memory; None for any other file."""
     import av
 
-    with contextlib.suppress(av.FFmpegError), av.open(str(file), metadata_errors="replace") as container:
-        same = container.streams[stream.index]
-        times = [float(p.pts * p.time_base) for p in container.demux(same) if p.pts is not None]
-        if len(times) > 1 and max(times) > min(times):
-            return (len(times) - 1) / (max(times) - min(times))
-    raise MediaError(f"{path} does not say how many frames a second it has; convert it to .mp4")
+    with local_file(path).open("rb") as file:
+        head = file.read(21)
+    if len(head) < 21 or head[:4] != b"RIFF" or head[8:16] != b"WEBPVP8X" or not head[20] & 2:
+        return None
+    if is_cut(local_file(path), "webp_pipe"):
+        raise _damaged(path, 0, 0)
+    video, milliseconds = io.BytesIO(), Fraction(1, 1000)
+    with open_picture(path) as image, av.open(video, "w", format="matroska") as output:
+        stream = output.add_stream("ffv1", rate=1000, width=image.width, height=image.height, pix_fmt="bgr0")
+        time = 0
+        for number in range(image.n_frames):
+            image.seek(number)
+            frame = av.VideoFrame.from_image(image.convert("RGB"))
+            frame.pts, frame.time_base = time, milliseconds
+            for packet in stream.encode(frame):
+                packet.duration = max(1, image.info["duration"])
+                output.mux(packet)
+                time += packet.duration
+        output.mux(stream.encode())
+    video.seek(0)
+    return video
 
 
-def _sample(path, container, stream, average_fps, stride, transform, progress) -> Iterator[tuple[float, np.ndarray]]:
+def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, Any]]:
+    """(place in the timeline, frame) in order of presentation; MediaError when there are none or some are missing."""
     import av
 
-    size = {}  # of the first frame: a stream may change its size, and the frames of one video are stacked
-    start = (container.start_time or 0) / 1e6
-    total = container.duration / 1e6 if container.duration else None
-    for index, frame in enumerate(_decode(path, container, stream)):
-        if index % stride:
-            continue
-        if not size:
-            check_size(frame.width, frame.height, path)
-            size = {"width": frame.width, "height": frame.height}
-        seconds = index / average_fps if frame.time is None else frame.time - start
-        try:  # by default each frame starts as many threads as there are cores, and keeps them as long as it lives
-            pixels = _upright(frame.to_ndarray(format="rgb24", threads=1, **size), frame)
-        except (av.FFmpegError, ValueError) as error:
-            raise MediaError(
-                f"{path} has {frame.format.name} pixels, which cannot be shown ({error}); convert it to H.264 .mp4"
-            ) from None
-        yield seconds, transform(pixels) if transform else pixels
-        if progress:
-            progress(seconds, total)
-
-
-def _decode(path, container, stream) -> Iterator:
-    """Every frame in order of presentation; MediaError when there are none or some are missing."""
-    import av
-
-    # A stream that does not tell its own length (Matroska) is compared with the whole file, to which sound belongs too.
-    own_length = stream.duration is not None
-    if own_length:
-        length, start = stream.duration * stream.time_base, (stream.start_time or 0) * stream.time_base
-    else:
-        length, start = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
-    reached = shown = start  # where the packets read so far end; time of the last frame
-    longest_gap = 0.0  # between two frames: the last one may be shown as long without the file saying so
-    count, cut_short, concealed = 0, False, False
-    packets = container.demux()
-    while True:
+    is_broadcast, by_time = container.format.name in BROADCASTS, container.format.name not in WITHOUT_TIMES
+    shown = np.append(timeline.times, timeline.seconds)  # from shown[i] to shown[i + 1]
+    last, previous = len(timeline.times) - 1, -1
+    for packet in container.demux(stream):
         try:
-            packet = next(packets, None)
-            if packet is None:
-                break
-            pts = packet.dts if packet.pts is None else packet.pts
-            if pts is not None and (packet.stream is stream or not own_length):
-                reached = max(reached, (pts + (packet.duration or 0)) * packet.time_base)
-            if packet.stream is not stream:
-                continue
-            if packet.size:
-                cut_short = packet.is_corrupt  # matters for the last one: half a packet
             frames = packet.decode()
         except av.FFmpegError:
-            if count == 0 and container.format.name in BROADCASTS:
+            if (previous < 0 and is_broadcast) or _is_hidden(packet):
                 continue
-            cut_short = True
-            break
+            raise _damaged(path, shown[max(previous, 0)], timeline.seconds) from None
         for frame in frames:
-            if frame.is_corrupt and container.format.name not in BROADCASTS:  # patched up with parts of others
-                cut_short = concealed = True
-                break
-            if frame.time is not None:
-                longest_gap, shown = max(longest_gap, frame.time - shown), frame.time
-            count += 1
-            yield frame
-        if concealed:
-            break
-    if count == 0:
-        raise MediaError(f"{path} holds no frame that can be decoded; copy it again or convert it to H.264 .mp4")
-    if cut_short or start + length - reached > 0.5 + 2 * longest_gap:
-        seconds = f"{float(shown - start):.1f}" + (f" of {float(length):.1f}" if length else "")
-        raise MediaError(
-            f"{path} is cut short or damaged: {seconds} seconds can be read; copy it again, "
-            "or keep what can be read with: ffmpeg -i FILE readable.mp4"
-        )
+            place = min(_place(timeline, frame.pts if by_time else None, previous + 1), last)
+            is_lost = shown[place] - shown[previous + 1] > LOST and not (previous < 0 and is_broadcast)
+            if is_lost or (frame.is_corrupt and not is_broadcast):  # corrupt: patched up with parts of others
+                raise _damaged(path, shown[max(previous, 0)], timeline.seconds)
+            previous = max(previous, place)
+            yield place, frame
+    if previous < 0:
+        raise _empty(path)
+    if shown[-1] - shown[previous + 1] > LOST:
+        raise _damaged(path, shown[previous + 1], timeline.seconds)
+
+
+def _place(timeline: Timeline, pts: int | None, expected: int) -> int:
+    """Where in the timeline a decoded frame stands: near `expected`, as a packet may give no frame, or two give one."""
+    start = max(0, expected - NEAR)
+    places = start + np.flatnonzero(timeline.pts[start : expected + FAR] == pts)
+    return expected if pts is None or not len(places) else int(places[np.abs(places - expected).argmin()])
+
+
+def _due(decoded: Iterator[tuple[int, Any]], sampling: Sampling) -> Iterator[Any]:
+    """The frame that is shown at each sample's place: the one that stands there, or else the one before it."""
+    due, wanted, before = 0, sampling.frames, None
+    for place, frame in decoded:
+        while due < len(wanted) and wanted[due] <= place:
+            yield frame if wanted[due] == place or before is None else before
+            due += 1
+        before = frame if due < len(wanted) else None
+    for _ in wanted[due:]:
+        yield before
+
+
+def _is_hidden(packet) -> bool:
+    """Whether it gives no frame to show: reference frames of VP8; headers of Theora, in the middle of a joined file."""
+    mark = {"vp8": (0x10, 0), "theora": (0x80, 0x80)}.get(packet.stream.codec_context.name)
+    return mark is not None and bytes(packet)[0] & mark[0] == mark[1]
+
+
+def _empty(path: object) -> MediaError:
+    return MediaError(f"{path} holds no frame that can be decoded; copy it again or convert it to H.264 .mp4")
+
+
+def _damaged(path: object, seconds: float, total: float) -> MediaError:
+    seconds = math.floor(10 * seconds) / 10
+    of = f" of {total:.1f}" if total > seconds else ""
+    return MediaError(
+        f"{path} is cut short or damaged: {seconds:.1f}{of} seconds can be read; copy it again, "
+        "or keep what can be read with: ffmpeg -i FILE readable.mp4"
+    )
 
 
 def _upright(pixels: UInt8[np.ndarray, "h w 3"], frame) -> UInt8[np.ndarray, "H W 3"]:

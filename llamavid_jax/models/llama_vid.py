@@ -1,6 +1,6 @@
 """LLaMA-VID: frames and a question become visual tokens, which take their slots among the text's embeddings.
 
-    pixels [F, 3, H, W] ─ eva_vit ─▶ features [F, 1+P, E] ─ qformer + visual_tokens, one frame at a time ─▶ [F, n+1, D]
+    pixels [F, 3, H, W] ─ vision ─▶ features [F, 1+P, E] ─ qformer + visual_tokens, one frame at a time ─▶ [F, n+1, D]
     token ids [B, T], visual tokens, one index a position ─ merge ─▶ [B, T, D] ─ llama ─▶ logits [B, T, V]
 
 The compiled functions take a Structure and its parameters apart: one program serves every model of one shape.
@@ -14,11 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.models.eva_vit import EvaViT
 from llamavid_jax.models.llama import Llama
-from llamavid_jax.models.qformer import QFormer
 from llamavid_jax.models.spread import spread
 from llamavid_jax.models.structure import Params, Structure
+from llamavid_jax.models.text_decoder import TextDecoder
+from llamavid_jax.models.vision import VisionTower
 from llamavid_jax.models.visual_tokens import VisualTokens
 from llamavid_jax.parallel.rows import take_slots
 from llamavid_jax.parallel.sharding import constrain
@@ -42,9 +42,8 @@ class LlamaVid(nnx.Module):
     ):
         """`remat` names what the gradient keeps of a layer (`stack.REMAT`), `kv_cache` a kind of `kv_cache.KINDS`."""
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        self.vision = EvaViT(config.vision_tower_config, **dtypes, rngs=rngs)
-        memory_width = config.vision_tower_config.hidden_size
-        self.qformer = QFormer(config.qformer_config, config.num_query, memory_width, **dtypes, rngs=rngs, remat=remat)
+        self.vision = VisionTower(config.vision_tower_config, **dtypes, rngs=rngs)
+        self.qformer = TextDecoder(config, **dtypes, rngs=rngs, remat=remat)
         self.visual_tokens = VisualTokens(config, **dtypes, rngs=rngs)
         self.llama = Llama(config.text_config, **dtypes, rngs=rngs, remat=remat, kv_cache=kv_cache)
         if config.quantization != "none":
@@ -64,15 +63,12 @@ class LlamaVid(nnx.Module):
     ) -> Float[Array, "G n D"]:
         """Token compression of G pairs of a frame and a question, spread over the mesh: the context token first.
 
-        `has_cls` says whether `features` start with the CLS token: yes after the vision tower, no for ready features
-        of long videos.  The Q-Former reads it where `features` hold it; the tokens never do.  `remat` as in
-        `stack.REMAT`.
+        `has_cls` says whether `features` start with the CLS token, as those of EVA do and ready features of long videos
+        do not.  `text_ids` are below 0 where a question has no place, not even padding.  `remat` as in `stack.REMAT`.
         """
 
-        def one_frame(modules, features, *question):
-            qformer, visual_tokens = modules
-            queries = qformer(features, *question)
-            return visual_tokens(features[1:] if has_cls else features, queries)
+        def one_frame(modules, *arrays):
+            return modules[1](*_asked(modules, *arrays, has_cls=has_cls))
 
         def tokens(modules, *arrays):
             return jax.vmap(functools.partial(one_frame, modules))(*arrays)
@@ -82,14 +78,20 @@ class LlamaVid(nnx.Module):
         return spread(tokens, (self.qformer, self.visual_tokens), *arrays, at_a_time=PAIR_CHUNK, remat=remat)
 
     def merge(
-        self, token_ids: Int[Array, "B T"], visual: Float[Array, "#B N D"], visual_index: Int[Array, "B T"]
+        self,
+        token_ids: Int[Array, "B T"],
+        visual: Float[Array, "#B N D"],
+        visual_index: Int[Array, "B T"],
+        learns: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Embeds the text and puts visual tokens into their slots: one gather.
 
         `visual` holds each row's visual tokens, or has a first axis of 1 where all rows share one table.
-        `visual_index` is the place in it of every position, TEXT where the position holds `token_ids`.
+        `visual_index` is the place in it of every position, TEXT where the position holds `token_ids`.  Where `learns`
+        is given, the embeddings of its other positions get no gradient.
         """
         text = self.llama.embed_row(token_ids)
+        text = text if learns is None else jnp.where(learns[..., None], text, jax.lax.stop_gradient(text))
         seen = take_slots(visual, visual_index).astype(text.dtype)
         return jnp.where((visual_index == TEXT)[..., None], text, constrain(seen, "batch", "sequence", None))
 
@@ -98,6 +100,18 @@ class LlamaVid(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Logits of every position."""
         return self.llama.logits(self.llama(self.merge(token_ids, visual, visual_index)))
+
+
+def _asked(modules: tuple[TextDecoder, VisualTokens], features, text_ids, *question, has_cls: bool) -> tuple:
+    """One frame's patches, the states that ask about it, and which of them count (None: all).
+
+    The CLS token is no patch, but where `select_feature` makes it one; the Q-Former reads it all the same, BERT does
+    not.
+    """
+    decoder, visual_tokens = modules
+    patches = features[1:] if has_cls and not visual_tokens.keeps_cls else features
+    memory = visual_tokens.memory(patches if decoder.is_bert else features)
+    return patches, decoder(memory, text_ids, *question), text_ids >= 0 if decoder.is_bert else None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -126,19 +140,22 @@ def compress_frames(
     return model.frames_tokens(features[frame], text_ids[text], text_mask[text], has_cls=has_cls)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="has_cls")
 def attend_frames(
     structure: Structure,
     params: Params,
     features: Float[Array, "F P E"],
     text_ids: Int[Array, " T"],
     text_mask: Bool[Array, " T"],
+    *,
+    has_cls: bool,
 ) -> Float[Array, "F p"]:
-    """Where in each frame the question looks: the context token's weights over the patches.  CLS first, not weighed."""
+    """Where in each frame the question looks: the context token's weights over the patches."""
     model = structure.model(params)
+    modules = model.qformer, model.visual_tokens
 
     def attend(features: jax.Array) -> jax.Array:
-        return model.visual_tokens.context_attention(features[1:], model.qformer(features, text_ids, text_mask))
+        return model.visual_tokens.context_attention(*_asked(modules, features, text_ids, text_mask, has_cls=has_cls))
 
     return jax.vmap(attend)(features)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import reduce
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, grid_stride, projector_depth
 
@@ -20,6 +20,8 @@ def pool_patches(patches: Float[Array, "P E"], stride: int) -> Float[Array, "n E
     """Average pooling over the square of patches; what a whole window does not cover is dropped, as avg_pool2d does."""
     if stride == 0:
         return patches
+    if patches.shape[0] == stride**2 + 1:  # the CLS token is one of them
+        return patches.astype(jnp.float32).mean(axis=0, keepdims=True).astype(patches.dtype)
     side = math.isqrt(patches.shape[0])
     kept = side // stride * stride
     square = patches.reshape(side, side, -1)[:kept, :kept]
@@ -32,6 +34,7 @@ class VisualTokens(nnx.Module):
     def __init__(self, config: LLaMAVIDLlavaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         vision, text = config.vision_tower_config.hidden_size, config.text_config.hidden_size
         linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.memory_projector = linear(vision, config.memory_width) if config.projects_memory else None
         self.query_projector = linear(config.qformer_config.hidden_size, vision)
         self.key_projector = linear(vision, vision)
         self.value_projector = linear(vision, text)
@@ -39,24 +42,39 @@ class VisualTokens(nnx.Module):
         self.projector = nnx.List([linear(vision if i == 0 else text, text) for i in range(depth)])
         self.kinds = ("context", "content") if config.frame_tokens == "both" else (config.frame_tokens,)
         self.stride = grid_stride(config.compress_type, config.vision_tower_config.side)
+        self.keeps_cls = config.vision_tower_config.select_feature == "cls_patch"
         self.dtype = dtype
 
-    def context_attention(self, patches: Float[Array, "P E"], queries: Float[Array, "Q C"]) -> Float[Array, " P"]:
-        """Where the question looks: float32 weights over the patches, summing to one."""
+    def memory(self, features: Float[Array, "S E"]) -> Float[Array, "S W"]:
+        """The features as the text decoder reads them, in its own width."""
+        return features if self.memory_projector is None else self.memory_projector(features)
+
+    def context_attention(
+        self, patches: Float[Array, "P E"], queries: Float[Array, "Q C"], counted: Bool[Array, " Q"] | None = None
+    ) -> Float[Array, " P"]:
+        """Where the question looks: float32 weights over the patches, summing to one.
+
+        They are the mean over the queries, of those that are `counted`.
+        """
         q, k = self.query_projector(queries), self.key_projector(patches)
         scores = jnp.einsum("qe,pe->qp", q, k, preferred_element_type=jnp.float32) / math.sqrt(k.shape[-1])
-        return jax.nn.softmax(scores, axis=-1).mean(axis=0)
+        weights = jax.nn.softmax(scores, axis=-1)
+        if counted is None:
+            return weights.mean(axis=0)
+        return jnp.sum(weights, axis=0, where=counted[:, None]) / jnp.maximum(counted.sum(), 1)  # a filler has none
 
     @jax.named_scope("visual_tokens")
-    def __call__(self, patches: Float[Array, "P E"], queries: Float[Array, "Q C"]) -> Float[Array, "n D"]:
-        """`[context, content...]` of one frame.  `patches` are without the CLS token and not normed.
+    def __call__(
+        self, patches: Float[Array, "P E"], queries: Float[Array, "Q C"], counted: Bool[Array, " Q"] | None = None
+    ) -> Float[Array, "n D"]:
+        """`[context, content...]` of one frame.  `patches` are not normed; `counted` as above.
 
         The mean over queries is taken of the attention weights, which equals the original's mean of the Q weighted
         sums and costs one of them.
         """
         tokens = []
         if "context" in self.kinds:
-            weights = self.context_attention(patches, queries)
+            weights = self.context_attention(patches, queries, counted)
             context = jnp.einsum("p,pe->e", weights.astype(self.dtype), patches.astype(self.dtype))
             tokens.append(self.value_projector(context)[None])
         if "content" in self.kinds:

@@ -23,13 +23,13 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {  # what a dimension is → the mes
     "frames": (DATA, FSDP, SEQUENCE, TENSOR),
     "sequence": (SEQUENCE,),
     # chips that share rows share the parameters' memory too
-    **dict.fromkeys(("embed", "vision_embed", "qformer_embed"), (FSDP, SEQUENCE)),
+    **dict.fromkeys(("embed", "vision_embed", "qformer_embed", "memory"), (FSDP, SEQUENCE)),
     **dict.fromkeys(("heads", "kv_heads", "vision_heads", "qformer_heads"), (TENSOR,)),
-    **dict.fromkeys(("mlp", "vision_mlp", "qformer_mlp", "vocab", "context", "hidden"), (TENSOR,)),
+    **dict.fromkeys(("mlp", "vision_mlp", "qformer_mlp", "vocab", "context", "hidden", "memory_hidden"), (TENSOR,)),
     **dict.fromkeys(("layers", "vision_layers", "qformer_layers", "qformer_cross_layers"), ()),
     **dict.fromkeys(("head_dim", "vision_head_dim", "qformer_head_dim", "rank", "qkv"), ()),
     **dict.fromkeys(("patch_row", "patch_column", "channels", "positions"), ()),
-    **dict.fromkeys(("qformer_vocab", "qformer_positions", "queries"), ()),
+    **dict.fromkeys(("qformer_vocab", "qformer_positions", "qformer_types", "queries"), ()),
 }
 
 
@@ -73,7 +73,7 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     for size in shape:  # slices of TPUs, or hosts of GPUs, go over the outermost axes
         over_slices.append(math.gcd(size, len(slices) // math.prod(over_slices)))
     inner = [size // outer for size, outer in zip(shape, over_slices, strict=True)]
-    tensor, sequence = shape[2:]
+    tensor, sequence = sizes.get(TENSOR, 1), sizes.get(SEQUENCE, 1)
     if len(slices) == 1 and tensor == 1 and (rings := closed_rings(used, sequence)) is not None:
         grid = rings.reshape(shape)
     elif len(slices) == 1:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from llamavid_jax.errors import InputError, Parser, complain
+from llamavid_jax.errors import InputError, Parser, command
 
 if TYPE_CHECKING:  # JAX takes seconds to import, which arguments and --help do not need
     from llamavid_jax.training.config import TrainConfig
@@ -46,6 +46,7 @@ def check(config: "TrainConfig", options: argparse.Namespace, mesh: str = "") ->
     return show([in_own_process(check_training, *arguments)])
 
 
+@command("compile_check")
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description="Compiles a run's train step for a TPU slice.", allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="one of configs/")
@@ -53,13 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mesh", default="", metavar="AXIS=N,...", help="put over the file's")
     parser.add_argument("--plan", action="store_true", help="try meshes and remat for the slice; the best first")
     add_arguments(parser)
-    try:
-        options = parser.parse_intermixed_args(arguments)
-        from llamavid_jax.training.config import read_config
+    options = parser.parse_intermixed_args(arguments)
+    from llamavid_jax.training.config import read_config
 
-        return check(read_config(options.config, options.overrides), options, options.mesh)
-    except InputError as error:
-        return complain(error, "compile_check")
+    return check(read_config(options.config, options.overrides), options, options.mesh)
 
 
 if __name__ == "__main__":

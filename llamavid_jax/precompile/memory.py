@@ -108,7 +108,7 @@ def plan_memory(
         + gib((chunk, vision.num_attention_heads, seen, seen), ("frames", None, None, None), jnp.dtype("float32"))
     )
     layer = 2 * gib((prompt, text.intermediate_size), (None, "mlp")) + 4 * gib((prompt, text.hidden_size), (None, None))
-    table = bucket(frames, SMALLEST_TABLE // config.tokens_per_frame) * config.tokens_per_frame
+    table = bucket(visual, SMALLEST_TABLE)
     items = [
         *(
             Item(f"parameters: {part}", quantize if quantize and part == "llama" else kind.name, size)

@@ -166,12 +166,7 @@ def long_video_text(frames_and_subtitles: str, question: str, tokens_per_frame: 
     `frames_and_subtitles` holds one `<image>` per frame with the subtitles between them; each becomes
     `tokens_per_frame` placeholders.
     """
-    return question_turn(1, question).replace(IMAGE, movie_text(frames_and_subtitles, tokens_per_frame))
-
-
-def movie_text(frames_and_subtitles: str, tokens_per_frame: int) -> str:
-    """What stands in such a turn for `<image>`."""
-    return MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END
+    return MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END + "\n" + question
 
 
 def movie_inputs(frames_and_subtitles: str, tokens_per_frame: int, training: bool = False) -> str:
@@ -233,6 +228,11 @@ def _speakers_and_turns(conversations: Sequence[Any]) -> tuple[list[str], list[s
     if isinstance(conversations, str | Mapping) or not isinstance(conversations, Sequence) or not conversations:
         raise ConversationError(f"conversations is {conversations!r}; give a list of turns with 'from' and 'value'")
     for index, turn in enumerate(conversations):
+        if isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
+            raise ConversationError(
+                f"turn {index} has 'role' and 'content', as chat templates write them; a turn of LLaVA's format is "
+                '{"from": "human" or "gpt", "value": TEXT}'
+            )
         if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
             raise ConversationError(f"turn {index} is {turn!r}; it needs the keys 'from' and 'value'")
         if turn["from"] not in ("human", "gpt"):

@@ -19,6 +19,7 @@ from llamavid_jax.text.tokenizer import pad_with_mask
 from llamavid_jax.text.tokenizer_files import read_files
 
 MAX_IDS = 256  # with [CLS] and [SEP]
+ABSENT = -1  # where a question has no place, not even padding
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -66,3 +67,17 @@ class QFormerTokenizer:
         ids = [encoding.ids for encoding in self._bert.encode_batch(list(prompts))]
         ids = [own if len(own) <= limit else [own[0], *own[len(own) - limit + 1 :]] for own in ids]
         return pad_with_mask(ids, self._pad_id)
+
+
+def pad_questions(
+    ids: Int32[np.ndarray, "R T"], mask: Bool[np.ndarray, "R T"], counts: Sequence[int], rows: int, length: int
+) -> tuple[Int32[np.ndarray, "U L"], Bool[np.ndarray, "U L"]]:
+    """Questions of several samples, `counts` of each, in static shapes; ids are ABSENT beyond a sample's longest.
+
+    The original pads each sample to its longest question, and the states of that padding count where BERT reads it.
+    """
+    longest = np.repeat([part.sum(axis=1).max(initial=0) for part in np.split(mask, np.cumsum(counts)[:-1])], counts)
+    padded, seen = np.full((rows, length), ABSENT, np.int32), np.zeros((rows, length), bool)
+    padded[: len(ids), : ids.shape[1]] = np.where(np.arange(ids.shape[1]) < longest[:, None], ids, ABSENT)
+    seen[: len(ids), : ids.shape[1]] = mask
+    return padded, seen

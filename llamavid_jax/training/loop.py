@@ -95,12 +95,13 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
         restored = checkpoints.restore(abstract)
         if restored is not None:
             check_same_run(made_of, restored.config, output)
+        check_same_media(records, output, restored is not None, data.threads, report)
+        if restored is not None:
             state = restored.arrays
             loader.set_state(restored.position)
             report(f"resuming {output} at step {restored.step} of {loader.steps}")
         elif jax.process_index() == 0:
             write_files(output, {"config.yaml": yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode()})
-        check_same_media(records, output, restored is not None, data.threads, report)
         journal = Journal(output, start, loader, loop, data.max_broken, int(state.step), report)
         exits.enter_context(journal)
         if held_out is not None:

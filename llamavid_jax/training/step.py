@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.lora import set_dropout
@@ -21,7 +21,7 @@ from llamavid_jax.models.structure import Structure
 from llamavid_jax.parallel.chips import CHIPS
 from llamavid_jax.parallel.rows import ways
 from llamavid_jax.parallel.sharding import constrain, pin, target
-from llamavid_jax.shapes import IGNORE_LABEL, Batch
+from llamavid_jax.shapes import IGNORE_LABEL, TEXT, Batch
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.optimizer import clip, learning_rate, make_optimizer
 
@@ -53,9 +53,9 @@ def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Arr
     rows, frames = batch.frames.shape[:2]
     if frames == 0:
         return jnp.zeros((1, 1, model.llama.config.hidden_size))
-    has_cls = batch.frames.ndim == 5  # pixels go through the tower; ready features come without CLS
+    are_pixels = batch.frames.ndim == 5  # these go through the tower; ready features come without CLS
     features = batch.frames.reshape(-1, *batch.frames.shape[2:])
-    features = model.vision(features) if has_cls else features
+    features = model.vision(features) if are_pixels else features
 
     pairs = batch.pair_frame.shape[1]
     if batch.question_ids.shape[1] > 1 or pairs != frames:  # else pair g is frame g (`lay_out_row`)
@@ -66,7 +66,7 @@ def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Arr
     texts = (_pick(x, batch.pair_question) for x in (batch.question_ids, batch.question_mask))
     keys = None if dropout_key is None else jax.random.split(dropout_key, rows * pairs)
     flat = (x.reshape(-1, x.shape[-1]) for x in texts)
-    tokens = model.frames_tokens(features, *flat, keys, has_cls=has_cls, remat=remat)
+    tokens = model.frames_tokens(features, *flat, keys, has_cls=are_pixels and model.vision.config.has_cls, remat=remat)
     return constrain(tokens.reshape(rows, -1, tokens.shape[-1]), "batch", "sequence", None)
 
 
@@ -75,14 +75,30 @@ def _pick(tables: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda own, places: own[places])(tables, index)
 
 
-def loss_sums(model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: Any = None) -> LossSums:
-    """The loss of a batch as sums over its labelled tokens; `dropout_key` switches dropout on."""
+def beside_visuals(batch: Batch) -> Bool[Array, "B T"]:
+    """The positions of text next to a visual token of their sample, where start and end tokens stand."""
+    visual = jnp.where(batch.visual_index == TEXT, 0, batch.segment_ids)
+    before = jnp.pad(visual, [(0, 0), (1, 0)])[:, :-1]
+    behind = jnp.pad(visual, [(0, 0), (0, 1)])[:, 1:]
+    own = (before == batch.segment_ids) | (behind == batch.segment_ids)
+    return own & (batch.segment_ids > 0) & (batch.visual_index == TEXT)
+
+
+def loss_sums(
+    model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: Any = None, markers_alone: bool = False
+) -> LossSums:
+    """The loss of a batch as sums over its labelled tokens; `dropout_key` switches dropout on.
+
+    `markers_alone`: of the embeddings, only those beside visual tokens get a gradient.
+    """
     pairs_key = None
     if dropout_key is not None:
         pairs_key, lora_key = jax.random.split(dropout_key)
         set_dropout(model.llama, lora_key)
     visual = visual_table(model, batch, remat, pairs_key)
-    hidden = model.llama(model.merge(batch.token_ids, visual, batch.visual_index), batch.segment_ids, batch.positions)
+    learns = beside_visuals(batch) if markers_alone else None
+    merged = model.merge(batch.token_ids, visual, batch.visual_index, learns)
+    hidden = model.llama(merged, batch.segment_ids, batch.positions)
     return next_token_sums(hidden, model.llama.head_kernel(), batch.labels)
 
 
@@ -114,8 +130,10 @@ def make_train_step(
 
         def loss(params, micro: Batch, weight, number):
             key = jax.random.fold_in(step_key, number) if dropout else None
+            # LLaMA's embedding alone (stage 1 with start and end tokens): only of those does the original train rows
+            markers_alone = [path for path in params if path.startswith("llama.")] == ["llama.embed.embedding"]
             params = pin(params, specs) if specs else params
-            sums = loss_sums(structure.model(params, frozen), micro, loop.remat, key)
+            sums = loss_sums(structure.model(params, frozen), micro, loop.remat, key, markers_alone)
             return sums.loss * weight, sums
 
         def add(total, part):

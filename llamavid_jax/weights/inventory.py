@@ -20,9 +20,9 @@ def rows(config: LLaMAVIDLlavaConfig) -> tuple[W, ...]:
     """One row a weight, in the order of the dataflow; adapters and quantisation aside."""
     projector = config.mm_projector_type
     return (
-        *vision.ROWS,
-        *qformer.ROWS,
-        *visual_tokens.rows(projector, projector_depth(projector)),
+        *vision.rows(config.vision_tower_config),
+        *qformer.rows(config.bert_type),
+        *visual_tokens.rows(projector, projector_depth(projector), config.projects_memory),
         *llama.rows(config.text_config.tie_word_embeddings),
     )
 
@@ -100,6 +100,8 @@ def axis_sizes(config: LLaMAVIDLlavaConfig) -> dict[str, int]:
         "vocab": text.vocab_size,
         "vision_layers": vision.num_hidden_layers,
         "vision_embed": vision.hidden_size,
+        "memory": config.memory_width,
+        "memory_hidden": config.memory_width,
         "context": vision.hidden_size,
         "vision_heads": vision.num_attention_heads,
         "vision_head_dim": vision.hidden_size // vision.num_attention_heads,
@@ -115,6 +117,7 @@ def axis_sizes(config: LLaMAVIDLlavaConfig) -> dict[str, int]:
         "qformer_heads": qformer.num_attention_heads,
         "qformer_head_dim": qformer.hidden_size // qformer.num_attention_heads,
         "qformer_mlp": qformer.intermediate_size,
+        "qformer_types": 2,
         "qformer_vocab": qformer.vocab_size,
         "qformer_positions": qformer.max_position_embeddings,
         "queries": config.num_query,

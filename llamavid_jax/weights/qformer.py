@@ -1,69 +1,77 @@
-"""The Q-Former's weights.
+"""The text decoder's weights: the Q-Former's, or BERT's.
 
 The queries and the norm of the memory, which the original keeps beside the encoder (`vlm_att_query`, `vlm_att_ln`),
 belong to it here.
 """
 
-from llamavid_jax.weights.row import W
+from llamavid_jax.weights.row import W, linear, norm
 
 _NAME, _DOCUMENTED = "model.vlm_att_encoder.bert.", "qformer."
 _WIDTH, _HEADS, _MLP = "qformer_embed", "qformer_heads qformer_head_dim", "qformer_mlp"
 
 
-def _w(path: str, axes: str, torch: str, name: str, documented: str = "") -> W:
-    return W(f"qformer.{path}", axes, torch, _NAME + name, _DOCUMENTED + (documented or name))
-
-
-def _linear(path: str, layers: str, inputs: str, outputs: str, name: str, documented: str = "") -> tuple[W, W]:
-    """A linear layer; several axes on one side are one in the files."""
-    left, right = (f"({axes})" if " " in axes else axes for axes in (outputs, inputs))
-    documented = documented or name
-    kernel = f"{layers} {inputs} {outputs}", f"{left} {right}"
+def rows(bert_type: str) -> tuple[W, ...]:
+    """BERT has the types of its tokens, of which the first is used; the Q-Former queries with feed-forwards of their
+    own, and a pretrained one a norm on its memory."""
+    if bert_type == "raw_bert":
+        return (*_EMBEDDINGS, _embedding("token_type", "qformer_types"), *_LAYERS)
     return (
-        _w(f"{path}.kernel", *kernel, f"{name}.weight", f"{documented}.weight"),
-        _w(f"{path}.bias", f"{layers} {outputs}", left, f"{name}.bias", f"{documented}.bias"),
-    )  # fmt: skip
-
-
-def _norm(path: str, layers: str, name: str, documented: str = "") -> tuple[W, W]:
-    axes, documented = f"{layers} {_WIDTH}".strip(), documented or name
-    return (
-        _w(f"{path}.scale", axes, _WIDTH, f"{name}.weight", f"{documented}.weight"),
-        _w(f"{path}.bias", axes, _WIDTH, f"{name}.bias", f"{documented}.bias"),
+        _QUERY,
+        *(_MEMORY if bert_type == "qformer_pretrain" else ()),
+        *_EMBEDDINGS,
+        *_LAYERS,
+        *_mlp("query_mlp", "_query"),
     )
+
+
+def _named(make, path: str, layers: str, *axes: str, name: str, documented: str = "") -> tuple[W, W]:
+    return make(f"qformer.{path}", layers, *axes, _NAME + name, _DOCUMENTED + (documented or name))
 
 
 def _attention(path: str, layers: str, memory: str, name: str) -> tuple[W, ...]:
     """Keys and values are made of `memory`."""
     return (
-        *_linear(f"{path}.query", layers, _WIDTH, _HEADS, f"{name}.self.query", f"{name}.attention.query"),
-        *_linear(f"{path}.key", layers, memory, _HEADS, f"{name}.self.key", f"{name}.attention.key"),
-        *_linear(f"{path}.value", layers, memory, _HEADS, f"{name}.self.value", f"{name}.attention.value"),
-        *_linear(f"{path}.out", layers, _HEADS, _WIDTH, f"{name}.output.dense"),
-        *_norm(f"{path}.norm", layers, f"{name}.output.LayerNorm"),
+        *_input(path, layers, "query", _WIDTH, name),
+        *_input(path, layers, "key", memory, name),
+        *_input(path, layers, "value", memory, name),
+        *_named(linear, f"{path}.out", layers, _HEADS, _WIDTH, name=f"{name}.output.dense"),
+        *_named(norm, f"{path}.norm", layers, _WIDTH, name=f"{name}.output.LayerNorm"),
     )
+
+
+def _input(path: str, layers: str, part: str, width: str, name: str) -> tuple[W, W]:
+    names = {"name": f"{name}.self.{part}", "documented": f"{name}.attention.{part}"}
+    return _named(linear, f"{path}.{part}", layers, width, _HEADS, **names)
 
 
 def _mlp(path: str, name: str) -> tuple[W, ...]:
     """`name` is "" for the text's, "_query" for the queries'."""
-    first, second = f"encoder.layer.{{l}}.intermediate{name}", f"encoder.layer.{{l}}.output{name}"
+    first, second, path = (
+        f"encoder.layer.{{l}}.intermediate{name}",
+        f"encoder.layer.{{l}}.output{name}",
+        f"layers.{path}",
+    )
     return (
-        *_linear(f"{path}.fc1", "qformer_layers", _WIDTH, _MLP, f"{first}.dense"),
-        *_linear(f"{path}.fc2", "qformer_layers", _MLP, _WIDTH, f"{second}.dense"),
-        *_norm(f"{path}.norm", "qformer_layers", f"{second}.LayerNorm"),
+        *_named(linear, f"{path}.fc1", "qformer_layers", _WIDTH, _MLP, name=f"{first}.dense"),
+        *_named(linear, f"{path}.fc2", "qformer_layers", _MLP, _WIDTH, name=f"{second}.dense"),
+        *_named(norm, f"{path}.norm", "qformer_layers", _WIDTH, name=f"{second}.LayerNorm"),
     )
 
 
-_MEMORY = "model.vlm_att_ln.{}", "vision_tower.post_layernorm.{}"
-ROWS = (
-    W("qformer.query", f"queries {_WIDTH}", f"1 queries {_WIDTH}", "model.vlm_att_query", "query_tokens"),
-    W("qformer.memory_norm.scale", "vision_embed", "vision_embed", *(name.format("weight") for name in _MEMORY)),
-    W("qformer.memory_norm.bias", "vision_embed", "vision_embed", *(name.format("bias") for name in _MEMORY)),
-    _w("word_embeddings.embedding", *[f"qformer_vocab {_WIDTH}"] * 2, "embeddings.word_embeddings.weight"),
-    _w("position_embeddings.embedding", *[f"qformer_positions {_WIDTH}"] * 2, "embeddings.position_embeddings.weight"),
-    *_norm("embeddings_norm", "", "embeddings.LayerNorm", "embeddings.layernorm"),
+def _embedding(name: str, length: str) -> W:
+    axes, file = f"{length} {_WIDTH}", f"embeddings.{name}_embeddings.weight"
+    return W(f"qformer.{name}_embeddings.embedding", axes, axes, _NAME + file, _DOCUMENTED + file)
+
+
+_QUERY = W("qformer.query", f"queries {_WIDTH}", f"1 queries {_WIDTH}", "model.vlm_att_query", "query_tokens")
+_MEMORY = norm("qformer.memory_norm", "", "memory", "model.vlm_att_ln", "vision_tower.post_layernorm")
+_EMBEDDINGS = (
+    _embedding("word", "qformer_vocab"),
+    _embedding("position", "qformer_positions"),
+    *_named(norm, "embeddings_norm", "", _WIDTH, name="embeddings.LayerNorm", documented="embeddings.layernorm"),
+)
+_LAYERS = (
     *_attention("layers.self_attention", "qformer_layers", _WIDTH, "encoder.layer.{l}.attention"),
-    *_mlp("layers.text_mlp", ""),
-    *_mlp("layers.query_mlp", "_query"),
-    *_attention("cross_attention", "qformer_cross_layers", "vision_embed", "encoder.layer.{c}.crossattention"),
+    *_mlp("text_mlp", ""),
+    *_attention("cross_attention", "qformer_cross_layers", "memory", "encoder.layer.{c}.crossattention"),
 )

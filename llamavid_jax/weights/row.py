@@ -58,3 +58,22 @@ def in_blocks(row: W) -> tuple[str | None, ...]:
     names = row.axes.split()
     at = 1 + row.input_axes
     return (*names[:at], None, *names[at:])
+
+
+def linear(path: str, layers: str, inputs: str, outputs: str, name: str, documented: str = "") -> tuple[W, W]:
+    """Kernel and bias of a linear layer, stacked along `layers` or alone; axes of one side are one in files."""
+    left, right = (f"({axes})" if " " in axes else axes for axes in (outputs, inputs))
+    kernel, documented = f"{layers} {inputs} {outputs}".strip(), documented or name
+    return (
+        W(f"{path}.kernel", kernel, f"{left} {right}", f"{name}.weight", f"{documented}.weight"),
+        W(f"{path}.bias", f"{layers} {outputs}".strip(), left, f"{name}.bias", f"{documented}.bias"),
+    )  # fmt: skip
+
+
+def norm(path: str, layers: str, width: str, name: str, documented: str = "") -> tuple[W, W]:
+    """Scale and bias of a layer norm."""
+    axes, documented = f"{layers} {width}".strip(), documented or name
+    return (
+        W(f"{path}.scale", axes, width, f"{name}.weight", f"{documented}.weight"),
+        W(f"{path}.bias", axes, width, f"{name}.bias", f"{documented}.bias"),
+    )

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -10,12 +12,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from clips import index_frame, write_clip
 from paths import ROOT
 from PIL import Image
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.commands import infer
-from llamavid_jax.errors import InputError
 
 CLIP = str(ROOT / "demo" / "space.mp4")
 QUESTION = "what is in the video?"
@@ -60,6 +62,35 @@ def test_json(video_answer):
     assert (video_answer["frames"], video_answer["visual_tokens"], video_answer["new_tokens"]) == (12, 24, 8)
     assert video_answer["prompt_tokens"] > 24
     assert set(video_answer["seconds"]) == {"load", "encode", "generate"}
+    assert video_answer["sampling"] == [{"video": CLIP, "rule": "stride", "frames": 12}]
+
+
+def test_a_video_of_a_varying_rate_says_how_it_was_sampled(ask, tmp_path):
+    path = write_clip(tmp_path / "[bold].mkv", [index_frame(i) for i in range(3)], times_ms=[0, 4000, 8000])
+    out = json.loads(ask("--video", str(path), "--question", QUESTION, "--json")[1])
+    assert out["sampling"] == [{"video": str(path), "rule": "times", "frames": 12}] and out["frames"] == 12
+
+
+def test_a_subtitle_of_50_minutes_does_not_make_a_clip_of_10_seconds_too_long(ask):
+    clip = ROOT / "tests" / "media" / "subtitle_of_50_minutes.mkv"
+    assert json.loads(ask("--video", str(clip), "--question", QUESTION, "--json")[1])["frames"] == 10
+
+
+def test_names_do_not_command_the_terminal(ask):
+    code, out, err = ask("--video", "\x1b[2Jno\x07.mp4", "--question", QUESTION)
+    assert (code, out) == (2, "") and "\\x1b[2Jno\\x07.mp4" in err and err.replace("\n", "").isprintable()
+
+
+def test_a_download_is_deleted_when_the_process_is_told_to_end(checkpoint, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/clip.mp4"
+        command = [sys.executable, "infer.py", "--model", checkpoint, "--video", url, "--question", QUESTION]
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
+        with server.accept()[0]:
+            assert any(tmp_path.glob("llamavid-*/download"))
+            process.terminate()
+            assert process.wait(60) == 143
+    assert not any(tmp_path.glob("llamavid-*"))
 
 
 def test_answer_alone_on_stdout(ask, video_answer):
@@ -164,6 +195,10 @@ BAD = {
     "top_p is 2.0": ["--model", "DIR", "--question", "a", "--top-p", "2"],
     "max_new_tokens is 0": ["--model", "DIR", "--question", "a", "--max-new-tokens", "0"],
     "--tokens is -5; give the length": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--tokens", "-5"],
+    "--subtitles goes with one --video alone": ["--model", "DIR", "--question", "a", "--subtitles", "a.srt"],
+    "'nothing.srt' cannot be read": [
+        *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--subtitles", "nothing.srt"]
+    ],
     "max_new_tokens is -1": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--max-new-tokens", "-1"],
     "127.0.0.1:9": ["--model", "DIR", "--question", "a", "--video", "http://127.0.0.1:9/a.mp4"],
 }
@@ -199,8 +234,91 @@ def test_a_checkpoint_without_tokenizer(checkpoint, tmp_path, capsys):
     assert "holds no tokenizer; convert again with --tokenizer FOLDER" in capsys.readouterr().err
 
 
-def test_a_question_that_is_no_text_is_said(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), encoding="utf-8"))
-    options = infer.parse_arguments(["--model", "DIR", "--chat"])
-    with pytest.raises(InputError, match="a question on stdin is not UTF-8"):
-        next(infer.questions(options))
+def test_a_question_that_is_no_text_is_said(ask, monkeypatch):
+    """And the chat goes on, whatever the terminal's encoding is."""
+    lines = io.TextIOWrapper(io.BytesIO("où?\n".encode() + b"caf\xe9?\nwho?\n"), encoding="ascii")
+    monkeypatch.setattr("sys.stdin", lines)
+    code, out, err = ask("--chat", "--json")
+    assert code == 2 and len(out.splitlines()) == 2
+    assert err == "infer.py: the question on stdin is 'caf\\udce9?', which is not UTF-8; give it in UTF-8\n"
+
+
+def test_a_chat_goes_on_beyond_the_positions(ask, monkeypatch, tmp_path):
+    """The oldest turns are left out, which is said once."""
+    lines = iter([f"{number} " + "what " * 400 + "\n" for number in range(4)] + [""])
+    monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
+    code, out, err = ask("--video", CLIP, "--chat", "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(answers) == 4 and 1500 < max(answer["prompt_tokens"] for answer in answers) <= 2040
+    assert err.count("are left out") == 1 and all(answer["visual_tokens"] >= 24 for answer in answers)
+
+
+def test_like_the_original(ask, monkeypatch, picture):
+    """Its template, crop and sampling; what is given beside it holds; the newest question alone shows the visuals."""
+    lines = iter(["and then?\n", ""])
+    monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
+    _, out, _ = ask("--image", picture, "--chat", "--question", "what?", "--like-original", "--json")
+    assert [json.loads(line)["visual_tokens"] for line in out.splitlines()] == [2, 2]
+    options = infer.parse_arguments(["--like-original", "--model", "demo/model", "--question", "a", "--top-p", "0.9"])
+    assert (options.template, options.temperature, options.top_p) == ("llava_v1", 0.2, 0.9)
+    assert infer.image_processor(options).image_aspect_ratio == "crop"
+    options = infer.parse_arguments(["--model", "demo/model", "--question", "--like-original"[2:]])
+    assert (options.template, options.temperature) == ("vicuna_v1", 0.0)
+    assert infer.image_processor(options).image_aspect_ratio == "pad"
+
+
+def test_subtitles(ask, tmp_path):
+    """As many placeholders as visual tokens, and the words in between."""
+    (tmp_path / "film.srt").write_text("1\n00:00:01,000 --> 00:00:04,000\nWho goes there?\n")
+    with_words, without = (
+        json.loads(ask("--video", CLIP, "--question", QUESTION, "--json", *more)[1])
+        for more in (["--subtitles", str(tmp_path / "film.srt")], [])
+    )
+    assert with_words["visual_tokens"] == without["visual_tokens"] == 24
+    assert with_words["prompt_tokens"] > without["prompt_tokens"] + 40  # "Below is a movie. ..."
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "says"),
+    [
+        ("--question hi >&-", 2, "infer.py: stdout is closed, and the answer goes there; leave it open"),
+        ("--question hi --video nothing.mp4 2>&-", 2, ""),  # not on stdout, as if it were the answer
+        ("--chat <&-", 2, "infer.py: stdin is closed, and --chat reads its questions there"),
+        ("--question hi <&- >&- 2>&-", 2, ""),
+        ("--question caf$'\\xe9'", 2, "infer.py: --question is 'caf\\udce9', which is not UTF-8"),
+        ("--question hi --video caf$'\\xe9'.mp4", 2, "infer.py: caf\\udce9.mp4 does not exist"),
+        ("--question hi --video où.mp4", 2, "infer.py: o\\xf9.mp4 does not exist"),
+        ("--question hi --video $'a\\e]0;b\\a\\e[2J.mp4'", 2, "infer.py: a\\x1b]0;b\\x07\\x1b[2J.mp4 does not exist"),
+        ("--question hi --model '~/nothing'", 2, "infer.py: HOME/nothing/preprocessor_config.json does not exist"),
+    ],
+)
+def test_streams(shell, code, says, tmp_path):
+    """Closed ones, other encodings, and nothing that a terminal would obey; all before JAX is imported."""
+    command = f"{sys.executable} infer.py --model demo/model {shell}"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == code and done.stdout == ""
+    assert done.stderr.startswith(says.replace("HOME", str(tmp_path))) and done.stderr.count("\n") == bool(says)
+
+
+def test_a_full_disk_behind_stdout(ask, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        code, _, err = ask("--question", "hi", "--stream")
+    assert code == 2
+    assert err == "infer.py: stdout cannot be written (No space left on device); send it elsewhere\n"
+
+
+def test_answers_do_not_reach_into_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    infer.write("a\x1b[2Jb\n\tc\n")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\n\tc\n"
+
+
+def test_a_terminal_that_is_not_utf8(ask, monkeypatch):
+    """JSON stays JSON."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    code, _, err = ask("--question", "hi", "--json")
+    out.seek(0)
+    assert (code, err) == (0, "") and json.loads(out.read())["new_tokens"] == 8

@@ -4,8 +4,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from paths import ROOT
+
+from llamavid_jax.commands.program import keep_programs
 
 CALL = """
 from llamavid_jax.commands.program import keep_programs, run
@@ -47,10 +50,20 @@ def test_programs_are_kept(tmp_path, variable, folder):
         {"JAX_ENABLE_COMPILATION_CACHE": "false"},
         {"XDG_CACHE_HOME": "/proc/nowhere"},
         {"HOME": "/proc/nowhere"},
+        {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "relative"},
     ],
-    ids=["turned off", "no such folder", "no home"],
+    ids=["turned off", "no such folder", "no home", "no full path"],
 )
 def test_without_a_cache(tmp_path, variables):
     """Quietly: the answer is the same."""
     call(**{"HOME": str(tmp_path)} | variables)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    before = jax.config.jax_compilation_cache_dir
+    keep_programs()
+    assert jax.config.jax_compilation_cache_dir == before

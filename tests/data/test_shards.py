@@ -207,3 +207,18 @@ def test_beam_absent_is_one_line(source, tmp_path, monkeypatch, capsys):
     assert build_shards.main([str(source), str(tmp_path / "out"), "--beam"]) == 2
     assert capsys.readouterr().err == "error: --beam needs Apache Beam; install it with: pip install apache-beam\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_names_that_utf8_cannot_hold(tmp_path):
+    """They are written out; the file is found by its own name, and what is missing is named."""
+    file = os.fsdecode(b"latin\xe9.jpg")
+    Image.fromarray(index_frame(5)).save(tmp_path / file)
+    names = {"half \ud83d": file, "whole": file, "gone": "gone\udce9.jpg"}
+    samples = [{"id": name, "image": image, "conversations": TURNS} for name, image in names.items()]
+    (tmp_path / "set.json").write_text(json.dumps(samples))
+    manifest = build(tmp_path / "set.json", tmp_path / "set", max_broken=0.5)
+    assert [sample["id"] for sample in manifest["skipped"]] == ["gone"]
+    assert json.loads((tmp_path / "set" / "manifest.json").read_text())["skipped"] == manifest["skipped"]
+    found = [(record.id, record.media) for record in read_records(tmp_path / "set")]
+    assert found == [(r"half \ud83d", r"latin\udce9.jpg"), ("whole", r"latin\udce9.jpg")]
+    assert read_records(tmp_path / "set")[0].data == (tmp_path / file).read_bytes()

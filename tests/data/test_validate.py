@@ -90,6 +90,10 @@ BAD = [
     ({"image": "é [b].png", "conversations": talk("What?", "It.")}, "malformed", "no turn holds"),
     ({"image": "é [b].png", "conversations": talk("<image>", 5)}, "malformed", "is 5"),
     ({"video": "short.npz", "conversations": ASKED}, "unreadable", "2 <image> for 3 frames"),
+    ({"conversations": [{"role": "user", "content": "Hi"}]}, "malformed", "turn 0 has 'role' and 'content'"),
+    ({"messages": [{"role": "user", "content": "Hi"}]}, "malformed", "has 'messages', as chat templates write them"),
+    ({"image": "\ud800.png", "conversations": ASKED}, "missing", r"\ud800.png"),
+    ({"image": "é [b].png", "conversations": talk("<image>\ud800", "It.")}, "malformed", "half a surrogate pair"),
     ("[red]x[/nothing]", "malformed", "must be an object"),
 ]  # fmt: skip
 
@@ -104,9 +108,9 @@ def test_every_kind_of_damage_is_named(tmp_path, media, model, with_model, capsy
     ]
     for check, (_, _, reason) in zip(report["broken"], BAD, strict=True):
         assert reason in check["reason"]
-    assert report["repeated_ids"] == 1 and report["kinds"]["image"]["samples"] == 1 + 6
+    assert report["repeated_ids"] == 1 and report["kinds"]["image"]["samples"] == 1 + 8
     out = capsys.readouterr().out
-    assert f"{len(BAD)} samples are broken: 2 missing" in out and "[b]x" in out
+    assert f"{len(BAD)} samples are broken: 3 missing" in out and "[b]x" in out
     assert "1 ids stand for several samples" in out
 
 
@@ -118,7 +122,7 @@ def test_decoding_finds_what_headers_hide(tmp_path, media):
         *GOOD,
     ]
     code, report = run(tmp_path, media, rows)
-    assert code == 0 and not report["broken"]
+    assert code == 1 and [check["index"] for check in report["broken"]] == [1]  # a video's packets are counted
     code, report = run(tmp_path, media, rows, "--decode")
     assert code == 1 and [check["index"] for check in report["broken"]] == [0, 1, 2]
     assert report["problems"] == {"unreadable": 3}

@@ -9,7 +9,6 @@ from paths import GOLDEN, ROOT
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor, LLaMAVIDLlavaProcessor
 from llamavid_jax.errors import InputError
-from llamavid_jax.inference.request import Settings
 from llamavid_jax.inference.session import Session
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.subtitles import Cue
@@ -17,7 +16,7 @@ from llamavid_jax.text.subtitles import Cue
 CLIP = str(ROOT / "demo" / "space.mp4")
 IMAGES = LLaMAVIDLlavaImageProcessor(56)
 QUESTIONS = ("what is in the video?", "which\ncar is it", "who?")
-SHORT = Settings(max_new_tokens=8)
+SHORT = {"max_new_tokens": 8}
 
 
 def picture(value: int) -> np.ndarray:
@@ -45,7 +44,7 @@ def test_the_processor_lays_the_conversation_out_alike(tiny_model, prompts, medi
     shown += [{"type": "video", "video": video} for video in media.get("videos", ())]
     messages, before = [], 0
     for number, question in enumerate(QUESTIONS):
-        answer = session.ask(question, SHORT)
+        answer = session.ask(question, **SHORT)
         words = {"type": "text", "text": question}
         messages.append({"role": "user", "content": [words] if number else [*shown, words]})
         inputs = processor.chat(messages)
@@ -67,26 +66,26 @@ def test_frames_are_decoded_and_encoded_once(tiny_model, monkeypatch):
     )
     session = Session(tiny_model, IMAGES, videos=[CLIP], progress=lambda *seen: done.append(seen))
     assert session.encode() == 12 and done[-1] == (CLIP, 12, 12)
-    assert [session.ask(question, SHORT).frames for question in QUESTIONS] == [12] * 3
+    assert [session.ask(question, **SHORT).frames for question in QUESTIONS] == [12] * 3
     assert decoded == [CLIP]
     once = Session(tiny_model, IMAGES, videos=[CLIP], follow_ups=False)
-    assert once.ask(QUESTIONS[0], SHORT).text == session.turns[0].answer
-    assert once.features is None and once.ask(QUESTIONS[1], SHORT).visual_tokens == 24  # stands alone
+    assert once.ask(QUESTIONS[0], **SHORT).text == session.turns[0].answer
+    assert once.features is None and once.ask(QUESTIONS[1], **SHORT).visual_tokens == 24  # stands alone
 
 
 def test_a_question_that_fails_changes_nothing(tiny_model):
     session = Session(tiny_model, IMAGES, videos=[clip(3)])
-    first = session.ask(QUESTIONS[0], SHORT)
+    first = session.ask(QUESTIONS[0], **SHORT)
     for question, settings, message in (
         ("is <image> here?", SHORT, "the question holds <image>"),
         ("caf\udce9", SHORT, "the question holds half a surrogate pair"),
         ("word " * 2100, SHORT, "more than the 2048 positions"),
-        ("who?", Settings(max_new_tokens=2040), "more than the 2048 positions"),
+        ("who?", {"max_new_tokens": 2040}, "more than the 2048 positions"),
     ):
         with pytest.raises(InputError, match=message):
-            session.ask(question, settings)
+            session.ask(question, **settings)
     assert [turn.answer for turn in session.turns] == [first.text]
-    assert session.ask(QUESTIONS[1], SHORT).cached_tokens == first.prompt_tokens
+    assert session.ask(QUESTIONS[1], **SHORT).cached_tokens == first.prompt_tokens
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_the_oldest_turns_give_way(tiny_model, positions):
     positions(320)
     said = []
     session = Session(tiny_model, IMAGES, videos=[clip(10)], notice=said.append)
-    answers = [session.ask(f"{number} what who", SHORT) for number in range(30)]
+    answers = [session.ask(f"{number} what who", **SHORT) for number in range(30)]
     assert max(answer.prompt_tokens for answer in answers) <= 312
     assert len(said) == 2 and "no frames" in said[0] and "the oldest turns are left out" in said[1]
     assert {answer.visual_tokens for answer in answers} > {20, 40, 60}
@@ -118,7 +117,7 @@ def test_beyond_the_trained_positions_earlier_turns_lose_their_frames(tiny_model
     positions(300, factor=8.0)
     said = []
     session = Session(tiny_model, IMAGES, videos=[clip(40)], notice=said.append)
-    answers = [session.ask(question, SHORT) for question in QUESTIONS]
+    answers = [session.ask(question, **SHORT) for question in QUESTIONS]
     assert [answer.visual_tokens for answer in answers] == [80, 160, 80]
     assert said == ["with more than 300 tokens in all, earlier questions keep their words but no frames"]
     assert [turn.question for turn in session.turns] == list(QUESTIONS)
@@ -126,7 +125,7 @@ def test_beyond_the_trained_positions_earlier_turns_lose_their_frames(tiny_model
 
 def test_the_newest_question_alone_shows_frames(tiny_model, prompts):
     session = Session(tiny_model, IMAGES, videos=[clip(3)], newest_alone=True, template="llava_v1")
-    assert [session.ask(question, SHORT).visual_tokens for question in QUESTIONS] == [6, 6, 6]
+    assert [session.ask(question, **SHORT).visual_tokens for question in QUESTIONS] == [6, 6, 6]
     assert [ids.count(IMAGE_TOKEN) for ids in prompts] == [1, 1, 1]
     text = tiny_model.tokenizer.decode([token for token in prompts[1] if token >= 0])
     assert "curious human" in text
@@ -158,7 +157,7 @@ def test_a_conversation_about_a_film(tiny_model, prompts):
     cues = [Cue(1.5, "Hello."), Cue(3.0, "Bye.")]
     for follow_ups in (False, True):
         session = Session(tiny_model, IMAGES, videos=[clip(4)], subtitles=cues, follow_ups=follow_ups)
-        answers = [session.ask(question, SHORT) for question in QUESTIONS]
+        answers = [session.ask(question, **SHORT) for question in QUESTIONS]
         assert [ids.count(IMAGE_TOKEN) for ids in prompts] == ([8, 16, 24] if follow_ups else [8, 8, 8])
         assert answers[2].cached_tokens > 0 or not follow_ups
         prompts.clear()

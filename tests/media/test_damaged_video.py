@@ -8,8 +8,9 @@ import pytest
 from clips import cut, index_frame, write_clip, write_sound
 from PIL import Image
 
+from llamavid_jax.data.records import count_frames
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.video import read_video
+from llamavid_jax.media.video import plan_video, read_video
 
 INDEX_FIRST = {"movflags": "faststart"}
 
@@ -115,6 +116,62 @@ def test_a_cut_file_says_how_much_can_be_read(tmp_path):
     path = cut(clip(tmp_path, "clip.mkv"), 0.5)
     with pytest.raises(MediaError, match=r"1\.\d of 4\.0 seconds can be read"):
         read_video(path)
+
+
+KINDS = [
+    ("a.mp4", "libx264", INDEX_FIRST),
+    ("a.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}),
+    ("a.mkv", "libx264", None),
+    ("a.webm", "libvpx", {"live": "1"}),
+    ("a.avi", "mpeg4", None),
+    ("a.flv", "flv1", None),
+    ("a.wmv", "wmv2", None),
+    ("a.ogv", "libvpx", None),
+    ("a.gif", "gif", None),
+    ("a.apng", "apng", None),
+    ("a.nut", "libx264", None),
+    ("a.mjpeg", "mjpeg", None),
+    ("a.ivf", "libvpx", None),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "container"), KINDS)
+def test_a_cut_end_is_told_before_anything_is_decoded(tmp_path, name, codec, container):
+    pix_fmt = {"gif": "rgb8", "apng": "rgb24", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+    path = clip(tmp_path, name, codec, pix_fmt=pix_fmt, container=container)
+    assert len(plan_video(path)) == 4
+    data, draws = path.read_bytes(), random.Random(3)
+    for length in (len(data) // 2, *(draws.randrange(len(data) // 3, len(data) - 8) for _ in range(12))):
+        path.write_bytes(data[:length])
+        with pytest.raises(MediaError) as caught:
+            plan_video(path)
+        check_message(str(caught.value), str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "copies"),
+    [("a.mp4", "libx264", 2), ("a.flv", "flv1", 2), ("a.wmv", "wmv2", 2), ("a.mkv", "libx264", 3)],
+)
+def test_files_joined_end_to_end_that_cannot_be_read_to_the_end(tmp_path, name, codec, copies):
+    path = clip(tmp_path, name, codec)
+    path.write_bytes(path.read_bytes() * copies)
+    with pytest.raises(MediaError, match=r"joined end to end.*; give them one by one"):
+        plan_video(path)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.wmv", "a.gif"])
+def test_what_stands_behind_the_end_is_no_damage(tmp_path, name):
+    codec = {"avi": "mpeg4", "wmv": "wmv2", "gif": "gif"}.get(name[2:], "libx264")
+    path = clip(tmp_path, name, codec, pix_fmt="rgb8" if codec == "gif" else "yuv420p")
+    path.write_bytes(path.read_bytes() + bytes(100))
+    assert len(read_video(path).frames) == 4
+
+
+def test_a_damaged_file_without_a_length_is_one_clear_line(tmp_path):
+    path = cut(clip(tmp_path, "a.apng", "apng", pix_fmt="rgb24"), 0.6)
+    for read in (plan_video, read_video, lambda path: count_frames(path, "video", 1)):
+        with pytest.raises(MediaError, match="is cut short or damaged"):
+            read(path)
 
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])

@@ -21,10 +21,10 @@ def test_a_flipped_bit_of_an_archive(save, tmp_path):
 
 
 def test_a_directory_that_hides_the_text(tmp_path):
-    """The first entry's `extra` field made long enough to swallow the second."""
+    """The first entry's comment made long enough to swallow the second."""
     np.savez(tmp_path / "f.npz", feats=np.ones((3, 5, 4), np.float16), inputs="<image>a" * 3)
     data = bytearray((tmp_path / "f.npz").read_bytes())
-    data[data.index(b"PK\1\2") + 31] ^= 1  # 256 more bytes
+    data[data.index(b"PK\1\2") + 33] ^= 1  # 256 bytes
     (tmp_path / "f.npz").write_bytes(data)
     with pytest.raises(ValueError, match=r"f\.npz .*its directory has 1 of 2 entries"):
         read_header(tmp_path / "f.npz")

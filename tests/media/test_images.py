@@ -13,7 +13,7 @@ from paths import GOLDEN
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llamavid_jax.media.images import normalize, open_image, pad_to_square, resize_and_crop, to_rgb
+from llamavid_jax.media.images import check_picture, normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError
 
 EXPECTED = GOLDEN / "preprocess" / "expected.npz"
@@ -126,6 +126,12 @@ def floating_point():
     return buffer.getvalue()
 
 
+def thirty_two_bits():
+    buffer = io.BytesIO()
+    Image.fromarray(NOISE[..., 0].astype(np.int32)).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
 BAD_PICTURES = {
     "empty.png": lambda: b"",
     "text.png": lambda: b"not a picture\n" * 20,
@@ -149,6 +155,9 @@ BAD_PICTURES = {
     "long.png": lambda: png_of_size(20_000, 400),
     "no-rows.png": lambda: png_of_size(10, 0),
     "float.tiff": floating_point,
+    "integer.tiff": thirty_two_bits,
+    "drawing.eps": lambda: encoded("EPS"),
+    "canvas.png": lambda: png_of_size(11_600, 11_600),
 }
 
 
@@ -159,6 +168,29 @@ def test_a_bad_picture_is_named_with_a_remedy(tmp_path, name):
     with pytest.raises(MediaError) as caught:
         open_image(path)
     check_message(caught.value, path)
+
+
+def test_an_eps_is_named_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
+    for name in ("a.eps", "a.png"):
+        (tmp_path / name).write_bytes(encoded("EPS"))
+        with pytest.raises(MediaError, match=r"is an EPS drawing.*; convert it to PNG"):
+            open_image(tmp_path / name)
+
+
+def test_a_header_tells_of_pixels_that_cannot_be_used(tmp_path):
+    for name, content in (("a.tiff", thirty_two_bits()), ("b.tiff", floating_point())):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(MediaError, match=r"pixels, whose range is unknown; save it as 8-bit PNG"):
+            check_picture(tmp_path / name)
+
+
+def test_the_canvas_of_a_panorama_is_no_gigabyte():
+    picture = Image.new("RGB", (16_000, 2000), (9, 9, 9))
+    padded = pad_to_square(picture)
+    assert padded.size == (8000, 8000)
+    small = resize_and_crop(padded, 224)
+    assert tuple(small[0, 0]) == (122, 116, 104) and tuple(small[112, 112]) == (9, 9, 9)
 
 
 @pytest.mark.parametrize("make", [lambda d: d / "missing.png", lambda d: d, lambda d: d / "a\0b.png"])

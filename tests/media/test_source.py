@@ -69,6 +69,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b".")
             self.wfile.flush()
 
+    def drip(self, begin, piece):
+        """`begin`, and then `piece` again and again, each time before a socket's own timeout would end."""
+        self.wfile.write(begin)
+        while not self.server.closing.wait(0.05):
+            self.wfile.write(piece)
+            self.wfile.flush()
+
+    def answer_headers(self):
+        self.drip(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x")
+
+    def answer_more_headers(self):
+        self.drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n")
+
+    def answer_continue(self):
+        self.drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def answer_chunk_size(self):
+        self.drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"x")
+
+    def answer_chunks(self):
+        self.drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n")
+
+    def answer_trailers(self):
+        self.drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X: y\r\n")
+
+    def answer_around(self):
+        self.server.closing.wait(0.2)
+        self.answer(302, Location=f"/around.mp4?{time.monotonic()}")
+
+    def answer_escape(self):
+        self.wfile.write(b"HTTP/1.1 404 \x1b[2J" + b"long" * 1000 + b"\r\n\r\n")
+
+    def answer_huge(self):
+        self.answer(200, Content_Length="9" * 5000)
+
     def answer_nonsense(self):
         self.wfile.write(b"not http at all\r\n\r\n")
 
@@ -129,6 +164,12 @@ BAD_URLS = {
     "breaks off": ("{server}/short.mp4", "broke off after 100 of 10240 bytes"),
     "silent": ("{server}/silent.mp4", "took too long"),
     "one byte at a time": ("{server}/drip.mp4", "took too long"),
+    **{
+        f"drip of {name}": (f"{{server}}/{name}.mp4", "took too long")
+        for name in ("headers", "more_headers", "continue", "chunk_size", "chunks", "trailers", "around")
+    },
+    "escapes": ("{server}/escape.mp4", "404 \\x1b[2Jlong"),
+    "a length beyond all numbers": ("{server}/huge.mp4", "cannot be downloaded"),
     "no HTTP": ("{server}/nonsense.mp4", "cannot be downloaded"),
     "redirect to ftp": ("{server}/ftp.mp4", "only http and https are followed"),
     "redirect to a file": ("{server}/file.mp4", "is not allowed"),

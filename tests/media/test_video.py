@@ -6,14 +6,17 @@ import subprocess
 import sys
 import weakref
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from clips import index_frame, read_index, write_clip
+from PIL import Image
 
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.video import _measured_fps, frame_stride, iter_frames, read_video
+from llamavid_jax.media.timeline import frame_stride
+from llamavid_jax.media.video import iter_frames, plan_video, read_video
 
 
 @pytest.mark.parametrize(
@@ -30,10 +33,10 @@ def test_stride_is_rounded_to_even_and_frames_are_those_of_the_index(tmp_path, r
     path = write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(71)], rate)
     video = read_video(path)
     expected = list(range(0, 71, stride))
-    assert video.stride == stride
+    assert video.sampling.rule == "stride" and video.sampling.frames.tolist() == expected
     assert [read_index(frame) for frame in video.frames] == expected
     np.testing.assert_allclose(video.timestamps, [float(i / rate) for i in expected], atol=1e-3)
-    assert video.average_fps == pytest.approx(float(rate), rel=1e-6)
+    assert video.sampling.timeline.average_fps == pytest.approx(float(rate), rel=1e-6)
 
 
 @pytest.mark.parametrize(("fps", "stride"), [(2, 12), (10, 2), (25, 1), (0.1, 250), (16.0, 2), (50 / 3, 2), (17, 1)])
@@ -73,15 +76,156 @@ def test_one_frame_is_never_too_few(tmp_path):
     assert video.frames.shape == (1, 32, 160, 3) and read_index(video.frames[0]) == 7
 
 
-def test_variable_frame_rate_is_sampled_by_index_at_the_frames_own_times(tmp_path):
-    times = [0, 40, 80, 500, 510, 900, 2000, 2040, 2080, 3000, 3040, 4000]  # milliseconds
-    path = write_clip(tmp_path / "vfr.mkv", [index_frame(i) for i in range(12)], times_ms=times)
+EVEN = [40 * i for i in range(75)]  # milliseconds: 25 a second
+BURST = [20 * i for i in range(50)] + [1000 * i for i in range(1, 6)]  # a second at 50, then one a second
+
+
+def indexed(path, times_ms, rate=25, **options):
+    """A clip whose frames come at `times_ms`, while its header says `rate`; `codec` as write_clip has it."""
+    return write_clip(path, [index_frame(i) for i in range(len(times_ms))], rate, times_ms=times_ms, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mkv", "libx264"),  # with frames that are stored before others and shown after them
+        ("a.mp4", "libx264"),
+        ("a.webm", "libvpx"),
+        ("a.ts", "libx264"),
+        ("a.flv", "flv1"),
+        ("a.avi", "mpeg4"),
+        ("a.asf", "wmv2"),
+        ("a.nut", "libx264"),
+        ("a.gif", "gif"),
+        ("a.apng", "apng"),
+    ],
+)
+def test_of_a_varying_rate_the_frame_shown_at_each_second_is_taken(tmp_path, name, codec):
+    pix_fmt = {"gif": "rgb8", "apng": "rgb24"}.get(codec, "yuv420p")
+    video = read_video(indexed(tmp_path / name, BURST, codec=codec, pix_fmt=pix_fmt))
+    assert video.sampling.rule == "times"
+    assert [read_index(frame) for frame in video.frames] == [0, 50, 51, 52, 53, 54]
+    np.testing.assert_allclose(video.timestamps, range(6))
+
+
+def test_a_slide_is_seen_as_long_as_it_is_shown(tmp_path):
+    slides = indexed(tmp_path / "slides.mkv", [0, 4000, 8000, 12000, 16000])
+    assert [read_index(frame) for frame in read_video(slides).frames] == [i // 4 for i in range(20)]
+    assert [read_index(frame) for frame in read_video(slides, fps=0.25).frames] == list(range(5))
+
+
+@pytest.mark.parametrize("rate", [1, 2, 5, 24, 50, 60, 1000, 90000])
+@pytest.mark.parametrize("start", [0, 3000])
+def test_a_wrong_rate_in_the_header_changes_no_frame(tmp_path, rate, start):
+    video = read_video(indexed(tmp_path / "a.mkv", [start + time for time in EVEN], rate))
+    assert video.sampling.rule == "times"
+    assert [read_index(frame) for frame in video.frames] == [0, 25, 50]
+    np.testing.assert_allclose(video.timestamps, [0, 1, 2])
+
+
+def test_frames_without_content_are_no_frames_though_avi_counts_them(tmp_path):
+    path = indexed(tmp_path / "a.avi", EVEN, 50)
     with av.open(str(path)) as container:
-        average = float(container.streams.video[0].average_rate)
-    video = read_video(path, fps=average / 3)
-    assert video.stride == 3
-    assert [read_index(frame) for frame in video.frames] == [0, 3, 6, 9]
-    np.testing.assert_allclose(video.timestamps, np.array(times[::3]) / 1000, atol=1e-3)
+        assert container.streams.video[0].frames > 140
+    video = read_video(path)
+    assert [read_index(frame) for frame in video.frames] == [0, 25, 50] and video.sampling.rule == "times"
+
+
+FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [
+        ("a.mkv", "libx264", None),
+        ("a.webm", "libvpx", {"live": "1"}),
+        ("a.mp4", "libx264", None),
+        ("a.mp4", "libx264", FRAGMENTS),
+        ("a.ts", "libx264", None),
+        ("a.wmv", "wmv2", None),
+    ],
+)
+def test_a_file_that_starts_late_is_whole(tmp_path, name, codec, container):
+    times = [3000 + time for time in EVEN]
+    video = read_video(indexed(tmp_path / name, times, codec=codec, container=container))
+    assert [read_index(frame) for frame in video.frames] == [0, 25, 50] and video.sampling.rule == "stride"
+    np.testing.assert_allclose(video.timestamps, [0, 1, 2], atol=2e-3)
+
+
+def test_sound_that_is_longer_than_the_picture_adds_nothing(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as output:
+        picture, sound = output.add_stream("libx264", rate=25), output.add_stream("aac", rate=16000)
+        picture.width, picture.height, picture.pix_fmt = 160, 32, "yuv420p"
+        for i in range(50):
+            output.mux(picture.encode(av.VideoFrame.from_ndarray(index_frame(i), format="rgb24")))
+        output.mux(picture.encode())
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 160_000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 16000
+        output.mux(sound.encode(silence))
+        output.mux(sound.encode())
+    video = read_video(path)
+    assert [read_index(frame) for frame in video.frames] == [0, 25]
+    assert video.sampling.timeline.seconds == pytest.approx(2)
+
+
+def test_a_subtitle_that_is_longer_than_the_picture_adds_nothing():
+    video = read_video(Path(__file__).with_name("subtitle_of_50_minutes.mkv"))
+    assert len(video.frames) == 10 and video.sampling.rule == "stride"
+    assert video.sampling.timeline.seconds == pytest.approx(10)
+
+
+def test_what_an_edit_list_hides_is_not_sampled(tmp_path):
+    """As a trimmed recording has it: 1.32 s of the stream are there only for the rest to be decoded."""
+    path = tmp_path / "trimmed.mp4"
+    with av.open(str(indexed(tmp_path / "whole.mp4", EVEN))) as whole, av.open(str(path), "w") as trimmed:
+        copy = trimmed.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(whole.streams.video[0]):
+            if packet.size:
+                packet.pts -= int(1.32 / packet.time_base)
+                packet.dts -= int(1.32 / packet.time_base)
+                packet.stream = copy
+                trimmed.mux(packet)
+    assert [read_index(frame) for frame in read_video(path).frames] == [33, 58]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.ts", "libx264"),
+        ("a.mkv", "libx264"),
+        ("a.webm", "libvpx-vp9"),
+        ("a.mpg", "mpeg2video"),
+        ("a.gif", "gif"),
+        ("a.avi", "mjpeg"),
+    ],
+)
+def test_files_that_are_joined_end_to_end_are_seen_one_after_the_other(tmp_path, name, codec):
+    pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+    joined = tmp_path / name
+    for start in (0, 100):
+        frames = [index_frame(start + i) for i in range(75)]
+        part = write_clip(tmp_path / f"{start}{joined.suffix}", frames, codec=codec, pix_fmt=pix_fmt)
+        joined.write_bytes((joined.read_bytes() if start else b"") + part.read_bytes())
+    video = read_video(joined)
+    assert [read_index(frame) for frame in video.frames] == [0, 25, 50, 100, 125, 150]
+    np.testing.assert_allclose(video.timestamps, range(6), atol=2e-3)
+    assert video.sampling.rule == "stride"
+
+
+def test_an_animated_webp_is_a_video(tmp_path):
+    first, *others = [Image.fromarray(index_frame(i)) for i in range(20)]
+    path = tmp_path / "a.webp"
+    first.save(path, save_all=True, append_images=others, duration=[100] * 19 + [400], lossless=True)
+    video = read_video(path, fps=5)
+    assert [read_index(frame) for frame in video.frames] == [*range(0, 20, 2), 19, 19]
+    np.testing.assert_allclose(video.timestamps, np.arange(12) / 5)
+
+
+def test_a_frame_that_is_shown_for_long_is_converted_once(tmp_path):
+    calls = []
+    video = read_video(indexed(tmp_path / "a.mkv", [0, 4000]), transform=lambda frame: (calls.append(1), frame)[1])
+    assert len(video.frames) == 8 and len(calls) == 2
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, -90])
@@ -191,23 +335,17 @@ def test_a_frame_starts_no_threads_of_its_own(tmp_path):
 def test_streaming_and_progress_agree_with_reading_at_once(tmp_path):
     path = write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(60)])
     seen = []
-    video = read_video(path, fps=5, progress=lambda done, total: seen.append((done, total)))
-    streamed = list(iter_frames(path, fps=5))
+    video = read_video(path, fps=5, progress=lambda sampling, done: seen.append((len(sampling), done)))
+    streamed = list(iter_frames(path, plan_video(path, fps=5)))
     np.testing.assert_array_equal(np.stack([frame for _, frame in streamed]), video.frames)
-    assert [time for time, _ in streamed] == list(video.timestamps) == [done for done, _ in seen]
-    assert {total for _, total in seen} == {2.4}
+    assert [time for time, _ in streamed] == list(video.timestamps)
+    assert seen == [(12, done) for done in range(1, 13)]
 
 
 def test_an_error_of_the_callers_transform_is_not_taken_for_a_bad_file(tmp_path):
     path = write_clip(tmp_path / "clip.mp4", [index_frame(0)])
     with pytest.raises(ZeroDivisionError):
         read_video(path, transform=lambda frame: frame // (1 // 0))
-
-
-def test_frames_a_second_are_measured_where_the_file_does_not_say(tmp_path):
-    path = write_clip(tmp_path / "clip.mkv", [index_frame(i) for i in range(60)], Fraction(30000, 1001))
-    with av.open(str(path)) as container:
-        assert _measured_fps(path, path, container.streams.video[0]) == pytest.approx(30000 / 1001, rel=1e-3)
 
 
 def test_the_package_does_not_load_the_video_library():

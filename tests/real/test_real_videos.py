@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.video import iter_frames, read_video
+from llamavid_jax.media.video import iter_frames, plan_video, read_video
 
 pytestmark = pytest.mark.real
 
@@ -54,7 +54,7 @@ def test_frames_of_one_a_second(name):
     times, pictures, found_codec = every_time_and(name, stride)
     assert (len(times), found_codec) == (count, codec)
     video = read_video(locate(name))
-    assert video.stride == stride and video.average_fps == pytest.approx(fps, rel=1e-3)
+    assert video.sampling.rule == "stride" and video.sampling.timeline.average_fps == pytest.approx(fps, rel=1e-3)
     assert video.frames.shape == (-(-count // stride), *shape, 3)
     np.testing.assert_array_equal(video.frames, np.stack(pictures))
     np.testing.assert_allclose(video.timestamps, times[::stride], atol=1e-6)
@@ -79,5 +79,5 @@ def test_a_cut_download_is_refused_or_shorter(tmp_path, name):
         assert 2 <= len(read_video(path).frames) <= 5
         return
     with pytest.raises(MediaError, match=rf"{name}.*; copy it"):
-        for _, frame in iter_frames(path, transform=lambda frame: frame[::8, ::8]):
+        for _, frame in iter_frames(path, plan_video(path), transform=lambda frame: frame[::8, ::8]):
             assert frame.any()

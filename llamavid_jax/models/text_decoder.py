@@ -1,10 +1,12 @@
-"""The text-guided Q-Former: one frame's features `[P, E]` and one question → queries `[Q, C]`.
+"""The text decoder: one frame's features `[S, W]` and one question → the states that ask about the frame.
 
-InstructBLIP's Q-Former as LLaMA-VID runs it: BERT whose sequence is Q learned queries and then the question's
-tokens.  All attend to all; every nth layer lets the queries (only them) attend to the frame; queries and text have
-feed-forwards of their own.  Queries carry no position, the embedding norm covers both.  Only the queries come out.
+    Q-Former  Q learned queries and then the question's tokens; all attend to all.  In every nth layer the queries (only
+              they) attend to the frame.  Queries and text have feed-forwards of their own.  Out come the queries.
+    BERT      the question's tokens, each attending to those before it and, in every layer, to the frame.  Out come
+              all its states, those of the padding too.
 
-Everything here is about one frame and one question; `LlamaVid.frames_tokens` maps it over frames.
+Queries carry no position, the embedding norm covers both.  Everything here is about one frame and one question;
+`LlamaVid.frames_tokens` maps it over frames.
 """
 
 import functools
@@ -15,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llamavid_jax.attention.reference import reference_attention
-from llamavid_jax.config.schema import LLaMAVIDLlavaQFormerConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, LLaMAVIDLlavaQFormerConfig
 from llamavid_jax.models import stack
 from llamavid_jax.parallel.sharding import constrain
 
@@ -50,7 +52,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "T C"],
         memory: Float[Array, "S W"],
-        mask: Bool[Array, " S"] | None = None,
+        mask: Bool[Array, " S"] | Bool[Array, "T S"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "T C"]:
         key_weights, key_out = split(key, 2)
@@ -83,39 +85,36 @@ class Mlp(nnx.Module):
 class Layer(nnx.Module):
     """What every layer has; the cross-attention of every nth layer stands in a stack of its own."""
 
-    def __init__(self, config: LLaMAVIDLlavaQFormerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LLaMAVIDLlavaQFormerConfig, has_queries: bool, *, dtype, param_dtype, rngs: nnx.Rngs):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.self_attention = Attention(config, config.hidden_size, **dtypes, rngs=rngs)
         self.text_mlp = Mlp(config, **dtypes, rngs=rngs)
-        self.query_mlp = Mlp(config, **dtypes, rngs=rngs)
+        self.query_mlp = Mlp(config, **dtypes, rngs=rngs) if has_queries else None
 
 
-class QFormer(nnx.Module):
-    def __init__(
-        self,
-        config: LLaMAVIDLlavaQFormerConfig,
-        num_query: int,
-        memory_width: int,
-        *,
-        dtype,
-        param_dtype,
-        rngs: nnx.Rngs,
-        remat: str = "none",
-    ):
+class TextDecoder(nnx.Module):
+    def __init__(self, model: LLaMAVIDLlavaConfig, *, dtype, param_dtype, rngs: nnx.Rngs, remat: str = "none"):
         """`remat` names what the gradient keeps of a group of layers (`stack.REMAT`)."""
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        width = config.hidden_size
+        config, dtypes = model.qformer_config, {"dtype": dtype, "param_dtype": param_dtype}
+        width, self.is_bert = config.hidden_size, model.bert_type == "raw_bert"
         embed = functools.partial(
             nnx.Embed, features=width, **dtypes, embedding_init=jax.nn.initializers.normal(0.02), rngs=rngs
         )
-        self.query = nnx.Param(jax.nn.initializers.normal(0.02)(rngs.params(), (num_query, width), param_dtype))
-        self.memory_norm = layer_norm(memory_width, MEMORY_NORM_EPS, param_dtype, rngs)
+        query = jax.nn.initializers.normal(0.02)(rngs.params(), (model.num_query, width), param_dtype)
+        self.query = None if self.is_bert else nnx.Param(query)
+        has_norm = model.bert_type == "qformer_pretrain"
+        self.memory_norm = layer_norm(model.memory_width, MEMORY_NORM_EPS, param_dtype, rngs) if has_norm else None
         self.word_embeddings = embed(config.vocab_size)
         self.position_embeddings = embed(config.max_position_embeddings)
+        self.token_type_embeddings = embed(2) if self.is_bert else None
         self.embeddings_norm = layer_norm(width, config.layer_norm_eps, param_dtype, rngs)
-        self.layers = stack.stack(lambda rngs: Layer(config, **dtypes, rngs=rngs), config.num_hidden_layers, rngs)
+        self.layers = stack.stack(
+            lambda rngs: Layer(config, not self.is_bert, **dtypes, rngs=rngs), config.num_hidden_layers, rngs
+        )
         self.cross_attention = stack.stack(
-            lambda rngs: Attention(config, memory_width, **dtypes, rngs=rngs), config.num_cross_attention_layers, rngs
+            lambda rngs: Attention(config, model.memory_width, **dtypes, rngs=rngs),
+            config.num_cross_attention_layers,
+            rngs,
         )
         self.config, self.remat = config, remat
         self.dtype = dtype
@@ -123,23 +122,27 @@ class QFormer(nnx.Module):
     @jax.named_scope("qformer")
     def __call__(
         self,
-        features: Float[Array, "P E"],
+        features: Float[Array, "S W"],
         text_ids: Int[Array, " T"],
         text_mask: Bool[Array, " T"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "Q C"]:
-        """Queries after the last layer.  `features` holds the CLS token for pixels, not for ready features.
+        """The states after the last layer: of the queries, or of BERT's text.
 
-        `text_mask` is True on real tokens of the question; `dropout_key` switches the dropout of training on.
+        `text_mask` is True on the question's own tokens; `dropout_key` switches the dropout of training on.
         """
-        memory = self.memory_norm(features).astype(self.dtype)  # only here: the patches stay un-normed elsewhere
-        text = self.word_embeddings(text_ids) + self.position_embeddings(jnp.arange(len(text_ids)))
-        queries = self.query.astype(self.dtype)
-        number = len(queries)
-        mask = jnp.concatenate([jnp.ones(number, bool), text_mask])
+        memory = features.astype(self.dtype)
+        if self.memory_norm is not None:  # only here: the patches stay un-normed elsewhere
+            memory = self.memory_norm(features).astype(self.dtype)
+        text = self.word_embeddings(jnp.maximum(text_ids, 0)) + self.position_embeddings(jnp.arange(len(text_ids)))
+        if self.is_bert:
+            number, x = 0, text + self.token_type_embeddings(jnp.zeros_like(text_ids))
+            mask = text_mask & jnp.tri(len(text_ids), dtype=bool)
+        else:
+            number, x = len(self.query), jnp.concatenate([self.query.astype(self.dtype), text])
+            mask = jnp.concatenate([jnp.ones(number, bool), text_mask])
         key, key_embed = split(dropout_key, 2)
-        x = self.embeddings_norm(jnp.concatenate([queries, text])).astype(self.dtype)
-        x = dropout(x, self.config.dropout, key_embed)
+        x = dropout(self.embeddings_norm(x).astype(self.dtype), self.config.dropout, key_embed)
 
         def group(modules: tuple[Layer, Attention], carry, size: int):
             """The layers from one cross-attention to the next."""
@@ -148,6 +151,9 @@ class QFormer(nnx.Module):
                 layer, x = stack.layer(layers, index), constrain(x, None, None)  # replicated, unlike the kernels
                 key, key_self, key_cross, key_query, key_text = split(key, 5)
                 x = layer.self_attention(x, x, mask, key_self)
+                if self.is_bert:
+                    x = layer.text_mlp(cross(x, memory, key=key_cross) if index == 0 else x, key_text)
+                    continue
                 queries, text = x[:number], x[number:]
                 if index == 0:
                     queries = cross(queries, memory, key=key_cross)
@@ -165,7 +171,7 @@ class QFormer(nnx.Module):
         if rest:
             last = stack.part(self.layers, lambda p: p[whole * size :]), stack.layer(self.cross_attention, whole)
             carry, _ = group(last, carry, size=rest)
-        return carry[0][:number]
+        return carry[0] if self.is_bert else carry[0][:number]
 
 
 def layer_norm(width: int, epsilon: float, param_dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -1,0 +1,162 @@
+"""When a video shows its frames, and which of them are sampled: packets' times -> Timeline -> Sampling.  No decoding.
+
+    timeline_of   the packets of a file in its order ─▶ the time of every frame, in order of presentation
+    sample        Timeline, fps ─▶ which frames, and when
+
+Two rules.  "stride": where the frames keep the declared rate they are frames 0, s, 2s, ... with s = round(rate / fps),
+halves to even, as the original has it.  "times": where they do not (a varying rate, slides, a wrong header), the frame
+that is shown at each of 0, 1/fps, 2/fps, ... seconds after the first one; the original strides over these too, and sees
+a few of the frames or a part of the film.  There is no cap and no padding, and never fewer than one frame.
+Letters: N frames of the file, F sampled ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from llamavid_jax.media.source import MediaError
+
+ROUNDING = 1e-3  # seconds; most containers round times to milliseconds
+RATE_ERROR = 0.005  # of a declared rate that is still taken for the frames' own: 30 for 29.97
+JUMP = 10.0  # seconds; a longer step in a broadcast is another clock (as FFmpeg has it), a longer end is a mistake
+MAX_SAMPLES = 10**6  # eleven days at one a second: damaged times ask for more
+
+
+class Packet(NamedTuple):
+    """One encoded frame; times in ticks, None where the file has none."""
+
+    pts: int | None
+    duration: int
+    is_key: bool
+    is_shown: bool = True  # an edit list hides what is only there for others to be decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """The frames in order of presentation, as their packets say."""
+
+    pts: Int64[np.ndarray, " N"]  # ticks as in the file: a joined file may have each of them twice
+    times: Float64[np.ndarray, " N"]  # seconds after the first frame
+    seconds: float  # until the last frame's end
+    average_fps: float  # the declared rate where the frames keep it, else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The plan of what is read; a frame that is shown for long may stand in it several times."""
+
+    timeline: Timeline
+    rule: str  # "stride" or "times"
+    frames: Int64[np.ndarray, " F"]  # places in the timeline, ascending
+    times: Float64[np.ndarray, " F"]  # seconds after the first frame
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def only(self, places: Sequence[int]) -> "Sampling":
+        """The plan for some of its samples, in ascending order."""
+        return dataclasses.replace(self, frames=self.frames[places], times=self.times[places])
+
+
+def timeline_of(
+    packets: Sequence[Packet], tick: float, declared_fps: float, *, is_broadcast: bool = False, has_times: bool = True
+) -> Timeline:
+    """`packets` (one at least) in the file's order, their ticks `tick` seconds long.
+
+    `declared_fps` is 0 where the file says none; without `has_times` the packets' times are a guess by few frames.
+    """
+    parts = _parts(packets, JUMP / tick if is_broadcast else math.inf)
+    steps = np.concatenate([np.diff(part) for part in parts]) * tick
+    steps = steps[steps > 0]
+    step = float(np.median(steps)) if len(steps) else 1 / (declared_fps or 25)
+    times, end = [], 0.0
+    for part in parts:  # each begins where the one before it ends
+        times.append((part - part[0]) * tick + end)
+        end = times[-1][-1] + step
+    times = np.concatenate(times)
+    # How long the last frame is shown: as its packet says, within reason, where those before it told the truth.
+    durations = np.array([packet.duration for packet in packets if packet.is_shown]) * tick
+    if len(parts) == 1 and len(steps) and math.isclose(durations[:-1].sum(), times[-1], rel_tol=0.01):
+        end = times[-1] + min(durations[-1] or step, max(steps.max(), JUMP))
+    average_fps = declared_fps if _keeps_rate(times, declared_fps, 0.5 if has_times else 3.0) else 0.0
+    if average_fps and not has_times:
+        times = np.arange(len(times)) / average_fps
+    return Timeline(np.concatenate(parts), times, float(end), average_fps)
+
+
+def _parts(packets: Sequence[Packet], jump: float) -> list[Int64[np.ndarray, " n"]]:
+    """Sorted ticks of each part of a file; a file of several joined ones has several."""
+    known = [packet for packet in packets if packet.pts is not None]
+    if not known:  # a stream without a container
+        return [np.cumsum([0, *(max(packet.duration, 1) for packet in packets[:-1])])]
+    first = next((place for place, packet in enumerate(known) if packet.is_key), 0)
+    parts: list[list[int]] = [[]]
+    start = latest = known[first].pts
+    for packet in known[first:]:  # what comes before the first key frame cannot be decoded
+        # All that precedes a key frame in the file is shown before it: otherwise the times begin again here.
+        if packet.pts - latest > jump or (packet.is_key and packet.pts < latest):
+            parts.append([])
+            start = latest = packet.pts
+        if packet.pts >= start:  # nor can what depends on frames before the key frame
+            latest = max(latest, packet.pts)
+            if packet.is_shown:
+                parts[-1].append(packet.pts)
+    parts = [part for part in parts if part] or [[packet.pts for packet in known]]
+    return [np.sort(np.array(part, np.int64)) for part in parts]
+
+
+def _keeps_rate(times: Float64[np.ndarray, " N"], declared_fps: float, frames: float) -> bool:
+    """Whether frame i is shown at i / rate, up to so many `frames`, for a rate that is the declared one."""
+    if declared_fps <= 0 or len(times) == 1 or times[-1] <= 0:
+        return declared_fps > 0
+    own = (len(times) - 1) / times[-1]
+    slack = frames / own + ROUNDING
+    difference = abs((len(times) - 1) / declared_fps - times[-1])
+    even = np.abs(np.arange(len(times)) / own - times) <= slack
+    return bool(even.all() and difference <= max(slack, RATE_ERROR * times[-1]))
+
+
+def check_fps(fps: Any, name: object) -> None:
+    """Raises MediaError for a rate that is not a finite number above 0 (frames a second)."""
+    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < math.inf:
+        raise MediaError(f"{name} cannot be sampled at {fps!r} frames a second; use --fps 1")
+
+
+def frame_stride(average_fps: float, fps: float | int, name: object = "the video") -> int:
+    """round(average_fps / fps): 23.976 -> 24, 2.5 -> 2.  MediaError where it would be 0."""
+    check_fps(fps, name)
+    stride = round(average_fps / fps)
+    if stride == 0:
+        raise MediaError(
+            f"{name} has {average_fps:.4g} frames a second, too few to sample {fps:g} a second; "
+            f"use --fps {average_fps:.3g}"
+        )
+    return stride
+
+
+def count_samples(frames: int, average_fps: float, seconds: float, fps: float | int, name: object = "the video") -> int:
+    """How many frames are sampled of a Timeline of `frames` frames.  Raises MediaError."""
+    check_fps(fps, name)
+    if average_fps:
+        return math.ceil(frames / frame_stride(average_fps, fps, name))
+    if seconds * fps > MAX_SAMPLES:
+        raise MediaError(
+            f"{name} lasts {seconds:.0f} seconds by its frames' times: more than {MAX_SAMPLES} samples at {fps:g} a "
+            "second; use a lower --fps, or convert it to .mp4 where the times are damaged"
+        )
+    return max(1, math.ceil((seconds - ROUNDING) * fps))
+
+
+def sample(timeline: Timeline, fps: float | int, name: object = "the video") -> Sampling:
+    """Raises MediaError for an impossible `fps`."""
+    count = count_samples(len(timeline.times), timeline.average_fps, timeline.seconds, fps, name)
+    if timeline.average_fps:
+        frames = np.arange(count) * frame_stride(timeline.average_fps, fps, name)
+        return Sampling(timeline, "stride", frames, timeline.times[frames])
+    times = np.arange(count) / fps
+    frames = np.searchsorted(timeline.times, times + ROUNDING, side="right") - 1
+    return Sampling(timeline, "times", frames, times)
