@@ -1,9 +1,12 @@
 """Small files, written completely or not at all; and the files that come with the package, wherever it stands."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llamavid_jax.errors import CheckpointError, InputError
@@ -55,3 +58,32 @@ def check_sums(folder: Path) -> None:
                     f"{file} is damaged: its SHA-256 is not that in {SUMS}; copy the folder again, or remove {SUMS} if "
                     "you changed the file"
                 )
+
+
+@contextlib.contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Holds `file` as a lock, which the system releases however the process ends; it goes away when the block ends.
+
+    Raises CheckpointError at once where another process holds it: `what` is in use.  Where the file system has no
+    locks nothing is held.
+    """
+    with contextlib.ExitStack() as exits:
+        while True:
+            try:
+                stream = exits.enter_context(file.open("a+"))
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                raise CheckpointError(
+                    f"{what} is in use by another process ({stream.read(200).strip()}); wait for its end, or give "
+                    "another folder"
+                ) from None
+            except OSError as error:
+                if not file.exists():
+                    raise CheckpointError(f"{what} cannot be made ({error.strerror}); give a folder that can") from None
+            if file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno())):
+                break  # else its holder has just taken it away
+        stream.truncate(0)
+        print(f"{os.getpid()} on {socket.gethostname()}", file=stream, flush=True)
+        exits.callback(file.unlink, missing_ok=True)
+        yield
