@@ -9,14 +9,17 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
 
 from llamavid_jax.config.schema import LlamaConfig
 from llamavid_jax.errors import CheckpointError
+
+from .stored_tensor import MAX_AXES
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -32,6 +35,9 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_TEXT, _LIST = 8, 9  # kinds of metadata; the others are numbers
+_NUMBERS = dict(enumerate(["<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"])) | {10: "<u8", 11: "<i8", 12: "<f8"}
+MAX_HEADER_BYTES = 32 << 20  # 128,000 tokens and their merges take 8 MB
 FLOAT32 = np.dtype(np.float32)
 _CONTROL = 3  # token types of GGUF: never part of text, such as <|im_end|>
 _BYTE_LEVEL = ("default", "gpt-2", "smollm")  # pre-tokenizers that are GPT-2's, smollm with single digits
@@ -45,24 +51,23 @@ class GgufTensor:
     file: Path
     offset: int
     shape: tuple[int, ...]
-    stored: np.dtype
-    stored_shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]  # the last axis in bytes
     kind: Any  # gguf.GGMLQuantizationType
-    heads: int | None
+    heads: int | None = None
     dtype: np.dtype = FLOAT32
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.stored_shape) * self.stored.itemsize
+        return math.prod(self.stored_shape)
 
     def read(self) -> np.ndarray:
         """float32 values of `shape`."""
         import gguf
 
-        values = np.empty(self.stored_shape, self.stored)
+        values = np.empty(self.stored_shape, np.uint8)
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
-            if stream.readinto(values.view(np.uint8).reshape(-1)) != values.nbytes:
+            if stream.readinto(values.reshape(-1)) != values.nbytes:
                 raise CheckpointError(f"{self.file} ends inside a tensor; it is truncated: download it again")
         try:
             values = gguf.dequantize(values, self.kind).reshape(self.shape)
@@ -75,74 +80,145 @@ class GgufTensor:
         return values
 
 
+class Header(NamedTuple):
+    """What stands before the numbers of a GGUF file."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+class _Cursor:
+    """Reads the beginning of a file, value by value; ValueError where a length goes beyond it."""
+
+    def __init__(self, content: bytes):
+        self._content, self._at = content, 0
+
+    @property
+    def at(self) -> int:
+        return self._at
+
+    @property
+    def left(self) -> int:
+        return len(self._content) - self._at
+
+    def take(self, count: int) -> bytes:
+        if count > self.left:
+            raise ValueError(f"a length of {count} goes beyond its header")
+        self._at += count
+        return self._content[self._at - count : self._at]
+
+    def number(self, kind: str = "<u8") -> Any:
+        return self.numbers(kind, 1)[0]
+
+    def numbers(self, kind: str, count: int) -> list[Any]:
+        return np.frombuffer(self.take(count * np.dtype(kind).itemsize), kind).tolist()
+
+    def text(self) -> str:
+        return self.take(self.number()).decode("utf-8")
+
+    def value(self) -> Any:
+        """A number, a text or a list of either, behind its kind."""
+        kind = self.number("<u4")
+        if kind == _TEXT:
+            return self.text()
+        if kind != _LIST:
+            return self.number(_NUMBERS[kind])
+        kind, count = self.number("<u4"), self.number()
+        if kind != _TEXT:
+            return self.numbers(_NUMBERS[kind], count)
+        if 8 * count > self.left:  # each text has a length before it
+            raise ValueError(f"a list of {count} texts goes beyond its header")
+        return [self.text() for _ in range(count)]
+
+
 @functools.lru_cache(maxsize=1)
-def _open(file: Path):
+def read_header(file: Path) -> Header:
+    """Raises CheckpointError for a damaged file, and for another architecture than LLaMA's."""
     try:
-        import gguf
+        with file.open("rb") as stream:
+            header = _parse(file, _Cursor(stream.read(MAX_HEADER_BYTES)))
     except ModuleNotFoundError:
         raise CheckpointError("reading .gguf needs the gguf package: pip install gguf") from None
-    try:
-        reader = gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{file} is not a readable GGUF file ({error}); download it again") from None
-    architecture = _value(reader, "general.architecture", "unknown")
+    architecture = header.metadata.get("general.architecture", "unknown")
     if architecture != "llama":
         raise CheckpointError(f"{file} holds the architecture {architecture!r}; only 'llama' is known")
-    return reader
+    return header
 
 
-def _value(reader, key: str, default: Any = None) -> Any:
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
+def _parse(file: Path, cursor: _Cursor) -> Header:
+    """Counts need no bound of their own: every field and every tensor takes bytes, which end."""
+    import gguf
+
+    magic, version = cursor.take(4), cursor.number("<u4")
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"it begins with {magic!r} and the version {version}")
+    count, fields = cursor.number(), cursor.number()
+    metadata = {}
+    for _ in range(fields):
+        key = cursor.text()
+        metadata[key] = cursor.value()
+    stated = []
+    for _ in range(count):
+        name, shape = cursor.text(), cursor.numbers("<u8", cursor.number("<u4"))
+        stated.append((name, shape, cursor.number("<u4"), cursor.number()))
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
+        raise ValueError(f"general.alignment is {alignment!r}")
+    begin, size, tensors = -(-cursor.at // alignment) * alignment, file.stat().st_size, {}
+    for name, shape, kind, offset in stated:
+        kind = gguf.GGMLQuantizationType(kind)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if not 1 <= len(shape) <= MAX_AXES or shape[0] % block or name in tensors:
+            raise ValueError(f"{name!r} has no valid shape or stands there twice")
+        stored = (*reversed(shape[1:]), shape[0] // block * block_bytes)
+        if begin + offset + math.prod(stored) > size:
+            raise ValueError(f"{name!r} goes beyond its end")
+        tensors[name] = GgufTensor(file, begin + offset, tuple(reversed(shape)), stored, kind)
+    return Header(metadata, tensors)
 
 
 def read_gguf(file: Path) -> dict[str, GgufTensor]:
     """Every tensor under transformers' name.  Raises CheckpointError for a damaged file or another architecture."""
-    reader = _open(file)
     text = gguf_config(file)
     heads = {"attn_q": text.num_attention_heads, "attn_k": text.num_key_value_heads}
     found = {}
-    for tensor in reader.tensors:
-        kind = tensor.name.removesuffix(".weight").split(".")[-1]
-        if kind not in _NAMES or not tensor.name.endswith(".weight"):
-            raise CheckpointError(f"{file} holds {tensor.name}, which LLaMA as known here does not have")
-        layer = f"model.layers.{tensor.name.split('.')[1]}." if tensor.name.startswith("blk.") else ""
-        found[f"{layer}{_NAMES[kind]}.weight"] = GgufTensor(
-            file,
-            int(tensor.data_offset),
-            tuple(int(size) for size in reversed(tensor.shape)),
-            tensor.data.dtype,
-            tuple(tensor.data.shape),
-            tensor.tensor_type,
-            heads.get(kind),
-        )
+    for name, tensor in read_header(file).tensors.items():
+        parts = re.fullmatch(r"(?:blk\.([0-9]+)\.)?([a-z_]+)\.weight", name)
+        layer, kind = parts.groups() if parts else (None, None)
+        if kind not in _NAMES:
+            raise CheckpointError(f"{file} holds {name!r}, which LLaMA as known here does not have")
+        if kind in heads and (len(tensor.shape) != 2 or tensor.shape[0] % (2 * heads[kind])):
+            raise CheckpointError(f"{file}: {name} of shape {tensor.shape} does not hold {heads[kind]} heads")
+        prefix = "model.layers." + layer + "." if layer else ""
+        found[f"{prefix}{_NAMES[kind]}.weight"] = dataclasses.replace(tensor, heads=heads.get(kind))
     return found
 
 
 def gguf_config(file: Path) -> LlamaConfig:
     """The LLaMA configuration that the metadata states."""
-    reader = _open(file)
-    names = {tensor.name: tensor for tensor in reader.tensors}
+    metadata, names = read_header(file)
     if "token_embd.weight" not in names:
         raise CheckpointError(f"{file} holds no token_embd.weight; give the GGUF file of a complete model")
-    heads = _value(reader, "llama.attention.head_count")
+    heads = metadata.get("llama.attention.head_count")
     values = {
-        "vocab_size": int(names["token_embd.weight"].shape[-1]),
-        "hidden_size": _value(reader, "llama.embedding_length"),
-        "intermediate_size": _value(reader, "llama.feed_forward_length"),
-        "num_hidden_layers": _value(reader, "llama.block_count"),
+        "vocab_size": names["token_embd.weight"].shape[0],
+        "hidden_size": metadata.get("llama.embedding_length"),
+        "intermediate_size": metadata.get("llama.feed_forward_length"),
+        "num_hidden_layers": metadata.get("llama.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": _value(reader, "llama.attention.head_count_kv", heads),
-        "head_dim": _value(reader, "llama.attention.key_length") or _value(reader, "llama.rope.dimension_count"),
-        "max_position_embeddings": _value(reader, "llama.context_length"),
-        "rms_norm_eps": _value(reader, "llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": _value(reader, "llama.rope.freq_base", 10000.0),
+        "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
+        "head_dim": metadata.get("llama.attention.key_length") or metadata.get("llama.rope.dimension_count"),
+        "max_position_embeddings": metadata.get("llama.context_length"),
+        "rms_norm_eps": metadata.get("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in names,
-        "eos_token_id": _value(reader, "tokenizer.ggml.eos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
-    scaling = _value(reader, "llama.rope.scaling.type", "none")
+    scaling = metadata.get("llama.rope.scaling.type", "none")
     if scaling != "none":
-        values["rope_scaling"] = {"type": scaling, "factor": _value(reader, "llama.rope.scaling.factor", 1.0)}
+        values["rope_scaling"] = {"type": scaling, "factor": metadata.get("llama.rope.scaling.factor", 1.0)}
     missing = [name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads") if not values[name]]
     if missing:
         raise CheckpointError(
@@ -153,29 +229,35 @@ def gguf_config(file: Path) -> LlamaConfig:
 
 def write_tokenizer(file: Path, out: Path) -> bool:
     """Writes `tokenizer.json` and `tokenizer_config.json` of a byte-level BPE; False if the file has another kind."""
+    try:
+        return _write_tokenizer(read_header(file).metadata, out)
+    except Exception as error:  # the library raises bare Exception for merges without tokens
+        raise CheckpointError(f"{file} has an incomplete tokenizer ({error!r}); give one with --tokenizer") from None
+
+
+def _write_tokenizer(metadata: dict[str, Any], out: Path) -> bool:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    reader = _open(file)
-    pre = _value(reader, "tokenizer.ggml.pre", "default")
-    if _value(reader, "tokenizer.ggml.model") != "gpt2" or pre not in _BYTE_LEVEL:
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if metadata.get("tokenizer.ggml.model") != "gpt2" or pre not in _BYTE_LEVEL:
         return False
-    tokens = _value(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in _value(reader, "tokenizer.ggml.merges")]
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     digits = [pre_tokenizers.Digits(individual_digits=True)] if pre in _SINGLE_DIGITS else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = _value(reader, "tokenizer.ggml.token_type", [])
+    kinds = metadata.get("tokenizer.ggml.token_type", [])
     control = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = _value(reader, f"tokenizer.ggml.{key}_token_id")
+        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None:
             settings[f"{role}_token"] = tokens[token]
-    settings["add_bos_token"] = bool(_value(reader, "tokenizer.ggml.add_bos_token", False))
-    template = _value(reader, "tokenizer.chat_template")
+    settings["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
+    template = metadata.get("tokenizer.chat_template")
     if template:
         settings["chat_template"] = template
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

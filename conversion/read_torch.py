@@ -4,23 +4,22 @@
     folder/model.safetensors[.index.json + shards]     the documented layout, and newer LLaMA bases
     folder/pytorch_model.bin, any single .bin, .pth, .pt or .safetensors file
 
-torch is not needed, nothing is memory-mapped, and no pickle runs code (`torch_pickle.py`).
+torch is not needed, nothing is memory-mapped, and no pickle runs code (`torch_save.py`, `torch_pickle.py`).
 """
 
-import json
 import math
 import os
 import struct
 from pathlib import Path
 
 from llamavid_jax.errors import CheckpointError
+from llamavid_jax.files import parse_object, read_object
 
-from .stored_tensor import DTYPES, StoredTensor, row_major
-from .torch_pickle import read_pickled
+from .stored_tensor import DTYPES, MAX_AXES, MAX_INDEX_BYTES, Storage, StoredTensor, locate, row_major
+from .torch_save import read_saved
 
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+INDEX = ".index.json"
+FILES = (f"model.safetensors{INDEX}", "model.safetensors", f"pytorch_model.bin{INDEX}", "pytorch_model.bin")
 SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -35,68 +34,77 @@ SAFETENSORS_DTYPES = {
 }
 
 
+def checkpoint_files(source: str | Path) -> list[Path]:
+    """The files of weights of a checkpoint folder, the index first where there is one; or the file itself.
+
+    Of a folder that has both forms, transformers takes safetensors, and so it is here.  Raises CheckpointError for a
+    missing file or shard.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist; give the folder or the file of a checkpoint")
+    if source.is_dir():
+        found = [source / name for name in FILES if (source / name).exists()][:1]
+        found = found or sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+        if len(found) != 1:
+            what = f"{len(found)} weight files and no index" if found else "no weight file"
+            raise CheckpointError(f"{source} holds {what}; expected one of {', '.join(FILES)}")
+        source = found[0]
+    if not source.name.endswith(INDEX):
+        return [source]
+    shards = dict.fromkeys(_weight_map(source).values())
+    for shard in shards:
+        if not (source.parent / shard).is_file():
+            raise CheckpointError(
+                f"{source} names the shard {shard}, which does not exist; download it into {source.parent}"
+            )
+    return [source, *(source.parent / shard for shard in shards)]
+
+
 def read_checkpoint(source: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder or file, by name.
 
     Raises CheckpointError for a missing, truncated or foreign file, for an index that disagrees with its shards, and
     for a pickle that names anything but tensors.
     """
-    source = Path(source)
-    if not source.exists():
-        raise CheckpointError(f"{source} does not exist; give the folder or the file of a checkpoint")
-    if source.is_file():
-        return _read_index(source) if source.name.endswith(".index.json") else read_file(source)
-    for name in INDEX_FILES:
-        if (source / name).is_file():
-            return _read_index(source / name)
-    for name in SINGLE_FILES:
-        if (source / name).is_file():
-            return read_file(source / name)
-    found = sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".pt"))
-    if len(found) != 1:
-        what = f"{len(found)} weight files and no index" if found else "no weight file"
-        raise CheckpointError(f"{source} holds {what}; expected one of {', '.join(INDEX_FILES + SINGLE_FILES)}")
-    return read_file(found[0])
+    first, *shards = checkpoint_files(source)
+    if not first.name.endswith(INDEX):
+        return read_file(first)
+    tensors = {shard.name: read_file(shard) for shard in shards}
+    listed = {}
+    for name, shard in _weight_map(first).items():
+        if name not in tensors[shard]:
+            raise CheckpointError(f"{first} maps {name} to {shard}, which does not hold it; download both files again")
+        listed[name] = tensors[shard][name]
+    unlisted = {name: tensor for found in tensors.values() for name, tensor in found.items()}
+    return unlisted | listed
 
 
 def read_file(file: Path) -> dict[str, StoredTensor]:
     """Every tensor of one `.safetensors`, `.bin`, `.pth` or `.pt` file."""
     if not file.is_file():
-        raise CheckpointError(f"{file} does not exist; download the missing file into that folder")
+        raise CheckpointError(f"{file} does not exist or is no plain file; download the missing file into that folder")
     if file.stat().st_size == 0:
         raise CheckpointError(f"{file} is empty; download it again")
-    return _read_safetensors(file) if file.suffix == ".safetensors" else read_pickled(file)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else read_saved(file)
 
 
 def read_json(file: Path) -> dict:
     """A JSON object, or a CheckpointError that names the file."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(values).__name__}; an object is needed")
-    return values
 
 
-def _read_index(index: Path) -> dict[str, StoredTensor]:
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no 'weight_map'; download it again")
-    shards: dict[str, dict[str, StoredTensor]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.isprintable():
             raise CheckpointError(f"{index} maps {name} to {shard!r}; a shard is a file name in the same folder")
-        if shard not in shards:
-            if not (index.parent / shard).is_file():
-                raise CheckpointError(
-                    f"{index} names the shard {shard}, which does not exist; download it into {index.parent}"
-                )
-            shards[shard] = read_file(index.parent / shard)
-        if name not in shards[shard]:
-            raise CheckpointError(f"{index} maps {name} to {shard}, which does not hold it; download both files again")
-    unlisted = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
-    return unlisted | {name: shards[shard][name] for name, shard in weight_map.items()}
+    return weight_map
 
 
 def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
@@ -104,16 +112,17 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(size - 8, MAX_HEADER_BYTES):
+        if length > min(size - 8, MAX_INDEX_BYTES):
             raise CheckpointError(f"{file} is truncated or not a safetensors file; download it again")
-        try:
-            header = json.loads(stream.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            return {name: _safetensors_entry(file, name, entry, 8 + length, size) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{file} has a damaged header ({error}); download it again") from None
+        header = stream.read(length)
+    try:
+        entries = parse_object(header)
+        entries.pop("__metadata__", None)
+        return {name: _safetensors_entry(file, name, entry, 8 + length, size) for name, entry in entries.items()}
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} has a damaged header ({error}); download it again") from None
 
 
 def _safetensors_entry(file: Path, name: str, entry: dict, data: int, size: int) -> StoredTensor:
@@ -121,8 +130,8 @@ def _safetensors_entry(file: Path, name: str, entry: dict, data: int, size: int)
         raise CheckpointError(
             f"{file}: {name} is stored as {entry['dtype']}; convert it to float16, bfloat16 or float32 first"
         )
-    dtype, shape = DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]], tuple(map(int, entry["shape"]))
-    begin, end = entry["data_offsets"]
-    if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize or data + end > size:
+    dtype, shape, (begin, end) = DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]], entry["shape"], entry["data_offsets"]
+    fits = 0 <= begin <= end <= size - data and len(shape) <= MAX_AXES
+    if not fits or math.prod(shape) * dtype.itemsize != end - begin:
         raise CheckpointError(f"{file}: {name} does not fit the file; it is truncated: download it again")
-    return StoredTensor(file, data + begin, dtype, shape, row_major(shape))
+    return locate(name, Storage(file, data + begin, end - begin), dtype, 0, shape, row_major(shape))

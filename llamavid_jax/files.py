@@ -1,19 +1,24 @@
-"""Small files, written completely or not at all; and the files that come with the package, wherever it stands."""
+"""Small files, read within bounds, written completely or not at all; and the files that come with the package."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import json
 import os
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from llamavid_jax.errors import CheckpointError, InputError
 
 PACKAGE = Path(__file__).parent
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 BROUGHT = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent  # as installed; in a clone
+MAX_BYTES = 64 << 20  # of a file that is read whole; the largest tokenizer.json has 33 MB
+MAX_JSON_BYTES = 16 << 20  # 40,000 names of weights take 4 MB; JSON takes some 20 times its size in memory
 
 
 def find(path: str | Path) -> Path:
@@ -22,6 +27,32 @@ def find(path: str | Path) -> Path:
     if path.parts[:1] in (("configs",), ("demo",)) and not os.path.exists(path) and (BROUGHT / path).exists():
         return BROUGHT / path
     return path
+
+
+def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
+    """OSError where a file is absent, longer than `limit`, or none: pipes and devices may have no end."""
+    path = Path(path)
+    if (size := path.stat().st_size) > limit:
+        raise OSError(errno.EFBIG, f"{size} bytes are too many for such a file")
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return path.read_bytes()
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.  OSError as `read_bytes`, ValueError as `parse_object`."""
+    return parse_object(read_bytes(path, MAX_JSON_BYTES))
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """ValueError for what is no JSON object, and for one that is nested too deeply."""
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a JSON {type(value).__name__}; an object is needed")
+    return value
 
 
 def write_files(directory: str | Path, files: Mapping[str, bytes]) -> None:

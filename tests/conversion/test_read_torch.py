@@ -220,5 +220,5 @@ def test_compressed_zip(tmp_path):
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in entries.items():
             archive.writestr(name, data)
-    with pytest.raises(CheckpointError, match="was compressed after saving"):
+    with pytest.raises(CheckpointError, match="was compressed or encrypted after saving"):
         read_checkpoint(file)
