@@ -9,6 +9,7 @@ from pathlib import Path
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
+from llamavid_jax.files import locked
 from llamavid_jax.text.chat_template import save_chat_template
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
@@ -25,23 +26,26 @@ TEXT_FILES = (
 def whole_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that becomes `out` if the block ends well, and goes away if it raises.
 
-    A killed process leaves `OUT.partial-PID`, never a half-written `out`.
+    One process makes it at a time.  A killed one leaves `OUT.partial`, never half of `out`; the next starts again.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty; remove it or give another OUT")
-    if not out.absolute().parent.is_dir():
-        raise CheckpointError(f"{out.absolute().parent} does not exist; make it first")
-    partial = out.absolute().with_name(f"{out.absolute().name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir()
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be made ({error.strerror}); give a folder that can") from None
-    try:
-        yield partial
-        os.rename(partial, out.absolute())
-    except BaseException:
+    place = out.absolute()
+    if not place.parent.is_dir():
+        raise CheckpointError(f"{place.parent} does not exist; make it first")
+    partial = place.with_name(f"{place.name}.partial")
+    with locked(place.with_name(f".{place.name}.lock"), f"{out}"):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise CheckpointError(f"{out} exists and is not empty; remove it or give another OUT")
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            partial.mkdir()
+        except OSError as error:
+            raise CheckpointError(f"{out} cannot be made ({error.strerror}); give a folder that can") from None
+        try:
+            yield partial
+            os.rename(partial, place)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def copy_tokenizers(

@@ -21,6 +21,7 @@ from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, Parser, command
+from llamavid_jax.files import check_sums
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_jax, weight_table
@@ -45,6 +46,7 @@ def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig,
         raise CheckpointError(f"{source} holds no {' or '.join(ADAPTER_FILES)}; give the folder of an adapter")
     tensors = {name.replace(".default.", "."): tensor for name, tensor in read_file(file).items()}
     lora = read_peft_config(read_values(source), tensors, source)
+    check_sums(source)
     check_tensors(tensors, peft_tensors(lora, config), source)
     return lora, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 

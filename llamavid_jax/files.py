@@ -1,16 +1,21 @@
 """Small files, read within bounds, written completely or not at all; and the files that come with the package."""
 
+import contextlib
 import errno
+import fcntl
+import hashlib
 import json
 import os
+import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import CheckpointError, InputError
 
 PACKAGE = Path(__file__).parent
+SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 BROUGHT = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent  # as installed; in a clone
 MAX_BYTES = 64 << 20  # of a file that is read whole; the largest tokenizer.json has 33 MB
 MAX_JSON_BYTES = 16 << 20  # 40,000 names of weights take 4 MB; JSON takes some 20 times its size in memory
@@ -61,3 +66,57 @@ def write_files(directory: str | Path, files: Mapping[str, bytes]) -> None:
                 os.replace(Path(aside, name), folder / name)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror}); give a folder that can") from None
+
+
+def with_sums(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The same files, and their SHA-256 sums in one more."""
+    lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
+    return {**files, SUMS: "".join(lines).encode()}
+
+
+def check_sums(folder: Path) -> None:
+    """Raises CheckpointError where a file in `folder` is not what SHA256SUMS there says; silent where it says none."""
+    if not (folder / SUMS).is_file():
+        return
+    for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
+        wanted, _, name = line.partition(" ")
+        file = folder / name.lstrip(" *")
+        if file.parent != folder or not file.is_file():
+            continue
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != wanted:
+                raise CheckpointError(
+                    f"{file} is damaged: its SHA-256 is not that in {SUMS}; copy the folder again, or remove {SUMS} if "
+                    "you changed the file"
+                )
+
+
+@contextlib.contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Holds `file` as a lock, which the system releases however the process ends; it goes away when the block ends.
+
+    Raises CheckpointError at once where another process holds it: `what` is in use.  Where the file system has no
+    locks nothing is held.
+    """
+    with contextlib.ExitStack() as exits:
+        while True:
+            try:
+                stream = exits.enter_context(file.open("a+"))
+            except OSError as error:
+                raise CheckpointError(f"{what} cannot be made ({error.strerror}); give a folder that can") from None
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                raise CheckpointError(
+                    f"{what} is in use by another process ({stream.read(200).strip()}); wait for its end, or give "
+                    "another folder"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            if file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno())):
+                break  # else its holder has just taken it away
+        stream.truncate(0)
+        print(f"{os.getpid()} on {socket.gethostname()}", file=stream, flush=True)
+        exits.callback(file.unlink, missing_ok=True)
+        yield

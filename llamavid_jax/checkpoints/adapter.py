@@ -1,5 +1,7 @@
 """A folder of LoRA updates as PEFT writes and reads it: adapter_config.json and adapter_model.safetensors.
 
+Safetensors have no sums: `save_adapter` writes SHA256SUMS beside the two files, and where it is there it is checked.
+
 One A `[r, in]` and one B `[out, r]` a layer and target, under PEFT's names for a transformers LLaMA; here they are
 stacked over the layers and transposed, heads before their size on both sides.  Deviation: the original
 cannot load what its own training saves; `python -m conversion.merge_lora` merges such folders too.
@@ -17,7 +19,7 @@ import safetensors.numpy
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.config.strict import strict
 from llamavid_jax.errors import CheckpointError, ConfigError
-from llamavid_jax.files import write_files
+from llamavid_jax.files import check_sums, with_sums, write_files
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, expand, to_jax, to_torch
@@ -61,8 +63,9 @@ def save_adapter(
         "target_modules": [module.split(".")[1] for module, target in MODULES.items() if target in config.targets],
         "task_type": "CAUSAL_LM",
     }
-    files = {WEIGHTS_FILE: safetensors.numpy.save(tensors, {"format": "pt"})}
-    write_files(directory, files | {CONFIG_FILE: (json.dumps(values, indent=1) + "\n").encode()})
+    config_text = json.dumps(values, indent=1) + "\n"
+    files = {WEIGHTS_FILE: safetensors.numpy.save(tensors, {"format": "pt"}), CONFIG_FILE: config_text.encode()}
+    write_files(directory, with_sums(files))
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -83,6 +86,7 @@ def load_adapter(directory: str | Path, model: LLaMAVIDLlavaConfig) -> tuple[Lor
         raise CheckpointError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save the adapter again") from None
     config = read_peft_config(values, given, folder)
     tensors = peft_tensors(config, model)
+    check_sums(folder)
     check_tensors(given, tensors, folder)
     layers: dict[str, list[np.ndarray]] = {}
     for name, tensor in tensors.items():

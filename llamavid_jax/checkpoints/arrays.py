@@ -11,6 +11,7 @@ wrote by itself are read as well.
 import asyncio
 import logging
 import math
+import shutil
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def write_arrays(folder: Path, arrays: Mapping[str, Any], chunks: Mapping[str, t
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**layout)) as checkpointer:
             checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(nest(arrays)), force=True)
     except Exception as error:  # Orbax and TensorStore raise many kinds
+        for half_made in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half_made, ignore_errors=True)
         raise CheckpointError(
             f"{folder} cannot be written ({first_line(error)}); free space there or give another folder"
         ) from error

@@ -4,6 +4,9 @@
     .npy          the array alone
     .safetensors  tensor `feats` (or `features`), and `inputs` in the file's metadata
 
+An archive's entries have CRC-32 sums, which are checked; the other two kinds have none, so that damage which leaves
+finite numbers goes unnoticed: prefer .npz.
+
 P is the square number of patches, or one more with the CLS token first, which is dropped as the original does.
 Frames are read one after another and never all at once: an hour at one a second is 2.6 GB in float16.  The kind of file
 is told by its first bytes.  Nothing here runs code from a file: pickles, the original's form, are refused.
@@ -11,6 +14,7 @@ is told by its first bytes.  Nothing here runs code from a file: pickles, the or
 
 import contextlib
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +70,7 @@ def _open(path: str | Path) -> Iterator[tuple[tuple[int, ...], Iterator[np.ndarr
                 magic = opened.read(6)
             if magic.startswith(b"PK"):
                 archive = stack.enter_context(zipfile.ZipFile(file))
+                _check_directory(archive)
                 name = _array_name(path, [n.removesuffix(".npy") for n in archive.namelist()])
                 member = stack.enter_context(archive.open(name + ".npy"))
                 shape, frames = _npy_frames(path, member, archive.getinfo(name + ".npy").file_size)
@@ -83,6 +88,16 @@ def _open(path: str | Path) -> Iterator[tuple[tuple[int, ...], Iterator[np.ndarr
     # A damaged file raises whatever its reader meets: BadZipFile, zlib.error, EOFError, struct.error, SafetensorError
     except Exception as error:
         raise MediaError(f"{path} is no file of features, or damaged ({error}); {REMEDY}") from None
+
+
+def _check_directory(archive: zipfile.ZipFile) -> None:
+    """Raises BadZipFile where damage hides an entry: CRC-32 is of their content alone."""
+    archive.fp.seek(-22 - len(archive.comment), os.SEEK_END)
+    count = int.from_bytes(archive.fp.read(12)[10:], "little")
+    if count != len(archive.infolist()):
+        raise zipfile.BadZipFile(f"its directory has {len(archive.infolist())} of {count} entries")
+    for info in archive.infolist():
+        archive.open(info).close()  # compares the two places that name it
 
 
 def _array_name(path: str | Path, names: list[str]) -> str:
@@ -113,11 +128,15 @@ def _npy_frames(path: str | Path, stream: Any, size: int) -> tuple[tuple[int, ..
     length = shape[1] * shape[2] * dtype.itemsize
     if size < shape[0] * length:
         raise MediaError(f"{path} is cut short: {size} bytes of {shape[0] * length}; copy it again")
-    return shape, (_npy_frame(stream, length, dtype, shape[1:]) for _ in range(shape[0]))
 
+    def frames() -> Iterator[np.ndarray]:
+        for number in range(shape[0]):
+            data = stream.read(length)
+            if number == shape[0] - 1:
+                stream.read(1)  # at its end an archive's entry is compared with its CRC-32
+            yield np.frombuffer(data, dtype).reshape(shape[1:])
 
-def _npy_frame(stream: Any, length: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    return np.frombuffer(stream.read(length), dtype).reshape(shape)
+    return shape, frames()
 
 
 def _npz_text(path: str | Path, archive: zipfile.ZipFile) -> str | None:
@@ -125,6 +144,7 @@ def _npz_text(path: str | Path, archive: zipfile.ZipFile) -> str | None:
         return None
     with archive.open("inputs.npy") as member:
         text = np.lib.format.read_array(member, allow_pickle=False)
+        member.read(1)  # for the CRC-32, as above
     if text.dtype.kind != "U" or text.size != 1:
         raise MediaError(f"{path}: `inputs` is an array {list(text.shape)} of {text.dtype}; one text is needed")
     return str(text.reshape(())[()])

@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from llamavid_jax.checkpoints.arrays import first_line
 from llamavid_jax.errors import CheckpointError
+from llamavid_jax.files import locked
 from llamavid_jax.models.structure import flat_paths
 
 ARRAYS, RUN = "arrays", "run"  # the two items of a checkpoint
@@ -192,6 +193,21 @@ class RunCheckpoints:
         if steps:
             multihost_utils.sync_global_devices("damaged checkpoints put aside")
             self._manager.reload()
+
+
+@contextlib.contextmanager
+def only_run(output: Path) -> Iterator[None]:
+    """Raises CheckpointError, on every process, where another run has `output`; process 0 holds a lock on it."""
+    problem = ""
+    with contextlib.ExitStack() as exits:
+        if jax.process_index() == 0:
+            try:
+                exits.enter_context(locked(output / ".lock", f"output, {output},"))
+            except CheckpointError as error:
+                problem = str(error)
+        if np.any(multihost_utils.process_allgather(np.int32(bool(problem)))):
+            raise CheckpointError(problem or f"output, {output}, is in use by another run; process 0 says by which")
+        yield
 
 
 class _DamagedError(Exception):

@@ -32,7 +32,7 @@ from llamavid_jax.training.batches import (
     room_ahead,
     upcoming,
 )
-from llamavid_jax.training.checkpoint import RunCheckpoints
+from llamavid_jax.training.checkpoint import RunCheckpoints, only_run
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.identity import check_same_media, check_same_run, identity
 from llamavid_jax.training.journal import Journal
@@ -64,6 +64,7 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
         records, held_out_records = open_data(data)
         check_adapter(config.start.adapter)
         make_output(output)
+        exits.enter_context(only_run(output))
         exits.enter_context(jax.set_mesh(mesh))
         preemption = exits.enter_context(Preemption())
         checkpoints = exits.enter_context(RunCheckpoints(output / "checkpoints", loop.keep, report))

@@ -14,7 +14,7 @@ import torch
 from converted import CONFIG, GOLDEN, ORIGINAL, assert_equal, convert, restore, save_folder, state_dict
 
 from conversion import torch_to_jax
-from conversion.folder import copy_tokenizers
+from conversion.folder import copy_tokenizers, whole_folder
 from conversion.torch_config import original_config
 from llamavid_jax.checkpoints.weights import save_weights
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
@@ -183,6 +183,14 @@ def test_weights_are_not_saved_onto_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file cannot be made .*; give a folder"):
         save_weights(tmp_path / "file", {})
+
+
+def test_a_second_converter_is_told_at_once(tmp_path):
+    with whole_folder(tmp_path / "out"):
+        with pytest.raises(CheckpointError, match=r"out is in use by another process .*; wait for its end"):
+            convert(ORIGINAL, tmp_path / "out")
+        assert (tmp_path / "out.partial").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_unknown_weights_are_reported(tmp_path):

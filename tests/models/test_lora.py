@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from damage import assert_told_or_harmless
 from flax import nnx
 from jax.sharding import PartitionSpec
 from torch_models import BAR, CONFIG, ours, reference, relative_error, token_ids
@@ -240,8 +241,19 @@ def test_an_adapter_that_cannot_be_read_is_refused(field, value, message, model,
     save_adapter(tmp_path, params_of(model), LORA, CONFIG)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    (tmp_path / "SHA256SUMS").unlink()  # as in a folder of PEFT's
     with pytest.raises(CheckpointError, match=message):
         load_adapter(tmp_path, CONFIG)
+
+
+def test_a_flipped_bit_of_an_adapter(model, tmp_path):
+    save_adapter(tmp_path, params_of(model), LORA, CONFIG)
+
+    def read() -> dict[str, np.ndarray]:
+        config, values = load_adapter(tmp_path, CONFIG)
+        return values | {"scale": np.float32(config.scale)}
+
+    assert_told_or_harmless(tmp_path, read, least=60)
 
 
 def test_damaged_files_are_named(model, tmp_path):
@@ -252,6 +264,9 @@ def test_damaged_files_are_named(model, tmp_path):
     tensors = safetensors.torch.load_file(weights)
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     safetensors.torch.save_file({k: v for k, v in tensors.items() if k != name}, weights)
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is damaged: its SHA-256"):
+        load_adapter(tmp_path, CONFIG)
+    (tmp_path / "SHA256SUMS").unlink()  # as in a folder of PEFT's
     with pytest.raises(CheckpointError, match=rf"1 tensors missing \({name}\)"):
         load_adapter(tmp_path, CONFIG)
     weights.write_bytes(weights.read_bytes()[:-9])

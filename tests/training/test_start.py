@@ -123,7 +123,7 @@ def test_a_quantized_run_writes_the_adapter_before_it_merges_on_the_cpu(model, m
     with pytest.raises(MemoryError):
         leave(tmp_path, run, run.trained, model, "lora.base=nf4")
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "weights"
+        "adapter_config.json", "adapter_model.safetensors", "SHA256SUMS", "weights"
     }  # fmt: skip
 
 

@@ -1,0 +1,30 @@
+"""Ready features: one flipped bit of an archive is told or harms nothing."""
+
+import numpy as np
+import pytest
+from damage import assert_told_or_harmless
+
+from llamavid_jax.media.features import iter_features, read_header
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_flipped_bit_of_an_archive(save, tmp_path):
+    """Anywhere: in the values, the text, or the directory that hides one of them."""
+    feats = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float16)
+    save(tmp_path / "f.npz", feats=feats, inputs="<image>a" * 3)
+
+    def read() -> dict[str, np.ndarray]:
+        frames = list(iter_features(tmp_path / "f.npz"))
+        return {"frames": np.stack(frames), "inputs": np.array(read_header(tmp_path / "f.npz").inputs or "")}
+
+    assert_told_or_harmless(tmp_path, read, least=50)
+
+
+def test_a_directory_that_hides_the_text(tmp_path):
+    """The first entry's comment made long enough to swallow the second."""
+    np.savez(tmp_path / "f.npz", feats=np.ones((3, 5, 4), np.float16), inputs="<image>a" * 3)
+    data = bytearray((tmp_path / "f.npz").read_bytes())
+    data[data.index(b"PK\1\2") + 33] ^= 1  # 256 bytes
+    (tmp_path / "f.npz").write_bytes(data)
+    with pytest.raises(ValueError, match=r"f\.npz .*its directory has 1 of 2 entries"):
+        read_header(tmp_path / "f.npz")
