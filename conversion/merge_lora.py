@@ -21,6 +21,7 @@ from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, Parser, command
+from llamavid_jax.files import local
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_jax, weight_table
@@ -117,9 +118,9 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
 @command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.merge_lora", description=__doc__.split("\n\n")[0])
-    parser.add_argument("base", metavar="BASE", type=Path, help="a converted checkpoint")
-    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder of a LoRA adapter")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("base", metavar="BASE", type=local, help="a converted checkpoint")
+    parser.add_argument("adapter", metavar="ADAPTER", type=local, help="the folder of a LoRA adapter")
+    parser.add_argument("out", metavar="OUT", type=local, help="the folder to make")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
     options = parser.parse_args(arguments)
     merge(options.base, options.adapter, options.out)

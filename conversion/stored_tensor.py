@@ -32,6 +32,8 @@ MAX_INDEX_BYTES = 16 << 20  # of what says where tensors lie; 40,000 of them tak
 MAX_NAME = 500  # characters in the name of a tensor
 MAX_AXES = 8
 
+EMPTY = "is empty: DeepSpeed's ZeRO-3 saved it without gathering its parts; make it whole with zero_to_fp32.py"
+
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
@@ -122,6 +124,12 @@ def locate(
     if tensor.nbytes > max(storage.nbytes, storage.file.stat().st_size):
         raise CheckpointError(f"{storage.file}: {name} of shape {shape} is larger than the whole file; save it again")
     return tensor
+
+
+def count_not_finite(value: np.ndarray) -> int:
+    """How many numbers are NaN or infinite."""
+    with np.errstate(invalid="ignore"):
+        return value.size - np.count_nonzero(np.isfinite(value))
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import safetensors.numpy
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.config.strict import strict
 from llamavid_jax.errors import CheckpointError, ConfigError
-from llamavid_jax.files import write_files
+from llamavid_jax.files import read_object, write_files
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, expand, to_jax, to_torch
@@ -93,14 +93,11 @@ def load_adapter(directory: str | Path, model: LLaMAVIDLlavaConfig) -> tuple[Lor
 def read_values(folder: Path) -> dict[str, Any]:
     """The object in a folder's adapter_config.json."""
     try:
-        values = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(folder / CONFIG_FILE)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} cannot be read ({error}); give the folder of an adapter"
         ) from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / CONFIG_FILE} holds a JSON {type(values).__name__}; an object is needed")
-    return values
 
 
 def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Path) -> LoraConfig:

@@ -1,11 +1,10 @@
 """The files of a tokenizer, read into memory with it."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamavid_jax.files import find
+from llamavid_jax.files import find, parse_object, read_bytes
 from llamavid_jax.text.conversation import ConversationError
 
 
@@ -15,7 +14,7 @@ def read_files(directory: str | Path, required: str, optional: tuple[str, ...], 
     for name in (required, *optional):
         path = find(Path(directory) / name)
         try:
-            files[name] = path.read_bytes()
+            files[name] = read_bytes(path)
         except FileNotFoundError:
             if name == required:
                 raise ConversationError(f"{path} does not exist; {remedy}") from None
@@ -27,12 +26,9 @@ def read_files(directory: str | Path, required: str, optional: tuple[str, ...], 
 def json_object(files: Mapping[str, bytes], name: str, directory: str | Path) -> dict[str, Any]:
     """The JSON object in one of the files, {} where that file is absent."""
     try:
-        value = json.loads(files.get(name, b"{}"))
-    except (ValueError, RecursionError) as error:
+        return parse_object(files.get(name, b"{}"))
+    except ValueError as error:
         raise ConversationError(f"{Path(directory) / name} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConversationError(f"{Path(directory) / name} holds a JSON {type(value).__name__}; an object is needed")
-    return value
 
 
 def flag(config: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:

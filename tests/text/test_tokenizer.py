@@ -226,7 +226,10 @@ BROKEN_FOLDERS = {
     "tokenizer.model is not a sentencepiece": {"tokenizer__model": b""},
     "tokenizer_config.json is not readable JSON": {"tokenizer__model": MODEL, "tokenizer_config__json": b"{"},
     "tokenizer_config.json is not readable": {"tokenizer__model": MODEL, "tokenizer_config__json": b"\xff\xfe"},
-    "special_tokens_map.json holds a JSON list": {"tokenizer__model": MODEL, "special_tokens_map__json": b"[]"},
+    "special_tokens_map.json .* JSON list": {
+        "tokenizer__model": MODEL,
+        "special_tokens_map__json": b"[]",
+    },
     "sets add_eos_token": {"tokenizer__model": MODEL, "tokenizer_config__json": b'{"add_eos_token": true}'},
     "json: model_max_length is 'abc'": {
         "tokenizer__model": MODEL,
