@@ -62,7 +62,7 @@ def copy_tokenizers(
     for name in TEXT_FILES:
         if (text / name).is_file():
             shutil.copy(text / name, out / name)
-    check_tokenizers(config, load_tokenizers(text)[0], None, text)
+    check_tokenizers(config, load_tokenizers(text, config)[0], None, text)
     if not any((out / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         if tokenizer is not None:
             raise CheckpointError(f"--tokenizer {tokenizer} holds neither tokenizer.model nor tokenizer.json")

@@ -57,18 +57,20 @@ def _renamed(origin: Path, rename: Callable[[str], str]) -> dict[str, StoredTens
 
 
 def vision_name(name: str) -> str:
-    """Names of `eva_vit_g.pth`, bare or behind the prefixes that InstructBLIP and LLaMA-VID put before them."""
+    """Names of `eva_vit_g.pth` and of CLIP, bare or behind the prefixes of InstructBLIP and LLaMA-VID."""
     for prefix in (VISION, "vision_tower.vision_tower.", "visual_encoder."):
         name = name.removeprefix(prefix)
     return VISION + name
 
 
 def qformer_name(name: str) -> str:
-    """Names of `instruct_blip_*_trimmed.pth`: `Qformer.bert...`, `query_tokens`, `ln_vision`."""
+    """Names of `instruct_blip_*_trimmed.pth`: `Qformer.bert...`, `query_tokens`, `ln_vision`; and of BERT."""
     if name == "query_tokens":
         return "model.vlm_att_query"
-    if name.startswith("Qformer.bert."):
-        return "model.vlm_att_encoder.bert." + name.removeprefix("Qformer.bert.")
+    if name.startswith(("Qformer.bert.", "bert.", "embeddings.", "encoder.")):
+        bare = name.removeprefix("Qformer.").removeprefix("bert.")
+        bare = bare.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        return "model.vlm_att_encoder.bert." + bare
     if name.startswith("ln_vision."):
         return "model.vlm_att_ln." + name.removeprefix("ln_vision.")
     return name
@@ -89,10 +91,10 @@ def model_config(checkpoint: Path, config_file: Path | None, image_size: int | N
     own = checkpoint / "config.json"
     values = read_json(own) if own.is_file() else {}
     if checkpoint.suffix == ".gguf":
-        config = dataclasses.replace(given or LLaMAVIDLlavaConfig(), text_config=gguf_config(checkpoint))
+        config = _with_text(given or LLaMAVIDLlavaConfig(), gguf_config(checkpoint))
     elif values.get("model_type") == "llama" and "mm_vision_tower" not in values:
         text_config = LlamaConfig.from_transformers(values, str(own))
-        config = dataclasses.replace(given or LLaMAVIDLlavaConfig(), text_config=text_config)
+        config = _with_text(given or LLaMAVIDLlavaConfig(), text_config)
     elif given:
         config = given
     else:
@@ -107,6 +109,12 @@ def model_config(checkpoint: Path, config_file: Path | None, image_size: int | N
         vision = dataclasses.replace(config.vision_tower_config, image_size=image_size)
         config = dataclasses.replace(config, vision_tower_config=vision)
     return config
+
+
+def _with_text(config: LLaMAVIDLlavaConfig, text: LlamaConfig) -> LLaMAVIDLlavaConfig:
+    """With a language model that has no rows yet for the tokens that the configuration adds."""
+    rows = text.vocab_size + len(config.added_tokens)
+    return dataclasses.replace(config, text_config=dataclasses.replace(text, vocab_size=rows))
 
 
 def read_config_file(file: Path) -> LLaMAVIDLlavaConfig:

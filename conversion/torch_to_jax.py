@@ -14,7 +14,7 @@ import sys
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ from llamavid_jax.weights.llama import QUANTISED
 
 from . import folder
 from .orbax_store import LayerWriter
-from .positions import resize_positions
 from .read_gguf import write_tokenizer
 from .read_torch import checkpoint_files
+from .resize import grow_rows, resize_positions
 from .sources import Source, Tensor, model_config, open_sources
 from .stored_tensor import EMPTY, count_not_finite
 from .sums import sha256_sums, verify
@@ -57,7 +57,19 @@ class Fill:
 
     weight: Weight
     tensor: Tensor
-    resize: bool
+    resize: bool  # the tensor has another length
+
+    def read(self, seed: int | None) -> np.ndarray:
+        """The file's value, brought to the weight's length."""
+        value, shape = self.tensor.read(), self.weight.shape
+        if not self.resize:
+            return value
+        if self.weight.path == "vision.position":
+            side = math.isqrt(shape[-2] - 1)
+            return resize_positions(value.reshape(-1, shape[-1]), side).reshape(shape)
+        has_patch_token = self.weight.path.startswith("llama.") and (shape[0] - len(value)) % 2  # alone, or before two
+        drawn = INIT_STD * draw(self.weight, (1, shape[1]), seed or 0) if has_patch_token else None
+        return grow_rows(value, shape[0], drawn)
 
 
 @dataclasses.dataclass
@@ -79,6 +91,9 @@ def plan(config, sources: list[Source], init_missing: bool) -> Plan:
     Raises CheckpointError for a wrong shape or dtype, and for missing weights unless they are to be initialised.
     """
     shapes = inventory.shapes(config)
+    # of tokens that the language model lacks so far, and of [DEC], which BERT has not and no question holds
+    new_rows = dict.fromkeys(("llama.embed.embedding", "llama.lm_head.kernel"), len(config.added_tokens))
+    new_rows |= {"qformer.word_embeddings.embedding": 1}
     table = weight_table(config, "original")
     by_name: dict[str, list[Weight]] = defaultdict(list)
     for weight in {*table, *weight_table(config, "documented")}:
@@ -95,7 +110,7 @@ def plan(config, sources: list[Source], init_missing: bool) -> Plan:
                 place = (weight.path, weight.index)
                 if place in fills:
                     overridden.append(name)
-                fills[place] = Fill(weight, tensor, _check(source, weight, tensor))
+                fills[place] = Fill(weight, tensor, _check(source, weight, tensor, new_rows))
     missing = [weight for weight in table if (weight.path, weight.index) not in fills]
     if missing and not init_missing:
         _refuse_missing(sources[0], fills, missing)
@@ -106,8 +121,8 @@ def plan(config, sources: list[Source], init_missing: bool) -> Plan:
     return Plan(shapes, fills, missing, unused, overridden, leftovers)
 
 
-def _check(source: Source, weight: Weight, tensor: Tensor) -> bool:
-    """Whether the tensor is a position table to resize; CheckpointError if it does not fit."""
+def _check(source: Source, weight: Weight, tensor: Tensor, new_rows: Mapping[str, int]) -> bool:
+    """Whether the tensor has another length that can be mended; CheckpointError if it does not fit."""
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise CheckpointError(
             f"{source.origin}: {weight.name} is {tensor.dtype}; weights are float32, float16 or bfloat16"
@@ -116,8 +131,12 @@ def _check(source: Source, weight: Weight, tensor: Tensor) -> bool:
         return False
     if 0 in tensor.shape:
         raise CheckpointError(f"{source.origin}: {weight.name} {EMPTY}")
-    resizable = weight.path == "vision.position" and tensor.shape[::2] == weight.shape[::2]
+    same_width = len(tensor.shape) == len(weight.shape) and tensor.shape[-1] == weight.shape[-1]
+    resizable = weight.path == "vision.position" and same_width
     if resizable and source.resizable:
+        return True
+    rows = new_rows.get(weight.path)
+    if rows and same_width and weight.shape[0] - tensor.shape[0] == rows:
         return True
     remedy = "--image-size N resizes it" if resizable else "check config.json, or give the right sizes with --config"
     raise CheckpointError(
@@ -155,8 +174,12 @@ def random_layer(weight: Weight, shape: tuple[int, ...], seed: int) -> np.ndarra
         return np.ones(shape, np.float32)
     if weight.path.endswith("bias"):
         return np.zeros(shape, np.float32)
-    rng = np.random.default_rng([seed, zlib.crc32(weight.name.encode())])
-    return INIT_STD * rng.standard_normal(shape, np.float32)
+    return INIT_STD * draw(weight, shape, seed)
+
+
+def draw(weight: Weight, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """N(0, 1) that depends on the seed and the weight's name alone."""
+    return np.random.default_rng([seed, zlib.crc32(weight.name.encode())]).standard_normal(shape, np.float32)
 
 
 def write_weights(
@@ -192,10 +215,7 @@ def write_weights(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(fill.tensor.nbytes for fill in fills))
         for fill in fills:
-            weight, value = fill.weight, fill.tensor.read()
-            if fill.resize:
-                value = resize_positions(value[0], math.isqrt(weight.shape[1] - 1))[None]
-            write(weight, to_jax(value, weight))
+            write(fill.weight, to_jax(fill.read(seed), fill.weight))
             progress.advance(task, fill.tensor.nbytes)
     for weight in plan.missing:
         write(weight, random_layer(weight, weight.layer_shape, seed))
@@ -242,8 +262,7 @@ def convert(
         if source.suffix == ".gguf" and tokenizer is None:
             write_tokenizer(source, partial)
         notes = folder.copy_tokenizers(home, tokenizer, bert_tokenizer, partial, config)
-        image_size, aspect = config.vision_tower_config.image_size, config.image_aspect_ratio
-        LLaMAVIDLlavaImageProcessor(image_size, image_aspect_ratio=aspect).save_pretrained(partial)
+        LLaMAVIDLlavaImageProcessor.of(config).save_pretrained(partial)
         written = write_weights(found, leaf_dtypes(found, dtype), partial / "weights", init_missing, quantize, console)
         (config.quantized(quantize) if quantize else config).save_pretrained(partial)
         notes += [f"{digest}  {file.name}" for file, digest in (sums or sha256_sums(files)).items()]
@@ -263,7 +282,7 @@ def _report(console: Console, plan: Plan, out: Path, written: int, seconds: floa
         *_named("started at random", dict.fromkeys(weight.path for weight in plan.missing)),
         *_named("not used", plan.unused),
         *_named("overridden by a later file", plan.overridden),
-        *_named("resized to the image size", resized),
+        *_named("resized", resized),
         *_named("WARNING, NaN or infinite numbers in", plan.not_finite),
         *notes,
     ]
@@ -287,8 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quantize", choices=("int8", "int4"), help="LLaMA's kernels, for inference on small chips")
     parser.add_argument("--tokenizer", metavar="DIR", type=local, help="LLaMA tokenizer, where SRC lacks it")
     parser.add_argument("--bert-tokenizer", metavar="DIR", type=local, help="folder with bert-base-uncased's vocab.txt")
-    parser.add_argument("--vision", metavar="FILE", type=local, help="eva_vit_g.pth")
-    parser.add_argument("--qformer", metavar="FILE", type=local, help="instruct_blip_*_trimmed.pth")
+    parser.add_argument("--vision", metavar="FILE", type=local, help="eva_vit_g.pth, or a CLIP")
+    parser.add_argument("--qformer", metavar="FILE", type=local, help="instruct_blip_*_trimmed.pth, or a BERT")
     parser.add_argument("--projectors", metavar="FILE", type=local, help="stage 1's mm_projector.bin")
     parser.add_argument("--config", metavar="FILE", type=local, help="sizes that SRC does not state (.yaml or .json)")
     parser.add_argument(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 IMAGE_TOKEN = -200  # the placeholder id in `input_ids`; the original's IMAGE_TOKEN_INDEX
+PATCH, START, END = "<im_patch>", "<im_start>", "<im_end>"  # tokens of some models; the first is used nowhere
 IGNORE_LABEL = -100  # the label of positions without a loss; the original's IGNORE_INDEX
 TEXT = -1  # in a visual index: this position holds a text token
 FRAME_CHUNK = 32  # frames that go through the vision tower at a time

@@ -56,7 +56,7 @@ BELOW = {
     "files": {"errors"},
     "shapes": set(),
     "config": GROUND,
-    "media": GROUND,
+    "media": GROUND | {"config"},
     "text": GROUND,
     "weights": GROUND | {"config"},
     "parallel": GROUND | {"config", "weights"},

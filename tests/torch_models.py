@@ -74,8 +74,7 @@ class TorchLlamaVid(torch.nn.Module):
         dropout = sizes.pop("dropout")
         self.qformer = transformers.InstructBlipQFormerModel(
             transformers.InstructBlipQFormerConfig(
-                **sizes,
-                encoder_hidden_size=vision.hidden_size,
+                **sizes | {"encoder_hidden_size": vision.hidden_size},
                 hidden_dropout_prob=dropout,
                 attention_probs_dropout_prob=dropout,
                 attn_implementation="eager",

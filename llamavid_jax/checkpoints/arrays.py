@@ -11,7 +11,7 @@ wrote by itself are read as well.
 import asyncio
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ class _SummedArrayHandler(ocp.type_handlers.ArrayHandler):
                 await info.await_path_creation()
                 await self._write(value, info)
 
-        await asyncio.gather(*map(write, values, infos))
+        await _all(map(write, values, infos))
         return []  # nothing is left for the background
 
     async def _write(self, value: Any, info: Any) -> None:
@@ -144,9 +144,16 @@ class _SummedArrayHandler(ocp.type_handlers.ArrayHandler):
         store = await open_store(place, "zarr3", metadata=metadata, assume_metadata=True)
         if isinstance(value, jax.Array):
             shards = (shard for shard in value.addressable_shards if shard.replica_id == 0)
-            await asyncio.gather(*(store[shard.index].write(np.asarray(shard.data)) for shard in shards))
+            await _all(store[shard.index].write(np.asarray(shard.data)) for shard in shards)
         elif isinstance(value, np.ndarray) and jax.process_index() == 0:
             await store.write(value)
+
+
+async def _all(writes: Iterable[Awaitable]) -> None:
+    """Waits for all, also where one fails: what goes on behind the end of its loop prints a traceback each."""
+    for done in await asyncio.gather(*writes, return_exceptions=True):
+        if isinstance(done, BaseException):
+            raise done
 
 
 def file_store(folder: Any) -> dict[str, Any]:
@@ -189,4 +196,5 @@ def first_line(error: BaseException) -> str:
     """Of the error that the others were raised from: it names the file and what is wrong with it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]
+    line = (str(error).strip().splitlines() or ["no message"])[0]
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"  # what is wrong often stands at its end

@@ -80,7 +80,7 @@ class PretrainedModel:
         """
         config = LLaMAVIDLlavaConfig.from_pretrained(directory)
         config = config if quantize is None else config.quantized(quantize)
-        tokenizer, qformer_tokenizer = load_tokenizers(directory)
+        tokenizer, qformer_tokenizer = load_tokenizers(directory, config)
         check_tokenizers(config, tokenizer, qformer_tokenizer, directory)
         params = load_weights(directory, config, dtype, mesh)
         tokenizers = {"tokenizer": tokenizer, "qformer_tokenizer": qformer_tokenizer}

@@ -33,12 +33,17 @@ def check_tokenizers(
         )
 
 
-def load_tokenizers(directory: str | Path) -> tuple[Tokenizer | None, QFormerTokenizer | None]:
-    """Both tokenizers of a checkpoint folder, None for the one whose files are missing."""
+def load_tokenizers(
+    directory: str | Path, config: LLaMAVIDLlavaConfig | None = None
+) -> tuple[Tokenizer | None, QFormerTokenizer | None]:
+    """Both tokenizers of a checkpoint folder, None for the one whose files are missing.
+
+    With the tokens that `config` adds: those that the files do not know get the next ids, as the original gives them.
+    """
     directory = find(directory)
     has_text = (directory / "tokenizer.model").exists() or (directory / "tokenizer.json").exists()
     qformer = directory / QFormerTokenizer.FOLDER
     return (
-        load_tokenizer(directory) if has_text else None,
+        load_tokenizer(directory, config.added_tokens if config else ()) if has_text else None,
         QFormerTokenizer(qformer) if (qformer / "vocab.txt").exists() else None,
     )

@@ -21,7 +21,7 @@ from llamavid_jax.config.recipe import read_recipe
 from llamavid_jax.config.strict import check_fields, require_divisible, require_one_of, strict
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find, read_object, write_files
-from llamavid_jax.shapes import IMAGE_TOKEN
+from llamavid_jax.shapes import END, IMAGE_TOKEN, PATCH, START
 
 
 def grid_stride(compress_type: str, side: int) -> int:
@@ -324,6 +324,11 @@ class LLaMAVIDLlavaConfig:
         return self.vision_tower_config.hidden_size
 
     @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """What the language model's tokenizer needs beside its own, in the order of their ids."""
+        return (PATCH,) * self.mm_use_im_patch_token + (START, END) * self.mm_use_im_start_end
+
+    @property
     def tokens_per_frame(self) -> int:
         """Context token and content tokens of one frame of pixels: the n+1 of the paper."""
         return self.tokens_of(self.vision_tower_config.has_cls)
@@ -352,9 +357,26 @@ class LLaMAVIDLlavaConfig:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is not readable JSON: {error}") from None
         try:
-            return cls.from_dict(values)
+            config = cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+        return config.with_pixels_of(path.parent)
+
+    def with_pixels_of(self, directory: str | Path) -> "LLaMAVIDLlavaConfig":
+        """Itself, with the mean and deviation of a folder's `preprocessor_config.json`, where that holds them.
+
+        Pictures go through them before training as before an answer.
+        """
+        path = Path(directory) / "preprocessor_config.json"
+        try:
+            values = read_object(path)
+            found = {name: tuple(map(float, values[name])) for name in ("image_mean", "image_std") if name in values}
+            vision = dataclasses.replace(self.vision_tower_config, **found)
+        except (FileNotFoundError, NotADirectoryError):
+            return self
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}); image_mean and image_std are three numbers") from None
+        return dataclasses.replace(self, vision_tower_config=vision)
 
     @classmethod
     def from_dict(cls, values: Any) -> "LLaMAVIDLlavaConfig":

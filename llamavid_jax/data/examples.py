@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Int32
 from PIL import Image
 
+from llamavid_jax.config.schema import LLaMAVIDLlavaVisionConfig
 from llamavid_jax.data.labels import TextExample, training_example
 from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.data.records import decode, find_media, media_file, media_size, thinned
@@ -81,7 +82,10 @@ class ExampleReader:
         tokens_per_frame: int,
         fps: float | int,
         seed: int,
+        image_mean: Sequence[float] = LLaMAVIDLlavaVisionConfig.image_mean,
+        start_end: bool = False,
     ):
+        """`image_mean` is the colour of the pads; `start_end`: a token before and after every visual."""
         check_fps(fps, "the data")
         if image_aspect_ratio not in ("pad", "crop"):
             raise DataError(f"image_aspect_ratio is {image_aspect_ratio!r}; use 'pad' or 'crop'")
@@ -89,7 +93,7 @@ class ExampleReader:
             raise DataError(f"the seed of the data is {seed}; use 0 or more")
         self.tokenizer, self.template, self.tokens_per_frame = tokenizer, template, tokens_per_frame
         self.image_size, self.image_aspect_ratio, self.fps, self.seed = image_size, image_aspect_ratio, fps, seed
-        self._template = template_named(template)
+        self._template, self.image_mean, self.start_end = template_named(template), image_mean, start_end
 
     def text(self, record: Record, index: int) -> TextExample:
         """Ids, labels and prompts of all frames; `index` is the record's place in the data set."""
@@ -109,7 +113,9 @@ class ExampleReader:
             # Labels cost three times as much as the ids, and a data set may have a million samples to plan.
             check_places(record)
             has_image = record.kind != "text"
-            turns, _ = training_turns(self._template, record.conversations, has_image, self._sides(record, index))
+            turns, _ = training_turns(
+                self._template, record.conversations, has_image, self._sides(record, index), start_end=self.start_end
+            )
             text = prompt(self._template, turns, open_answer=False)
             ids = np.array(encode_with_images(self.tokenizer, text) if has_image else self.tokenizer.encode(text))
             questions = int((ids == IMAGE_TOKEN).sum())
@@ -151,6 +157,7 @@ class ExampleReader:
             image_sides=self._sides(record, index),
             movie=movie,
             max_length=NO_LIMIT,
+            start_end=self.start_end,
         )
         placeholders = int((text.input_ids == IMAGE_TOKEN).sum())
         if movie is None:  # a guided template has prompts of all turns, and placeholders in the last of them
@@ -180,7 +187,7 @@ class ExampleReader:
         if kind == "features":
             return frame
         if kind == "image" and self.image_aspect_ratio == "pad":
-            return resize_and_crop(pad_to_square(Image.fromarray(frame)), self.image_size)
+            return resize_and_crop(pad_to_square(Image.fromarray(frame), self.image_mean), self.image_size)
         return resize_and_crop(frame, self.image_size)
 
 

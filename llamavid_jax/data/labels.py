@@ -41,16 +41,17 @@ def training_example(
     image_sides: Iterable[int] = (),
     movie: str | None = None,
     max_length: int | None = None,
+    start_end: bool = False,
 ) -> TextExample:
     """A record's `conversations` -> TextExample (the original's `preprocess`).
 
     `has_image`: the record has an image or video.  Without one `<image>` is ordinary text, and the ids are cut at
-    `max_length` (by default the tokenizer's); with one the caller cuts.  `image_sides`, `movie`: see
-    `conversation.training_turns`.
+    `max_length` (by default the tokenizer's); with one the caller cuts.  `image_sides`, `movie`, `start_end`:
+    see `conversation.training_turns`.
     """
     template = template_named(template_name)
     max_length = max_length or tokenizer.max_length
-    turns, prompts = training_turns(template, conversations, has_image, image_sides, movie)
+    turns, prompts = training_turns(template, conversations, has_image, image_sides, movie, start_end)
 
     with_images = has_image or template.masking == "caption"
 

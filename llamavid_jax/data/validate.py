@@ -230,13 +230,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _reader(options: argparse.Namespace, config: LLaMAVIDLlavaConfig) -> ExampleReader:
     return ExampleReader(
-        load_tokenizer(options.model),
+        load_tokenizer(options.model, config.added_tokens),
         options.template,
         config.vision_tower_config.image_size,
         config.image_aspect_ratio,
         config.tokens_per_frame,
         options.fps,
         seed=0,
+        image_mean=config.vision_tower_config.image_mean,
+        start_end=config.mm_use_im_start_end,
     )
 
 

@@ -20,12 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.files import find
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.shapes import START
 from llamavid_jax.text.chat import read_messages
 from llamavid_jax.text.conversation import (
     IMAGE,
     ConversationError,
     check_text,
+    marked,
     question_per_image,
     template_named,
 )
@@ -48,20 +52,25 @@ class LLaMAVIDLlavaProcessor:
     """Image processor, language model's tokenizer and Q-Former's tokenizer of one checkpoint folder."""
 
     def __init__(
-        self, image_processor: LLaMAVIDLlavaImageProcessor, tokenizer: Tokenizer, qformer_tokenizer: QFormerTokenizer
+        self,
+        image_processor: LLaMAVIDLlavaImageProcessor,
+        tokenizer: Tokenizer,
+        qformer_tokenizer: QFormerTokenizer,
+        start_end: bool = False,
     ):
-        self.image_processor = image_processor
+        """`start_end`: the model has tokens for the start and the end of a visual (`mm_use_im_start_end`)."""
+        self.image_processor, self.start_end = image_processor, start_end
         self.tokenizer = tokenizer
         self.qformer_tokenizer = qformer_tokenizer
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaProcessor":
         """Reads a converted checkpoint folder.  Raises ConversationError or ConfigError, naming the file and remedy."""
-        return cls(
-            LLaMAVIDLlavaImageProcessor.from_pretrained(directory),
-            load_tokenizer(directory),
-            QFormerTokenizer(Path(directory) / QFormerTokenizer.FOLDER),
-        )
+        images, path = LLaMAVIDLlavaImageProcessor.from_pretrained(directory), Path(directory)
+        has_config = (find(path) / "config.json").is_file()
+        config = LLaMAVIDLlavaConfig.from_pretrained(find(path)) if has_config else LLaMAVIDLlavaConfig()
+        tokenizer = load_tokenizer(directory, config.added_tokens)
+        return cls(images, tokenizer, QFormerTokenizer(path / QFormerTokenizer.FOLDER), config.mm_use_im_start_end)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes preprocessor_config.json, the tokenizer's files and qformer_tokenizer/vocab.txt."""
@@ -156,6 +165,8 @@ class LLaMAVIDLlavaProcessor:
             raise ConversationError(f"the text has {slots} {IMAGE} placeholders, but {len(prompts)} prompts were given")
         for index, question in enumerate(prompts):
             check_text(question, f"prompt {index}")
+        if START not in text:
+            text = text.replace(IMAGE, marked(IMAGE, self.start_end))
         return {
             "ids": encode_with_images(self.tokenizer, text),
             "pixel_values": pixels[0] if len(pixels) == 1 else pixels or None,

@@ -28,7 +28,15 @@ from llamavid_jax.inference.request import Settings
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.timeline import Sampling
 from llamavid_jax.shapes import IMAGE_TOKEN
-from llamavid_jax.text.conversation import IMAGE, check_text, long_video_text, prompt, question_turn, template_named
+from llamavid_jax.text.conversation import (
+    IMAGE,
+    check_text,
+    long_video_text,
+    marked,
+    prompt,
+    question_turn,
+    template_named,
+)
 from llamavid_jax.text.subtitles import Cue, interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
@@ -172,9 +180,10 @@ class Session:
         return ids, [array for turn in turns for array in turn.tokens]
 
     def _words(self, turn: Turn) -> str:
+        config = self.model.config
         if self._movie is not None and turn.tokens:
-            return long_video_text(self._movie, turn.question, self.model.config.tokens_per_frame)
-        return question_turn(len(turn.tokens), turn.question)
+            return long_video_text(self._movie, turn.question, config.tokens_per_frame, config.mm_use_im_start_end)
+        return question_turn(len(turn.tokens), turn.question).replace(IMAGE, marked(IMAGE, config.mm_use_im_start_end))
 
     def _length(self, turns: Sequence[Turn]) -> int:
         ids, tokens = self._lay_out(turns)

@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 from PIL import Image
 
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, LLaMAVIDLlavaVisionConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find, read_object, write_files
-from llamavid_jax.media.images import CLIP_MEAN, CLIP_STD, normalize, open_image, pad_to_square, resize_and_crop, to_rgb
+from llamavid_jax.media.images import normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError, check_size, fetch
 from llamavid_jax.media.timeline import check_fps
 from llamavid_jax.media.video import Progress, iter_frames, plan_video, read_video
@@ -40,8 +41,8 @@ class LLaMAVIDLlavaImageProcessor:
     """`processor(images=[...], videos=[...])` gives `pixel_values` and `timestamps`, one entry each."""
 
     size: int = 224  # pixels: S
-    image_mean: tuple[float, ...] = CLIP_MEAN
-    image_std: tuple[float, ...] = CLIP_STD
+    image_mean: tuple[float, ...] = LLaMAVIDLlavaVisionConfig.image_mean
+    image_std: tuple[float, ...] = LLaMAVIDLlavaVisionConfig.image_std
     image_aspect_ratio: str = "pad"  # of stills: "pad" or "crop"
 
     def __post_init__(self):
@@ -126,6 +127,12 @@ class LLaMAVIDLlavaImageProcessor:
 
     def _normalize(self, frames: UInt8[np.ndarray, "F S S 3"]) -> Pixels:
         return normalize(frames, self.image_mean, self.image_std)
+
+    @classmethod
+    def of(cls, config: LLaMAVIDLlavaConfig) -> "LLaMAVIDLlavaImageProcessor":
+        """What the configuration of a model says."""
+        vision = config.vision_tower_config
+        return cls(vision.image_size, vision.image_mean, vision.image_std, config.image_aspect_ratio)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaImageProcessor":

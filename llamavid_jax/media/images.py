@@ -31,9 +31,6 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG",
 FORMATS += ("TIFF", "WEBP")
 LARGE, LARGE_PIXELS = threading.Lock(), 2**24  # a process reads one picture of so many pixels at a time
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 @contextlib.contextmanager
 def open_picture(path: str | Path) -> Iterator[Image.Image]:
@@ -88,8 +85,8 @@ def _check(image: Image.Image, name: object) -> None:
         raise MediaError(f"{name} holds {kind} pixels, whose range is unknown; save it as 8-bit PNG")
 
 
-def pad_to_square(image: Image.Image, mean: Sequence[float] = CLIP_MEAN) -> Image.Image:
-    """Centres the picture on a square canvas of the mean colour, cut to whole numbers: (122, 116, 104)."""
+def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """Centres the picture on a square canvas of the mean colour, cut to whole numbers: (122, 116, 104) for CLIP's."""
     if max(image.size) ** 2 > MAX_PIXELS:  # a panorama, whose canvas would be a gigabyte
         image = image.reduce(2)
     width, height = image.size
@@ -112,7 +109,7 @@ def resize_and_crop(image: Image.Image | UInt8[np.ndarray, "h w 3"], size: int) 
 
 
 def normalize(
-    frames: UInt8[np.ndarray, "F H W 3"], mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+    frames: UInt8[np.ndarray, "F H W 3"], mean: Sequence[float], std: Sequence[float]
 ) -> Float32[np.ndarray, "F 3 H W"]:
     """(x / 255 - mean) / std per colour, channels first."""
     scaled = frames.astype(np.float32) * np.float32(1 / 255)

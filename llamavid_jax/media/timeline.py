@@ -21,6 +21,7 @@ from jaxtyping import Float64, Int64
 from llamavid_jax.media.source import MediaError
 
 ROUNDING = 1e-3  # seconds; most containers round times to milliseconds
+JITTER = 0.15  # seconds; slides that are shown for about as long each have no rate
 RATE_ERROR = 0.005  # of a declared rate that is still taken for the frames' own: 30 for 29.97
 JUMP = 10.0  # seconds; a longer step in a broadcast is another clock (as FFmpeg has it), a longer end is a mistake
 MAX_SAMPLES = 10**6  # eleven days at one a second: damaged times ask for more
@@ -110,11 +111,11 @@ def _parts(packets: Sequence[Packet], jump: float) -> list[Int64[np.ndarray, " n
 
 
 def _keeps_rate(times: Float64[np.ndarray, " N"], declared_fps: float, frames: float) -> bool:
-    """Whether frame i is shown at i / rate, up to so many `frames`, for a rate that is the declared one."""
+    """Whether frame i is shown at i / rate, up to so many `frames` and JITTER, for a rate that is the declared one."""
     if declared_fps <= 0 or len(times) == 1 or times[-1] <= 0:
         return declared_fps > 0
     own = (len(times) - 1) / times[-1]
-    slack = frames / own + ROUNDING
+    slack = min(frames / own, JITTER) + ROUNDING
     difference = abs((len(times) - 1) / declared_fps - times[-1])
     even = np.abs(np.arange(len(times)) / own - times) <= slack
     return bool(even.all() and difference <= max(slack, RATE_ERROR * times[-1]))

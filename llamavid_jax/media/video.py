@@ -81,7 +81,7 @@ def read_timeline(path: str | Path) -> Timeline:
         kind, tick = container.format.name, float(stream.time_base)
         packets, is_partial, file = [], False, local_file(path)
         try:
-            for packet in container.demux():
+            for packet in _packets(container):
                 if packet.size:
                     is_partial = packet.is_corrupt  # matters for the last one
                     if packet.stream is stream and not _is_hidden(packet):
@@ -215,7 +215,7 @@ def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, 
     is_broadcast, by_time = container.format.name in BROADCASTS, container.format.name not in WITHOUT_TIMES
     shown = np.append(timeline.times, timeline.seconds)  # from shown[i] to shown[i + 1]
     last, previous = len(timeline.times) - 1, -1
-    for packet in container.demux(stream):
+    for packet in _packets(container, stream):
         try:
             frames = packet.decode()
         except av.FFmpegError:
@@ -233,6 +233,16 @@ def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, 
         raise _empty(path)
     if shown[-1] - shown[previous + 1] > LOST:
         raise _damaged(path, shown[previous + 1], timeline.seconds)
+
+
+def _packets(container, *streams) -> Iterator[Any]:
+    """All packets, or those of `streams`, but for streams that begin in the middle of the file, which PyAV lacks."""
+    while True:
+        try:
+            yield from container.demux(*streams)
+            return
+        except IndexError:  # such a packet; the next ones follow
+            pass
 
 
 def _place(timeline: Timeline, pts: int | None, expected: int) -> int:

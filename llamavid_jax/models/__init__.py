@@ -1,4 +1,4 @@
-"""The modules of LLaMA-VID, in the order of the dataflow: `eva_vit`, `qformer`, `visual_tokens`, `llama`, `llama_vid`.
+"""The modules of LLaMA-VID in order: `vision`, `text_decoder`, `visual_tokens`, `llama`, `llama_vid`.
 
 Letters of every shape and einsum in this package:
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llamavid_jax.errors import InputError
+from llamavid_jax.shapes import END, START
 
 IMAGE = "<image>"  # the original's DEFAULT_IMAGE_TOKEN
 MOVIE_START = "Below is a movie. Memorize the content and answer my question after watching this movie."
@@ -160,13 +161,19 @@ def question_per_image(template: Template, text: str) -> list[str]:
     return questions
 
 
-def long_video_text(frames_and_subtitles: str, question: str, tokens_per_frame: int) -> str:
+def long_video_text(frames_and_subtitles: str, question: str, tokens_per_frame: int, start_end: bool = False) -> str:
     """The user turn of a long video at inference (section "movie" of the original's entry points).
 
     `frames_and_subtitles` holds one `<image>` per frame with the subtitles between them; each becomes
     `tokens_per_frame` placeholders.
     """
-    return MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END + "\n" + question
+    movie = MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END
+    return marked(movie, start_end) + "\n" + question
+
+
+def marked(text: str, start_end: bool) -> str:
+    """What stands for a visual, between its start and its end token where the model has them."""
+    return f"{START}{text}{END}" if start_end else text
 
 
 def movie_inputs(frames_and_subtitles: str, tokens_per_frame: int, training: bool = False) -> str:
@@ -181,12 +188,15 @@ def training_turns(
     has_image: bool,
     image_sides: Iterable[int],
     movie: str | None = None,
+    start_end: bool = False,
 ) -> tuple[list[str], list[str]]:
     """A training record's `conversations` -> (turns, prompts for the Q-Former).
 
     `image_sides` put the later turns' placeholders at the start (0) or the end (1), in order; see `draw_image_sides`.
-    `movie` replaces `<image>` in a long-video sample.  Where the template is not guided the original has no
-    prompts; here every user turn that holds a placeholder then gives one.
+    `movie` replaces `<image>` in a long-video sample.  `start_end` puts tokens around the first placeholders and around
+    a movie; as in the original not around those of later turns nor of captions, and the prompts keep their words.
+    Where the template is not guided the original has no prompts; here every user turn that holds a placeholder then
+    gives one.
     """
     speakers, turns = _speakers_and_turns(conversations)
     movie_prompt = None
@@ -195,9 +205,9 @@ def training_turns(
         if not asked:
             raise ConversationError(f"a long-video sample needs {IMAGE} in a turn, but none of its {len(turns)} has it")
         movie_prompt = asked[-1].replace(IMAGE, "").strip()
-        turns = [turn.replace(IMAGE, movie) for turn in turns]
+        turns = [turn.replace(IMAGE, marked(movie, start_end)) for turn in turns]
     elif has_image:
-        turns = [_image_first(turn) for turn in turns]
+        turns = [_image_first(turn).replace(IMAGE, marked(IMAGE, start_end)) for turn in turns]
 
     if template.masking == "caption":
         if len(turns) != 2 or speakers != ["human", "gpt"] or IMAGE not in turns[0]:

@@ -27,7 +27,8 @@ class JsonTokenizer:
 
     FILE = "tokenizer.json"
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, added: Sequence[str] = ()):
+        """Those of `added` that the file does not know get the next ids."""
         path = Path(directory) / self.FILE
         remedy = "copy the language model's tokenizer.json there"
         self._files = read_files(directory, path.name, ("tokenizer_config.json", "special_tokens_map.json"), remedy)
@@ -35,6 +36,8 @@ class JsonTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._files[path.name])
         except Exception as error:  # the library raises bare Exception
             raise ConversationError(f"{path} is not a tokenizer ({error}); {remedy} again") from None
+        if self._tokenizer.add_tokens(list(added)):
+            self._files[path.name] = self._tokenizer.to_str().encode()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         config_path = path.with_name("tokenizer_config.json")
@@ -69,12 +72,12 @@ class JsonTokenizer:
 Tokenizer = LlamaTokenizer | JsonTokenizer
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder; ConversationError when it holds neither file."""
+def load_tokenizer(directory: str | Path, added: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, with the tokens `added`; ConversationError when it holds neither file."""
     directory = find(directory)
     for kind in (LlamaTokenizer, JsonTokenizer):
         if (directory / kind.FILE).exists():
-            return kind(directory)
+            return kind(directory, added)
     raise ConversationError(
         f"{directory} has no tokenizer.model and no tokenizer.json; copy the language model's tokenizer there"
     )

@@ -90,6 +90,8 @@ def make_loader(
         start.config.tokens_per_frame,
         data.fps,
         data.seed,
+        vision.image_mean,
+        start.config.mm_use_im_start_end,
     )
     path, table = (data.evaluation_path, "sizes-evaluation.npz") if held_out else (data.path, "sizes.npz")
     sizes = read_sizes(records, reader, path, output / table, max(data.threads, data.processes), retry=not resumed)

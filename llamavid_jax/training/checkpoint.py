@@ -55,11 +55,13 @@ class RunCheckpoints:
             cleanup_tmp_directories=True,  # what a killed save left
             lightweight_initialize=True,  # reads no file of a checkpoint that may be damaged
         )
+        self._quiet = contextlib.ExitStack()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with _quiet():
-                self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._quiet.enter_context(_quiet())
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
+            self._quiet.close()
             raise CheckpointError(
                 f"{self.directory} cannot be made ({error.strerror}); give a folder that can be written to"
             ) from error
@@ -110,12 +112,12 @@ class RunCheckpoints:
         finally:
             if not self._failure:  # Orbax would only raise its error again
                 self._manager.close()
+            self._quiet.close()
 
     @contextlib.contextmanager
     def _write_errors(self):
         try:
-            with _quiet():
-                yield
+            yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
             self._failure = CheckpointError(
                 f"{self.directory}: the checkpoint of step {self._saving} cannot be written "
@@ -158,17 +160,16 @@ class RunCheckpoints:
             for path, leaf in flat_paths(abstract).items()
         }
         try:
-            with _quiet():
-                stored = json.loads((folder / RUN / "metadata").read_text(encoding="utf-8"))
-                run = stored["run"]
-                if stored["sha256"] != _sha256(run) or run["step"] != step:
-                    raise ValueError(f"{RUN}/metadata is not what was written")
-                handler = ocp.PyTreeCheckpointHandler()
-                _check_same(folder, dict(handler.metadata(epath.Path(folder / ARRAYS)).tree), targets)
-                restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
-                arrays = handler.restore(
-                    epath.Path(folder / ARRAYS), args=ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
-                )
+            stored = json.loads((folder / RUN / "metadata").read_text(encoding="utf-8"))
+            run = stored["run"]
+            if stored["sha256"] != _sha256(run) or run["step"] != step:
+                raise ValueError(f"{RUN}/metadata is not what was written")
+            handler = ocp.PyTreeCheckpointHandler()
+            _check_same(folder, dict(handler.metadata(epath.Path(folder / ARRAYS)).tree), targets)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
+            arrays = handler.restore(
+                epath.Path(folder / ARRAYS), args=ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
+            )
         except CheckpointError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
@@ -246,13 +247,23 @@ def _sha256(value: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """Orbax prints several hundred lines for one unreadable file: log records, and what its coroutines leave behind."""
+    """Keeps back what Orbax prints of one unreadable file, several hundred lines: its log, and closed event loops.
+
+    It prints in threads of its own, while a run goes on: so this is for the life of a manager.
+    """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = lambda _: None
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return "/orbax/" not in record.pathname
+
+    def tell(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.addFilter(of_others)
+    sys.unraisablehook = tell
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(of_others)
         sys.unraisablehook = hook

@@ -21,6 +21,7 @@ from llamavid_jax.config.recipe import load_yaml, read_recipe
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.config.strict import check_fields, strict
 from llamavid_jax.errors import ConfigError
+from llamavid_jax.files import find
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.models.stack import REMAT
 from llamavid_jax.parallel.chips import CHIPS
@@ -213,6 +214,7 @@ class TrainConfig:
         """The model's configuration with the run's aspect, and a rotary factor for rows longer than its positions."""
         if self.model:
             config = LLaMAVIDLlavaConfig.from_yaml(self.model)
+            config = config.with_pixels_of(find(self.start.model)) if self.start.model else config
         else:
             config = LLaMAVIDLlavaConfig.from_pretrained(self.start.model)
         if self.data.image_aspect_ratio:

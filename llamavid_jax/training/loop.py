@@ -17,6 +17,7 @@ import jax
 import yaml
 
 from llamavid_jax.data.plan import describe
+from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import write_files
 from llamavid_jax.models.loss import LossSums
 from llamavid_jax.models.structure import Params
@@ -62,7 +63,7 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
         rows = own_rows(mesh, loop.batch_size)
         records, held_out_records = open_data(data)
         check_adapter(config.start.adapter)
-        write_files(output, {})
+        make_output(output)
         exits.enter_context(jax.set_mesh(mesh))
         preemption = exits.enter_context(Preemption())
         checkpoints = exits.enter_context(RunCheckpoints(output / "checkpoints", loop.keep, report))
@@ -155,6 +156,15 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
         save_result(output, start, state.params, loop.dtype, config.lora, config.start)
         report(f"{output / 'model'}: the model after {loader.steps} steps. {journal.summary()}")
     return 0
+
+
+def make_output(output: Path) -> None:
+    """Raises InputError, here and not at the first save, for a folder that cannot be made or written to."""
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"output is {output}, a name that UTF-8 cannot hold; give another") from None
+    write_files(output, {})
 
 
 def evaluate(

@@ -49,10 +49,9 @@ def save_result(
         params = merge_lora(params, lora) if lora else params
     with replaced(output / "model") as folder:
         if jax.process_index() == 0:
-            vision, aspect = start.config.vision_tower_config, start.config.image_aspect_ratio
             for part in (start.config, start.tokenizer, start.qformer_tokenizer):
                 part.save_pretrained(folder)
-            LLaMAVIDLlavaImageProcessor(vision.image_size, image_aspect_ratio=aspect).save_pretrained(folder)
+            LLaMAVIDLlavaImageProcessor.of(start.config).save_pretrained(folder)
         save_weights(folder, {path: value.astype(parse_dtype(dtype)) for path, value in params.items()})
 
 

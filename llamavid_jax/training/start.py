@@ -85,7 +85,7 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
     layout = lay_out(config, mesh)
     updates = read_updates(source.adapter, lora, layout.config)
     folder = config.data.tokenizer or source.model
-    tokenizers = load_tokenizers(folder)
+    tokenizers = load_tokenizers(folder, layout.config)
     check_tokenizers(layout.config, *tokenizers, folder)
     if not folder or None in tokenizers:
         raise ConfigError(

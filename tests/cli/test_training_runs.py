@@ -17,6 +17,7 @@ from training_data import ROOT, command, environment, losses, run, start, write_
 import train
 from llamavid_jax.checkpoints.weights import load_weights
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.training import loop
 
 STAGE1, STAGE2, STAGE3 = (f"tiny/{name}.yaml" for name in ("stage1_align", "stage2_instruct", "stage3_long_video"))
 SIX = ("training.steps=6", "training.save_every=3")
@@ -216,6 +217,11 @@ def test_wrong_paths_are_told_before_the_weights_are_read(folder, capsys, monkey
     adapter = command(STAGE2, data, tokenizers, folder / "paths", f"start.adapter={folder / 'absent'}")
     assert "start.adapter is " in refused(adapter)
     assert not (folder / "paths").exists()
+    monkeypatch.setattr(loop, "load_start", lambda *_: pytest.fail("the model is loaded"))
+    for output in (data / "run", "/proc/run", data, folder / "latin\udce9"):
+        line = refused(command(STAGE2, data, tokenizers, output))
+        assert f"train.py: {output}".replace("\udce9", r"\udce9") in line.replace("output is ", "")
+    assert "configs is a folder; give a file" in refused(["", "", "--config", "configs"])
 
 
 def test_held_out_set_and_profile(folder, env):

@@ -58,6 +58,11 @@ OTHER_VALUES = {
         "image_size": 12,
         "patch_size": 4,
         "layer_norm_eps": 1e-5,
+        "kind": "clip",
+        "hidden_act": "quick_gelu",
+        "select_feature": "cls_patch",
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
     },
     "qformer_config": {
         "vocab_size": 21,
@@ -69,6 +74,7 @@ OTHER_VALUES = {
         "layer_norm_eps": 1e-6,
         "cross_attention_frequency": 3,
         "dropout": 0.2,
+        "encoder_hidden_size": 12,
     },
     "text_config": {
         "vocab_size": 25,
@@ -89,12 +95,14 @@ OTHER_VALUES = {
         "frame_tokens": "context",
         "mm_projector_type": "linear",
         "quantization": "int8",
+        "bert_type": "qformer",
     },
 }
 READ_ELSEWHERE = {  # section → fields that no traced function reads; the tests below show what does
+    "vision_tower_config": {"feature_layer"},  # which EVA has no choice of
     "text_config": {"max_position_embeddings", "eos_token_id"},  # the longest row, and where an answer ends
-    # what pictures go through before the model, and the layout of rows on the host
-    "": {"image_aspect_ratio", "image_token_index"},
+    # what pictures go through before the model, the layout of rows on the host, and the text around visuals
+    "": {"image_aspect_ratio", "image_token_index", "mm_use_im_start_end", "mm_use_im_patch_token"},
 }
 FIELDS = [(section, name) for section, values in OTHER_VALUES.items() for name in values]
 
@@ -114,7 +122,7 @@ def program(config: LLaMAVIDLlavaConfig) -> Iterator:
     def frames(state, pixels, text_ids, key):
         model = nnx.merge(graphdef, state)
         features = model.vision(pixels)
-        return model.frames_tokens(features, text_ids, text_ids > 0, key[None], has_cls=True)
+        return model.frames_tokens(features, text_ids, text_ids > 0, key[None], has_cls=model.vision.config.has_cls)
 
     def logits(state, token_ids, visual):
         return nnx.merge(graphdef, state)(token_ids, visual, token_ids - 1)
@@ -122,7 +130,7 @@ def program(config: LLaMAVIDLlavaConfig) -> Iterator:
     yield jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(state))
     ids, visual = jnp.zeros((1, 6), jnp.int32), jnp.zeros((1, 4, config.text_config.hidden_size))
     for function, arrays in (
-        (frames, (jnp.zeros((1, 3, size, size)), ids, jax.random.key(0))),
+        (frames, (jnp.zeros((1, size, size, 3), jnp.uint8), ids, jax.random.key(0))),
         (logits, (ids, visual)),
     ):
         jaxpr = jax.make_jaxpr(function)(state, *arrays)
@@ -148,6 +156,16 @@ def test_the_same_configuration_gives_the_same_program(unchanged):
 @pytest.mark.parametrize(("section", "name"), FIELDS)
 def test_field_changes_the_program(section, name, unchanged):
     assert any(part != other for part, other in zip(program(changed(section, name)), unchanged, strict=False))
+
+
+def test_feature_layer_of_clip():
+    """One block less, of which the parameters stay."""
+    clip = dataclasses.replace(TINY.vision_tower_config, kind="clip")
+    last, before = (
+        list(program(dataclasses.replace(TINY, vision_tower_config=dataclasses.replace(clip, feature_layer=layer))))
+        for layer in (-1, -2)
+    )
+    assert last[0] == before[0] and last[1] != before[1]
 
 
 def tiny_model(image_token_index: int = -200, **text) -> LLaMAVIDLlavaForConditionalGeneration:

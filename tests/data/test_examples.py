@@ -10,6 +10,7 @@ from clips import cut, index_frame, read_index, write_clip
 from paths import GOLDEN
 from PIL import Image
 
+from llamavid_jax.config.schema import CLIP_MEAN
 from llamavid_jax.data.build_shards import read_header
 from llamavid_jax.data.examples import ExampleReader, SampleSize, thinned
 from llamavid_jax.data.labels import training_example
@@ -68,7 +69,7 @@ def expanded(example, movie=False):
 def test_a_still_is_padded_or_cropped_and_its_turns_have_their_own_questions(picture):
     example = reader().read(picture, 3, max_frames=8)
     still = open_image(picture.media)
-    np.testing.assert_array_equal(example.frames, resize_and_crop(pad_to_square(still), 56)[None])
+    np.testing.assert_array_equal(example.frames, resize_and_crop(pad_to_square(still, CLIP_MEAN), 56)[None])
     cropped = reader(aspect="crop").read(picture, 3, max_frames=1).frames
     np.testing.assert_array_equal(cropped, resize_and_crop(still, 56)[None])
     assert example.id == "p" and example.frames.dtype == np.uint8

@@ -18,10 +18,11 @@ from PIL import Image
 from recorded_training import replay
 
 from conversion.check import TOLERANCES, check_case, read_expected
-from conversion.positions import resize_positions
 from conversion.read_torch import read_checkpoint
+from conversion.resize import resize_positions
 from conversion.torch_to_jax import main as torch_to_jax
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
+from llamavid_jax.config.schema import CLIP_MEAN, CLIP_STD
 from llamavid_jax.data.labels import training_example
 from llamavid_jax.media.images import normalize, pad_to_square, resize_and_crop
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
@@ -115,8 +116,10 @@ def test_preprocessing(preprocessing):
         kind, _, number = key.partition(".")
         if kind in ("crop", "pad"):
             image = Image.fromarray(expected[f"image.{number}"])
-            image = pad_to_square(image) if kind == "pad" else image
-            difference = np.abs(normalize(resize_and_crop(image, value.shape[-1])[None])[0] - value)
+            image = pad_to_square(image, CLIP_MEAN) if kind == "pad" else image
+            difference = np.abs(
+                normalize(resize_and_crop(image, value.shape[-1])[None], CLIP_MEAN, CLIP_STD)[0] - value
+            )
             assert difference.max() <= 1e-2 and difference.mean() <= 1e-3, key
             checked += 1
     tables = {side(key): value[0] for key, value in expected.items() if key.startswith("pos_embed_")}

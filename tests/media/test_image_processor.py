@@ -8,6 +8,7 @@ from clips import index_frame, write_clip
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llamavid_jax.config.schema import CLIP_MEAN, CLIP_STD
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.media.image_processor import FILE_NAME, LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.images import normalize, pad_to_square, resize_and_crop
@@ -19,8 +20,8 @@ processor = LLaMAVIDLlavaImageProcessor(size=56)
 
 
 def expected(picture, aspect="pad"):
-    picture = pad_to_square(Image.fromarray(picture)) if aspect == "pad" else picture
-    return normalize(resize_and_crop(picture, 56)[None])
+    picture = pad_to_square(Image.fromarray(picture), CLIP_MEAN) if aspect == "pad" else picture
+    return normalize(resize_and_crop(picture, 56)[None], CLIP_MEAN, CLIP_STD)
 
 
 @pytest.mark.parametrize("aspect", ["pad", "crop"])

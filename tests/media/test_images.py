@@ -13,6 +13,7 @@ from paths import GOLDEN
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llamavid_jax.config.schema import CLIP_MEAN, CLIP_STD
 from llamavid_jax.media.images import check_picture, normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError
 
@@ -27,8 +28,8 @@ TOP_LEFT_RED[:16, :16, 0] = 255
 def test_recorded_output_of_the_original(number, aspect):
     with np.load(EXPECTED) as arrays:
         image, expected = Image.fromarray(arrays[f"image.{number}"]), arrays[f"{aspect}.{number}"]
-    image = pad_to_square(image) if aspect == "pad" else image
-    actual = normalize(resize_and_crop(image, expected.shape[-1])[None])[0]
+    image = pad_to_square(image, CLIP_MEAN) if aspect == "pad" else image
+    actual = normalize(resize_and_crop(image, expected.shape[-1])[None], CLIP_MEAN, CLIP_STD)[0]
     assert actual.dtype == np.float32
     assert np.abs(actual - expected).max() < 1e-5 and np.abs(actual - expected).mean() < 1e-6
 
@@ -41,13 +42,13 @@ def test_transformers_gives_the_same(size, shape):
     image = np.random.default_rng(size).integers(0, 256, (*shape, 3), dtype=np.uint8)
     reference = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     expected = reference(images=Image.fromarray(image), return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(normalize(resize_and_crop(image, size)[None]), expected, atol=1e-5)
+    np.testing.assert_allclose(normalize(resize_and_crop(image, size)[None], CLIP_MEAN, CLIP_STD), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "top", "left"), [((3, 8), 2, 0), ((8, 3), 0, 2), ((5, 5), 0, 0)])
 def test_padding_has_the_means_colour_and_rounds_the_offset_down(shape, top, left):
     image = np.full((*shape, 3), 9, np.uint8)
-    padded = np.asarray(pad_to_square(Image.fromarray(image)))
+    padded = np.asarray(pad_to_square(Image.fromarray(image), CLIP_MEAN))
     expected = np.full((max(shape), max(shape), 3), (122, 116, 104), np.uint8)
     expected[top : top + shape[0], left : left + shape[1]] = 9
     np.testing.assert_array_equal(padded, expected)

@@ -51,6 +51,11 @@ def test_the_frame_at_each_time_is_the_last_one_that_began_before(fps):
     assert own[-1] - plan.times[-1] < 1 / fps
 
 
+def test_uneven_slides_have_no_rate():
+    plan = sample(timeline_of([Packet(time, 2500, True) for time in (0, 3000, 5000, 7500)], MS, 0.4), 1)
+    assert plan.rule == "times" and plan.frames.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+
+
 def test_the_order_in_the_file_and_where_its_times_start_do_not_matter():
     stored = [0, 160, 80, 40, 120, 320, 240, 200, 280]
     for times in (stored, [time + 10**9 for time in stored]):

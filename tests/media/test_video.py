@@ -213,6 +213,16 @@ def test_files_that_are_joined_end_to_end_are_seen_one_after_the_other(tmp_path,
     assert video.sampling.rule == "stride"
 
 
+def test_a_stream_that_begins_in_the_middle_is_no_hindrance(tmp_path):
+    """As in a broadcast, in which another program comes after two seconds."""
+    path = tmp_path / "a.ts"
+    picture = write_clip(path, [index_frame(i) for i in range(50)])
+    write_streams(tmp_path / "b.ts", first=160, second=64)
+    path.write_bytes(picture.read_bytes() + (tmp_path / "b.ts").read_bytes())
+    video = read_video(path)
+    assert [read_index(frame) for frame in video.frames[:2]] == [0, 25] and len(video.frames) == 4
+
+
 def test_an_animated_webp_is_a_video(tmp_path):
     first, *others = [Image.fromarray(index_frame(i)) for i in range(20)]
     path = tmp_path / "a.webp"

@@ -27,7 +27,7 @@ from torch_models import (
 )
 
 LLAMA, ROTARY, ATTENTION = "models.llama", "models.rotary", "attention.reference"
-VISION, QFORMER, TOKENS, WHOLE = "models.eva_vit", "models.qformer", "models.visual_tokens", "models.llama_vid"
+VISION, QFORMER, TOKENS, WHOLE = "models.vision", "models.text_decoder", "models.visual_tokens", "models.llama_vid"
 
 
 def unpooled_error(scale: float) -> float:
@@ -100,8 +100,8 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
     "a final norm": (
         vision_error,
         VISION,
-        "        return stack.scan(apply, self.blocks, x)[0]\n",
-        "        x = stack.scan(apply, self.blocks, x)[0]\n        return x / jnp.std(x, -1, keepdims=True)\n",
+        "        return x if config.has_cls",
+        "        x = x / jnp.std(x, -1, keepdims=True)\n        return x if config.has_cls",
     ),
     "rows and columns of a patch swapped": (vision_error, VISION, 'p q c", p=side', 'q p c", p=side'),
     "patches by columns": (vision_error, VISION, "f (y x) p q c", "f (x y) p q c"),
@@ -114,8 +114,8 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
     "queries with positions": (
         qformer_error,
         QFORMER,
-        "queries = self.query.astype(self.dtype)\n",
-        "queries = self.query + self.position_embeddings(jnp.arange(len(self.query)))\n",
+        "jnp.concatenate([self.query.astype(self.dtype), text])",
+        "jnp.concatenate([self.query + self.position_embeddings(jnp.arange(len(self.query))), text])",
     ),
     "text positions behind the queries": (
         qformer_error,
@@ -133,17 +133,17 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
     "queries not embedding-normed": (
         qformer_error,
         QFORMER,
-        "self.embeddings_norm(jnp.concatenate([queries, text]))",
-        "jnp.concatenate([queries, self.embeddings_norm(text)])",
+        "self.embeddings_norm(x)",
+        "jnp.concatenate([x[:number], self.embeddings_norm(x[number:])])",
     ),
-    "cross-attention in odd layers": (qformer_error, QFORMER, "if index == 0:", "if index == 1:"),
+    "cross-attention in odd layers": (qformer_error, QFORMER, "if index == 0:\n", "if index == 1:\n"),
     "cross-attention in every layer": (
         qformer_error,
         QFORMER,
-        "if index == 0:",
-        "if True:",
+        "if index == 0:\n",
+        "if True:\n",
     ),
-    "no cross-attention": (qformer_error, QFORMER, "if index == 0:", "if False:"),
+    "no cross-attention": (qformer_error, QFORMER, "if index == 0:\n", "if False:\n"),
     "cross-attention for the text too": (
         qformer_error,
         QFORMER,
@@ -164,7 +164,7 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
         "self.norm(x + dropout(self.out(attended)",
         "x + self.norm(dropout(self.out(attended)",
     ),
-    "the text comes out": (qformer_error, QFORMER, "return carry[0][:number]", "return carry[0][-number:]"),
+    "the text comes out": (qformer_error, QFORMER, "else carry[0][:number]", "else carry[0][-number:]"),
     # the token generator, alone and behind the Q-Former
     "no sqrt(E)": (tokens_error, TOKENS, " / math.sqrt(k.shape[-1])", ""),
     "sqrt of the Q-Former's width": (tokens_error, TOKENS, "math.sqrt(k.shape[-1])", "math.sqrt(queries.shape[-1])"),
@@ -174,8 +174,8 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
         "jax.nn.softmax(scores, axis=-1)",
         "jax.nn.softmax(scores, axis=0)",
     ),
-    "the first query alone": (tokens_error, TOKENS, ".mean(axis=0)", "[0]"),
-    "the sum over queries": (tokens_error, TOKENS, ".mean(axis=0)", ".sum(axis=0)"),
+    "the first query alone": (tokens_error, TOKENS, "return weights.mean(axis=0)", "return weights[0]"),
+    "the sum over queries": (tokens_error, TOKENS, "return weights.mean(axis=0)", "return weights.sum(axis=0)"),
     "projected values": (
         tokens_error,
         TOKENS,
@@ -202,15 +202,15 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
     "the memory norm on the patches too": (
         frame_error,
         WHOLE,
-        "features[1:] if has_cls else features",
-        "qformer.memory_norm(features[1:])",
+        "features[1:] if has_cls and not visual_tokens.keeps_cls else features",
+        "decoder.memory_norm(features[1:])",
     ),
     "the last patch dropped for the CLS token": (frame_error, WHOLE, "features[1:] if", "features[:-1] if"),
     "the Q-Former without the CLS token": (
         frame_error,
         WHOLE,
-        "queries = qformer(features, ",
-        "queries = qformer(features[1:], ",
+        "visual_tokens.memory(patches if decoder.is_bert else features)",
+        "visual_tokens.memory(patches)",
     ),
 }
 

@@ -176,11 +176,12 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
     np.testing.assert_array_equal(np.asarray(arrays["w"]), np.arange(4_000_000, dtype=np.float32))
 
 
-def test_unwritable_and_full(tmp_path):
+def test_unwritable_and_full(tmp_path, capfd):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot be made .*give a folder that can be written to"):
         RunCheckpoints(tmp_path / "file", keep=2)
-    state = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(100_000), jnp.float32)}
+    values = np.random.default_rng(0).standard_normal(100_000)
+    state = {f"w{number}": jnp.asarray(values, jnp.float32) for number in range(20)}
     checkpoints = RunCheckpoints(tmp_path / "run", keep=2)
     checkpoints.save(1, state, {}, {})
     checkpoints.wait()
@@ -189,11 +190,14 @@ def test_unwritable_and_full(tmp_path):
     try:
         with pytest.raises(CheckpointError, match=r"run: the checkpoint of step 2 cannot be written .*; free space"):
             checkpoints.save(2, state, {}, {})
+            while checkpoints._manager.is_saving_in_progress():  # it fails while the run goes on
+                time.sleep(0.01)
             checkpoints.wait()
         with pytest.raises(CheckpointError, match="the checkpoint of step 2"):  # it is not forgotten
             checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not capfd.readouterr().err
     with RunCheckpoints(tmp_path / "run", keep=2) as checkpoints:
         assert checkpoints.restore(state).step == 1
 

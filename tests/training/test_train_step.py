@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from training_cases import CONFIG, LOOP, OPTIMIZER, STAGES, batch, example, random_params, state, structure
 
-from llamavid_jax.models import eva_vit, llama_vid
+from llamavid_jax.models import llama_vid, vision
 from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.shapes import Batch, RowShape
@@ -152,7 +152,7 @@ def test_chunks_of_frames_and_pairs(monkeypatch):
     """Long videos go through the tower and the Q-Former in chunks, with the same numbers."""
     long = batch([[example(30, 11, 20)], [example(31, 7, 20)]], RowShape(11, 11, 1, 64))
     whole = make_evaluate_step(structure())(*split(2), long)
-    monkeypatch.setattr(eva_vit, "FRAMES_AT_A_TIME", 4)
+    monkeypatch.setattr(vision, "FRAMES_AT_A_TIME", 4)
     monkeypatch.setattr(llama_vid, "PAIR_CHUNK", 4)
     np.testing.assert_allclose(make_evaluate_step(structure())(*split(2), long).loss, whole.loss, rtol=1e-6)
 

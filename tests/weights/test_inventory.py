@@ -8,7 +8,7 @@ import pytest
 import torch
 from flax import nnx
 
-from conversion.positions import resize_positions
+from conversion.resize import resize_positions
 from llamavid_jax.config.schema import (
     LlamaConfig,
     LLaMAVIDLlavaConfig,

@@ -1,4 +1,4 @@
-"""The position table of the vision tower for another image size."""
+"""Tables of another length: positions of another image size, and vocabularies with new rows."""
 
 import math
 
@@ -20,3 +20,13 @@ def resize_positions(table: np.ndarray, side: int) -> np.ndarray:
     grid = jnp.asarray(table[1:], jnp.float32).reshape(old, old, -1)
     grid = jax.image.resize(grid, (side, side, grid.shape[-1]), "bicubic-pytorch", antialias=False)
     return np.concatenate([table[:1], np.asarray(grid).reshape(side * side, -1).astype(table.dtype)])
+
+
+def grow_rows(table: np.ndarray, rows: int, drawn: np.ndarray | None = None) -> np.ndarray:
+    """Table [V, D] with new rows behind it: each the mean of all before it, as the original starts tokens of its own.
+
+    `drawn` [1, D] comes first of them (`<im_patch>`, which nothing uses) and counts in the mean.
+    """
+    table = table if drawn is None else np.concatenate([table, drawn.astype(table.dtype)])
+    mean = table.astype(np.float32).mean(axis=0, keepdims=True).astype(table.dtype)
+    return np.concatenate([table, np.repeat(mean, rows - len(table), axis=0)])

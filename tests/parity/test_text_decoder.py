@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torch_models import BAR, CONFIG, SCALES, features_of, ours, qformer_error, questions, relative_error
 
-from llamavid_jax.models.qformer import dropout
+from llamavid_jax.models.text_decoder import dropout
 
 
 @pytest.mark.parity
