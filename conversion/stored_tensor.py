@@ -32,8 +32,6 @@ MAX_INDEX_BYTES = 16 << 20  # of what says where tensors lie; 40,000 of them tak
 MAX_NAME = 500  # characters in the name of a tensor
 MAX_AXES = 8
 
-EMPTY = "is empty: DeepSpeed's ZeRO-3 saved it without gathering its parts; make it whole with zero_to_fp32.py"
-
 
 @dataclasses.dataclass(frozen=True)
 class Storage:

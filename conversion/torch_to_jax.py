@@ -33,7 +33,7 @@ from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.quantize import quantize_kernels
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.weights import inventory
-from llamavid_jax.weights.files import Weight, to_jax, weight_table
+from llamavid_jax.weights.files import EMPTY, Weight, to_jax, weight_table
 from llamavid_jax.weights.llama import QUANTISED
 
 from . import folder
@@ -42,7 +42,7 @@ from .read_gguf import write_tokenizer
 from .read_torch import checkpoint_files
 from .resize import grow_rows, resize_positions
 from .sources import Source, Tensor, model_config, open_sources
-from .stored_tensor import EMPTY, count_not_finite
+from .stored_tensor import count_not_finite
 from .sums import sha256_sums, verify
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

@@ -58,6 +58,7 @@ class LlamaTokenizer:
                 raise ValueError
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self._files[path.name])
             self.vocab_size = self._model.vocab_size()
+            self._model.id_to_piece(list(range(self.vocab_size)))  # raises where one is no UTF-8
         except (RuntimeError, ValueError):
             raise ConversationError(f"{path} is not a sentencepiece model; {remedy} again") from None
         config_path = path.with_name("tokenizer_config.json")
