@@ -120,7 +120,7 @@ def locate(
             f"{storage.file}: {name} of shape {shape} is longer than its storage; the file is truncated"
         )
     if tensor.nbytes > max(storage.nbytes, storage.file.stat().st_size):
-        raise CheckpointError(f"{storage.file}: {name} of shape {shape} is larger than the whole file; save it again")
+        raise CheckpointError(f"{storage.file}: {name} of shape {shape} is larger than its file; save it again")
     return tensor
 
 
