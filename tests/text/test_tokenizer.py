@@ -295,3 +295,12 @@ def test_malformed_text(llama, tmp_path):
             tokenizer(prompts)
     with pytest.raises(ConversationError, match="half a surrogate pair at character 2"):
         llama.encode("ab\ud800")
+
+
+def test_ids_with_gaps_are_counted_to_the_last(tmp_path):
+    """So that a vocabulary with an id beyond the model's rows is refused, however few pieces it has."""
+    model = {"type": "BPE", "vocab": {"a": 999, "</s>": 1}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.decode([999])) == (1000, "a")
