@@ -8,6 +8,7 @@ nothing was compared.  Everything runs in float32 at the highest matmul precisio
 import dataclasses
 import json
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from rich.table import Table
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.commands.program import keep_programs
-from llamavid_jax.errors import CheckpointError, Parser, command
+from llamavid_jax.errors import CheckpointError, InputError, Parser, command
+from llamavid_jax.files import local
 from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN
 
 TOLERANCES = {"vision_features": 1e-5, "tokens": 1e-5, "logits": 5e-5, "loss": 1e-5, "greedy": 0.0}
+MAX_RECORDING = 4 << 30  # bytes, unpacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,25 +158,48 @@ def _generate_case(model, expected: Mapping[str, np.ndarray]) -> Iterator[Row]:
     yield compare("generate.greedy", output.token_ids[0], greedy)
 
 
-def read_expected(file: Path) -> dict[str, np.ndarray]:
-    """A recording.  Raises CheckpointError when it is not a readable `.npz` file."""
+class Recording(dict):
+    """Arrays by name; CheckpointError for one that is not there."""
+
+    def __init__(self, file: Path, arrays: Mapping[str, np.ndarray]):
+        super().__init__(arrays)
+        self._file = file
+
+    def __missing__(self, name: str):
+        raise CheckpointError(f"{self._file} lacks the array {name}; record the case again")
+
+
+def read_expected(file: Path) -> Recording:
+    """A recording.  Raises CheckpointError when it is not a readable `.npz` file, and for one of many gigabytes."""
     try:
+        with zipfile.ZipFile(file) as archive:
+            if (size := sum(entry.file_size for entry in archive.infolist())) > MAX_RECORDING:
+                raise CheckpointError(f"{file} unpacks to {size} bytes; a recording has at most {MAX_RECORDING}")
         with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, AttributeError, KeyError) as error:
+            return Recording(file, {name: arrays[name] for name in arrays.files})
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive may raise anything at all
         raise CheckpointError(f"{file} is not a readable .npz file ({error}); give a recorded expected.npz") from None
 
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.check", description=__doc__.split("\n\n")[0])
-    parser.add_argument("directory", metavar="DIR", type=Path, help="a converted checkpoint")
-    parser.add_argument("--expected", metavar="FILE", type=Path, required=True, help="recorded outputs (.npz)")
+    parser.add_argument("directory", metavar="DIR", type=local, help="a converted checkpoint")
+    parser.add_argument("--expected", metavar="FILE", type=local, required=True, help="recorded outputs (.npz)")
     options = parser.parse_args(arguments)
     expected = read_expected(options.expected)
     keep_programs()
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.directory, dtype="float32")
-    rows = check_case(model, expected)
+    try:
+        rows = check_case(model, expected)
+    except InputError:
+        raise
+    except (ValueError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"{options.expected} does not record a case of this model ({error}); record it again"
+        ) from None
     table = Table("array", "relative error", "tolerance", "verdict", title=str(options.directory))
     for row in rows:
         table.add_row(row.name, f"{row.error:.2e}", f"{row.tolerance:.0e}", "ok" if row.passed else "FAILED")

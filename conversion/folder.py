@@ -48,6 +48,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
             raise
 
 
+def text_files(source: Path, tokenizer: Path | None, bert_tokenizer: Path | None) -> list[Path]:
+    """The files of both tokenizers that `copy_tokenizers` copies, as far as they exist."""
+    files = [(tokenizer or source) / name for name in TEXT_FILES]
+    files.append((bert_tokenizer or source / "qformer_tokenizer") / "vocab.txt")
+    return [file for file in files if file.is_file()]
+
+
 def copy_tokenizers(
     source: Path, tokenizer: Path | None, bert_tokenizer: Path | None, out: Path, config: LLaMAVIDLlavaConfig
 ) -> list[str]:

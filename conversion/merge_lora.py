@@ -3,8 +3,8 @@
 BASE is a converted checkpoint.  ADAPTER is a folder as PEFT, `train.py` or the original's training leaves it:
 adapter_config.json, adapter_model.safetensors or .bin, and what was trained in full beside the updates: `weights`
 of `train.py`, non_lora_trainables.bin of the original, which cannot load these itself.  OUT is BASE with B·A·α/r
-added to the kernels in float32, in BASE's types, and with the full modules in place of its own.  Memory holds one
-weight at a time.
+added to the kernels in float32, in BASE's types, and with the full modules in place of its own.  PiSSA and OLoRA took
+a part off every kernel before they trained; the same is taken off here.  Memory holds one weight at a time.
 """
 
 import logging
@@ -12,19 +12,27 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from llamavid_jax.checkpoints.adapter import check_tensors, peft_tensors, read_peft_config, read_values
+from llamavid_jax.checkpoints.adapter import (
+    REBUILT_STARTS,
+    check_tensors,
+    peft_tensors,
+    read_peft_config,
+    read_values,
+    require_finite,
+)
 from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, Parser, command
-from llamavid_jax.files import check_sums
+from llamavid_jax.files import check_sums, local
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
-from llamavid_jax.weights.files import Weight, to_jax, weight_table
+from llamavid_jax.weights.files import EMPTY, Weight, to_jax, to_torch, weight_table
 
 from . import folder
 from .orbax_store import LayerWriter
@@ -36,8 +44,8 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 FULL_MODULES = "non_lora_trainables.bin"
 
 
-def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, StoredTensor]]:
-    """An adapter's configuration and its tensors, `model....lora_A.weight` → tensor.
+def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, StoredTensor], Any]:
+    """An adapter's configuration, its tensors, `model....lora_A.weight` → tensor, and how it started.
 
     Raises CheckpointError without a file of weights, and for weights of another model.
     """
@@ -45,10 +53,12 @@ def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig,
     if file is None:
         raise CheckpointError(f"{source} holds no {' or '.join(ADAPTER_FILES)}; give the folder of an adapter")
     tensors = {name.replace(".default.", "."): tensor for name, tensor in read_file(file).items()}
-    lora = read_peft_config(read_values(source), tensors, source)
+    values = read_values(source)
+    lora = read_peft_config(values, tensors, source, rebuilt=REBUILT_STARTS)
     check_sums(source)
     check_tensors(tensors, peft_tensors(lora, config), source)
-    return lora, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    updates = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return lora, updates, values.get("init_lora_weights")
 
 
 def read_full_modules(source: Path, table: list[Weight]) -> dict[str, StoredTensor]:
@@ -57,6 +67,8 @@ def read_full_modules(source: Path, table: list[Weight]) -> dict[str, StoredTens
     tensors = read_file(file) if file.is_file() else {}
     full = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     for name, tensor in full.items():
+        if 0 in tensor.shape:
+            raise CheckpointError(f"{file}: {name} {EMPTY}")
         if shapes.get(name) != tensor.shape:
             raise CheckpointError(
                 f"{file}: {name} has shape {tensor.shape}, the base {shapes.get(name, 'no such weight')}; "
@@ -76,10 +88,47 @@ def read_full_parameters(source: Path, shapes: Mapping[str, tuple[int, ...]]) ->
     return arrays
 
 
+def plain_files(base: Path) -> list[Path]:
+    """What lies beside the weights, as paths within `base`.
+
+    Raises CheckpointError for what cannot be copied or has no end: pipes, devices, links to nothing or to a folder.
+    """
+    found = []
+    for path in sorted(base.rglob("*")):
+        inside = path.relative_to(base)
+        if inside.parts[0] == WEIGHTS:
+            continue
+        if path.is_file():
+            found.append(inside)
+        elif path.is_symlink() or not path.is_dir():
+            raise CheckpointError(f"{path} is no file that can be copied; remove it")
+    return found
+
+
+def trained_base(kernel: np.ndarray, start: Any, lora: LoraConfig) -> np.ndarray:
+    """The kernel `[out, in]` that an adapter was trained on.
+
+    PiSSA trains the part of the `rank` largest singular values and leaves the rest; OLoRA starts with the first columns
+    and rows of a QR decomposition.  Neither depends on the signs that a decomposition is free to choose.
+    """
+    if start == "pissa":
+        if kernel.shape[0] > kernel.shape[1]:
+            return trained_base(kernel.T, start, lora).T
+        wide = kernel.astype(np.float64)
+        _, vectors = np.linalg.eigh(wide @ wide.T)  # in rising order; a fourth of the time of a decomposition of `wide`
+        largest = vectors[:, -lora.rank :]
+        return (wide - largest @ (largest.T @ wide)).astype(np.float32)
+    if start == "olora":
+        q, r = np.linalg.qr(kernel)
+        return kernel - lora.scale * (q[:, : lora.rank] @ r[: lora.rank])
+    return kernel
+
+
 def merged(
     base: np.ndarray,
     weight: Weight,
     lora: LoraConfig,
+    start: Any,
     updates: Mapping[str, StoredTensor],
     full: Mapping[str, StoredTensor],
 ) -> np.ndarray:
@@ -90,27 +139,35 @@ def merged(
     if f"{name}.lora_A.weight" not in updates:
         return base
     a, b = (updates[f"{name}.lora_{part}.weight"].read().astype(np.float32) for part in "AB")
-    return (base.astype(np.float32) + to_jax(lora.scale * (b @ a), weight)).astype(base.dtype)
+    for part, value in (("A", a), ("B", b)):
+        require_finite(value, f"{name}.lora_{part}.weight", updates[f"{name}.lora_{part}.weight"].file)
+    kernel = base.astype(np.float32)
+    if start in REBUILT_STARTS:
+        kernel = to_jax(trained_base(to_torch(kernel, weight.pattern), start, lora), weight)
+    return (kernel + to_jax(lora.scale * (b @ a), weight)).astype(base.dtype)
 
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """Writes the folder `out`.  Raises InputError, and leaves nothing at `out` then."""
     config = LLaMAVIDLlavaConfig.from_pretrained(base).require_whole(base)
     table, arrays = weight_table(config, "original"), Arrays(base / WEIGHTS)
-    lora, updates = read_adapter(adapter, config)
+    lora, updates, how = read_adapter(adapter, config)
+    beside = plain_files(base)
     shapes = inventory.shapes(config)
     full, own = read_full_modules(adapter, table), read_full_parameters(adapter, shapes)
     replaced = set(own or ())
     check_params(arrays.folder, arrays, shapes)
     with folder.whole_folder(out) as partial:
-        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
+        for inside in beside:
+            (partial / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / inside, partial / inside)
         dtypes = {path: arrays[path].dtype.numpy_dtype for path in shapes}
         stacked = {weight.path for weight in table if weight.index is not None}
         empty = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in shapes.items()}
         written = LayerWriter(partial / WEIGHTS, empty, stacked)
         for weight in table:
             start = (own if weight.path in replaced else arrays).read(weight.path, weight.index)
-            value = merged(start.astype(dtypes[weight.path]), weight, lora, updates, full)
+            value = merged(start.astype(dtypes[weight.path]), weight, lora, how, updates, full)
             written.write(weight.path, weight.index, value)
     count = len(full) + sum(weight.path in replaced for weight in table)
     print(f"{out}: {len(updates) // 2} kernels updated, {count} weights replaced")
@@ -119,9 +176,9 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
 @command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.merge_lora", description=__doc__.split("\n\n")[0])
-    parser.add_argument("base", metavar="BASE", type=Path, help="a converted checkpoint")
-    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder of a LoRA adapter")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("base", metavar="BASE", type=local, help="a converted checkpoint")
+    parser.add_argument("adapter", metavar="ADAPTER", type=local, help="the folder of a LoRA adapter")
+    parser.add_argument("out", metavar="OUT", type=local, help="the folder to make")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
     options = parser.parse_args(arguments)
     merge(options.base, options.adapter, options.out)

@@ -136,7 +136,7 @@ def read_header(file: Path) -> Header:
     """Raises CheckpointError for a damaged file, and for another architecture than LLaMA's."""
     try:
         with file.open("rb") as stream:
-            header = _parse(file, _Cursor(stream.read(MAX_HEADER_BYTES)))
+            header = _parse(file, _Cursor(stream.read(min(file.stat().st_size, MAX_HEADER_BYTES))))
     except ModuleNotFoundError:
         raise CheckpointError("reading .gguf needs the gguf package: pip install gguf") from None
     except (ValueError, KeyError, OSError) as error:

@@ -32,7 +32,7 @@ def open_sources(
     checkpoint: Path, vision: Path | None, qformer: Path | None, projectors: Path | None, resizable: bool
 ) -> list[Source]:
     """All sources, the complete checkpoint first: where two hold a weight, the later one counts."""
-    whole = read_gguf(checkpoint) if checkpoint.suffix == ".gguf" else read_checkpoint(checkpoint)
+    whole = read_gguf(checkpoint) if checkpoint.suffix == ".gguf" else unwrapped(read_checkpoint(checkpoint))
     found = [Source(checkpoint, whole, resizable)]
     parts = ((vision, vision_name), (qformer, qformer_name), (projectors, projector_name))
     for origin, rename in parts:
@@ -41,8 +41,16 @@ def open_sources(
     return found
 
 
+def unwrapped(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The names without what wrappers of a trained module put before every one: DistributedDataParallel, compile."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def _renamed(origin: Path, rename: Callable[[str], str]) -> dict[str, StoredTensor]:
-    tensors = read_checkpoint(origin)
+    tensors = unwrapped(read_checkpoint(origin))
     renamed = {rename(name): tensor for name, tensor in tensors.items()}
     if len(renamed) != len(tensors):
         raise CheckpointError(f"{origin} holds a weight under two names; give a file with one set of weights")
@@ -51,7 +59,7 @@ def _renamed(origin: Path, rename: Callable[[str], str]) -> dict[str, StoredTens
 
 def vision_name(name: str) -> str:
     """Names of `eva_vit_g.pth` and of CLIP, bare or behind the prefixes of InstructBLIP and LLaMA-VID."""
-    for prefix in (VISION, "vision_tower.vision_tower.", "visual_encoder.", "module."):
+    for prefix in (VISION, "vision_tower.vision_tower.", "visual_encoder."):
         name = name.removeprefix(prefix)
     return VISION + name
 
@@ -70,9 +78,8 @@ def qformer_name(name: str) -> str:
 
 
 def projector_name(name: str) -> str:
-    """Names of stage 1's `mm_projector.bin`, with or without the prefixes that trainers add."""
-    for prefix in ("base_model.model.", "module."):
-        name = name.removeprefix(prefix)
+    """Names of stage 1's `mm_projector.bin`, with or without the prefix that PEFT adds."""
+    name = name.removeprefix("base_model.model.")
     return f"model.{name}" if name.startswith(("mm_projector.", "vlm_att_")) else name
 
 
@@ -112,7 +119,7 @@ def _with_text(config: LLaMAVIDLlavaConfig, text: LlamaConfig) -> LLaMAVIDLlavaC
 
 
 def read_config_file(file: Path) -> LLaMAVIDLlavaConfig:
-    """A `config.json` of any of the three forms, or one of `configs/models/*.yaml`."""
-    if file.suffix == ".json":
+    """A `config.json` of any of the three forms, the folder of one, or one of `configs/models/*.yaml`."""
+    if file.suffix == ".json" or file.is_dir():
         return LLaMAVIDLlavaConfig.from_pretrained(file)
     return LLaMAVIDLlavaConfig.from_yaml(file)

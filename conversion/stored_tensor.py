@@ -120,8 +120,14 @@ def locate(
             f"{storage.file}: {name} of shape {shape} is longer than its storage; the file is truncated"
         )
     if tensor.nbytes > max(storage.nbytes, storage.file.stat().st_size):
-        raise CheckpointError(f"{storage.file}: {name} of shape {shape} is larger than the whole file; save it again")
+        raise CheckpointError(f"{storage.file}: {name} of shape {shape} is larger than its file; save it again")
     return tensor
+
+
+def count_not_finite(value: np.ndarray) -> int:
+    """How many numbers are NaN or infinite."""
+    with np.errstate(invalid="ignore"):
+        return value.size - np.count_nonzero(np.isfinite(value))
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:

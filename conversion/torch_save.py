@@ -110,7 +110,7 @@ def _content(stream: BinaryIO, info: zipfile.ZipInfo, file: Path) -> bytes:
 
 def _read_legacy(stream: BinaryIO, file: Path) -> tuple[Any, dict[str, Storage]]:
     size = os.path.getsize(file)
-    pickles = io.BytesIO(stream.read(MAX_INDEX_BYTES))
+    pickles = io.BytesIO(stream.read(min(size, MAX_INDEX_BYTES)))
     if unpickle(pickles, file)[0] != LEGACY_MAGIC:
         raise CheckpointError(f"{file} is not a PyTorch checkpoint; give a .bin, .pth or .safetensors file")
     unpickle(pickles, file)  # protocol version

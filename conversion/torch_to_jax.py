@@ -3,7 +3,8 @@
 SRC is a LLaMA-VID checkpoint in the original or the documented layout, or a LLaMA (a folder or a `.gguf` file) whose
 other parts come from `--vision`, `--qformer` and `--projectors`.  OUT gets config.json, `weights/` (Orbax), both
 tokenizers and the image settings: all that `from_pretrained` needs.  Weights stream one by one, so memory holds one
-tensor at a time.
+tensor at a time.  The CRC-32 of `.bin` files is checked; the SHA-256 of every file is printed, and compared with
+`--verify FILE`, for the other formats carry no sums.
 """
 
 import dataclasses
@@ -27,22 +28,27 @@ from rich.table import Table
 
 from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.errors import CheckpointError, Parser, command
+from llamavid_jax.files import local
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.quantize import quantize_kernels
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.weights import inventory
-from llamavid_jax.weights.files import Weight, to_jax, weight_table
+from llamavid_jax.weights.files import EMPTY, Weight, to_jax, weight_table
 from llamavid_jax.weights.llama import QUANTISED
 
 from . import folder
 from .orbax_store import LayerWriter
 from .read_gguf import write_tokenizer
+from .read_torch import checkpoint_files
 from .resize import grow_rows, resize_positions
 from .sources import Source, Tensor, model_config, open_sources
+from .stored_tensor import count_not_finite
+from .sums import sha256_sums, verify
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
 INIT_STD = 0.02  # LLaMA's and BERT's initializer_range
+MOST_AT_RANDOM = 1 << 31  # values that no file holds; all but the language model are 1.2 billion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Plan:
     unused: list[str]  # names in the sources that this model has no place for
     overridden: list[str]  # names that a later source holds too
     leftovers: int
+    not_finite: list[str] = dataclasses.field(default_factory=list)  # weights with NaN or infinity in them, as written
 
 
 def plan(config, sources: list[Source], init_missing: bool) -> Plan:
@@ -107,6 +114,10 @@ def plan(config, sources: list[Source], init_missing: bool) -> Plan:
     missing = [weight for weight in table if (weight.path, weight.index) not in fills]
     if missing and not init_missing:
         _refuse_missing(sources[0], fills, missing)
+    if (count := sum(math.prod(weight.layer_shape) for weight in missing)) > MOST_AT_RANDOM:
+        raise CheckpointError(
+            f"--init-missing would start {count} values at random, more than 2**31; check config.json"
+        )
     return Plan(shapes, fills, missing, unused, overridden, leftovers)
 
 
@@ -118,6 +129,8 @@ def _check(source: Source, weight: Weight, tensor: Tensor, new_rows: Mapping[str
         )
     if tensor.shape == weight.shape:
         return False
+    if 0 in tensor.shape:
+        raise CheckpointError(f"{source.origin}: {weight.name} {EMPTY}")
     same_width = len(tensor.shape) == len(weight.shape) and tensor.shape[-1] == weight.shape[-1]
     resizable = weight.path == "vision.position" and same_width
     if resizable and source.resizable:
@@ -189,6 +202,8 @@ def write_weights(
 
     def write(weight: Weight, value: np.ndarray) -> None:
         value = value.astype(dtypes[weight.path], copy=False)
+        if count_not_finite(value):
+            plan.not_finite.append(weight.name)
         if weight.path in stored:
             arrays.write(weight.path, weight.index, value)
             return
@@ -222,6 +237,7 @@ def convert(
     image_size: int | None = None,
     init_missing: int | None = None,
     quantize: str | None = None,
+    listing: Path | None = None,
     console: Console | None = None,
 ) -> Plan:
     """Writes the folder `out`; see the command line for the arguments.
@@ -233,16 +249,23 @@ def convert(
     if not source.exists():
         raise CheckpointError(f"{source} does not exist; give the folder or the file of a checkpoint")
     config = model_config(source, config_file, image_size)
+    home = source if source.is_dir() else source.parent
+    files = [file for origin in (source, vision, qformer, projectors) if origin for file in checkpoint_files(origin)]
+    files += folder.text_files(home, tokenizer, bert_tokenizer)
+    sums = None
+    if listing is not None:
+        sums = sha256_sums(files)
+        verify(sums, listing)
     sources = open_sources(source, vision, qformer, projectors, resizable=image_size is not None)
     found = plan(config, sources, init_missing is not None)
     with folder.whole_folder(out) as partial:
-        home = source if source.is_dir() else source.parent
         if source.suffix == ".gguf" and tokenizer is None:
             write_tokenizer(source, partial)
         notes = folder.copy_tokenizers(home, tokenizer, bert_tokenizer, partial, config)
         LLaMAVIDLlavaImageProcessor.of(config).save_pretrained(partial)
         written = write_weights(found, leaf_dtypes(found, dtype), partial / "weights", init_missing, quantize, console)
         (config.quantized(quantize) if quantize else config).save_pretrained(partial)
+        notes += [f"{digest}  {file.name}" for file, digest in (sums or sha256_sums(files)).items()]
     _report(console, found, out, written, time.monotonic() - began, notes)
     return found
 
@@ -260,6 +283,7 @@ def _report(console: Console, plan: Plan, out: Path, written: int, seconds: floa
         *_named("not used", plan.unused),
         *_named("overridden by a later file", plan.overridden),
         *_named("resized", resized),
+        *_named("WARNING, NaN or infinite numbers in", plan.not_finite),
         *notes,
     ]
     if plan.leftovers:
@@ -276,23 +300,24 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
 @command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("source", metavar="SRC", type=Path, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("source", metavar="SRC", type=local, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
+    parser.add_argument("out", metavar="OUT", type=local, help="the folder to make")
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="stored type (keep: bit-exact)")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="LLaMA's kernels, for inference on small chips")
-    parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="LLaMA tokenizer, where SRC lacks it")
-    parser.add_argument("--bert-tokenizer", metavar="DIR", type=Path, help="folder with bert-base-uncased's vocab.txt")
-    parser.add_argument("--vision", metavar="FILE", type=Path, help="eva_vit_g.pth, or a CLIP")
-    parser.add_argument("--qformer", metavar="FILE", type=Path, help="instruct_blip_*_trimmed.pth, or a BERT")
-    parser.add_argument("--projectors", metavar="FILE", type=Path, help="stage 1's mm_projector.bin")
-    parser.add_argument("--config", metavar="FILE", type=Path, help="sizes that SRC does not state (.yaml or .json)")
+    parser.add_argument("--tokenizer", metavar="DIR", type=local, help="LLaMA tokenizer, where SRC lacks it")
+    parser.add_argument("--bert-tokenizer", metavar="DIR", type=local, help="folder with bert-base-uncased's vocab.txt")
+    parser.add_argument("--vision", metavar="FILE", type=local, help="eva_vit_g.pth, or a CLIP")
+    parser.add_argument("--qformer", metavar="FILE", type=local, help="instruct_blip_*_trimmed.pth, or a BERT")
+    parser.add_argument("--projectors", metavar="FILE", type=local, help="stage 1's mm_projector.bin")
+    parser.add_argument("--config", metavar="FILE", type=local, help="sizes that SRC does not state (.yaml or .json)")
     parser.add_argument(
         "--image-size", metavar="N", type=int, help="resize the position table to N pixels, such as 336"
     )
+    parser.add_argument("--verify", metavar="FILE", type=local, help="SHA-256 sums that SRC must have, of sha256sum")
     parser.add_argument("--init-missing", metavar="SEED", type=int, help="random values for weights that no file holds")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
     options = vars(parser.parse_args(arguments))
-    options["config_file"] = options.pop("config")
+    options["config_file"], options["listing"] = options.pop("config"), options.pop("verify")
     keep_programs()
     convert(options.pop("source"), options.pop("out"), **options)
     return 0

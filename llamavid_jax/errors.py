@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+LONGEST = 3000  # characters of an error that a command says; names and values from files may have any number
+
 
 class InputError(ValueError):
     """Input that cannot be used.  The message names the thing, the value and the remedy.
@@ -68,7 +70,8 @@ def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[...,
 
 def complain(error: InputError, command: str = "error") -> int:
     """Says the error as one line that begins with `command`; returns the exit code."""
-    say(f"{command}: {' '.join(str(error).split())}")
+    text = " ".join(str(error).split())
+    say(f"{command}: {text if len(text) <= LONGEST else f'{text[:-400][: LONGEST - 400]} ... {text[-400:]}'}")
     return 2
 
 

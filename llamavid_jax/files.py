@@ -21,9 +21,14 @@ MAX_BYTES = 64 << 20  # of a file that is read whole; the largest tokenizer.json
 MAX_JSON_BYTES = 16 << 20  # 40,000 names of weights take 4 MB; JSON takes some 20 times its size in memory
 
 
+def local(text: str | Path) -> Path:
+    """A path as it is typed: `~` is the user's folder.  A shell expands it at the beginning of a word only."""
+    return Path(os.path.expanduser(text))
+
+
 def find(path: str | Path) -> Path:
-    """`path`; where nothing is there and it begins with `configs/` or `demo/`, the package's own of that name."""
-    path = Path(path)
+    """`path`, `~` expanded; where nothing is there and it begins with `configs/` or `demo/`, the package's own."""
+    path = local(path)
     if path.parts[:1] in (("configs",), ("demo",)) and not os.path.exists(path) and (BROUGHT / path).exists():
         return BROUGHT / path
     return path
@@ -34,6 +39,8 @@ def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     path = Path(path)
     if (size := path.stat().st_size) > limit:
         raise OSError(errno.EFBIG, f"{size} bytes are too many for such a file")
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if not path.is_file():
         raise OSError(errno.EINVAL, "it is no plain file")
     return path.read_bytes()
@@ -51,7 +58,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"it holds a JSON {type(value).__name__}; an object is needed")
+        raise ValueError(f"it holds a JSON {type(value).__name__}, and an object is needed")
     return value
 
 

@@ -8,7 +8,8 @@ cannot load what its own training saves; `python -m conversion.merge_lora` merge
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,25 @@ import safetensors.numpy
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.config.strict import strict
 from llamavid_jax.errors import CheckpointError, ConfigError
-from llamavid_jax.files import check_sums, with_sums, write_files
+from llamavid_jax.files import check_sums, read_object, with_sums, write_files
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
-from llamavid_jax.weights.files import Weight, expand, to_jax, to_torch
+from llamavid_jax.weights.files import EMPTY, Weight, expand, to_jax, to_torch
 from llamavid_jax.weights.llama import KERNELS
 from llamavid_jax.weights.row import low_rank
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MODULES = {row.name.split(".{l}.")[1].removesuffix(".weight"): target for target, row in KERNELS.items()}
-PLAIN = {  # fields of adapter_config.json that would change the product, and the values with which they do not
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), (False, None)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"), (None, {}, [])),
-}
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",)}  # the values of fields with which they do not change the product
+# fields that do not, whatever they say; every other one must be absent or off
+FREE = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+FREE |= {"base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version"}
+FREE |= {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+FREE |= {"megatron_core", "qalora_group_size", "runtime_config"}
+OFF = (None, False, "", [], {})
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base as it is
+REBUILT_STARTS = ("pissa", "olora")  # those that change it in a way that the base and the rank alone tell
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def peft_tensors(config: LoraConfig, model_config: LLaMAVIDLlavaConfig) -> dict[str, Weight]:
@@ -79,6 +84,8 @@ def load_adapter(directory: str | Path, model: LLaMAVIDLlavaConfig) -> tuple[Lor
     """
     folder = Path(directory)
     values = read_values(folder)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not exist or is no plain file; save the adapter again")
     try:
         with safetensors.safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
             given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
@@ -90,6 +97,7 @@ def load_adapter(directory: str | Path, model: LLaMAVIDLlavaConfig) -> tuple[Lor
     check_tensors(given, tensors, folder)
     layers: dict[str, list[np.ndarray]] = {}
     for name, tensor in tensors.items():
+        require_finite(given[name], name, folder)
         layers.setdefault(tensor.path, []).append(to_jax(given[name], tensor))
     return config, {path: np.stack(found) for path, found in layers.items()}
 
@@ -97,32 +105,43 @@ def load_adapter(directory: str | Path, model: LLaMAVIDLlavaConfig) -> tuple[Lor
 def read_values(folder: Path) -> dict[str, Any]:
     """The object in a folder's adapter_config.json."""
     try:
-        values = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(folder / CONFIG_FILE)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} cannot be read ({error}); give the folder of an adapter"
         ) from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / CONFIG_FILE} holds a JSON {type(values).__name__}; an object is needed")
-    return values
 
 
-def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Path) -> LoraConfig:
+def read_peft_config(
+    values: Mapping[str, Any], names: Iterable[str], folder: Path, rebuilt: Collection[str] = ()
+) -> LoraConfig:
     """The LoraConfig of an adapter_config.json.
 
     The targets are read off the tensors' names: `target_modules` may be a pattern.  Raises CheckpointError for an
-    adapter that is more than A and B of one rank (DoRA, biases, full modules).
+    adapter that is more than A and B of one rank (DoRA, biases, full modules), and for one whose start changed the base
+    (`init_lora_weights`), unless the caller rebuilds that one.
     """
-    for field, plain in PLAIN.items():
-        if values.get(field, plain[0]) not in plain:
+    for field, value in values.items():
+        if field not in FREE and value not in PLAIN.get(field, OFF):
             raise CheckpointError(
-                f"{folder}: {field} is {values[field]!r} in {CONFIG_FILE}, which is more than LoRA; merge it with PEFT"
+                f"{folder}: {field} is {value!r} in {CONFIG_FILE}, which is more than LoRA; merge it with PEFT"
             )
+    start = values.get("init_lora_weights", True)
+    if start not in (*PLAIN_STARTS, *rebuilt):
+        remedy = "merge it with PEFT, onto the base that it saved"
+        if start in REBUILT_STARTS:
+            remedy = "merge it first: python -m conversion.merge_lora BASE ADAPTER OUT"
+        raise CheckpointError(
+            f"{folder}: init_lora_weights is {start!r}, which changed the base before the training; {remedy}"
+        )
+    names = list(names)
     targets = [target for module, target in MODULES.items() if any(f".{module}.lora_" in name for name in names)]
+    if not targets:
+        raise CheckpointError(f"{folder} {_updates(names)}; merge it with PEFT, and convert the result")
     alpha = values.get("lora_alpha")
     fields = {
         "rank": values.get("r"),
-        "alpha": int(alpha) if type(alpha) is float and alpha.is_integer() else alpha,
+        "alpha": int(alpha) if type(alpha) is float and alpha.is_integer() and abs(alpha) < 2**31 else alpha,
         "dropout": values.get("lora_dropout", 0),
         "targets": targets,
     }
@@ -132,17 +151,49 @@ def read_peft_config(values: Mapping[str, Any], names: Iterable[str], folder: Pa
         raise CheckpointError(f"{folder}: {CONFIG_FILE} or the tensors' names do not fit: {error}") from None
 
 
+def _updates(names: Iterable[str]) -> str:
+    """What names of tensors that are not updated here belong to."""
+    modules = sorted({re.sub(r"^base_model\.model\.|\.lora_.*|\.weight$", "", name) for name in names})
+    return (
+        f"updates {', '.join(modules[:3]) or 'nothing'}, and here the decoder's {', '.join(MODULES)} alone are updated"
+    )
+
+
 def check_tensors(given: Mapping[str, Any], expected: Mapping[str, Weight], folder: Path) -> None:
     """Raises CheckpointError unless a file holds just the tensors of an adapter of this model."""
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if others := [name for name in unknown if not any(f".{module}.lora_" in name for module in MODULES)]:
+        raise CheckpointError(f"{folder} {_updates(others)}; merge it with PEFT, and convert the result")
+    with_updates = {tensor.index for name, tensor in expected.items() if name in given}
+    without = {expected[name].index for name in missing}
+    if missing and not unknown and with_updates.isdisjoint(without):
+        raise CheckpointError(
+            f"{folder} updates {len(with_updates)} of {len(with_updates | without)} layers (layers_to_transform), and "
+            "here every layer is updated; merge it with PEFT, or give the model that it was trained on"
+        )
     if missing or unknown:
         raise CheckpointError(
             f"{folder} is no adapter of this model: {len(missing)} tensors missing ({', '.join(missing[:2])}), "
             f"{len(unknown)} unknown ({', '.join(unknown[:2])}); give the model that it was trained on"
         )
     for name, tensor in expected.items():
+        if 0 in given[name].shape:
+            raise CheckpointError(f"{folder}: {name} {EMPTY}")
         if tuple(given[name].shape) != tensor.shape:
             raise CheckpointError(
                 f"{folder}: {name} is {tuple(given[name].shape)}, but the model asks for {tensor.shape}; "
                 "give the model that it was trained on"
             )
+        if str(given[name].dtype) not in FLOATS:
+            raise CheckpointError(f"{folder}: {name} is of {given[name].dtype}; updates are {', '.join(FLOATS)}")
+
+
+def require_finite(value: np.ndarray, name: str, folder: Path) -> None:
+    """Raises CheckpointError for an update with NaN or infinite numbers, which would make its kernel so."""
+    with np.errstate(invalid="ignore"):
+        if np.isfinite(value).all():
+            return
+    raise CheckpointError(
+        f"{folder}: {name} holds numbers that are NaN or infinite; its training diverged, or the file is damaged: "
+        "give an earlier adapter"
+    )

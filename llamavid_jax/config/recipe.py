@@ -7,7 +7,26 @@ from typing import Any
 import yaml
 
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.files import find
+from llamavid_jax.files import find, read_bytes
+
+MAX_BYTES = 1 << 18  # of a file; the longest recipe has some 3,000
+
+
+class _TreeLoader(yaml.SafeLoader):
+    """YAML without aliases, with which a few lines say a thing a billion times over."""
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"*{self.peek_event().anchor} is an alias; write out what it stands for")
+        return super().compose_node(parent, index)
+
+
+def load_yaml(text: str) -> Any:
+    """Numbers, texts, lists and mappings.  Raises yaml.YAMLError, for what is nested too deeply as well."""
+    try:
+        return yaml.load(text, _TreeLoader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def read_recipe(path: str | Path, whole: Collection[str] = (), home: str = "configs/") -> dict[str, Any]:
@@ -32,12 +51,12 @@ def read_recipe(path: str | Path, whole: Collection[str] = (), home: str = "conf
 
 def _read(path: Path, home: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(find(path).read_text(encoding="utf-8")) or {}
+        values = load_yaml(read_bytes(find(path), MAX_BYTES).decode("utf-8")) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; such files are in {home}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; give a file, such as one of {home}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: no mapping of fields")

@@ -21,7 +21,7 @@ from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig, L
 from llamavid_jax.config.recipe import read_recipe
 from llamavid_jax.config.strict import check_fields, require_one_of, strict
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.files import find, write_files
+from llamavid_jax.files import find, read_object, write_files
 from llamavid_jax.shapes import END, IMAGE_TOKEN, PATCH, START
 
 
@@ -41,7 +41,7 @@ def projector_depth(mm_projector_type: str) -> int:
     """Linear layers of the content projector: 0 for "identity", 1 for "linear", N for "mlpNx_gelu"."""
     if mm_projector_type in ("identity", "linear"):
         return int(mm_projector_type == "linear")
-    mlp = re.fullmatch("mlp([0-9]{1,4})x_gelu", mm_projector_type)
+    mlp = re.fullmatch("mlp([0-9]{1,2})x_gelu", mm_projector_type)
     if mlp and int(mlp[1]) > 0:
         return int(mlp[1])
     raise ConfigError(
@@ -168,11 +168,11 @@ class LLaMAVIDLlavaConfig:
         except TypeError:
             raise ConfigError(f"the checkpoint is {directory!r}; give the path of its folder") from None
         try:
-            values = json.loads(find(path).read_text(encoding="utf-8"))
+            values = read_object(find(path))
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{str(path)!r} is not readable JSON: {error}") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is not readable JSON: {error}") from None
         try:
             config = cls.from_dict(values)
         except ConfigError as error:
@@ -186,12 +186,12 @@ class LLaMAVIDLlavaConfig:
         """
         path = Path(directory) / "preprocessor_config.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_object(path)
             found = {name: tuple(map(float, values[name])) for name in ("image_mean", "image_std") if name in values}
             vision = dataclasses.replace(self.vision_tower_config, **found)
         except (FileNotFoundError, NotADirectoryError):
             return self
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{path} cannot be read ({error}); image_mean and image_std are three numbers") from None
         return dataclasses.replace(self, vision_tower_config=vision)
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from llamavid_jax.errors import ConfigError
 
+# above any model: of these, something is built before a file of weights is asked whether it holds them
+LIMITS = {"num_hidden_layers": 1001, "image_size": 4097}
+
 
 def strict(cls, values: Any, path: str):
     """Builds the dataclass `cls` from a mapping: unknown keys and wrong types are errors that name the field."""
@@ -31,7 +34,7 @@ def strict(cls, values: Any, path: str):
 def check_fields(
     config: Any, section: str = "", from_zero: Collection[str] = (), own_range: Collection[str] = ()
 ) -> None:
-    """Every field has its declared type, and numbers are above 0 and below 2**31.
+    """Every field has its declared type, and numbers are above 0 and below 2**31, or their LIMITS.
 
     Those named in `from_zero` may be 0; `own_range` names those whose range the class itself checks.
     """
@@ -40,9 +43,12 @@ def check_fields(
         check_type(name, value, field.type)
         if field.type not in (int, float) or field.name in own_range:
             continue
-        if not 0 <= value < 2**31 or (value == 0 and field.name not in from_zero):
+        limit = LIMITS.get(field.name, 2**31)
+        if not 0 <= value < limit or (value == 0 and field.name not in from_zero):
             least = "of 0 or more" if field.name in from_zero else "above 0"
-            raise ConfigError(f"{name} is {value}; a number {least} and below 2**31 is needed")
+            raise ConfigError(
+                f"{name} is {value}; a number {least} and below {LIMITS.get(field.name, '2**31')} is needed"
+            )
 
 
 def check_type(name: str, value: Any, kind: type) -> None:

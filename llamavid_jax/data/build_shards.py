@@ -127,7 +127,7 @@ def build(
         raise InputError(f"{out} exists already and holds no complete shards; give another folder")
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
-        if manifest["source"]["sha256"] != sha256:
+        if manifest["source"].get("sha256") != sha256:
             raise InputError(f"{out} holds the shards of another {manifest['source']['name']}; give another folder")
         return manifest
     try:

@@ -8,14 +8,30 @@ complete and is refused.  TensorFlow is not needed and not imported.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamavid_jax.data.record import DataError, Record
+from llamavid_jax.files import read_object
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+
+
+def _features() -> dict[str, Any]:
+    """The `features.json` of every folder of shards, which names Python classes."""
+    home = "tensorflow_datasets.core.features."
+    text = {"pythonClassName": f"{home}text_feature.Text", "text": {}}
+
+    def tensor(kind: str, dtype: str) -> dict[str, Any]:
+        return {"pythonClassName": home + kind, "tensor": {"dtype": dtype, "encoding": "none", "shape": {}}}
+
+    integer, real = (tensor("scalar.Scalar", dtype) for dtype in ("int64", "float64"))
+    fields = dict.fromkeys(("id", "kind", "conversations", "media", "inputs"), text)
+    fields |= {"data": tensor("tensor_feature.Tensor", "string"), "frames": integer}
+    fields |= dict.fromkeys(("average_fps", "seconds"), real)
+    return {"featuresDict": {"features": fields}, "pythonClassName": f"{home}features_dict.FeaturesDict"}
 
 
 class MediaHeader(NamedTuple):
@@ -31,17 +47,22 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a complete folder of shards; DataError where it is absent, unreadable or of another version."""
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format_version"]
+        manifest = read_object(path)
     except FileNotFoundError:
         raise DataError(
             f"{folder} is no complete folder of shards ({MANIFEST} is absent); "
             "build it with: python -m llamavid_jax.data.build_shards JSON OUT"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); build the shards again") from None
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path} has format version {version}, not {FORMAT_VERSION}; build the shards again")
+    if (version := manifest.get("format_version")) != FORMAT_VERSION:
+        raise DataError(f"{path} has format version {version!r}, not {FORMAT_VERSION}; build the shards again")
+    for name, kind in (("samples", int), ("files", dict), ("source", dict), ("kinds", dict), ("skipped", list)):
+        if type(manifest.get(name)) is not kind:
+            raise DataError(f"{path}: {name} is no {kind.__name__}; build the shards again")
+    for name, size in manifest["files"].items():
+        if Path(name).name != name or type(size) is not int:
+            raise DataError(f"{path} lists the file {name!r} of {size!r} bytes; build the shards again")
     return manifest
 
 
@@ -58,27 +79,39 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
             if found != size:
                 state = "is absent" if found is None else f"has {found} bytes instead of {size}"
                 raise DataError(f"{file} {state}; copy the folder again, or build it again")
+        self._check_features()
+
+    def _check_features(self) -> None:
+        """Before tensorflow-datasets reads the names of classes in there, whose modules it imports."""
+        path = self.folder / "features.json"
+        try:
+            features = read_object(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error}); copy the folder again, or build it again") from None
+        if features != _features():
+            raise DataError(f"{path} describes other fields than shards have; build the folder again")
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Record:
         """The sample with its media bytes.  DataError naming the file where that is damaged."""
-        sample = self._read("train", index)
-        return _to_record(sample, sample["data"] if sample["media"] else None)
+        return self._read(
+            "train", index, lambda sample: _to_record(sample, sample["data"] if sample["media"] else None)
+        )
 
     def outline(self, index: int) -> tuple[Record, MediaHeader]:
         """The sample without its media bytes, and their header: all that a plan needs."""
-        sample = self._read("outline", index)
-        numbers = int(sample["frames"]), float(sample["average_fps"])
-        return _to_record(sample, None), MediaHeader(*numbers, json.loads(sample["inputs"]), float(sample["seconds"]))
+        return self._read("outline", index, lambda sample: (_to_record(sample, None), _to_header(sample)))
 
-    def _read(self, split: str, index: int) -> dict[str, Any]:
+    def _read(self, split: str, index: int, parse: Callable[[dict[str, Any]], Any]) -> Any:
         if not -self._length <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
         index %= self._length
         try:
-            return self._sources[split][index]
+            return parse(self._sources[split][index])
+        except DataError:
+            raise
         # whatever the readers of a damaged file raise: checksums, lengths and protocol buffers have their own errors
         except Exception as error:
             reason = str(error).split("\n")[0][:200]
@@ -91,6 +124,7 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
     def _builder(self):
         import tensorflow_datasets as tfds  # here, because it takes half a second
 
+        self._check_features()  # again in each process, nearest to the import that it guards
         return tfds.builder_from_directory(self.folder)
 
     @functools.cached_property
@@ -98,12 +132,15 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
         return {split: self._builder.as_data_source(split) for split in ("train", "outline")}
 
     def _file(self, split: str, index: int) -> Path:
-        """The shard that sample `index` is in."""
-        for instruction in self._builder.info.splits[split].file_instructions:
-            if index < instruction.take:
-                return Path(instruction.filename)
-            index -= instruction.take
-        raise IndexError(index)
+        """The shard that sample `index` is in; the folder where its description is damaged itself."""
+        try:
+            for instruction in self._builder.info.splits[split].file_instructions:
+                if index < instruction.take:
+                    return Path(instruction.filename)
+                index -= instruction.take
+        except Exception:  # of the same many kinds
+            pass
+        return self.folder
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "_length": self._length}
@@ -117,6 +154,11 @@ def _to_record(sample: dict[str, Any], data: bytes | None) -> Record:
         kind=sample["kind"].decode(),
         data=data,
     )
+
+
+def _to_header(sample: dict[str, Any]) -> MediaHeader:
+    numbers = int(sample["frames"]), float(sample["average_fps"])
+    return MediaHeader(*numbers, json.loads(sample["inputs"]), float(sample["seconds"]))
 
 
 def read_shards(folder: str | Path) -> Shards:

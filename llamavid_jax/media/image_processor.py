@@ -20,7 +20,7 @@ from PIL import Image
 from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.files import find, write_files
+from llamavid_jax.files import find, read_object, write_files
 from llamavid_jax.media.images import normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError, check_size, fetch
 from llamavid_jax.media.timeline import check_fps
@@ -140,13 +140,11 @@ class LLaMAVIDLlavaImageProcessor:
         """Reads `preprocessor_config.json`, the project's own or transformers' for CLIP.  Raises ConfigError."""
         path = Path(directory) / FILE_NAME
         try:
-            values = json.loads(find(path).read_text(encoding="utf-8"))
+            values = read_object(find(path))
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is not readable JSON: {error}") from None
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{path} holds a JSON {type(values).__name__}; the settings are an object")
         try:
             return cls(**_settings(values))
         except ConfigError as error:

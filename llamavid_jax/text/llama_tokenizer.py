@@ -51,6 +51,7 @@ class LlamaTokenizer:
             if not self._files[path.name]:  # sentencepiece takes no bytes for no model
                 raise ValueError
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self._files[path.name])
+            self._model.id_to_piece(list(range(self._model.vocab_size())))  # raises where one is no UTF-8
         except (RuntimeError, ValueError):
             raise ConversationError(f"{path} is not a sentencepiece model; {remedy} again") from None
         config_path = path.with_name("tokenizer_config.json")

@@ -58,7 +58,7 @@ class JsonTokenizer:
             raise ConversationError(f"{config_path} names no eos_token that {path.name} knows; add it")
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())  # ids may have gaps
         self.max_length = max_length(config, config_path)
 
     def save_pretrained(self, directory: str | Path) -> None:

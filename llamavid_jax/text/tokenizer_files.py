@@ -1,12 +1,11 @@
 """The files of a tokenizer, read into memory with it; the tokens that a fine-tune added to its vocabulary."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamavid_jax.files import find
+from llamavid_jax.files import find, parse_object, read_bytes
 from llamavid_jax.text.conversation import ConversationError
 
 SETTINGS = (
@@ -37,7 +36,7 @@ def read_files(directory: str | Path, required: str, optional: tuple[str, ...], 
     for name in (required, *optional):
         path = find(Path(directory) / name)
         try:
-            files[name] = path.read_bytes()
+            files[name] = read_bytes(path)
         except FileNotFoundError:
             if name == required:
                 raise ConversationError(f"{path} does not exist; {remedy}") from None
@@ -49,12 +48,9 @@ def read_files(directory: str | Path, required: str, optional: tuple[str, ...], 
 def json_object(files: Mapping[str, bytes], name: str, directory: str | Path) -> dict[str, Any]:
     """The JSON object in one of the files, {} where that file is absent."""
     try:
-        value = json.loads(files.get(name, b"{}"))
-    except (ValueError, RecursionError) as error:
+        return parse_object(files.get(name, b"{}"))
+    except ValueError as error:
         raise ConversationError(f"{Path(directory) / name} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConversationError(f"{Path(directory) / name} holds a JSON {type(value).__name__}; an object is needed")
-    return value
 
 
 def added_tokens(files: Mapping[str, bytes], directory: str | Path) -> dict[int, AddedToken]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from llamavid_jax.config.recipe import read_recipe
+from llamavid_jax.config.recipe import load_yaml, read_recipe
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.config.strict import check_fields, strict
 from llamavid_jax.errors import ConfigError
@@ -29,6 +29,7 @@ from llamavid_jax.parallel.mesh import parse_mesh
 from llamavid_jax.shapes import RowShape
 from llamavid_jax.text.conversation import template_named
 
+LONGEST_ROW = 1 << 22  # frames, pairs, questions or tokens
 TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which have points of their own
 ASYNC_ALL_REDUCE = "xla_enable_async_all_reduce", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
 COMPILER_OPTIONS = dict.fromkeys(("v5e", "v5p", "v6e"), dict.fromkeys(ASYNC_ALL_REDUCE, True))  # beside other work
@@ -200,6 +201,8 @@ class TrainConfig:
                     )
             if shape.tokens < 2 or shape.pairs < shape.frames:
                 raise ConfigError(f"data.buckets[{number}] is {shape}; a row needs 2 tokens, and a pair for each frame")
+            if max(dataclasses.astuple(shape)) > LONGEST_ROW:
+                raise ConfigError(f"data.buckets[{number}] is {shape}; a row holds at most {LONGEST_ROW} of anything")
         if not self.data.shapes:
             raise ConfigError("data.buckets is empty; give at least one {frames, pairs, questions, tokens}")
 
@@ -272,7 +275,7 @@ def _put(values: dict, override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"{override!r}: {section} has no fields below it")
     try:
-        values[key] = yaml.safe_load(text)
+        values[key] = load_yaml(text)
     except yaml.YAMLError:
         values[key] = text
     if values[key] is None and text.strip() not in ("null", "~"):

@@ -16,6 +16,8 @@ from llamavid_jax.errors import CheckpointError
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.row import W
 
+EMPTY = "is empty: DeepSpeed's ZeRO-3 saved it without gathering its parts; make it whole with zero_to_fp32.py"
+
 
 @dataclasses.dataclass(frozen=True)
 class Weight:

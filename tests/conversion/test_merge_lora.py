@@ -1,6 +1,8 @@
 """Adapters of PEFT and of the original's training merged into a converted checkpoint."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -66,6 +68,38 @@ def test_the_originals_output(base, updates, tmp_path):
     LLaMAVIDLlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="float32")
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_took_a_part_off_the_base(base, updates, tmp_path, start):
+    """PEFT's formulas: PiSSA trains the largest singular values of a kernel, OLoRA the first columns of its QR."""
+    adapter = original_folder(tmp_path / "adapter", updates, {}, init_lora_weights=start)
+    merge_lora.merge(base, adapter, tmp_path / "out")
+    before, after = restore(base), restore(tmp_path / "out")
+    for weight in weight_table(CONFIG, "original"):
+        name = f"base_model.model.{weight.name.removesuffix('.weight')}"
+        if f"{name}.lora_A.weight" not in updates:
+            continue
+        a, b = (updates[f"{name}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+        old, new = before[weight.path][weight.index], after[weight.path][weight.index]
+        kernel = old.reshape(a.shape[1], -1).T.astype(np.float64)
+        if start == "pissa":
+            u, s, v = np.linalg.svd(kernel, full_matrices=False)
+            taken = u[:, :3] @ np.diag(s[:3]) @ v[:3]
+        else:
+            q, r = np.linalg.qr(kernel)
+            taken = 2 * q[:, :3] @ r[:3]
+        np.testing.assert_allclose(new, (kernel - taken + 2 * b @ a).T.reshape(old.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pipe_beside_the_base_is_named(base, updates, tmp_path, capsys):
+    adapter = original_folder(tmp_path / "adapter", updates, {})
+    shutil.copytree(base, tmp_path / "copy")
+    for number, make in enumerate((os.mkfifo, lambda path: path.symlink_to("gone"), lambda path: path.symlink_to("/"))):
+        make(tmp_path / "copy" / "odd")
+        assert merge_lora.main([str(tmp_path / "copy"), str(adapter), str(tmp_path / f"out{number}")]) == 2
+        assert "odd is no file that can be copied; remove it" in capsys.readouterr().err
+        (tmp_path / "copy" / "odd").unlink()
+
+
 def test_our_own_adapter_merges_as_in_memory(base, updates, tmp_path):
     params, layers = restore(base), CONFIG.text_config.num_hidden_layers
     for name, tensor in peft_tensors(LORA, CONFIG).items():
@@ -91,6 +125,10 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(base, updates, tmp_path
     wrong = {"base_model.model.model.vlm_att_projector.weight": np.zeros((2, 2), np.float32)}
     cases = {
         "1 tensors missing": original_folder(tmp_path / "missing", some, {}),
+        "NaN or infinite": original_folder(
+            tmp_path / "nan", {name: value * np.nan for name, value in updates.items()}, {}
+        ),
+        "init_lora_weights is 'corda'": original_folder(tmp_path / "corda", updates, {}, init_lora_weights="corda"),
         "use_rslora is True": original_folder(tmp_path / "rslora", updates, {}, use_rslora=True),
         "model.vlm_att_projector.weight has shape (2, 2)": original_folder(tmp_path / "shape", updates, wrong),
         "the base no such weight": original_folder(tmp_path / "name", updates, {"x": np.zeros(2, np.float32)}),

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,32 @@ def test_damaged_shard_is_named(shards, tmp_path, damage):
         read_shards(tmp_path)[1]
     if damage == "flipped":
         assert read_shards(tmp_path)[0].id == "picture"  # the others are there
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("features.json", lambda values: values | {"pythonClassName": "evil.X"}, "describes other fields"),
+        ("features.json", lambda values: [], "cannot be read"),
+        ("manifest.json", lambda values: values | {"samples": "4"}, "samples is no int"),
+        ("manifest.json", lambda values: values | {"files": [1]}, "files is no dict"),
+        ("manifest.json", lambda values: values | {"files": {"../x": 1}}, "lists the file '../x'"),
+        ("manifest.json", lambda values: values | {"format_version": [2]}, "has format version"),
+        ("manifest.json", lambda values: [], "cannot be read"),
+    ],
+)
+def test_damaged_descriptions(shards, tmp_path, name, change, message):
+    """tensorflow-datasets imports the modules that features.json names: nothing but what a build writes gets there."""
+    shutil.copytree(shards, tmp_path / "copy")
+    file = tmp_path / "copy" / name
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    manifest = tmp_path / "copy" / "manifest.json"
+    if name != "manifest.json":  # whoever makes the one makes the other
+        values = json.loads(manifest.read_text())
+        values["files"][name] = file.stat().st_size
+        manifest.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=message):
+        read_shards(tmp_path / "copy")
 
 
 def test_other_folder_is_left_alone(source, tmp_path):

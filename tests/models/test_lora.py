@@ -235,6 +235,11 @@ def test_the_file_in_torch_equals_our_logits(model, tmp_path):
         ("r", 0, "lora.rank is 0"),
         ("r", 5, r"q_proj\.lora_A\.weight is \(4, 56\), but the model asks for \(5, 56\)"),
         ("lora_alpha", None, "lora.alpha is None"),
+        ("lora_alpha", 1e300, r"lora.alpha is 1e\+300"),
+        ("peft_type", ["LORA"], "peft_type is"),
+        ("a_field_of_next_year", {"on": 1}, "a_field_of_next_year is"),
+        ("init_lora_weights", "pissa", "init_lora_weights is 'pissa', .* conversion.merge_lora"),
+        ("init_lora_weights", "corda", "init_lora_weights is 'corda', .* merge it with PEFT"),
     ],
 )
 def test_an_adapter_that_cannot_be_read_is_refused(field, value, message, model, tmp_path):
@@ -254,6 +259,36 @@ def test_a_flipped_bit_of_an_adapter(model, tmp_path):
         return values | {"scale": np.float32(config.scale)}
 
     assert_told_or_harmless(tmp_path, read, least=60)
+
+
+def change_tensors(folder, change):
+    """Rewrites the adapter's tensors with `change(dict)`, as another program would: without sums."""
+    (folder / "SHA256SUMS").unlink()
+    file = folder / "adapter_model.safetensors"
+    safetensors.torch.save_file(change(safetensors.torch.load_file(file)), file)
+
+
+LAST = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if ".layers.0." in k}, "updates 1 of 2 layers"),
+        (lambda t: t | {"base_model.model.lm_head.lora_A.weight": torch.ones(4, 56)}, "updates lm_head, and here"),
+        (lambda t: {"base_model.model.lm_head.lora_A.weight": torch.ones(4, 56)}, "updates lm_head, and here"),
+        (lambda t: t | {LAST: torch.ones(0)}, "up_proj.lora_B.weight is empty: DeepSpeed's ZeRO-3"),
+        (lambda t: t | {LAST: torch.ones(88, 4, dtype=torch.bool)}, "up_proj.lora_B.weight is of bool"),
+        (lambda t: t | {LAST: torch.full((88, 4), torch.nan)}, "NaN or infinite"),
+        (lambda t: t | {LAST: torch.full((88, 4), torch.inf)}, "NaN or infinite"),
+    ],
+    ids=["layers", "head too", "head alone", "empty", "bool", "nan", "inf"],
+)
+def test_updates_that_do_not_fit_are_told_for_what_they_are(change, message, model, tmp_path):
+    save_adapter(tmp_path, params_of(model), LORA, CONFIG)
+    change_tensors(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(tmp_path, CONFIG)
 
 
 def test_damaged_files_are_named(model, tmp_path):

@@ -226,7 +226,10 @@ BROKEN_FOLDERS = {
     "tokenizer.model is not a sentencepiece": {"tokenizer__model": b""},
     "tokenizer_config.json is not readable JSON": {"tokenizer__model": MODEL, "tokenizer_config__json": b"{"},
     "tokenizer_config.json is not readable": {"tokenizer__model": MODEL, "tokenizer_config__json": b"\xff\xfe"},
-    "special_tokens_map.json holds a JSON list": {"tokenizer__model": MODEL, "special_tokens_map__json": b"[]"},
+    "special_tokens_map.json .* JSON list": {
+        "tokenizer__model": MODEL,
+        "special_tokens_map__json": b"[]",
+    },
     "sets add_eos_token": {"tokenizer__model": MODEL, "tokenizer_config__json": b'{"add_eos_token": true}'},
     "json: model_max_length is 'abc'": {
         "tokenizer__model": MODEL,
@@ -369,3 +372,12 @@ def test_broken_added_tokens(value, tmp_path):
     write(tmp_path, added_tokens__json=b"{}", tokenizer_config__json=json.dumps(config).encode())
     with pytest.raises(ConversationError, match=r"tokenizer_config\.json are not as"):
         load_tokenizer(tmp_path)
+
+
+def test_ids_with_gaps_are_counted_to_the_last(tmp_path):
+    """So that a vocabulary with an id beyond the model's rows is refused, however few pieces it has."""
+    model = {"type": "BPE", "vocab": {"a": 999, "</s>": 1}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.decode([999])) == (1000, "a")
