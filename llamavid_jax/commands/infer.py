@@ -32,6 +32,7 @@ from llamavid_jax.media.source import local_file
 from llamavid_jax.text.conversation import TEMPLATES
 from llamavid_jax.text.subtitles import read_subtitles
 
+MOST_EVIDENCE = 10  # frames in --json, the one with the most weight first
 # what the original's command line does, but for the seed; an option of its own wins over it
 LIKE_ORIGINAL = {"template": "llava_v1", "temperature": 0.2, "top_p": 0.7, "image_aspect_ratio": "crop"}
 
@@ -60,6 +61,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "0.7, in a chat the visuals in the newest question alone; other options given with it hold",
     )
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    parser.add_argument(
+        "--evidence", metavar="FILE", help="draw the frames of the video that the answer rests on; --json lists them"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object for each answer")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
@@ -95,6 +99,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if len(options.video) != 1 or options.image:
             parser.error("--subtitles goes with one --video alone; give that")
         options.subtitles = read_subtitles(options.subtitles)
+    if options.evidence is not None:
+        folder = os.path.dirname(options.evidence) or "."
+        if len(options.video) != 1 or options.image or not options.evidence.endswith(".png"):
+            parser.error(f"--evidence is {options.evidence}; give a FILE.png, with one --video and no --image")
+        if not os.access(folder, os.W_OK):
+            parser.error(f"--evidence is {options.evidence}, and {folder} cannot be written to; give another folder")
     return options
 
 
@@ -180,6 +190,19 @@ def progress_bar(console: Console) -> Iterator[Callable[[Any, int, int | None], 
         yield show
 
 
+def draw_evidence(session: Any, question: str, answer: Any, file: str) -> None:
+    """One picture for each answer of a chat: FILE.png, FILE-2.png, ..."""
+    from llamavid_jax.inference.evidence import draw
+
+    stem, number = file.removesuffix(".png"), len(session.turns)
+    file = file if number < 2 else f"{stem}-{number}.png"
+    try:
+        draw(session, question, answer).save(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror}); give another --evidence FILE.png") from None
+    say(f"{file}: what the answer rests on")
+
+
 def questions(options: argparse.Namespace) -> Iterator[str]:
     if options.question:
         yield options.question
@@ -225,15 +248,21 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             checked(question, "the question on stdin")
             with progress_bar(console) as session.progress:
-                answer = session.ask(question, write if options.stream else None, **options.settings)
+                evidence = options.evidence is not None
+                answer = session.ask(question, write if options.stream else None, evidence, **options.settings)
         except InputError as error:
             code = complain(error, "infer.py")
             if options.chat and (session.features is not None or not (options.image or options.video)):
                 continue
             break
+        if options.evidence:
+            draw_evidence(session, question, answer, options.evidence)
         if options.json:
             result = dataclasses.asdict(answer)
+            frames = result.pop("evidence")
             result = {"answer": result.pop("text"), **result, "seconds": {"load": loaded, **answer.seconds}}
+            if frames:
+                result["evidence"] = sorted(frames, key=lambda frame: -frame["weight"])[:MOST_EVIDENCE]
             is_utf8 = "utf" in (sys.stdout.encoding or "utf-8").lower()
             write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
         else:

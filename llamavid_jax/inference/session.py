@@ -43,7 +43,11 @@ from llamavid_jax.text.tokenizer import encode_with_images
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What one question gave.  Of the `prompt_tokens`, `visual_tokens` are frames, `cached_tokens` known before."""
+    """What one question gave.  Of the `prompt_tokens`, `visual_tokens` are frames, `cached_tokens` known before.
+
+    `evidence`, where it was asked for, has every frame in order: its image or video, its second in it, and its part of
+    the answer's attention to all frames (docs/long-video.md).
+    """
 
     text: str
     frames: int
@@ -53,6 +57,7 @@ class Answer:
     new_tokens: int
     seconds: dict[str, float]  # "encode": frames and visual tokens; "generate": the answer
     sampling: list[dict[str, Any]]  # of each video: its name, the rule that chose its frames, how many
+    evidence: list[dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +105,18 @@ class Session:
         self.frames = 0  # encoded
         self.features: list[np.ndarray] | None = None  # of each visual, once they are encoded
         self._movie: str | None = None  # the frames' placeholders with the subtitles between them
+        self.times: dict[int, list[float]] = {}  # seconds of each video's frames
         self.sampled: dict[int, Sampling] = {}  # of each video that has begun: which frames, and by which rule
         self._said: set[str] = set()
         self._cache = PromptCache()
 
-    def ask(self, question: str, streamer: Callable[[str], None] | None = None, **settings: Any) -> Answer:
+    def ask(
+        self,
+        question: str,
+        streamer: Callable[[str], None] | None = None,
+        evidence: bool = False,
+        **settings: Any,
+    ) -> Answer:
         """The answer to a question, after all that was asked before.
 
         `streamer` is given the answer as it comes; `settings` are those of `generate`, such as `max_new_tokens=128`.
@@ -121,6 +133,7 @@ class Session:
             **dataclasses.asdict(chosen),
             streamer=streamer and (lambda _, text: streamer(text)),
             cache=self._cache if self.follow_ups else None,
+            evidence=evidence,
         )
         text = out.texts[0].strip()
         self.turns = [*earlier, dataclasses.replace(turn, answer=text.replace(IMAGE, ""))]
@@ -130,7 +143,8 @@ class Session:
             {"video": str(self.videos[number]), "rule": plan.rule, "frames": len(plan)}
             for number, plan in self.sampled.items()
         ]
-        return Answer(text, self.frames, *counts, seconds, sampling)
+        looked_at = self._evidence(out.evidence[0]) if evidence else None
+        return Answer(text, self.frames, *counts, seconds, sampling, looked_at)
 
     def inputs(self, question: str) -> tuple[list[int], list[np.ndarray]]:
         """Ids and visual tokens of the question as the first of a conversation: a row of a batch for `generate`."""
@@ -142,6 +156,18 @@ class Session:
             self.frames = 0
             self.features = [self.model.vision_features(frames) for frames in self._visuals(new_tokens)]
         return self.frames
+
+    def _evidence(self, weights: np.ndarray) -> list[dict[str, Any]]:
+        """Every frame with the attention `weights` `[n]` to its tokens in all turns, as a part of their sum."""
+        found = []
+        for number in range(len(self.images) + len(self.videos)):
+            video = number - len(self.images)
+            seconds = self.times[video] if video >= 0 else [0.0]
+            name = {"video": str(self.videos[video])} if video >= 0 else {"image": str(self.images[number])}
+            found += [{**name, "second": second, "weight": 0.0} for second in seconds]
+        width = self.model.config.tokens_per_frame
+        parts = weights.reshape(-1, len(found), width).sum((0, 2)) / (weights.sum() or 1.0)
+        return [frame | {"weight": weight} for frame, weight in zip(found, parts.tolist(), strict=True)]
 
     # ---- a question becomes a prompt
 
@@ -209,7 +235,8 @@ class Session:
             yield frame
 
     def _video_frames(self, number: int, video: Any, new_tokens: int) -> Iterator[np.ndarray]:
-        expected, times = None, []
+        expected = None
+        times = self.times[number] = []
 
         def on_read(sampling: Sampling, done: int) -> None:
             nonlocal expected
