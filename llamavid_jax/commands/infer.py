@@ -26,11 +26,11 @@ from rich.text import Text
 from llamavid_jax.commands import program
 from llamavid_jax.data.records import count_frames
 from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
+from llamavid_jax.inference.film_text import film_subtitles
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import local_file
 from llamavid_jax.text.conversation import TEMPLATES
-from llamavid_jax.text.subtitles import read_subtitles
 
 MOST_EVIDENCE = 10  # frames in --json, the one with the most weight first
 # what the original's command line does, but for the seed; an option of its own wins over it
@@ -43,7 +43,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="DIR", help="a converted checkpoint")
     parser.add_argument("--video", action="append", default=[], metavar="FILE|URL", help="may be given several times")
     parser.add_argument("--image", action="append", default=[], metavar="FILE|URL", help="may be given several times")
-    parser.add_argument("--subtitles", metavar="FILE", help="of the one video, .srt or .vtt: a film with what is said")
+    parser.add_argument(
+        "--subtitles", metavar="FILE|auto", help="what is said in the one video: .srt, .vtt, .ass; auto: its own track"
+    )
     parser.add_argument("--question", help="what to ask; with --chat the first question")
     parser.add_argument("--chat", action="store_true", help="go on asking: one question a line on stdin")
     parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
@@ -98,7 +100,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.subtitles is not None:
         if len(options.video) != 1 or options.image:
             parser.error("--subtitles goes with one --video alone; give that")
-        options.subtitles = read_subtitles(options.subtitles)
+        if options.subtitles == "auto" and "://" in options.video[0]:
+            parser.error("--subtitles auto reads the track in a file; give a --video that is one")
+        options.subtitles = film_subtitles(options.subtitles, options.video[0], options.like_original)
     if options.evidence is not None:
         folder = os.path.dirname(options.evidence) or "."
         if len(options.video) != 1 or options.image or not options.evidence.endswith(".png"):
@@ -169,7 +173,7 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
         fps=options.fps,
         template=options.template,
         follow_ups=options.chat,
-        newest_alone=options.like_original,
+        like_original=options.like_original,
         notice=say,
     )
 

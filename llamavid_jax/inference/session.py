@@ -74,9 +74,9 @@ class Session:
 
     `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video.  Without `follow_ups` every
     question stands alone and frames are forgotten as they are encoded; with them their features stay in host memory
-    (0.7 MB a frame for the 7B models).  `newest_alone` leaves the visual tokens out of all earlier turns, as the
-    original's command line does.  `progress(video, frames done, frames in all or None)` and `notice(text)` are told
-    what happens.
+    (0.7 MB a frame for the 7B models).  `like_original` leaves the visual tokens out of all earlier turns and places
+    subtitles as the original's command lines do.  `progress(video, frames done, frames in all or None)` and
+    `notice(text)` are told what happens.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Session:
         fps: float | int = 1.0,
         template: str = "vicuna_v1",
         follow_ups: bool = True,
-        newest_alone: bool = False,
+        like_original: bool = False,
         progress: Callable[[Any, int, int | None], None] = lambda *_: None,
         notice: Callable[[str], None] = lambda _: None,
     ):
@@ -100,7 +100,7 @@ class Session:
             raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
         self.model, self.image_processor, self.template = model, image_processor, template_named(template)
         self.images, self.videos, self.subtitles, self.fps = images, videos, subtitles, fps
-        self.follow_ups, self.newest_alone, self.progress, self.notice = follow_ups, newest_alone, progress, notice
+        self.follow_ups, self.like_original, self.progress, self.notice = follow_ups, like_original, progress, notice
         self.turns: list[Turn] = []
         self.frames = 0  # encoded
         self.features: list[np.ndarray] | None = None  # of each visual, once they are encoded
@@ -190,9 +190,9 @@ class Session:
         if self._length([newest]) > room:
             return []  # it cannot be asked at all, which `generate` says
         short = min(room, positions.max_position_embeddings)
-        if any(turn.tokens for turn in turns) and (self.newest_alone or self._length([*turns, newest]) > short):
+        if any(turn.tokens for turn in turns) and (self.like_original or self._length([*turns, newest]) > short):
             turns = [dataclasses.replace(turn, tokens=[]) for turn in turns]
-            if not self.newest_alone:
+            if not self.like_original:
                 self._say(f"with more than {short} tokens in all, earlier questions keep their words but no frames")
         while self._length([*turns, newest]) > room:
             turns = turns[(len(turns) + 1) // 2 :]
@@ -254,7 +254,7 @@ class Session:
                 times.append(time_)
                 self.progress(video, len(times), expected)
         if self.subtitles is not None:
-            self._movie = interleave(times, self.subtitles)
+            self._movie = interleave(times, self.subtitles, self.like_original)
 
     def _check_length(self, video: Any, new_tokens: int) -> None:
         """Says that the videos are too long at the first frame of the one too many, not after its last."""

@@ -124,7 +124,7 @@ def test_beyond_the_trained_positions_earlier_turns_lose_their_frames(tiny_model
 
 
 def test_the_newest_question_alone_shows_frames(tiny_model, prompts):
-    session = Session(tiny_model, IMAGES, videos=[clip(3)], newest_alone=True, template="llava_v1")
+    session = Session(tiny_model, IMAGES, videos=[clip(3)], like_original=True, template="llava_v1")
     assert [session.ask(question, **SHORT).visual_tokens for question in QUESTIONS] == [6, 6, 6]
     assert [ids.count(IMAGE_TOKEN) for ids in prompts] == [1, 1, 1]
     text = tiny_model.tokenizer.decode([token for token in prompts[1] if token >= 0])
