@@ -146,7 +146,8 @@ def test_a_film_with_subtitles(tiny_model, name):
     case = FILMS[name]
     cues = [Cue(cue["end"], cue["text"]) for cue in case["subtitles"]]
     fps = case["video_fps"] / round(case["video_fps"])
-    session = Session(tiny_model, IMAGES, videos=[clip(case["frames"])], subtitles=cues, fps=fps)
+    media = {"videos": [clip(case["frames"])], "subtitles": cues, "fps": fps}
+    session = Session(tiny_model, IMAGES, **media, like_original=True)
     ids, tokens = session.inputs(case["question"])
     assert ids == case["inference"]["input_ids"]
     assert [array.shape for array in tokens] == [(2 * case["frames"], 64)]
