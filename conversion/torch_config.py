@@ -41,6 +41,8 @@ def _vision_values(vision: LLaMAVIDLlavaVisionConfig) -> dict[str, Any]:
         "patch_size": vision.patch_size,
         "layer_norm_eps": vision.layer_norm_eps,
         "hidden_act": vision.hidden_act,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
         **kind,
     }
 

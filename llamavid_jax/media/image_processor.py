@@ -18,7 +18,7 @@ from jaxtyping import Float32, Float64, UInt8
 from PIL import Image
 
 from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
-from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, stated_pixels
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find, read_object, write_files
 from llamavid_jax.media.images import normalize, open_image, pad_to_square, resize_and_crop, to_rgb
@@ -137,7 +137,10 @@ class LLaMAVIDLlavaImageProcessor:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaImageProcessor":
-        """Reads `preprocessor_config.json`, the project's own or transformers' for CLIP.  Raises ConfigError."""
+        """Reads `preprocessor_config.json`, the project's own or transformers' for CLIP.  Raises ConfigError.
+
+        A mean or deviation that it lacks is that of the `config.json` beside it.
+        """
         path = Path(directory) / FILE_NAME
         try:
             values = read_object(find(path))
@@ -146,9 +149,10 @@ class LLaMAVIDLlavaImageProcessor:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is not readable JSON: {error}") from None
         try:
-            return cls(**_settings(values))
+            own = cls(**_settings(values))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+        return dataclasses.replace(own, **stated_pixels(path.parent))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `preprocessor_config.json`, so that transformers' CLIPImageProcessor reads it too."""

@@ -24,6 +24,9 @@ SHORT = dataclasses.replace(QFORMER, num_hidden_layers=3)
 BOTH = {  # what the documented layout knows too
     "mean": {},
     "CLS among EVA's patches": {"vision_tower_config": CLS_PATCH, "compress_type": "none"},
+    "another mean and std": {
+        "vision_tower_config": dataclasses.replace(VISION, image_mean=(0.5, 0.4, 0.3), image_std=(0.2, 0.25, 0.5))
+    },
     "three layers": {"qformer_config": SHORT},
     "tied embeddings": {"text_config": dataclasses.replace(TEXT, tie_word_embeddings=True)},
 }
