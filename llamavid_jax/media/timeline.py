@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from llamavid_jax.media.index import Index
 from llamavid_jax.media.source import MediaError
 
 ROUNDING = 1e-3  # seconds; most containers round times to milliseconds
@@ -44,6 +45,7 @@ class Timeline:
     times: Float64[np.ndarray, " N"]  # seconds after the first frame
     seconds: float  # until the last frame's end
     average_fps: float  # the declared rate where the frames keep it, else 0
+    index: Index | None = None  # where decoding may begin; None where all has to be decoded in order
 
 
 @dataclasses.dataclass(frozen=True)
