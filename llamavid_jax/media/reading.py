@@ -33,13 +33,10 @@ class Part:
     wanted: Int64[np.ndarray, " n"]
 
 
-def plan_reading(timeline: Timeline, places: Int64[np.ndarray, " n"], short: int = SHORT) -> list[Part]:
-    """Parts that together give the frames at `places` (ascending) in order; none where all has to be decoded in order.
-
-    `short`: up to so many frames are decoded in order.
-    """
+def plan_reading(timeline: Timeline, places: Int64[np.ndarray, " n"]) -> list[Part]:
+    """Parts that give the frames at `places` (ascending) in order; none where all has to be decoded in order."""
     index = timeline.index
-    if index is None or len(timeline.times) <= short or not len(places):
+    if index is None or len(timeline.times) <= SHORT or not len(places):
         return []
     pts = timeline.pts[places]
     numbers = index.numbers(pts)
