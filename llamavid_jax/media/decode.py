@@ -83,7 +83,7 @@ def decode_parts(
         def read(part: Part) -> Iterator[np.ndarray]:
             due = iter(index.pts[part.wanted].tolist())
             for frame in _span_frames(container, stream, index, part):
-                if frame.pts != next(due, None) or frame.is_corrupt or frame.interlaced_frame:
+                if frame.pts != next(due, None):
                     raise IrregularError
                 pixels.size = pixels.size or (stream.codec_context.width, stream.codec_context.height)
                 if (frame.width, frame.height) != pixels.size:
@@ -104,11 +104,14 @@ def _span_frames(container, stream, index: Index, part: Part) -> Iterator[Any]:
 
     def decode(packet) -> list:
         try:
-            return [frame for frame in codec.decode(packet) if frame.pts in wanted_pts]
+            frames = codec.decode(packet)
         except EOFError:
             return []
         except av.FFmpegError:
             raise IrregularError from None
+        if any(frame.is_corrupt or frame.interlaced_frame for frame in frames):  # also those that others refer to
+            raise IrregularError
+        return [frame for frame in frames if frame.pts in wanted_pts]
 
     for span in part.spans:
         if position < span.start:

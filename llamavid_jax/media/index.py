@@ -8,7 +8,7 @@ Letters: P packets, E entries.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,12 +53,52 @@ class Index:
         return np.where(self.pts[found] == pts, found, -1)
 
 
-def index_of(marks: Sequence[Mark], kind: str, codec_context) -> Index | None:
-    """None where only decoding in order is sound.  `kind` is FFmpeg's name of the format."""
+class Units:
+    """What is seen of a stream's packets, in the order of the file, without decoding them."""
+
+    def __init__(self, codec_context):
+        self.codec, self._seen = codec_context.codec.canonical_name, set()
+        extradata = codec_context.extradata or b""
+        place = {"h264": 4, "hevc": 21}.get(self.codec, 0)  # of the length of lengths; 0 in a stream with start codes
+        self._width = (extradata[place] & 3) + 1 if len(extradata) > place and extradata[0] == 1 else 0
+        self.are_whole = True  # in all packets until now; a hole in a file is seen so
+
+    def is_entry(self, packet) -> bool:
+        """Whether decoding may begin with this packet, the next one of the stream."""
+        if self.codec not in UNITS:
+            return packet.is_keyframe
+        if not self._width:
+            return False
+        begins, sets = UNITS[self.codec]
+        types = self._types(memoryview(packet))
+        given = types & sets
+        self._seen |= given  # sets that came on the way must come again with the entry
+        return packet.is_keyframe and bool(types & begins) and given == self._seen
+
+    def _types(self, data: memoryview) -> set[int]:
+        """Of the units of one packet, each of which stands behind its length."""
+        at, types = 0, set()
+        while at + self._width < len(data):
+            length = int.from_bytes(data[at : at + self._width])
+            head = data[at + self._width]
+            types.add(head & 31 if self.codec == "h264" else head >> 1 & 63)
+            at += self._width + length
+            self.are_whole &= length > 0 and at <= len(data)
+        return types
+
+
+def index_of(marks: Sequence[Mark], units: Units, kind: str, codec_context) -> Index | None:
+    """None where only decoding in order is sound, or says what is damaged.  `kind` is FFmpeg's name of the format."""
     codec = codec_context.codec.canonical_name
     pts = [mark.pts for mark in marks]
     is_known = codec in PLAIN_KEYS or codec in UNITS
-    if not is_known or None in pts or len(set(pts)) < len(pts) or codec_context.field_order not in PROGRESSIVE:
+    if (
+        not units.are_whole
+        or not is_known
+        or None in pts
+        or len(set(pts)) < len(pts)
+        or codec_context.field_order not in PROGRESSIVE
+    ):
         return None
     entries = [number for number, mark in enumerate(marks) if mark.is_entry]
     can_seek = any(name in kind for name in SEEKABLE) and bool(entries)
@@ -68,34 +108,6 @@ def index_of(marks: Sequence[Mark], kind: str, codec_context) -> Index | None:
         return None
     area = codec_context.width * codec_context.height
     return Index(np.array(pts), np.array(dts), np.array(entries if can_seek else [0]), can_seek, has_nonref, area)
-
-
-class Entries:
-    """`is_entry(packet)` of one stream's key frames, in the order of the file."""
-
-    def __init__(self, codec_context):
-        self.codec, self._seen = codec_context.codec.canonical_name, set()
-        extradata = codec_context.extradata or b""
-        place = {"h264": 4, "hevc": 21}.get(self.codec, 0)  # of the length of lengths; 0 in a stream with start codes
-        self._width = (extradata[place] & 3) + 1 if len(extradata) > place and extradata[0] == 1 else 0
-
-    def is_entry(self, packet) -> bool:
-        if self.codec not in UNITS:
-            return True
-        begins, sets = UNITS[self.codec]
-        types = set(_unit_types(memoryview(packet), self._width, self.codec)) if self._width else set()
-        given = types & sets
-        self._seen |= given  # sets that came on the way must come again with the entry
-        return bool(types & begins) and given == self._seen
-
-
-def _unit_types(data: memoryview, width: int, codec: str) -> Iterator[int]:
-    """Types of the units of one packet, each behind its length."""
-    at = 0
-    while at + width < len(data):
-        head = data[at + width]
-        yield head & 31 if codec == "h264" else head >> 1 & 63
-        at += width + int.from_bytes(data[at : at + width])
 
 
 def _sublayers(extradata: bytes | None) -> int:

@@ -1,7 +1,7 @@
 """When a video shows its frames, and which of them are sampled: packets' times -> Timeline -> Sampling.  No decoding.
 
     timeline_of   the packets of a file in its order ─▶ the time of every frame, in order of presentation
-    sample        Timeline, fps ─▶ which frames, and when
+    sample        Timeline, fps ─▶ which frames, and when; at a lower rate (`sample_at_most`), or of key frames alone
 
 Two rules.  "stride": where the frames keep the declared rate they are frames 0, s, 2s, ... with s = round(rate / fps),
 halves to even, as the original has it.  "times": where they do not (a varying rate, slides, a wrong header), the frame
@@ -53,7 +53,7 @@ class Sampling:
     """The plan of what is read; a frame that is shown for long may stand in it several times."""
 
     timeline: Timeline
-    rule: str  # "stride" or "times"
+    rule: str  # "stride", "times", or "key frames" in place of those
     frames: Int64[np.ndarray, " F"]  # places in the timeline, ascending
     times: Float64[np.ndarray, " F"]  # seconds after the first frame
 
@@ -163,3 +163,30 @@ def sample(timeline: Timeline, fps: float | int, name: object = "the video") -> 
     times = np.arange(count) / fps
     frames = np.searchsorted(timeline.times, times + ROUNDING, side="right") - 1
     return Sampling(timeline, "times", frames, times)
+
+
+def sample_at_most(
+    timeline: Timeline, fps: float | int, most: int, name: object = "the video"
+) -> tuple[Sampling, float]:
+    """`sample` at `fps` or at the highest rate that gives no more than `most` frames (one at least), and that rate."""
+    sampling, most = sample(timeline, fps, name), max(most, 1)
+    if len(sampling) <= most:
+        return sampling, fps
+    if timeline.average_fps:
+        fps = timeline.average_fps / math.ceil(len(timeline.times) / most)
+    else:
+        fps = most / timeline.seconds
+    return sample(timeline, fps, name), fps
+
+
+def nearest_keys(sampling: Sampling) -> Sampling | None:
+    """In place of each frame the key frame nearest to it in time; None where the file does not tell its key frames."""
+    timeline, index = sampling.timeline, sampling.timeline.index
+    if index is None or not index.can_seek:
+        return None
+    places = np.flatnonzero(np.isin(timeline.pts, index.pts[index.entries]))  # an edit list may hide some
+    if not len(places):
+        return None
+    middles = (timeline.times[places[1:]] + timeline.times[places[:-1]]) / 2
+    frames = places[np.searchsorted(middles, sampling.times)]
+    return Sampling(timeline, "key frames", frames, timeline.times[frames])

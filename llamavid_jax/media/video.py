@@ -19,6 +19,7 @@ the first frame that can be decoded is skipped, as recordings of a broadcast beg
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from llamavid_jax.media.container import (
 )
 from llamavid_jax.media.decode import LOST, IrregularError, Pixels, Transform, decode_in_order, decode_parts
 from llamavid_jax.media.ending import is_cut, is_joined
-from llamavid_jax.media.index import Entries, Mark, index_of
+from llamavid_jax.media.index import Mark, Units, index_of
 from llamavid_jax.media.reading import plan_reading
 from llamavid_jax.media.source import MediaError, local_file
 from llamavid_jax.media.timeline import Packet, Sampling, Timeline, sample, timeline_of
@@ -108,14 +109,13 @@ def _read_timeline(path: str | Path, file: Path, size: int, changed: int) -> Tim
     with open_video(path) as (container, stream):
         kind, tick = container.format.name, float(stream.time_base)
         packets, marks, is_partial = [], [], False
-        entries = Entries(stream.codec_context)
+        units = Units(stream.codec_context)
         try:
             for packet in packets_of(container):
                 if packet.size:
                     is_partial = packet.is_corrupt  # matters for the last one
                     if packet.stream is stream:
-                        is_entry = packet.is_keyframe and entries.is_entry(packet)
-                        marks.append(Mark(packet.pts, packet.dts, is_entry))
+                        marks.append(Mark(packet.pts, packet.dts, units.is_entry(packet)))
                         if not is_hidden(packet):
                             pts = packet.dts if packet.pts is None else packet.pts
                             packets.append(Packet(pts, packet.duration or 0, packet.is_keyframe, not packet.is_discard))
@@ -131,7 +131,7 @@ def _read_timeline(path: str | Path, file: Path, size: int, changed: int) -> Tim
         if timeline is None or is_cut(file, kind) or is_short or (is_partial and kind not in BROADCASTS):
             raise damaged(path, seconds, (container.duration or 0) / 1e6, timeline)
         if kind not in WITHOUT_TIMES and (np.diff(timeline.pts) > 0).all():
-            timeline = dataclasses.replace(timeline, index=index_of(marks, kind, stream.codec_context))
+            timeline = dataclasses.replace(timeline, index=index_of(marks, units, kind, stream.codec_context))
     if is_joined(file, kind):
         raise MediaError(
             f"{path} is several files joined end to end, of which not all can be read; "
@@ -188,3 +188,8 @@ def _frames(path: str | Path, sampling: Sampling, pixels: Pixels, decoders: int)
     reader = functools.partial(decode_in_order, path, pixels)
     with contextlib.closing(side_by_side([rest], reader, min(decoders, 1), AHEAD)) as frames:
         yield from frames
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,7 @@ def worker(count, made=None):
             for number in range(count):
                 if made is not None:
                     made.append((job, number))
-                yield np.full(10, 10 * job + number, np.uint8)
+                yield np.full(5, 10 * job + number, np.uint16)  # ten bytes
 
         yield read
 

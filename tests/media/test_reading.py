@@ -149,7 +149,7 @@ def test_slides_are_shown_several_times(tmp_path, small):
 def test_other_starts(tmp_path, small, name, seconds):
     """A late start, and a negative one, which is an edit list in MP4: the frames before 0 are hidden there."""
     path = tmp_path / name
-    with av.open(str(film(tmp_path / f"whole-{name}"))) as whole, av.open(str(path), "w") as moved:
+    with av.open(str(film(tmp_path / "whole.mp4"))) as whole, av.open(str(path), "w") as moved:
         copy = moved.add_stream_from_template(whole.streams.video[0])
         for packet in whole.demux(whole.streams.video[0]):
             if packet.size:
@@ -205,14 +205,13 @@ def test_an_index_that_is_wrong_costs_time_alone(tmp_path, small, resorted):
     assert len(resorted) - count == 6
 
 
-def spoiled(path, number, size=200):
-    """The file with the middle of one packet set to zero."""
+def spoiled(path, number, start, value):
+    """The file with the bytes of one packet behind `start` set to a value."""
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
         position, length = packets[number].pos, packets[number].size
     content = bytearray(path.read_bytes())
-    size = min(size, length // 2)
-    content[position + length // 2 : position + length // 2 + size] = bytes(size)
+    content[position + start : position + length] = bytes([value]) * (length - start)
     path.write_bytes(content)
     return path
 
@@ -220,13 +219,24 @@ def spoiled(path, number, size=200):
 @pytest.mark.parametrize("decoders", [0, 2])
 def test_damage_in_what_is_decoded_is_told_and_elsewhere_not(tmp_path, small, decoders):
     """Frames 0, 25, 50 ... of groups of twelve: frame 25 needs packet 24, a key frame, and none needs packet 36."""
-    seen = spoiled(film(tmp_path / "seen.mp4"), 24)
+    seen = spoiled(film(tmp_path / "seen.mp4"), 24, 40, 255)
     with pytest.raises(MediaError, match=r"seen\.mp4 is cut short or damaged: 0\.9 of 6\.0 seconds can be read"):
         list(iter_frames(seen, plan_video(seen, 1), decoders=decoders))
-    unseen = spoiled(film(tmp_path / "unseen.mp4"), 36)
+    unseen = spoiled(film(tmp_path / "unseen.mp4"), 36, 40, 255)
     assert len(list(iter_frames(unseen, plan_video(unseen, 1), decoders=decoders))) == 6
     with pytest.raises(MediaError, match=r"1\.4 of 6\.0 seconds"):
         list(iter_frames(unseen, plan_video(unseen, 25), decoders=decoders))
+
+
+@pytest.mark.parametrize(("codec", "number"), [("libx264", 36), ("libx264", 41), ("libx265", 36)])
+def test_a_hole_is_told_wherever_it_is(tmp_path, small, codec, number):
+    """Zeros where a download never came."""
+    options = {"x265-params": H265 + ":open-gop=0"} if codec == "libx265" else {}
+    path = spoiled(film(tmp_path / "a.mp4", codec, options), number, 0, 0)
+    sampling = plan_video(path, 1)
+    assert not parts_of(sampling)
+    with pytest.raises(MediaError, match="is cut short or damaged"):
+        list(iter_frames(path, sampling))
 
 
 def test_a_short_video_is_decoded_whole(tmp_path):
@@ -235,7 +245,7 @@ def test_a_short_video_is_decoded_whole(tmp_path):
 
 
 def test_partial_reading_ends_at_the_damage(tmp_path, small):
-    path, told = spoiled(film(tmp_path / "a.mp4"), 60), []
+    path, told = spoiled(film(tmp_path / "a.mp4"), 60, 40, 255), []
     sampling = plan_video(path, 5, told.append)
     frames = [read_index(frame[:32]) for _, frame in iter_frames(path, sampling, partial=told.append)]
     assert frames == list(range(0, 60, 5)) and told == [pytest.approx(2.3)]
