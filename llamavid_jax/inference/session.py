@@ -252,10 +252,8 @@ class Session:
                 video,
                 self.fps,
                 progress=on_read,
-                adapt=lambda plan: self.reading.plan(
-                    plan, self.fps, self._room(number, new_tokens), video, self.notice
-                ),
-                partial=self.reading.damage(video, self.notice),
+                adapt=lambda plan: self.reading.plan(plan, self.fps, self._room(number, new_tokens), video, self._say),
+                partial=self.reading.damage(video, self._say),
             )
         else:
             pieces = [self.image_processor.video_pixels(video, self.fps)]
@@ -268,9 +266,13 @@ class Session:
             self._movie = interleave(times, self.subtitles, self.like_original)
 
     def _room(self, number: int, new_tokens: int) -> int:
-        """Frames of the video that the model has room for beside all else, and a tenth of its positions for words."""
-        config, said = self.model.config, self.subtitles or ()
-        taken = new_tokens + sum(len(self.model.tokenizer.encode(cue.text)) for cue in said)
+        """Frames of the video that the model has room for beside all else, and a tenth of that for the question."""
+        config, words = self.model.config, ""
+        if self.subtitles is not None:  # as they stand between frames
+            movie = interleave([cue.end for cue in self.subtitles], self.subtitles, self.like_original)
+            words = long_video_text(movie, words, config.tokens_per_frame, config.mm_use_im_start_end)
+        ids = encode_with_images(self.model.tokenizer, prompt(self.template, [words]))
+        taken = new_tokens + len(ids) - ids.count(IMAGE_TOKEN)
         frames = len(self.images) + sum(len(plan) for other, plan in self.sampled.items() if other < number)
         room = 0.9 * (config.text_config.max_length - taken) - frames * config.tokens_per_frame
         return int(room / config.tokens_per_frame / (len(self.videos) - number))

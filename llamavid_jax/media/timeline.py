@@ -171,7 +171,7 @@ def sample_at_most(
     """`sample` at `fps` or at the highest rate that gives no more than `most` frames (one at least), and that rate."""
     sampling, most = sample(timeline, fps, name), max(most, 1)
     if len(sampling) <= most:
-        return sampling, fps
+        return sampling, float(fps)
     if timeline.average_fps:
         fps = timeline.average_fps / math.ceil(len(timeline.times) / most)
     else:
