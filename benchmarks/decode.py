@@ -25,9 +25,11 @@ import numpy as np
 
 from llamavid_jax.errors import Parser, command
 from llamavid_jax.media.images import resize_and_crop
+from llamavid_jax.media.source import local_file
 from llamavid_jax.media.timeline import Sampling, nearest_keys
 from llamavid_jax.media.video import cores, iter_frames, plan_video
 
+ROOT = Path(__file__).parent.parent
 CHUNK = 16  # frames that torchcodec is asked for at once
 
 
@@ -100,7 +102,8 @@ def measure(name: str, path: str, fps: float, small: Path) -> dict:
 
 def in_own_process(name: str, path: str, fps: float, small: Path) -> dict:
     arguments = [sys.executable, "-m", "benchmarks.decode", path, "--fps", str(fps), "--one", name, str(small)]
-    return json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    done = subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @command("decode")
@@ -115,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.one:
         print(json.dumps(measure(options.one[0], options.film, options.fps, Path(options.one[1]))))
         return 0
+    film = str(local_file(options.film))
     has_torchcodec = importlib.util.find_spec("torchcodec") is not None
     readers = ["in order", *(name for name in options.readers if name != "in order")]
     readers = [name for name in readers if has_torchcodec or not name.startswith("torchcodec")]
@@ -125,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number in range(options.rounds):
             for name in readers:
                 small = Path(folder) / f"{name}.npy"
-                row = in_own_process(name, options.film, options.fps, small)
+                row = in_own_process(name, film, options.fps, small)
                 if (number, name) == (0, "in order"):
                     expected, right = row["digest"], np.load(small).astype(np.float32)
                 if row["digest"] == expected:

@@ -48,7 +48,7 @@ Progress = Callable[[Sampling, int], None]  # the plan, and how many of its fram
 Partial = Callable[[float], None]  # is told how many seconds can be read of a damaged file, which is then read so far
 DECLARED = ("ivf", "mxf")  # formats whose stated length is that of their frames, and tells a cut
 AHEAD = 2**28  # bytes of frames that wait at most: 1,783 frames of 224 x 224 pixels
-DECODER = 64  # bytes for each pixel of a frame that one decoder holds
+DECODER = 64  # bytes that one decoder holds for each pixel of a frame, and for each packet of the file
 DECODERS = 2**30  # bytes that all decoders of one video hold together
 
 
@@ -174,7 +174,8 @@ def _frames(path: str | Path, sampling: Sampling, pixels: Pixels, decoders: int)
     if parts:
         index, own = sampling.timeline.index, "AUTO" if len(parts) == 1 else "NONE"  # of FFmpeg's own threads
         reader = functools.partial(decode_parts, path, index, pixels, own)
-        threads = min(decoders, len(parts), max(1, DECODERS // (DECODER * index.area + 1)))
+        held = DECODER * (index.area + len(index.pts))
+        threads = min(decoders, len(parts), max(1, DECODERS // held))
         try:
             with contextlib.closing(side_by_side(parts, reader, threads, AHEAD)) as frames:
                 for frame in frames:

@@ -173,6 +173,20 @@ def test_joined_files_are_decoded_in_order(tmp_path, small, name):
     check_equal(path, fps=(1,))
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [
+        ("a.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
+        ("a.mkv", "libx264", {"live": "1"}),
+        ("a.webm", "libvpx", {"live": "1"}),
+    ],
+)
+def test_files_without_a_table_of_key_frames(tmp_path, small, name, codec, container):
+    path = film(tmp_path / name, codec, {"g": "12"}, container=container)
+    assert parts_of(plan_video(path, 1))
+    check_equal(path, fps=(1, 25))
+
+
 def test_rotation_and_transform(tmp_path, small):
     path = film(tmp_path / "a.mp4", rotation=(90, True, False))
     sampling = plan_video(path, 1)
