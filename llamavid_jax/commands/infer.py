@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from llamavid_jax.commands import program
@@ -189,10 +190,11 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
 @contextlib.contextmanager
 def progress_bar(console: Console, session: Any) -> Iterator[Callable[[Any, int, int | None], None]]:
     """A bar for each video, where stderr is a terminal: stage, frames, how much faster than it plays, time left."""
-    words = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[speed]}")
-    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-    columns = words[0], BarColumn(), MofNCompleteColumn(), words[1], *times
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    stage = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1))
+    speed, times = TextColumn("{task.fields[speed]}"), (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = stage, BarColumn(10), MofNCompleteColumn(), speed, *times
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, expand=True, disable=hidden) as bar:
         tasks: dict[str, Any] = {}
 
         def show(video: Any, done: int, total: int | None) -> None:
