@@ -79,15 +79,16 @@ def decode_parts(
         for other in container.streams:
             if other is not stream:
                 other.discard = "all"
+        size = stream.codec_context.width, stream.codec_context.height  # of the first frame
 
         def read(part: Part) -> Iterator[np.ndarray]:
             due = iter(index.pts[part.wanted].tolist())
             for frame in _span_frames(container, stream, index, part):
                 if frame.pts != next(due, None):
                     raise IrregularError
-                pixels.size = pixels.size or (stream.codec_context.width, stream.codec_context.height)
-                if (frame.width, frame.height) != pixels.size:
+                if (frame.width, frame.height) != size:
                     raise IrregularError
+                pixels.size = size
                 yield pixels(frame)
             if next(due, None) is not None:
                 raise IrregularError

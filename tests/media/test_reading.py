@@ -253,6 +253,28 @@ def test_a_hole_is_told_wherever_it_is(tmp_path, small, codec, number):
         list(iter_frames(path, sampling))
 
 
+def test_a_size_that_changes_is_brought_to_the_first_one(tmp_path, small, resorted):
+    """As in one picture: the frames after the change are scaled, and which decoder reads them first does not matter."""
+    path = tmp_path / "a.webm"
+    halves = frames()[:75], [np.kron(frame, np.ones((2, 2, 1), np.uint8)) for frame in frames()[75:]]
+    with av.open(str(path), "w") as output:
+        stream, after = None, 0
+        for half in halves:
+            part = write_clip(tmp_path / f"{after}.webm", half, codec="libvpx-vp9", options={"g": "12"})
+            with av.open(str(part)) as source:
+                stream = stream or output.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.size:
+                        packet.pts, packet.dts = packet.pts + after, packet.pts + after
+                        packet.stream = stream
+                        output.mux(packet)
+            after = 3000
+    sampling = plan_video(path, 1)
+    assert len(sampling) == 6 and parts_of(sampling)
+    check_equal(path, fps=(1,))
+    assert len(resorted) == 3 and next(iter_frames(path, sampling))[1].shape == (64, 160, 3)
+
+
 def test_a_short_video_is_decoded_whole(tmp_path):
     path = film(tmp_path / "a.mp4")
     assert not parts_of(plan_video(path, 1)) and reading.SHORT > COUNT
