@@ -32,13 +32,14 @@ def write_clip(
     times_ms: Sequence[int] | None = None,
     rotation: tuple[int, bool, bool] | None = None,
     container: dict[str, str] | None = None,
+    options: dict[str, str] | None = None,
 ) -> Path:
-    """Encodes `frames` at a constant `rate`, or at the `times_ms` of a variable one."""
+    """Encodes `frames` at a constant `rate`, or at the `times_ms` of a variable one; `options` are the encoder's."""
     with av.open(str(path), "w", options=container or {}) as output:
         stream = output.add_stream(codec, rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
-        stream.options = {"preset": "ultrafast", "g": "10"} if codec == "libx264" else {"g": "10"}
+        stream.options = options or ({"preset": "ultrafast", "g": "10"} if codec == "libx264" else {"g": "10"})
         if rotation is not None:
             stream.set_display_rotation(*rotation)  # degrees counter-clockwise, then mirrored left-right, up-down
         if times_ms is not None:

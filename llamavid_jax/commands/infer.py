@@ -20,16 +20,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from llamavid_jax.commands import program
-from llamavid_jax.data.records import count_frames
 from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
 from llamavid_jax.inference.film_text import film_subtitles
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import local_file
+from llamavid_jax.media.video import plan_video
 from llamavid_jax.text.conversation import TEMPLATES
 
 MOST_EVIDENCE = 10  # frames in --json, the one with the most weight first
@@ -49,6 +50,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--question", help="what to ask; with --chat the first question")
     parser.add_argument("--chat", action="store_true", help="go on asking: one question a line on stdin")
     parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
+    parser.add_argument("--fit", action="store_true", help="at a lower rate where a video is too long for the model")
+    parser.add_argument(
+        "--fast-sampling", action="store_true", help="take the key frame nearest to each frame asked for: much faster"
+    )
+    parser.add_argument("--partial", action="store_true", help="answer about what can be read of a damaged video")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (512)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of mass (1)")
@@ -141,9 +147,10 @@ def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
     processor = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
     if options.image_aspect_ratio:
         processor = dataclasses.replace(processor, image_aspect_ratio=options.image_aspect_ratio)
+    partial = (lambda _: None) if options.partial else None  # the session says it
     for sources, look in (
         (options.image, processor.image_pixels),
-        (options.video, lambda video: count_frames(video, "video", options.fps)),
+        (options.video, lambda video: plan_video(video, options.fps, partial)),
     ):
         for source in sources:
             if "://" not in source and not source.startswith("data:"):
@@ -156,6 +163,7 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
     """The conversation, with its model loaded."""
     images = image_processor(options)  # before minutes of loading, and before JAX is imported
     from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
+    from llamavid_jax.inference.film import Reading
     from llamavid_jax.inference.session import Session
     from llamavid_jax.parallel.mesh import make_mesh, parse_mesh
 
@@ -171,6 +179,7 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
         videos=options.video,
         subtitles=options.subtitles,
         fps=options.fps,
+        reading=Reading(options.fast_sampling, options.partial, options.fit),
         template=options.template,
         follow_ups=options.chat,
         like_original=options.like_original,
@@ -179,17 +188,25 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
 
 
 @contextlib.contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[[Any, int, int | None], None]]:
-    """A bar for each video, where stderr is a terminal."""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+def progress_bar(console: Console, session: Any) -> Iterator[Callable[[Any, int, int | None], None]]:
+    """A bar for each video, where stderr is a terminal: stage, frames, how much faster than it plays, time left."""
+    stage = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1))
+    speed, times = TextColumn("{task.fields[speed]}"), (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = stage, BarColumn(10), MofNCompleteColumn(), speed, *times
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, expand=True, disable=hidden) as bar:
         tasks: dict[str, Any] = {}
 
         def show(video: Any, done: int, total: int | None) -> None:
-            name = printable(f"frames of {video}")
+            name = printable(str(video))
             if done == 1 or name not in tasks:
-                tasks[name] = bar.add_task(name, total=total)
-            bar.update(tasks[name], completed=done, total=total)
+                tasks[name] = bar.add_task(f"decoding and encoding {name}", total=total, speed="")
+            task = bar.tasks[bar.task_ids.index(tasks[name])]
+            seconds = next((session.times.get(n) for n, one in enumerate(session.videos) if one is video), None)
+            speed = f"{seconds[-1] / task.elapsed:.0f}x" if seconds and task.elapsed else ""
+            bar.update(task.id, completed=done, total=total, speed=speed)
+            if done == total:
+                bar.update(task.id, description=f"answering about {name}")
 
         yield show
 
@@ -251,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     for question in questions(options):
         try:
             checked(question, "the question on stdin")
-            with progress_bar(console) as session.progress:
+            with progress_bar(console, session) as session.progress:
                 evidence = options.evidence is not None
                 answer = session.ask(question, write if options.stream else None, evidence, **options.settings)
         except InputError as error:

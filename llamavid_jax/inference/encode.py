@@ -27,10 +27,16 @@ SMALLEST_QUESTIONS, SMALLEST_QUESTION = 8, 32  # their number, and the tokens of
 def frame_features(
     structure: Structure, params: Params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig
 ) -> Iterator[np.ndarray]:
-    """Features `[f, 1+P, E]` of every chunk of frames, brought to the host."""
+    """Features `[f, 1+P, E]` of every chunk of frames, brought to the host while the next chunk is encoded."""
+    before = None
     for chunk in _chunks(frames):
         pixels = np.stack([_checked(frame, config, None) for frame in chunk])
-        yield np.asarray(encode_frames(structure, params, pad_to(pixels, chunk_size(len(chunk)))))[: len(chunk)]
+        encoded = encode_frames(structure, params, pad_to(pixels, chunk_size(len(chunk))))
+        if before is not None:
+            yield np.asarray(before[0])[: before[1]]
+        before = encoded, len(chunk)
+    if before is not None:
+        yield np.asarray(before[0])[: before[1]]
 
 
 def encode_visuals(

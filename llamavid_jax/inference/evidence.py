@@ -24,7 +24,7 @@ def draw(session: Session, question: str, answer: Answer) -> Image.Image:
     strongest = np.argsort(weights)[-STRONGEST:]
     places = [place for place in sorted(strongest.tolist()) if weights[place] > max(weights) / 10]
     processor = session.image_processor
-    frames = processor.video_frames(session.videos[0], session.fps, places)
+    frames = processor.video_frames(session.videos[0], session.sampled[0].only(places))
     pixels = normalize(frames, processor.image_mean, processor.image_std)
     attention = session.model.context_attention(pixels, question)
     return draw_evidence(f"{question}  {answer.text}", seconds, weights, frames, attention, places)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from llamavid_jax.errors import InputError
+from llamavid_jax.inference.film import Reading
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.prompt_cache import PromptCache
 from llamavid_jax.inference.request import Settings
@@ -56,7 +57,7 @@ class Answer:
     cached_tokens: int
     new_tokens: int
     seconds: dict[str, float]  # "encode": frames and visual tokens; "generate": the answer
-    sampling: list[dict[str, Any]]  # of each video: its name, the rule that chose its frames, how many
+    sampling: list[dict[str, Any]]  # of each video: its name, the rule that chose its frames, how many, their seconds
     evidence: list[dict[str, Any]] | None = None
 
 
@@ -88,6 +89,7 @@ class Session:
         videos: Sequence[Any] = (),
         subtitles: Sequence[Cue] | None = None,
         fps: float | int = 1.0,
+        reading: Reading = Reading(),  # noqa: B008
         template: str = "vicuna_v1",
         follow_ups: bool = True,
         like_original: bool = False,
@@ -99,7 +101,7 @@ class Session:
         if subtitles is not None and (len(videos) != 1 or images):
             raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
         self.model, self.image_processor, self.template = model, image_processor, template_named(template)
-        self.images, self.videos, self.subtitles, self.fps = images, videos, subtitles, fps
+        self.images, self.videos, self.subtitles, self.fps, self.reading = images, videos, subtitles, fps, reading
         self.follow_ups, self.like_original, self.progress, self.notice = follow_ups, like_original, progress, notice
         self.turns: list[Turn] = []
         self.frames = 0  # encoded
@@ -140,8 +142,9 @@ class Session:
         seconds = {"encode": encoded + out.seconds["encode"], "generate": out.seconds["generate"]}
         counts = out.visual_tokens[0], out.prompt_tokens[0], out.cached_tokens, len(out.token_ids[0])
         sampling = [
-            {"video": str(self.videos[number]), "rule": plan.rule, "frames": len(plan)}
+            {"video": str(self.videos[number]), "rule": plan.rule, "frames": len(times), "times": times}
             for number, plan in self.sampled.items()
+            if (times := [round(time_, 3) for time_ in self.times[number]])
         ]
         looked_at = self._evidence(out.evidence[0]) if evidence else None
         return Answer(text, self.frames, *counts, seconds, sampling, looked_at)
@@ -245,7 +248,13 @@ class Session:
                 self._check_length(video, new_tokens)
 
         if isinstance(video, str | Path):
-            pieces = self.image_processor.stream_video(video, self.fps, progress=on_read)
+            pieces = self.image_processor.stream_video(
+                video,
+                self.fps,
+                progress=on_read,
+                adapt=lambda plan: self.reading.plan(plan, self.fps, self._room(number, new_tokens), video, self._say),
+                partial=self.reading.damage(video, self._say),
+            )
         else:
             pieces = [self.image_processor.video_pixels(video, self.fps)]
         for frames, seconds in pieces:
@@ -255,6 +264,18 @@ class Session:
                 self.progress(video, len(times), expected)
         if self.subtitles is not None:
             self._movie = interleave(times, self.subtitles, self.like_original)
+
+    def _room(self, number: int, new_tokens: int) -> int:
+        """Frames of the video that the model has room for beside all else, and a tenth of that for the question."""
+        config, words = self.model.config, ""
+        if self.subtitles is not None:  # as they stand between frames
+            movie = interleave([cue.end for cue in self.subtitles], self.subtitles, self.like_original)
+            words = long_video_text(movie, words, config.tokens_per_frame, config.mm_use_im_start_end)
+        ids = encode_with_images(self.model.tokenizer, prompt(self.template, [words]))
+        taken = new_tokens + len(ids) - ids.count(IMAGE_TOKEN)
+        frames = len(self.images) + sum(len(plan) for other, plan in self.sampled.items() if other < number)
+        room = 0.9 * (config.text_config.max_length - taken) - frames * config.tokens_per_frame
+        return int(room / config.tokens_per_frame / (len(self.videos) - number))
 
     def _check_length(self, video: Any, new_tokens: int) -> None:
         """Says that the videos are too long at the first frame of the one too many, not after its last."""
@@ -267,5 +288,5 @@ class Session:
         remedy = f"--fps {fps:.2g}" if fps >= 0.001 else "a smaller --max-new-tokens"
         raise InputError(
             f"with {video} the videos last {total:.0f} s, at {self.fps:g} frames a second {tokens} visual tokens; "
-            f"this model has room for {max(room, 0)}: use {remedy} or a long-video checkpoint"
+            f"this model has room for {max(room, 0)}: use {remedy}, --fit or a long-video checkpoint"
         )

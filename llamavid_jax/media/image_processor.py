@@ -8,9 +8,11 @@ The settings are stored in `preprocessor_config.json` as transformers stores CLI
 `video_preprocessor_config.json`.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from llamavid_jax.files import find, read_object, write_files
 from llamavid_jax.media.images import normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError, check_size, fetch
 from llamavid_jax.media.timeline import Sampling, check_fps
-from llamavid_jax.media.video import Progress, iter_frames, plan_video, read_timeline
+from llamavid_jax.media.video import Partial, Progress, cores, iter_frames, plan_video, read_timeline
 
 FILE_NAME, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 SAMPLING = ("fps", "num_frames", "do_sample_frames")
@@ -149,7 +151,7 @@ class LLaMAVIDLlavaImageProcessor:
         if isinstance(video, str | Path):
             with fetch(video) as path:
                 plan = self._plan(path)
-                frames = np.stack([frame for _, frame in iter_frames(path, plan, self._crop, progress)])
+                frames = np.stack([frame for _, frame in iter_frames(path, plan, self._crop, progress, cores())])
             total, seconds = len(plan.timeline.times), plan.timeline.seconds
             rate = plan.timeline.average_fps or total / seconds
             return self._normalize(frames), VideoMetadata(float(rate), total, seconds, plan.frames, plan.times)
@@ -170,25 +172,33 @@ class LLaMAVIDLlavaImageProcessor:
         return every.only(_evenly(len(every), self.num_frames, path).tolist()) if self.do_sample_frames else every
 
     def stream_video(
-        self, video: str | Path, fps: float | int = 1.0, chunk: int = 64, progress: Progress | None = None
+        self,
+        video: str | Path,
+        fps: float | int = 1.0,
+        chunk: int = 16,
+        progress: Progress | None = None,
+        adapt: Callable[[Sampling], Sampling] | None = None,
+        partial: Partial | None = None,
     ) -> Iterator[tuple[Pixels, Float64[np.ndarray, " F"]]]:
-        """`video_pixels` in pieces of up to `chunk` frames, for videos that do not fit in memory."""
-        with fetch(video) as path:
-            frames, times = [], []
-            for seconds, frame in iter_frames(path, plan_video(path, fps), self._crop, progress):
-                frames.append(frame)
-                times.append(seconds)
-                if len(frames) == chunk:
-                    yield self._normalize(np.stack(frames)), np.array(times)
-                    frames, times = [], []
-            if frames:
-                yield self._normalize(np.stack(frames)), np.array(times)
+        """`video_pixels` in pieces of up to `chunk` frames, for videos that do not fit in memory.
 
-    def video_frames(self, video: str | Path, fps: float | int, places: Sequence[int]) -> UInt8[np.ndarray, "F S S 3"]:
-        """Some of the frames that are sampled of a video, by their numbers in ascending order, before `normalize`."""
+        Frames are decoded on all cores while the caller works with those before them, `media.video.AHEAD` bytes ahead
+        at most.  `adapt` may change the plan of what is sampled; a damaged video is refused, or with `partial` read as
+        far as it can be, which is told the seconds of that.
+        """
         with fetch(video) as path:
-            sampling = plan_video(path, fps).only(places)
-            return np.stack([frame for _, frame in iter_frames(path, sampling, self._crop)])
+            sampling = plan_video(path, fps, partial)
+            sampling = adapt(sampling) if adapt else sampling
+            frames = iter_frames(path, sampling, self._crop, progress, cores(), partial)
+            with contextlib.closing(frames):
+                while piece := list(itertools.islice(frames, chunk)):
+                    times, pixels = zip(*piece, strict=True)
+                    yield self._normalize(np.stack(pixels)), np.array(times)
+
+    def video_frames(self, video: str | Path, sampling: Sampling) -> UInt8[np.ndarray, "F S S 3"]:
+        """The frames of a plan that was made of the video, before `normalize`."""
+        with fetch(video) as path:
+            return np.stack([frame for _, frame in iter_frames(path, sampling, self._crop, decoders=cores())])
 
     def _crop(self, frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "S S 3"]:
         return resize_and_crop(frame, self.size)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from llamavid_jax.media.container import PLAYLISTS
 from llamavid_jax.media.source import MediaError, local_file
-from llamavid_jax.media.video import PLAYLISTS
 
 PICTURES = ("dvdsub", "pgssub", "dvbsub", "xsub")  # FFmpeg's names of subtitles that hold no text
 

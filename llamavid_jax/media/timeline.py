@@ -1,7 +1,7 @@
 """When a video shows its frames, and which of them are sampled: packets' times -> Timeline -> Sampling.  No decoding.
 
     timeline_of   the packets of a file in its order ─▶ the time of every frame, in order of presentation
-    sample        Timeline, fps ─▶ which frames, and when
+    sample        Timeline, fps ─▶ which frames, and when; at a lower rate (`sample_at_most`), or of key frames alone
 
 Two rules.  "stride": where the frames keep the declared rate they are frames 0, s, 2s, ... with s = round(rate / fps),
 halves to even, as the original has it.  "times": where they do not (a varying rate, slides, a wrong header), the frame
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from llamavid_jax.media.index import Index
 from llamavid_jax.media.source import MediaError
 
 ROUNDING = 1e-3  # seconds; most containers round times to milliseconds
@@ -44,6 +45,7 @@ class Timeline:
     times: Float64[np.ndarray, " N"]  # seconds after the first frame
     seconds: float  # until the last frame's end
     average_fps: float  # the declared rate where the frames keep it, else 0
+    index: Index | None = None  # where decoding may begin; None where all has to be decoded in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Sampling:
     """The plan of what is read; a frame that is shown for long may stand in it several times."""
 
     timeline: Timeline
-    rule: str  # "stride" or "times"
+    rule: str  # "stride", "times", or "key frames" in place of those
     frames: Int64[np.ndarray, " F"]  # places in the timeline, ascending
     times: Float64[np.ndarray, " F"]  # seconds after the first frame
 
@@ -161,3 +163,30 @@ def sample(timeline: Timeline, fps: float | int, name: object = "the video") -> 
     times = np.arange(count) / fps
     frames = np.searchsorted(timeline.times, times + ROUNDING, side="right") - 1
     return Sampling(timeline, "times", frames, times)
+
+
+def sample_at_most(
+    timeline: Timeline, fps: float | int, most: int, name: object = "the video"
+) -> tuple[Sampling, float]:
+    """`sample` at `fps` or at the highest rate that gives no more than `most` frames (one at least), and that rate."""
+    sampling, most = sample(timeline, fps, name), max(most, 1)
+    if len(sampling) <= most:
+        return sampling, float(fps)
+    if timeline.average_fps:
+        fps = timeline.average_fps / math.ceil(len(timeline.times) / most)
+    else:
+        fps = most / timeline.seconds
+    return sample(timeline, fps, name), fps
+
+
+def nearest_keys(sampling: Sampling) -> Sampling | None:
+    """In place of each frame the key frame nearest to it in time; None where the file does not tell its key frames."""
+    timeline, index = sampling.timeline, sampling.timeline.index
+    if index is None or not index.can_seek:
+        return None
+    places = np.flatnonzero(np.isin(timeline.pts, index.pts[index.entries]))  # an edit list may hide some
+    if not len(places):
+        return None
+    middles = (timeline.times[places[1:]] + timeline.times[places[:-1]]) / 2
+    frames = places[np.searchsorted(middles, sampling.times)]
+    return Sampling(timeline, "key frames", frames, timeline.times[frames])

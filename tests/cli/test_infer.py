@@ -62,7 +62,8 @@ def test_json(video_answer):
     assert (video_answer["frames"], video_answer["visual_tokens"], video_answer["new_tokens"]) == (12, 24, 8)
     assert video_answer["prompt_tokens"] > 24
     assert set(video_answer["seconds"]) == {"load", "encode", "generate"}
-    assert video_answer["sampling"] == [{"video": CLIP, "rule": "stride", "frames": 12}]
+    times = list(range(12))
+    assert video_answer["sampling"] == [{"video": CLIP, "rule": "stride", "frames": 12, "times": times}]
 
 
 def test_evidence(ask, tmp_path):
@@ -83,7 +84,8 @@ def test_evidence_that_cannot_be_drawn_is_said_first(ask, file):
 def test_a_video_of_a_varying_rate_says_how_it_was_sampled(ask, tmp_path):
     path = write_clip(tmp_path / "[bold].mkv", [index_frame(i) for i in range(3)], times_ms=[0, 4000, 8000])
     out = json.loads(ask("--video", str(path), "--question", QUESTION, "--json")[1])
-    assert out["sampling"] == [{"video": str(path), "rule": "times", "frames": 12}] and out["frames"] == 12
+    times = list(range(12))
+    assert out["sampling"] == [{"video": str(path), "rule": "times", "frames": 12, "times": times}]
 
 
 def test_a_subtitle_of_50_minutes_does_not_make_a_clip_of_10_seconds_too_long(ask):
@@ -337,3 +339,21 @@ def test_a_terminal_that_is_not_utf8(ask, monkeypatch):
     code, _, err = ask("--question", "hi", "--json")
     out.seek(0)
     assert (code, err) == (0, "") and json.loads(out.read())["new_tokens"] == 8
+
+
+def test_what_a_film_may_be_given_up_for(ask, tmp_path):
+    """Key frames alone, a lower rate, the beginning of a damaged file: each is said on stderr."""
+    film = write_clip(tmp_path / "film.mkv", [index_frame(i % 1024) for i in range(1050)])
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    about = ("--question", QUESTION, "--json", "--video")
+    code, out, err = ask(*about, str(film), "--fast-sampling", "--fps", "0.5")
+    assert code == 0 and json.loads(out)["sampling"][0]["rule"] == "key frames" and "key frames in place of" in err
+    code, out, err = ask(*about, str(film), "--fps", "25")
+    assert (code, out) == (2, "") and "--fit" in err
+    code, out, err = ask(*about, str(film), "--fps", "25", "--fit")
+    assert code == 0 and 500 < json.loads(out)["frames"] < 1024 and "frames a second, not 25" in err
+    code, out, err = ask(*about, str(cut))
+    assert (code, out) == (2, "") and "--partial" in err
+    code, out, err = ask(*about, str(cut), "--partial")
+    assert code == 0 and 15 < json.loads(out)["frames"] < 25 and "only its first" in err

@@ -1,10 +1,21 @@
 """Plans from the times of packets alone; clips of every kind are in test_video.py."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from llamavid_jax.media.index import Index
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.timeline import Packet, count_samples, frame_stride, sample, timeline_of
+from llamavid_jax.media.timeline import (
+    Packet,
+    count_samples,
+    frame_stride,
+    nearest_keys,
+    sample,
+    sample_at_most,
+    timeline_of,
+)
 
 MS = 1e-3
 
@@ -121,3 +132,32 @@ def test_damaged_times_do_not_ask_for_all_memory():
 def test_too_low_a_rate_is_refused():
     with pytest.raises(MediaError, match=r"use --fps 0\.4$"):
         frame_stride(0.4, 1)
+
+
+@pytest.mark.parametrize("times", [even(1000, 25), even(1000, 29.97), np.cumsum(np.arange(1, 1000) % 70)])
+@pytest.mark.parametrize("most", [1, 2, 7, 39, 40, 41, 999, 5000])
+def test_the_highest_rate_that_fits(times, most):
+    timeline = timeline_of(packets(times), MS, 25.0)
+    for fps in (1, 25):
+        plan, rate = sample_at_most(timeline, fps, most)
+        assert len(plan) <= most and rate <= fps
+        assert (rate == fps) == (len(sample(timeline, fps)) <= most)
+        np.testing.assert_array_equal(sample(timeline, rate).frames, plan.frames)
+        if rate < fps:
+            steps = -(-len(timeline.times) // len(plan))
+            assert len(plan) > most - max(2, most / steps)  # no lower than it must be
+
+
+def test_the_key_frame_nearest_to_each_time():
+    timeline = timeline_of(packets(even(100, 10)), MS, 10.0)
+    assert nearest_keys(sample(timeline, 1)) is None
+    keys = np.array([0, 12, 35, 38, 90])
+    index = Index(timeline.pts, timeline.pts, keys, can_seek=True, has_nonref=True, area=1)
+    timeline = dataclasses.replace(timeline, index=index)
+    plan = nearest_keys(sample(timeline, 1))
+    assert plan.rule == "key frames" and plan.frames.tolist() == [0, 12, 12, 35, 38, 38, 38, 90, 90, 90]
+    np.testing.assert_allclose(plan.times, plan.frames / 10)
+    hidden = dataclasses.replace(timeline, pts=timeline.pts[20:], times=timeline.times[20:] - 2)  # by an edit list
+    assert nearest_keys(sample(hidden, 1)).frames.tolist() == [15, 15, 18, 18, 18, 70, 70, 70]
+    sequential = dataclasses.replace(timeline, index=dataclasses.replace(index, can_seek=False))
+    assert nearest_keys(sample(sequential, 1)) is None

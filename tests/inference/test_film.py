@@ -1,0 +1,93 @@
+"""What a session gives up when it is told to, and that it says so."""
+
+import dataclasses
+
+import pytest
+from clips import index_frame, write_clip
+
+from llamavid_jax import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.errors import InputError
+from llamavid_jax.inference.film import Reading
+from llamavid_jax.inference.session import Session
+from llamavid_jax.text.subtitles import Cue
+
+IMAGES = LLaMAVIDLlavaImageProcessor(56)
+SHORT = {"max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """Six seconds, a key frame every 0.4 of them."""
+    return write_clip(tmp_path_factory.mktemp("film") / "film.mkv", [index_frame(i) for i in range(150)])
+
+
+@pytest.fixture
+def positions(tiny_model, monkeypatch):
+    def change(count: int) -> None:
+        text = dataclasses.replace(tiny_model.config.text_config, max_position_embeddings=count)
+        monkeypatch.setattr(tiny_model, "config", dataclasses.replace(tiny_model.config, text_config=text))
+
+    return change
+
+
+def ask(model, videos, reading=None, fps=1, **others):
+    said = []
+    reading = {} if reading is None else {"reading": reading}
+    session = Session(model, IMAGES, videos=list(map(str, videos)), fps=fps, notice=said.append, **reading, **others)
+    return session.ask("what is it", **SHORT), said
+
+
+def test_the_seconds_taken_are_told(tiny_model, film):
+    answer, said = ask(tiny_model, [film])
+    assert answer.sampling == [{"video": str(film), "rule": "stride", "frames": 6, "times": [0, 1, 2, 3, 4, 5]}]
+    assert said == []
+
+
+def test_key_frames(tiny_model, film):
+    answer, said = ask(tiny_model, [film], Reading(fast=True), fps=5)
+    (sampling,) = answer.sampling
+    assert sampling["rule"] == "key frames" and sampling["frames"] == 30 == answer.frames
+    assert set(sampling["times"]) == {round(0.4 * i, 3) for i in range(15)}
+    assert said == [
+        f"{film}: key frames in place of the 30 asked for, 0.1 s away on average and 0.2 s at most; "
+        "15 different ones, each for up to 3 of them"
+    ]
+
+
+def test_key_frames_of_a_file_without_an_index(tiny_model, tmp_path):
+    path = write_clip(tmp_path / "a.ts", [index_frame(i) for i in range(50)])
+    answer, said = ask(tiny_model, [path], Reading(fast=True))
+    assert answer.sampling[0]["rule"] == "stride"
+    assert said == [f"{path} does not say where its key frames are: the frames asked for are decoded"]
+
+
+@pytest.mark.parametrize("videos", [1, 2])
+def test_a_rate_at_which_it_fits(tiny_model, film, positions, videos):
+    positions(200)
+    with pytest.raises(InputError, match=r"300 visual tokens; this model has room for 196: use --fps \d.*--fit"):
+        ask(tiny_model, [film] * videos, fps=25)
+    answer, said = ask(tiny_model, [film] * videos, Reading(fit=True), fps=25)
+    assert 80 < answer.visual_tokens < 180 and answer.prompt_tokens <= 196
+    assert len(said) == videos and "frames a second, not 25: " in said[0]
+    _, said = ask(tiny_model, [film] * videos, Reading(fit=True))
+    assert said == []
+
+
+def test_what_is_said_has_its_room_too(tiny_model, film, positions):
+    positions(300)
+    cues = [Cue(second + 0.5, "what is it who is it " * 2) for second in range(6)]
+    without, _ = ask(tiny_model, [film], Reading(fit=True), fps=25)
+    answer, said = ask(tiny_model, [film], Reading(fit=True), fps=25, subtitles=cues)
+    assert answer.visual_tokens < without.visual_tokens and answer.prompt_tokens <= 296 and len(said) == 1
+
+
+def test_what_is_left_of_a_file(tiny_model, film, tmp_path):
+    path = tmp_path / "cut.mkv"
+    path.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    with pytest.raises(InputError, match="is cut short or damaged"):
+        ask(tiny_model, [path])
+    answer, said = ask(tiny_model, [path], Reading(partial=True))
+    assert answer.frames == answer.sampling[0]["frames"] == len(answer.sampling[0]["times"]) in (3, 4)
+    assert said and all(f"{path} is cut short or damaged: only its first 2." in text for text in said)
+    whole, said = ask(tiny_model, [film], Reading(partial=True))
+    assert whole.frames == 6 and said == []

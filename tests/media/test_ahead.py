@@ -1,0 +1,88 @@
+"""Items come in order, from no further ahead than there is room, and nothing is left running."""
+
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+
+from llamavid_jax.media.ahead import side_by_side
+
+
+def worker(count, made=None):
+    """Reads job `n` as the items `10 n`, `10 n + 1`, ..."""
+
+    @contextlib.contextmanager
+    def open_one():
+        def read(job):
+            for number in range(count):
+                if made is not None:
+                    made.append((job, number))
+                yield np.full(5, 10 * job + number, np.uint16)  # ten bytes
+
+        yield read
+
+    return open_one
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2, 7, 30])
+@pytest.mark.parametrize("room", [0, 100, 10**6])
+def test_items_come_in_the_jobs_order(threads, room):
+    items = [int(item[0]) for item in side_by_side(range(20), worker(4), threads, room)]
+    assert items == [10 * job + number for job in range(20) for number in range(4)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("room", [60, 600])
+def test_no_thread_runs_further_ahead_than_there_is_room(threads, room):
+    made, taken = [], 0
+    for _ in side_by_side(range(40), worker(8, made), threads, room):
+        taken += 1
+        # what waits, one more that each thread holds, and one a job that may always wait
+        assert len(made) - taken <= room / 10 + threads + 2 * threads
+        assert max(job for job, _ in made) <= (taken - 1) // 8 + 2 * threads
+    assert taken == len(made) == 320
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_an_error_comes_where_its_item_would_have(threads):
+    @contextlib.contextmanager
+    def open_one():
+        def read(job):
+            yield np.full(1, job)
+            if job == 4:
+                raise KeyError(job)
+
+        yield read
+
+    seen = []
+    with pytest.raises(KeyError, match="4"):
+        for item in side_by_side(range(9), open_one, threads, 100):
+            seen.append(int(item[0]))
+    assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_a_worker_that_cannot_begin(threads):
+    def open_one():
+        raise OSError("no more files")
+
+    with pytest.raises(OSError, match="no more files"):
+        list(side_by_side(range(9), open_one, threads, 100))
+
+
+def test_closing_ends_the_threads_and_what_they_hold():
+    closed = []
+
+    @contextlib.contextmanager
+    def open_one():
+        try:
+            yield lambda job: iter([np.zeros(1)] * 1000)
+        finally:
+            closed.append(1)
+
+    before = threading.active_count()
+    items = side_by_side(range(9), open_one, 3, 100)
+    next(items)
+    items.close()
+    assert threading.active_count() == before and len(closed) == 3
