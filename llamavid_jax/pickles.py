@@ -8,7 +8,7 @@ plain keys.
 """
 
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llamavid_jax.errors import InputError
@@ -40,10 +40,10 @@ def unpickle(
     stack: list[Any] = []
     marks: list[int] = []  # heights of the stack
     memo: dict[int, Any] = {}
-    for count, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
+    for count, (instruction, argument) in enumerate(_instructions(stream)):
         if count > MAX_INSTRUCTIONS:
             raise PickleError("has a pickle of too many instructions")
-        match instruction.name:
+        match instruction:
             case "PROTO" | "FRAME":
                 pass
             case "STOP":
@@ -59,14 +59,14 @@ def unpickle(
             case "EMPTY_DICT":
                 stack.append({})
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(_pop(stack, len(stack) - int(instruction.name[-1]))))
+                stack.append(tuple(_pop(stack, len(stack) - int(instruction[-1]))))
             case "TUPLE":
                 stack.append(tuple(_pop(stack, marks.pop())))
             case "APPEND" | "APPENDS":
-                items = _pop(stack, marks.pop() if instruction.name == "APPENDS" else len(stack) - 1)
+                items = _pop(stack, marks.pop() if instruction == "APPENDS" else len(stack) - 1)
                 _top(stack, list).extend(items)
             case "SETITEM" | "SETITEMS":
-                items = _pop(stack, marks.pop() if instruction.name == "SETITEMS" else len(stack) - 2)
+                items = _pop(stack, marks.pop() if instruction == "SETITEMS" else len(stack) - 2)
                 keys, given = items[::2], items[1::2]
                 if any(type(key) not in (str, int, float, bool) for key in keys):  # hashing a tuple may never return
                     raise ValueError("a key of a dictionary is neither text nor number")
@@ -93,7 +93,18 @@ def unpickle(
                 stack.append(storage(stack.pop()))
             case name:
                 raise PickleError(f"holds the pickle instruction {name}")
-    raise ValueError("it has no end")
+
+
+def _instructions(stream: Any) -> Iterator[tuple[str, Any]]:
+    """Names and arguments, as `pickletools.genops` has them, but for bytes that may be changed: those are bytes too."""
+    while True:
+        code = stream.read(1)
+        instruction = pickletools.code2op.get(code.decode("latin-1"))
+        if instruction is None:
+            raise ValueError(f"{code!r} is no instruction" if code else "it has no end")
+        read = instruction.arg and instruction.arg.reader
+        read = pickletools.read_bytes8 if instruction.name == "BYTEARRAY8" else read
+        yield instruction.name, read and read(stream)
 
 
 def _pop(stack: list[Any], height: int) -> list[Any]:

@@ -3,12 +3,12 @@
     {"id": "7", "image" | "video" | "features": "folder/file", "conversations": [{"from": "human", "value": ...}, ...]}
 
 in a list (.json), one a line (.jsonl), or in a folder of shards (`data/shards.py`).  A file name that
-ends in .npz, .npy or .safetensors is ready features (`media/features.py`), a record without media is text alone.
+ends in .npz, .npy, .safetensors or .pkl is ready features (`media/features.py`), a record without media is text alone.
 The file stays on disk and only the places of its records are kept, so that 665,000 of them are cheap to hold and to
 send to worker processes.
 
 Deviations from the original: a record that cannot be used is an error of its own when it is read, never another sample;
-its path fallbacks apply only where the named file is missing; `.pkl` features are refused; a key with null is no key.
+its path fallbacks apply only where the named file is missing; a key with null is no key.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from llamavid_jax.media.source import MediaError, local_file
 from llamavid_jax.media.video import iter_frames, plan_video
 
 MEDIA_KEYS = ("image", "video", "features")
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
+PICKLES = (".pt", ".pth", ".bin")
 
 
 class JsonRows(Sequence):
