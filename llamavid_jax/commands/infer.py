@@ -27,8 +27,9 @@ from llamavid_jax.commands import program
 from llamavid_jax.data.records import count_frames
 from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
 from llamavid_jax.inference.request import Settings
+from llamavid_jax.media.features import is_features
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.media.source import local_file
+from llamavid_jax.media.source import is_url, local_file
 from llamavid_jax.text.conversation import TEMPLATES
 from llamavid_jax.text.subtitles import read_subtitles
 
@@ -40,11 +41,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="infer.py", description="Ask LLaMA-VID about videos and images.", allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="DIR", help="a converted checkpoint")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE|URL", help="may be given several times")
+    parser.add_argument(
+        "--video", action="append", default=[], metavar="FILE|URL", help="may be given several times; or its features"
+    )
     parser.add_argument("--image", action="append", default=[], metavar="FILE|URL", help="may be given several times")
     parser.add_argument("--subtitles", metavar="FILE", help="of the one video, .srt or .vtt: a film with what is said")
     parser.add_argument("--question", help="what to ask; with --chat the first question")
     parser.add_argument("--chat", action="store_true", help="go on asking: one question a line on stdin")
+    add_cache(parser)
     parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (512)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
@@ -91,6 +95,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--stream and --json exclude each other; give one of them")
     if not 0 < options.fps < math.inf:
         parser.error(f"--fps is {options.fps}; give a number above 0, such as 1")
+    if not 0 < options.cache_size < math.inf:
+        parser.error(f"--cache-size is {options.cache_size}; give a number of GB above 0, such as 20")
     if options.subtitles is not None:
         if len(options.video) != 1 or options.image:
             parser.error("--subtitles goes with one --video alone; give that")
@@ -129,10 +135,10 @@ def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
         processor = dataclasses.replace(processor, image_aspect_ratio=options.image_aspect_ratio)
     for sources, look in (
         (options.image, processor.image_pixels),
-        (options.video, lambda video: count_frames(video, "video", options.fps)),
+        (options.video, lambda video: count_frames(video, "features" if is_features(video) else "video", options.fps)),
     ):
         for source in sources:
-            if "://" not in source and not source.startswith("data:"):
+            if not is_url(source):
                 local_file(source)
                 look(source)
     return processor
@@ -160,8 +166,28 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
         template=options.template,
         follow_ups=options.chat,
         newest_alone=options.like_original,
+        cache=cache_of(options),
         notice=say,
     )
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        default=os.environ.get("LLAMAVID_CACHE") or None,
+        help="keep the features of videos there for the next question (LLAMAVID_CACHE)",
+    )
+    parser.add_argument("--cache-size", type=float, default=20.0, metavar="GB", help="of that folder, at most (20)")
+
+
+def cache_of(options: argparse.Namespace) -> Any:
+    """The folder of features that --cache names, None without."""
+    if options.cache is None:
+        return None
+    from llamavid_jax.inference.feature_cache import FeatureCache
+
+    return FeatureCache(options.cache, int(options.cache_size * 1e9), say)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "I8": np.dtype(np.int8),
 }
+
 FIELDS = {  # of the JSON: each with its type
     "version": int,
     "shape": list,
@@ -53,6 +54,11 @@ FIELDS = {  # of the JSON: each with its type
     "error": dict | None,
     "sums": list,
 }
+
+
+def name_of(dtype: np.dtype) -> str:
+    """What the file calls a type: "BF16" bfloat16."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +209,14 @@ def read_description(file: Path, metadata: Mapping[str, str], tensors: Mapping[s
     times = found["timestamps"]
     if len(times) != shape[0] or not all(type(time) in (int, float) and math.isfinite(time) for time in times):
         raise ValueError("it has not one time for each frame")
+    said = found["sampling"]
+    if type(said.get("rule")) is not str or not all(_is_positive(said.get(name)) for name in ("fps", "seconds")):
+        raise ValueError("its sampling has no rule, fps or seconds")
     return found
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def described_frames(file: Path, description: Mapping[str, Any]) -> Iterator[np.ndarray]:
