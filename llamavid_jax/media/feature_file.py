@@ -83,7 +83,7 @@ class FeatureWriter:
     def __init__(self, path: Path, frames: int, dtype: str, text: str = ""):
         """For up to `frames` frames and up to the characters of `text` in `inputs`; `dtype` of DTYPES."""
         self.path, self.dtype = path, dtype
-        self.room = 8192 + 32 * frames + 2 * len(json.dumps(json.dumps(text)))
+        self.room = 8192 + 48 * frames + 2 * len(json.dumps(json.dumps(text)))
         self.shape: tuple[int, ...] | None = None
         self.frames, self.sums, self.scales = 0, [], []
         self._sum, self._squares, self._worst = hashlib.sha256(), np.zeros(2), 0.0
@@ -128,7 +128,7 @@ class FeatureWriter:
             if self.frames % FRAMES_A_SUM:
                 self._end_sum()
             if self.frames != len(description.timestamps) or not self.frames:
-                raise ValueError(f"{len(description.timestamps)} times for {self.frames} frames")
+                raise MediaError(f"{len(description.timestamps)} times stand for {self.frames} frames; try it again")
             tensors, end = {}, self.frames * math.prod(self.shape) * DTYPES[self.dtype].itemsize
             shape = [self.frames, *self.shape]
             tensors["feats"] = {"dtype": self.dtype, "shape": shape, "data_offsets": [0, end]}
