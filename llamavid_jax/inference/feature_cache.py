@@ -24,7 +24,6 @@ from llamavid_jax.media.features import describe, iter_features
 from llamavid_jax.media.source import MediaError
 
 DEFAULT_BYTES = 20 * 10**9  # eight hours of film at one frame a second, for the 7B models
-RULES = 1  # raised when decoding, sampling or preprocessing gives other pixels for the same key
 LEFT_OVER = 24 * 3600.0  # seconds after which a file that nobody finished is taken away
 
 
@@ -41,8 +40,8 @@ class FeatureCache:
         self.folder, self.limit, self.notice, self._has_said = Path(folder).expanduser(), limit, notice, False
 
     def path(self, key: Mapping[str, Any]) -> Path:
-        text = json.dumps({"rules": RULES, **key}, sort_keys=True)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}{SUFFIX}"
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:40]
+        return self.folder / f"{name}{SUFFIX}"
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The description of the entry, which counts as used now; None where there is none or it is damaged."""

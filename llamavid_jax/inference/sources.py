@@ -19,6 +19,8 @@ from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.timeline import Sampling, Timeline
 from llamavid_jax.text.conversation import IMAGE
 
+RULES = 1  # raised when decoding, sampling or preprocessing gives other pixels for the same key
+
 
 class Shown(NamedTuple):
     """One visual: frames [3, S, S] where `has_cls` is None, else features [P, E] with the CLS token or without it."""
@@ -100,6 +102,7 @@ def video_key(
 ) -> dict[str, Any]:
     """All that the features of a video depend on."""
     return {
+        "rules": RULES,
         "source": content(path),
         "fps": float(fps),
         "processing": processing(images),

@@ -16,7 +16,7 @@ from paths import ROOT
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaImageProcessor
 from llamavid_jax.errors import InputError
-from llamavid_jax.inference import feature_cache
+from llamavid_jax.inference import sources
 from llamavid_jax.inference.feature_cache import FeatureCache
 from llamavid_jax.inference.session import Session
 from llamavid_jax.inference.sources import video_key
@@ -317,7 +317,7 @@ def test_an_entry_that_another_process_takes_away_is_made_again(tiny_model, clip
 def test_the_rules_of_sampling_are_part_of_the_key(tiny_model, clip, tmp_path, monkeypatch, encoded):
     cache = FeatureCache(tmp_path / "cache")
     asked(tiny_model, clip, cache)
-    monkeypatch.setattr(feature_cache, "RULES", feature_cache.RULES + 1)
+    monkeypatch.setattr(sources, "RULES", sources.RULES + 1)
     asked(tiny_model, clip, cache)
     assert encoded == [5, 5]
 
