@@ -12,13 +12,9 @@ A row that fails has "error" in the place of "answer", and the exit code is then
 
 import argparse
 import collections
-import contextlib
-import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,31 +32,14 @@ from llamavid_jax.commands.options import (
     read_settings,
     read_shard,
 )
-from llamavid_jax.data.records import JsonRows
+from llamavid_jax.commands.rows import Answers, Row, read_questions
 from llamavid_jax.errors import InputError, Parser, command, say
 from llamavid_jax.files import local, locked
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.shapes import bucket
-from llamavid_jax.text.conversation import check_text
 
 SECONDS = 10.0  # between two lines of progress
 MOST_ROWS = 64  # answered together
-
-
-class Row(NamedTuple):
-    """A line of the questions; `error` says why it cannot be asked."""
-
-    id: str
-    question: str = ""
-    videos: tuple[str, ...] = ()
-    images: tuple[str, ...] = ()
-    error: str = ""
-
-    def said(self) -> dict[str, Any]:
-        """What the line of its answer repeats, by which it is known again."""
-        media = {"video": self.videos, "image": self.images}
-        shown = {name: paths[0] if len(paths) == 1 else list(paths) for name, paths in media.items() if paths}
-        return {"id": self.id, "question": self.question, **shown}
 
 
 class Prompt(NamedTuple):
@@ -98,87 +77,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--batch-tokens is {options.batch_tokens}; give a number above 0, such as 16384")
     options.settings, options.cache, options.shard = read_settings(options), read_cache(options), read_shard(options)
     return options
-
-
-def read_questions(path: str) -> list[Row]:
-    """All rows, those that cannot be asked among them.  InputError where two have the same id."""
-    lines, rows = JsonRows(local(path)), {}
-    for number in range(len(lines)):
-        row = _row(lines, number)
-        if row.id in rows:
-            raise InputError(f"{path} holds two rows of id {row.id!r}; give each its own, or none")
-        rows[row.id] = row
-    return list(rows.values())
-
-
-def _row(lines: Sequence[Any], number: int) -> Row:
-    name = str(number)
-    try:
-        value = lines[number]
-        if not isinstance(value, Mapping):
-            raise InputError(f"row {number} is {str(value)[:60]!r}; give an object with 'video' and 'question'")
-        if value.get("id") is not None:
-            check_text(name := str(value["id"]), f"the id of row {number}")
-        check_text(value.get("question"), "the question")
-        if not value["question"].strip():
-            raise InputError("the question is empty; write one")
-        return Row(name, value["question"].strip(), *(_paths(value, kind) for kind in ("video", "image")))
-    except InputError as error:
-        return Row(name if name.isprintable() else str(number), error=str(error))
-
-
-def _paths(value: Mapping[str, Any], kind: str) -> tuple[str, ...]:
-    given = value.get(kind)
-    paths = [] if given is None else given if isinstance(given, list) else [given]
-    for path in paths:
-        if not isinstance(path, str) or not path.strip():
-            raise InputError(f"{kind} is {str(path)[:60]!r}; give the path or URL of a file")
-        check_text(path, kind)
-    return tuple(paths)
-
-
-class Answers:
-    """The file of answers: `done` holds the ids that it has already.  Each call of `write` is one system call."""
-
-    def __init__(self, path: Path, rows: Iterable[Row]):
-        self.path, known = path, {row.id: row for row in rows}
-        self.done: set[str] = set()
-        self.failed = 0
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        with open(self._file, "rb", closefd=False) as file:
-            whole = 0
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # the process was killed while it wrote this
-                whole += len(line)
-                self._read(line, known)
-            if whole < os.fstat(self._file).st_size:
-                os.truncate(self._file, whole)
-
-    def _read(self, line: bytes, known: Mapping[str, Row]) -> None:
-        try:
-            answer = json.loads(line)
-            row = known.get(answer["id"])
-        except (ValueError, TypeError, KeyError):
-            raise InputError(f"{self.path} holds {line[:60]!r}, which is no answer; give another --out") from None
-        if row is None or {name: answer.get(name) for name in row.said()} != row.said():
-            raise InputError(f"{self.path} holds the answer {answer['id']!r} to another question; give another --out")
-        if answer["id"] in self.done:
-            raise InputError(f"{self.path} holds two answers of id {answer['id']!r}; delete one of the lines")
-        self.done.add(answer["id"])
-        self.failed += "error" in answer
-
-    def write(self, answers: Sequence[dict[str, Any]]) -> None:
-        data = "".join(json.dumps(answer) + "\n" for answer in answers).encode()
-        while data:
-            data = data[os.write(self._file, data) :]
-        self.done.update(answer["id"] for answer in answers)
-        self.failed += sum("error" in answer for answer in answers)
-
-    def fail(self, rows: Sequence[Row], error: object) -> None:
-        self.write([{**row.said(), "error": str(error)} for row in rows])
-        for row in rows:
-            say(f"llamavid-batch: {row.id}: {error}")
 
 
 class Runner:
@@ -237,9 +135,11 @@ class Runner:
             return
         for row in group:
             try:
-                yield Prompt(row, *session.inputs(row.question), session.frames)
+                prompt = Prompt(row, *session.inputs(row.question), session.frames)
             except InputError as error:
                 self.answers.fail([row], error)
+            else:
+                yield prompt
 
     def _answer(self, prompts: Sequence[Prompt]) -> None:
         """One that cannot be answered costs its own row: the others are asked alone then."""
@@ -281,16 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = out.with_name(f"{out.stem}.{index}-of-{count}{out.suffix}")
     places = {media: place for place, media in enumerate(dict.fromkeys((row.videos, row.images) for row in rows))}
     rows = [row for row in rows if places[row.videos, row.images] % count == index]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as held:
-            held.enter_context(locked(out.with_name(f".{out.name}.lock"), str(out)))
-            answers = Answers(out, rows)
-            return _run(options, images, rows, answers)
-    except OSError as error:
-        raise InputError(
-            f"{out} cannot be written to ({error.strerror or error}); the answers before are there"
-        ) from None
+    with locked(out.with_name(f".{out.name}.lock"), str(out)):
+        return _run(options, images, rows, Answers(out, rows))
 
 
 def _run(
