@@ -22,15 +22,16 @@ from llamavid_jax.commands import program
 from llamavid_jax.commands.options import add_fps, add_model, add_shard, check_fps, load_model, read_shard
 from llamavid_jax.errors import InputError, Parser, command, printable, say
 from llamavid_jax.files import local
+from llamavid_jax.inference.film_text import film_subtitles
 from llamavid_jax.media.feature_file import SUFFIX, FeatureWriter, name_of
 from llamavid_jax.media.features import describe
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import MediaError, local_file
-from llamavid_jax.text.subtitles import Cue, interleave, read_subtitles
+from llamavid_jax.text.subtitles import Cue, interleave
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".ogv")
 VIDEOS += (".3gp", ".vob", ".gif", ".mts", ".mxf")
-SUBTITLES = (".srt", ".vtt")
+SUBTITLES = (".srt", ".vtt", ".ass")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +42,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_fps(parser)
     parser.add_argument("--int8", action="store_true", help="half the size; its error stands in each file")
     parser.add_argument(
-        "--subtitles", action="store_true", help="with what is said: the .srt or .vtt beside a video, of the same name"
+        "--subtitles",
+        action="store_true",
+        help="with what is said: the .srt, .vtt or .ass beside a video, of the same name",
     )
     add_shard(parser)
     options = parser.parse_args(arguments)
@@ -115,7 +118,7 @@ class Extractor:
     def _cues(self, video: Path) -> list[Cue] | None:
         beside = (video.with_suffix(suffix) for suffix in SUBTITLES if self.options.subtitles)
         file = next((file for file in beside if file.exists()), None)
-        return file and read_subtitles(file)
+        return file and film_subtitles(str(file), video)
 
     def _is_there(self, file: Path, made_as: dict[str, Any]) -> bool:
         try:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
 import threading
@@ -35,11 +36,12 @@ from llamavid_jax.commands.options import (
 )
 from llamavid_jax.data.records import count_frames
 from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
+from llamavid_jax.inference.film_text import film_subtitles
 from llamavid_jax.media.features import is_features
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import is_url, local_file
-from llamavid_jax.text.subtitles import read_subtitles
 
+MOST_EVIDENCE = 10  # frames in --json, the one with the most weight first
 # what the original's command line does, but for the seed; an option of its own wins over it
 LIKE_ORIGINAL = {"template": "llava_v1", "temperature": 0.2, "top_p": 0.7, "image_aspect_ratio": "crop"}
 
@@ -52,7 +54,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--video", action="append", default=[], metavar="FILE|URL", help="may be given several times; or its features"
     )
     parser.add_argument("--image", action="append", default=[], metavar="FILE|URL", help="may be given several times")
-    parser.add_argument("--subtitles", metavar="FILE", help="of the one video, .srt or .vtt: a film with what is said")
+    parser.add_argument(
+        "--subtitles", metavar="FILE|auto", help="what is said in the one video: .srt, .vtt, .ass; auto: its own track"
+    )
     parser.add_argument("--question", help="what to ask; with --chat the first question")
     parser.add_argument("--chat", action="store_true", help="go on asking: one question a line on stdin")
     add_fps(parser)
@@ -65,6 +69,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "0.7, in a chat the visuals in the newest question alone; other options given with it hold",
     )
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    parser.add_argument(
+        "--evidence", metavar="FILE", help="draw the frames of the video that the answer rests on; --json lists them"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object for each answer")
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and stop")
     parser.add_argument("--topology", metavar="NAME", help="such as v5e:1x1: a generation of TPU, and chips")
@@ -89,7 +96,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.subtitles is not None:
         if len(options.video) != 1 or options.image:
             parser.error("--subtitles goes with one --video alone; give that")
-        options.subtitles = read_subtitles(options.subtitles)
+        if options.subtitles == "auto" and "://" in options.video[0]:
+            parser.error("--subtitles auto reads the track in a file; give a --video that is one")
+        options.subtitles = film_subtitles(options.subtitles, options.video[0], options.like_original)
+    if options.evidence is not None:
+        folder = os.path.dirname(options.evidence) or "."
+        if len(options.video) != 1 or options.image or not options.evidence.endswith(".png"):
+            parser.error(f"--evidence is {options.evidence}; give a FILE.png, with one --video and no --image")
+        if is_features(options.video[0]):
+            parser.error(f"--evidence draws frames, and {options.video[0]} holds features alone; give the video")
+        if not os.access(folder, os.W_OK):
+            parser.error(f"--evidence is {options.evidence}, and {folder} cannot be written to; give another folder")
     return options
 
 
@@ -142,7 +159,7 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
         fps=options.fps,
         template=options.template,
         follow_ups=options.chat,
-        newest_alone=options.like_original,
+        like_original=options.like_original,
         cache=options.cache,
         notice=say,
     )
@@ -162,6 +179,19 @@ def progress_bar(console: Console) -> Iterator[Callable[[Any, int, int | None], 
             bar.update(tasks[name], completed=done, total=total)
 
         yield show
+
+
+def draw_evidence(session: Any, question: str, answer: Any, file: str) -> None:
+    """One picture for each answer of a chat: FILE.png, FILE-2.png, ..."""
+    from llamavid_jax.inference.evidence import draw
+
+    stem, number = file.removesuffix(".png"), len(session.turns)
+    file = file if number < 2 else f"{stem}-{number}.png"
+    try:
+        draw(session, question, answer).save(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror}); give another --evidence FILE.png") from None
+    say(f"{file}: what the answer rests on")
 
 
 def questions(options: argparse.Namespace) -> Iterator[str]:
@@ -209,15 +239,21 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             checked(question, "the question on stdin")
             with progress_bar(console) as session.progress:
-                answer = session.ask(question, write if options.stream else None, **options.settings)
+                evidence = options.evidence is not None
+                answer = session.ask(question, write if options.stream else None, evidence, **options.settings)
         except InputError as error:
             code = complain(error, "infer.py")
             if options.chat and (session.features is not None or not (options.image or options.video)):
                 continue
             break
+        if options.evidence:
+            draw_evidence(session, question, answer, options.evidence)
         if options.json:
             result = dataclasses.asdict(answer)
+            frames = result.pop("evidence")
             result = {"answer": result.pop("text"), **result, "seconds": {"load": loaded, **answer.seconds}}
+            if frames:
+                result["evidence"] = sorted(frames, key=lambda frame: -frame["weight"])[:MOST_EVIDENCE]
             is_utf8 = "utf" in (sys.stdout.encoding or "utf-8").lower()
             write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
         else:
