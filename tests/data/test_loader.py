@@ -92,7 +92,7 @@ def write_features(path: Path, feats: np.ndarray, dtype: str) -> None:
     writer = FeatureWriter(path, len(feats), dtype)
     for frame in feats:
         writer.add(frame)
-    times, sampling = list(range(len(feats))), {"fps": 1.0, "rule": "stride", "seconds": 9.0}
+    times, sampling = [float(number) for number in range(len(feats))], {"fps": 1.0, "rule": "stride", "seconds": 9.0}
     writer.commit(Description(False, times, {"name": "a"}, sampling, {"size": 8}, {"sha256": "b"}))
 
 
