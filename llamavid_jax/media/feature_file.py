@@ -17,7 +17,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -219,29 +219,31 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
-def described_frames(file: Path, description: Mapping[str, Any]) -> Iterator[np.ndarray]:
-    """Each frame [P, E] as it is stored; float32 of int8.  ValueError at the first run of frames that is damaged."""
+def described_frames(stream: Any, description: Mapping[str, Any]) -> Generator[np.ndarray, None, None]:
+    """Each frame [P, E] as it is stored, of the open file; float32 of int8.
+
+    ValueError at the first run of frames that is damaged.
+    """
     frames, patches, width = description["shape"]
     dtype, run = DTYPES[description["dtype"]], FRAMES_A_SUM
-    with file.open("rb") as stream:
-        start = 8 + struct.unpack("<Q", stream.read(8))[0]
-        size = patches * width * dtype.itemsize
-        after = start + frames * size  # where the scales begin
+    start = 8 + struct.unpack("<Q", os.pread(stream.fileno(), 8, 0))[0]
+    size = patches * width * dtype.itemsize
+    after = start + frames * size  # where the scales begin
 
-        def read(number: int) -> np.ndarray:
-            first = number * run
-            count = min(run, frames - first)
-            data = os.pread(stream.fileno(), count * size, start + first * size)
-            scales = b""
-            if dtype == np.int8:
-                scales = os.pread(stream.fileno(), count * width * 4, after + first * width * 4)
-            if _sum_of(data, scales, count) != description["sums"][number]:
-                raise ValueError(f"frames {first} to {first + count - 1} do not have the SHA-256 of its description")
-            values = np.frombuffer(data, dtype).reshape(count, patches, width)
-            return values if not scales else values * np.frombuffer(scales, np.float32).reshape(count, 1, width)
+    def read(number: int) -> np.ndarray:
+        first = number * run
+        count = min(run, frames - first)
+        data = os.pread(stream.fileno(), count * size, start + first * size)
+        scales = b""
+        if dtype == np.int8:
+            scales = os.pread(stream.fileno(), count * width * 4, after + first * width * 4)
+        if _sum_of(data, scales, count) != description["sums"][number]:
+            raise ValueError(f"frames {first} to {first + count - 1} do not have the SHA-256 of its description")
+        values = np.frombuffer(data, dtype).reshape(count, patches, width)
+        return values if not scales else values * np.frombuffer(scales, np.float32).reshape(count, 1, width)
 
-        for values in _ahead(read, len(description["sums"])):
-            yield from values
+    for values in _ahead(read, len(description["sums"])):
+        yield from values
 
 
 def _sum_of(data: bytes, scales: bytes, count: int) -> str:

@@ -194,7 +194,11 @@ def _pickle(path: str | Path, stream: Any) -> _Opened:
 def _safetensors(path: str | Path, file: Path, stack: contextlib.ExitStack) -> _Opened:
     from safetensors import safe_open
 
-    opened = stack.enter_context(safe_open(file, framework="np"))
+    while True:
+        stream = stack.enter_context(file.open("rb"))
+        opened = stack.enter_context(safe_open(file, framework="np"))
+        if os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
+            break  # else another process has just put a new file in its place, and the two are not one
     metadata, slices = opened.metadata() or {}, {name: opened.get_slice(name) for name in opened.offset_keys()}
     tensors = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     description = read_description(file, metadata, tensors)
@@ -204,6 +208,8 @@ def _safetensors(path: str | Path, file: Path, stack: contextlib.ExitStack) -> _
         _check_shape(path, shape)
         if description["cls"] != _has_cls(shape[1]):
             raise ValueError("it says of CLS tokens what its shape does not")
-        return _Opened(shape, described_frames(file, description), description["inputs"], description)
+        frames = described_frames(stream, description)
+        stack.callback(frames.close)  # before the file: its threads read that
+        return _Opened(shape, frames, description["inputs"], description)
     _check(path, shape, SAFETENSORS_DTYPES.get(tensor.get_dtype(), tensor.get_dtype()))
     return _Opened(shape, (tensor[i : i + 1][0] for i in range(shape[0])), metadata.get("inputs"))

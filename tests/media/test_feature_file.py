@@ -8,6 +8,7 @@ import os
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 from damage import assert_told_or_harmless
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -189,3 +190,18 @@ def test_what_the_description_says_must_be_so(changes, message, tmp_path):
 
 def test_reading_ahead_keeps_the_order():
     assert list(feature_file._ahead(lambda number: number * number, 20)) == [n * n for n in range(20)]
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
+    """What it says and what it holds are of one file, the new one."""
+    path, other = write(tmp_path / "a.safetensors"), write(tmp_path / "b.safetensors", FEATS[:40] + 1)
+    new = np.stack(list(iter_features(other)))
+    opened = safetensors.safe_open
+
+    def replaced(*arguments, **more):
+        if other.exists():
+            other.replace(path)
+        return opened(*arguments, **more)
+
+    monkeypatch.setattr(safetensors, "safe_open", replaced)
+    np.testing.assert_array_equal(np.stack(list(iter_features(path))), new)
