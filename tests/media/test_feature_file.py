@@ -199,9 +199,10 @@ def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
     opened = safetensors.safe_open
 
     def replaced(*arguments, **more):
+        found = opened(*arguments, **more)
         if other.exists():
             other.replace(path)
-        return opened(*arguments, **more)
+        return found
 
     monkeypatch.setattr(safetensors, "safe_open", replaced)
     np.testing.assert_array_equal(np.stack(list(iter_features(path))), new)
