@@ -98,3 +98,14 @@ def tiny_model():
         tokenizer=load_tokenizer(root / "golden" / "text"),
         qformer_tokenizer=QFormerTokenizer(root / "golden" / "short_video_mean" / "qformer_tokenizer"),
     )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_model, tmp_path_factory) -> str:
+    """The folder of the tiny model, which no test may change."""
+    from llamavid_jax import LLaMAVIDLlavaImageProcessor
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model.save_pretrained(folder)
+    LLaMAVIDLlavaImageProcessor(56).save_pretrained(folder)
+    return str(folder)

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import signal
 import sys
@@ -25,13 +24,23 @@ from rich.table import Column
 from rich.text import Text
 
 from llamavid_jax.commands import program
+from llamavid_jax.commands.options import (
+    add_cache,
+    add_fps,
+    add_model,
+    add_settings,
+    check_fps,
+    checked,
+    load_model,
+    read_cache,
+    read_settings,
+)
 from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
 from llamavid_jax.inference.film_text import film_subtitles
-from llamavid_jax.inference.request import Settings
+from llamavid_jax.media.features import is_features
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.media.source import local_file
+from llamavid_jax.media.source import is_url, local_file
 from llamavid_jax.media.video import plan_video
-from llamavid_jax.text.conversation import TEMPLATES
 
 MOST_EVIDENCE = 10  # frames in --json, the one with the most weight first
 # what the original's command line does, but for the seed; an option of its own wins over it
@@ -41,27 +50,24 @@ LIKE_ORIGINAL = {"template": "llava_v1", "temperature": 0.2, "top_p": 0.7, "imag
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="infer.py", description="Ask LLaMA-VID about videos and images.", allow_abbrev=False)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a converted checkpoint")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE|URL", help="may be given several times")
+    add_model(parser)
+    parser.add_argument(
+        "--video", action="append", default=[], metavar="FILE|URL", help="may be given several times; or its features"
+    )
     parser.add_argument("--image", action="append", default=[], metavar="FILE|URL", help="may be given several times")
     parser.add_argument(
         "--subtitles", metavar="FILE|auto", help="what is said in the one video: .srt, .vtt, .ass; auto: its own track"
     )
     parser.add_argument("--question", help="what to ask; with --chat the first question")
     parser.add_argument("--chat", action="store_true", help="go on asking: one question a line on stdin")
-    parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
+    add_fps(parser)
     parser.add_argument("--fit", action="store_true", help="at a lower rate where a video is too long for the model")
     parser.add_argument(
         "--fast-sampling", action="store_true", help="take the key frame nearest to each frame asked for: much faster"
     )
     parser.add_argument("--partial", action="store_true", help="answer about what can be read of a damaged video")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (512)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of mass (1)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (0: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT")
-    parser.add_argument("--template", default="vicuna_v1", choices=sorted(TEMPLATES), help="conversation format")
+    add_settings(parser)
+    add_cache(parser)
     parser.add_argument(
         "--like-original",
         action="store_true",
@@ -73,36 +79,26 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--evidence", metavar="FILE", help="draw the frames of the video that the answer rests on; --json lists them"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object for each answer")
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
-    )
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="the weights, while they are loaded")
-    parser.add_argument("--kv-cache", default="float", choices=["float", "int8"], help="of decoding (float)")
-    parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and stop")
     parser.add_argument("--topology", metavar="NAME", help="such as v5e:1x1: a generation of TPU, and chips")
     parser.add_argument("--tokens", type=int, default=3584, metavar="N", help="of the compiled prompt, frames and all")
     parser.set_defaults(**{"image_aspect_ratio": None} | (LIKE_ORIGINAL if "--like-original" in arguments else {}))
     options = parser.parse_args(arguments)
-    options.model = os.path.expanduser(options.model)
     if options.compile_only != bool(options.topology):
         parser.error("--compile-only and --topology go together, such as --compile-only --topology v5e:1x1")
     if options.tokens < 1:
         parser.error(f"--tokens is {options.tokens}; give the length of the prompt, such as 3584")
     # said now, not after minutes of loading
-    names = [field.name for field in dataclasses.fields(Settings)]
-    options.settings = dataclasses.asdict(Settings(**{name: getattr(options, name) for name in names}))
+    options.settings = read_settings(options)
     if options.compile_only:
         return options
     options.question = checked((options.question or "").strip(), "--question")
-    for text in options.stop:
-        checked(text, "--stop")
     if not options.question and not options.chat:
         parser.error("there is no question; give --question TEXT or --chat")
     if options.stream and options.json:
         parser.error("--stream and --json exclude each other; give one of them")
-    if not 0 < options.fps < math.inf:
-        parser.error(f"--fps is {options.fps}; give a number above 0, such as 1")
+    check_fps(options)
+    options.cache = read_cache(options)
     if options.subtitles is not None:
         if len(options.video) != 1 or options.image:
             parser.error("--subtitles goes with one --video alone; give that")
@@ -113,16 +109,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         folder = os.path.dirname(options.evidence) or "."
         if len(options.video) != 1 or options.image or not options.evidence.endswith(".png"):
             parser.error(f"--evidence is {options.evidence}; give a FILE.png, with one --video and no --image")
+        if is_features(options.video[0]):
+            parser.error(f"--evidence draws frames, and {options.video[0]} holds features alone; give the video")
         if not os.access(folder, os.W_OK):
             parser.error(f"--evidence is {options.evidence}, and {folder} cannot be written to; give another folder")
     return options
-
-
-def checked(text: str, name: str) -> str:
-    """`text`, if UTF-8 can hold it: bytes of arguments and of stdin that it cannot come as half surrogate pairs."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise InputError(f"{name} is {text!r}, which is not UTF-8; give it in UTF-8")
-    return text
 
 
 def compile_only(options: argparse.Namespace) -> int:
@@ -150,10 +141,10 @@ def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
     partial = (lambda _: None) if options.partial else None  # the session says it
     for sources, look in (
         (options.image, processor.image_pixels),
-        (options.video, lambda video: plan_video(video, options.fps, partial)),
+        (options.video, lambda video: is_features(video) or plan_video(video, options.fps, partial)),
     ):
         for source in sources:
-            if "://" not in source and not source.startswith("data:"):
+            if not is_url(source):
                 local_file(source)
                 look(source)
     return processor
@@ -162,16 +153,11 @@ def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
 def start_session(options: argparse.Namespace, console: Console) -> Any:
     """The conversation, with its model loaded."""
     images = image_processor(options)  # before minutes of loading, and before JAX is imported
-    from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
     from llamavid_jax.inference.film import Reading
     from llamavid_jax.inference.session import Session
-    from llamavid_jax.parallel.mesh import make_mesh, parse_mesh
 
-    mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
     with console.status(Text(printable(f"loading {options.model}"))):
-        model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
-            options.model, dtype=options.dtype, mesh=mesh, quantize=options.quantize, kv_cache=options.kv_cache
-        )
+        model = load_model(options)
     return Session(
         model,
         images,
@@ -183,6 +169,7 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
         template=options.template,
         follow_ups=options.chat,
         like_original=options.like_original,
+        cache=options.cache,
         notice=say,
     )
 

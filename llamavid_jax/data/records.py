@@ -4,12 +4,12 @@
 
 and beside a "video" perhaps "subtitles": "folder/file.srt", which make a film of it (`text/subtitles.py`);
 in a list (.json), one a line (.jsonl), or in a folder of shards (`data/shards.py`).  A file name that
-ends in .npz, .npy or .safetensors is ready features (`media/features.py`), a record without media is text alone.
+ends in .npz, .npy, .safetensors or .pkl is ready features (`media/features.py`), a record without media is text alone.
 The file stays on disk and only the places of its records are kept, so that 665,000 of them are cheap to hold and to
 send to worker processes.
 
 Deviations from the original: a record that cannot be used is an error of its own when it is read, never another sample;
-its path fallbacks apply only where the named file is missing; `.pkl` features are refused; a key with null is no key.
+its path fallbacks apply only where the named file is missing; a key with null is no key.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from llamavid_jax.media.video import iter_frames, plan_video
 from llamavid_jax.text.subtitles import interleave, parse_subtitles, read_subtitles
 
 MEDIA_KEYS = ("image", "video", "features")
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
+PICKLES = (".pt", ".pth", ".bin")
 
 
 class JsonRows(Sequence):

@@ -24,7 +24,8 @@ def draw(session: Session, question: str, answer: Answer) -> Image.Image:
     strongest = np.argsort(weights)[-STRONGEST:]
     places = [place for place in sorted(strongest.tolist()) if weights[place] > max(weights) / 10]
     processor = session.image_processor
-    frames = processor.video_frames(session.videos[0], session.sampled[0].only(places))
+    partial = (lambda _: None) if session.reading.partial else None  # the session has said it
+    frames = processor.video_frames(session.videos[0], [seconds[place] for place in places], partial)
     pixels = normalize(frames, processor.image_mean, processor.image_std)
     attention = session.model.context_attention(pixels, question)
     return draw_evidence(f"{question}  {answer.text}", seconds, weights, frames, attention, places)

@@ -5,8 +5,9 @@ It lays rows out on the host (`shapes.py`) and calls the compiled functions of `
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from llamavid_jax.inference.request import (
 )
 from llamavid_jax.inference.sampling import Sampling
 from llamavid_jax.inference.stopping import RowText
+from llamavid_jax.inference.tower import TowerHash
 from llamavid_jax.models.llama_vid import attend_frames, forward
 from llamavid_jax.models.loss import next_token_loss
 from llamavid_jax.shapes import FRAME_CHUNK, IGNORE_LABEL, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
@@ -74,6 +76,8 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
     conversation; the same array may stand in it again).  None is a text-only sample, which costs no vision work.
     """
 
+    tower = functools.cached_property(TowerHash)
+
     def __repr__(self) -> str:
         config, text = self.config, self.config.text_config
         size = sum(array.size for array in jax.tree.leaves(self.params))
@@ -88,14 +92,23 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         Those of EVA begin with the CLS token (`features_have_cls`), as `vision_tower_config.has_cls` says.
         """
         chunks = []
-        with self.on_mesh():
-            for chunk in frame_features(self.structure, self.params, pixel_values, self.config):
-                chunks.append(chunk)
-                if progress:
-                    progress(len(chunk))
+        for chunk in self.feature_chunks(pixel_values):
+            chunks.append(chunk)
+            if progress:
+                progress(len(chunk))
         if not chunks:
             raise RequestError("pixel_values hold no frame; give at least one")
         return np.concatenate(chunks)
+
+    def feature_chunks(self, pixel_values: Frames) -> Iterator[np.ndarray]:
+        """`vision_features` in pieces `[f, P, E]`, of frames as they are asked for."""
+        chunks = frame_features(self.structure, self.params, pixel_values, self.config)
+        while True:
+            with self.on_mesh():  # not while another has its turn
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
 
     def context_attention(self, pixel_values: Frames, prompt: str) -> np.ndarray:
         """Where in each frame the question looks: float32 `[F, S, S]` over the S × S patches, summing to 1 a frame.

@@ -13,7 +13,9 @@ their visual tokens: every turn of an hour of video would bring 7,200 more.  Bey
 half of the turns is left out.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,11 +24,16 @@ from typing import Any
 import numpy as np
 
 from llamavid_jax.errors import InputError
+from llamavid_jax.inference.feature_cache import DamagedEntryError, FeatureCache
 from llamavid_jax.inference.film import Reading
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.prompt_cache import PromptCache
 from llamavid_jax.inference.request import Settings
+from llamavid_jax.inference.sources import Shown, Stored, description, gathered, read_stored, stored, version, video_key
+from llamavid_jax.media.feature_file import Description
+from llamavid_jax.media.features import is_features
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.source import fetch, is_url
 from llamavid_jax.media.timeline import Sampling
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import (
@@ -76,7 +83,8 @@ class Session:
     `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video.  Without `follow_ups` every
     question stands alone and frames are forgotten as they are encoded; with them their features stay in host memory
     (0.7 MB a frame for the 7B models).  `like_original` leaves the visual tokens out of all earlier turns and places
-    subtitles as the original's command lines do.  `progress(video, frames done, frames in all or None)` and
+    subtitles as the original's command lines do.  A video may be a file of its features (`media/features.py`); `cache`
+    keeps those of all others for the next session.  `progress(video, frames done, frames in all or None)` and
     `notice(text)` are told what happens.
     """
 
@@ -93,6 +101,7 @@ class Session:
         template: str = "vicuna_v1",
         follow_ups: bool = True,
         like_original: bool = False,
+        cache: FeatureCache | None = None,
         progress: Callable[[Any, int, int | None], None] = lambda *_: None,
         notice: Callable[[str], None] = lambda _: None,
     ):
@@ -101,11 +110,12 @@ class Session:
         if subtitles is not None and (len(videos) != 1 or images):
             raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
         self.model, self.image_processor, self.template = model, image_processor, template_named(template)
-        self.images, self.videos, self.subtitles, self.fps, self.reading = images, videos, subtitles, fps, reading
+        self.images, self.videos, self.subtitles, self.fps = images, videos, subtitles, fps
+        self.reading, self.cache = reading, cache
         self.follow_ups, self.like_original, self.progress, self.notice = follow_ups, like_original, progress, notice
         self.turns: list[Turn] = []
         self.frames = 0  # encoded
-        self.features: list[np.ndarray] | None = None  # of each visual, once they are encoded
+        self.features: list[Shown] | None = None  # of each visual, once they are encoded
         self._movie: str | None = None  # the frames' placeholders with the subtitles between them
         self.times: dict[int, list[float]] = {}  # seconds of each video's frames
         self.sampled: dict[int, Sampling] = {}  # of each video that has begun: which frames, and by which rule
@@ -157,7 +167,7 @@ class Session:
         """Decodes and encodes all frames, which the first question does otherwise; returns their number."""
         if self.features is None:
             self.frames = 0
-            self.features = [self.model.vision_features(frames) for frames in self._visuals(new_tokens)]
+            self.features = self._each(new_tokens, lambda visual: gathered(visual, self.model))
         return self.frames
 
     def _evidence(self, weights: np.ndarray) -> list[dict[str, Any]]:
@@ -179,12 +189,15 @@ class Session:
         check_text(question, "the question")
         if IMAGE in question:
             raise InputError(f"the question holds {IMAGE}, which stands for a picture; give pictures with --image")
+
+        def tokens(visual: Shown) -> np.ndarray:
+            return self.model.visual_tokens(**visual.arguments, prompts=[question])[0]
+
         if self.follow_ups:
             self.encode(new_tokens)
-            known = {"features_have_cls": self.model.config.vision_tower_config.has_cls, "prompts": [question]}
-            return Turn(question, [self.model.visual_tokens(features=one, **known)[0] for one in self.features])
+            return Turn(question, [tokens(one) for one in self.features])
         self.frames = 0
-        return Turn(question, [self.model.visual_tokens(one, [question])[0] for one in self._visuals(new_tokens)])
+        return Turn(question, self._each(new_tokens, tokens))
 
     def _that_fit(self, newest: Turn, new_tokens: int) -> list[Turn]:
         """The earlier turns that go before the newest one, with their visual tokens or without."""
@@ -225,12 +238,61 @@ class Session:
 
     # ---- frames
 
-    def _visuals(self, new_tokens: int) -> Iterator[Iterable[np.ndarray]]:
-        """Pixels of every image and video; those of a video are decoded as they are asked for."""
-        for image in self.images:
-            yield self._counted(self.image_processor.image_pixels(image))
+    def _each(self, new_tokens: int, use: Callable[[Shown], Any]) -> list[Any]:
+        """What `use` makes of every image and video; the frames of a video are decoded as it asks for them."""
+        made = [use(Shown(self._counted(self.image_processor.image_pixels(image)))) for image in self.images]
         for number, video in enumerate(self.videos):
-            yield self._counted(self._video_frames(number, video, new_tokens))
+            before = self.frames
+            for source in self._sources(number, video, new_tokens):
+                self.frames = before
+                with contextlib.suppress(DamagedEntryError):  # then there is another source
+                    made.append(use(source))
+                    break
+        return made
+
+    def _sources(self, number: int, video: Any, new_tokens: int) -> Iterator[Shown]:
+        """Where the frames of a video are to be had: from the cache first, which may turn out to be damaged."""
+        if is_features(video):
+            with fetch(video) as path:
+                known = read_stored(path, self.fps, self.model, self.image_processor)
+                if known.inputs is not None and len(self.videos) + len(self.images) > 1:
+                    raise InputError(f"{video} is a film with what is said, and goes alone; give no other visual")
+                yield Shown(self._stored_frames(number, video, known, known.frames(), new_tokens), known.has_cls)
+            return
+        if self.cache is None or not isinstance(video, str | Path):
+            yield Shown(self._counted(self._video_frames(number, video, new_tokens)))
+            return
+        has_cls = self.model.config.vision_tower_config.has_cls
+        with fetch(video) as path:
+            most = self._room(number, new_tokens) if self.reading.fit else None
+            how = {"fast": self.reading.fast, "most": most}
+            before, key = version(path), video_key(path, self.fps, self.model, self.image_processor, **how)
+            if found := self.cache.find(key):
+                known, frames = stored(self.cache.path(key), found), self.cache.frames(key)
+                yield Shown(self._stored_frames(number, video, known, frames, new_tokens), has_cls)
+
+            def described() -> Description | None:
+                same = version(path) == before  # else it was written to meanwhile, and is not what `key` says
+                return description(video, key, self.sampled[number], self.model) if same else None
+
+            pixels = self._counted(self._video_frames(number, path if is_url(video) else video, new_tokens))
+            frames = itertools.chain.from_iterable(self.model.feature_chunks(pixels))
+            yield Shown(self.cache.keep(key, frames, lambda: len(self.sampled[number]), described), has_cls)
+
+    def _stored_frames(
+        self, number: int, video: Any, known: Stored, frames: Iterator[np.ndarray], new_tokens: int
+    ) -> Iterator[np.ndarray]:
+        """`_video_frames` of features that a file holds."""
+        self.sampled[number], times = known.sampling, known.sampling.times.tolist()
+        self.times[number] = times
+        self._check_length(video, new_tokens)
+        for done, frame in enumerate(self._counted(frames), 1):
+            yield frame
+            self.progress(video, done, len(times))
+        if self.subtitles is not None:
+            self._movie = interleave(times, self.subtitles, self.like_original)
+        elif known.inputs is not None:
+            self._movie = known.inputs
 
     def _counted(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for frame in frames:

@@ -1,15 +1,17 @@
 """Ready features of a video, made beforehand by the vision tower: file -> frames [P, E] float, one by one.
 
-    .npz          arrays `feats` (or `features`) [F, P, E] and, for a movie, `inputs`: text with one <image> per frame
+    .safetensors  a feature file (`feature_file.py`), which says what it was made of and has sums of all that it holds;
+                  or any other with a tensor `feats` (or `features`) [F, P, E], and `inputs` in its metadata
+    .npz          arrays `feats` (or `features`) and, for a movie, `inputs`: text with one <image> per frame
     .npy          the array alone
-    .safetensors  tensor `feats` (or `features`), and `inputs` in the file's metadata
+    .pkl          the original's: a dictionary of both, read without running anything (`feature_pickle.py`)
 
-An archive's entries have CRC-32 sums, which are checked; the other two kinds have none, so that damage which leaves
-finite numbers goes unnoticed: prefer .npz.
+An archive's entries have CRC-32 sums, which are checked; .npy, .pkl and others' .safetensors have none, so that damage
+which leaves finite numbers goes unnoticed.
 
-P is the square number of patches, or one more with the CLS token first, which is dropped as the original does.
-Frames are read one after another and never all at once: an hour at one a second is 2.6 GB in float16.  The kind of file
-is told by its first bytes.  Nothing here runs code from a file: pickles, the original's form, are refused.
+P is the square number of patches, or one more with the CLS token first, which is dropped as the original does, unless
+it is asked for.  Frames are read one after another and never all at once: an hour at one a second is 2.6 GB in 16 bits.
+The kind of file is told by its first bytes.
 """
 
 import contextlib
@@ -23,9 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from llamavid_jax.media.feature_file import described_frames, read_description
+from llamavid_jax.media.feature_pickle import pickled_frames, read_pickle
 from llamavid_jax.media.source import MediaError, local_file
+from llamavid_jax.pickles import PickleError
 
-SUFFIXES = (".npz", ".npy", ".safetensors")
+SUFFIXES = (".npz", ".npy", ".safetensors", ".pkl", ".pickle")
 NAMES = ("feats", "features")
 SAFETENSORS_DTYPES = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 REMEDY = "write it anew with numpy.savez(FILE, feats=FLOAT16_ARRAY, inputs=TEXT)"
@@ -40,16 +45,35 @@ class FeatureHeader(NamedTuple):
     inputs: str | None
 
 
+class _Opened(NamedTuple):
+    shape: tuple[int, ...]  # [F, P or 1+P, E]
+    frames: Iterator[np.ndarray]
+    inputs: str | None
+    description: dict[str, Any] | None = None  # of a feature file
+
+
+def is_features(path: object) -> bool:
+    """Whether a file is one of features, by its name."""
+    return isinstance(path, str | Path) and str(path).lower().endswith(SUFFIXES)
+
+
 def read_header(path: str | Path) -> FeatureHeader:
     """Shape and text of the file, without reading its values.  Raises MediaError."""
-    with _open(path) as (shape, _, inputs):
+    with _open(path) as (shape, _, inputs, _):
         return FeatureHeader(shape[0], shape[1] - _has_cls(shape[1]), shape[2], inputs)
 
 
-def iter_features(path: str | Path) -> Iterator[Float[np.ndarray, "P E"]]:
-    """Yields each frame's patches, float16 or float32.  Raises MediaError, also for values that are not finite."""
-    with _open(path) as (shape, frames, _):
-        has_cls = _has_cls(shape[1])
+def describe(path: str | Path) -> dict[str, Any] | None:
+    """What a feature file says of itself (docs/features.md); None of files of other kinds.  Raises MediaError."""
+    with _open(path) as opened:
+        return opened.description
+
+
+def iter_features(path: str | Path, keep_cls: bool = False) -> Iterator[Float[np.ndarray, "P E"]]:
+    """Yields each frame's patches in the type that they are stored in, float32 for int8; after the CLS token where it
+    is to be kept.  Raises MediaError, also for values that are not finite."""
+    with _open(path) as (shape, frames, _, _):
+        has_cls = _has_cls(shape[1]) and not keep_cls
         for number, frame in enumerate(frames):
             if not np.isfinite(frame).all():
                 raise MediaError(f"{path}: frame {number} holds values that are not finite; make the features again")
@@ -61,30 +85,35 @@ def _has_cls(patches: int) -> bool:
 
 
 @contextlib.contextmanager
-def _open(path: str | Path) -> Iterator[tuple[tuple[int, ...], Iterator[np.ndarray], str | None]]:
-    """The array's shape [F, P or 1+P, E], its frames in order, and the text."""
+def _open(path: str | Path) -> Iterator[_Opened]:
     file = local_file(path)
     try:
         with contextlib.ExitStack() as stack:
             with file.open("rb") as opened:
-                magic = opened.read(6)
-            if magic.startswith(b"PK"):
+                magic = opened.read(9)
+            if magic[4:] == b"\0\0\0\0{":  # the length of its header, and that
+                found = _safetensors(path, file, stack)
+            elif magic.startswith(b"PK"):
                 archive = stack.enter_context(zipfile.ZipFile(file))
                 _check_directory(archive)
                 name = _array_name(path, [n.removesuffix(".npy") for n in archive.namelist()])
                 member = stack.enter_context(archive.open(name + ".npy"))
                 shape, frames = _npy_frames(path, member, archive.getinfo(name + ".npy").file_size)
-                inputs = _npz_text(path, archive)
-            elif magic == b"\x93NUMPY":
+                found = _Opened(shape, frames, _npz_text(path, archive))
+            elif magic.startswith(b"\x93NUMPY"):
                 shape, frames = _npy_frames(path, stack.enter_context(file.open("rb")), file.stat().st_size)
-                inputs = None
-            elif magic.startswith((b"\x80", b"(d", b"(l")):
-                raise MediaError(f"{path} is a pickle, which may run any code when it is read; {REMEDY}")
+                found = _Opened(shape, frames, None)
+            elif magic.startswith((b"\x80", b"(", b"}")):
+                found = _pickle(path, stack.enter_context(file.open("rb")))
             else:
-                shape, frames, inputs = _safetensors(path, file, stack)
-            yield shape, frames, inputs
+                raise ValueError("its beginning is that of no kind")
+            yield found
     except MediaError:
         raise
+    except PickleError as error:
+        raise MediaError(
+            f"{path} {error}; of a pickle only arrays and texts are read, and nothing in it is run: {REMEDY}"
+        ) from None
     # A damaged file raises whatever its reader meets: BadZipFile, zlib.error, EOFError, struct.error, SafetensorError
     except Exception as error:
         raise MediaError(f"{path} is no file of features, or damaged ({error}); {REMEDY}") from None
@@ -110,6 +139,10 @@ def _array_name(path: str | Path, names: list[str]) -> str:
 def _check(path: str | Path, shape: tuple[int, ...], kind: object) -> None:
     if kind not in SAFETENSORS_DTYPES.values():
         raise MediaError(f"{path}: the features are {kind}; float16 or float32 is needed: {REMEDY}")
+    _check_shape(path, shape)
+
+
+def _check_shape(path: str | Path, shape: tuple[int, ...]) -> None:
     if len(shape) != 3 or 0 in shape or math.isqrt(shape[1] - _has_cls(shape[1])) ** 2 != shape[1] - _has_cls(shape[1]):
         raise MediaError(
             f"{path}: the features have the shape {list(shape)}; [frames, patches, width] is needed, with a square "
@@ -150,11 +183,33 @@ def _npz_text(path: str | Path, archive: zipfile.ZipFile) -> str | None:
     return str(text.reshape(())[()])
 
 
-def _safetensors(path: str | Path, file: Path, stack: contextlib.ExitStack):
+def _pickle(path: str | Path, stream: Any) -> _Opened:
+    found = read_pickle(stream, NAMES)
+    _check(path, found.shape, found.dtype)
+    if found.inputs is not None and not isinstance(found.inputs, str):
+        raise MediaError(f"{path}: `inputs` is a {type(found.inputs).__name__}; one text is needed")
+    return _Opened(found.shape, pickled_frames(stream, found), found.inputs)
+
+
+def _safetensors(path: str | Path, file: Path, stack: contextlib.ExitStack) -> _Opened:
     from safetensors import safe_open
 
-    opened = stack.enter_context(safe_open(file, framework="np"))
-    tensor = opened.get_slice(_array_name(path, list(opened.keys())))
+    while True:
+        stream = stack.enter_context(file.open("rb"))
+        opened = stack.enter_context(safe_open(file, framework="np"))
+        if os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
+            break  # else another process has just put a new file in its place, and the two are not one
+    metadata, slices = opened.metadata() or {}, {name: opened.get_slice(name) for name in opened.offset_keys()}
+    tensors = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    description = read_description(file, metadata, tensors)
+    tensor = slices[_array_name(path, list(slices))]
     shape = tuple(tensor.get_shape())
+    if description is not None:
+        _check_shape(path, shape)
+        if description["cls"] != _has_cls(shape[1]):
+            raise ValueError("it says of CLS tokens what its shape does not")
+        frames = described_frames(stream, description)
+        stack.callback(frames.close)  # before the file: its threads read that
+        return _Opened(shape, frames, description["inputs"], description)
     _check(path, shape, SAFETENSORS_DTYPES.get(tensor.get_dtype(), tensor.get_dtype()))
-    return shape, (tensor[i : i + 1][0] for i in range(shape[0])), (opened.metadata() or {}).get("inputs")
+    return _Opened(shape, (tensor[i : i + 1][0] for i in range(shape[0])), metadata.get("inputs"))

@@ -26,7 +26,7 @@ from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find, read_object, write_files
 from llamavid_jax.media.images import normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError, check_size, fetch
-from llamavid_jax.media.timeline import Sampling, check_fps
+from llamavid_jax.media.timeline import Sampling, check_fps, shown_at
 from llamavid_jax.media.video import Partial, Progress, cores, iter_frames, plan_video, read_timeline
 
 FILE_NAME, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
@@ -195,10 +195,14 @@ class LLaMAVIDLlavaImageProcessor:
                     times, pixels = zip(*piece, strict=True)
                     yield self._normalize(np.stack(pixels)), np.array(times)
 
-    def video_frames(self, video: str | Path, sampling: Sampling) -> UInt8[np.ndarray, "F S S 3"]:
-        """The frames of a plan that was made of the video, before `normalize`."""
+    def video_frames(
+        self, video: str | Path, seconds: Sequence[float], partial: Partial | None = None
+    ) -> UInt8[np.ndarray, "F S S 3"]:
+        """The frames that a video shows at these seconds, ascending, before `normalize`."""
         with fetch(video) as path:
-            return np.stack([frame for _, frame in iter_frames(path, sampling, self._crop, decoders=cores())])
+            sampling = shown_at(read_timeline(path, partial), np.array(seconds))
+            frames = iter_frames(path, sampling, self._crop, decoders=cores(), partial=partial)
+            return np.stack([frame for _, frame in frames])
 
     def _crop(self, frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "S S 3"]:
         return resize_and_crop(frame, self.size)

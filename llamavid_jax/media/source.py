@@ -65,6 +65,10 @@ def local_file(path: str | Path) -> Path:
         raise MediaError(f"{str(path)!r} cannot be opened ({error}); check its name and permissions") from None
 
 
+def is_url(source: object) -> bool:
+    return isinstance(source, str) and re.match(r"data:|[a-zA-Z][a-zA-Z0-9+.-]*://", source) is not None
+
+
 @contextlib.contextmanager
 def fetch(source: str | Path, max_bytes: int = MAX_BYTES, timeout: float | int = TIMEOUT) -> Iterator[Path]:
     """`with fetch(source) as path`: `source` as a local file, which for a URL is temporary.
@@ -72,8 +76,7 @@ def fetch(source: str | Path, max_bytes: int = MAX_BYTES, timeout: float | int =
     A URL is read up to `max_bytes` bytes within `timeout` seconds in all.  Raises MediaError; one that the body raises
     about the file names the source too.
     """
-    scheme = re.match(r"(data:|[a-zA-Z][a-zA-Z0-9+.-]*://)", str(source)) if isinstance(source, str) else None
-    if scheme is None:
+    if not is_url(source):
         with _named(path := local_file(source), source):
             yield path
         return
@@ -81,9 +84,9 @@ def fetch(source: str | Path, max_bytes: int = MAX_BYTES, timeout: float | int =
     with tempfile.TemporaryDirectory(prefix="llamavid-") as folder:
         path = Path(folder).resolve() / "download"
         with path.open("wb") as file:
-            if scheme[0] == "data:":
+            if source.startswith("data:"):
                 file.write(_decode_data_url(source, name, max_bytes))
-            elif scheme[0].lower() in ("http://", "https://"):
+            elif source.lower().startswith(("http://", "https://")):
                 _download(source, name, file, max_bytes, time.monotonic() + timeout)
             else:
                 raise MediaError(f"{name}: only http:// and https:// URLs are read; give a local file by its path")

@@ -160,9 +160,12 @@ def sample(timeline: Timeline, fps: float | int, name: object = "the video") -> 
     if timeline.average_fps:
         frames = np.arange(count) * frame_stride(timeline.average_fps, fps, name)
         return Sampling(timeline, "stride", frames, timeline.times[frames])
-    times = np.arange(count) / fps
-    frames = np.searchsorted(timeline.times, times + ROUNDING, side="right") - 1
-    return Sampling(timeline, "times", frames, times)
+    return shown_at(timeline, np.arange(count) / fps)
+
+
+def shown_at(timeline: Timeline, times: Float64[np.ndarray, " F"]) -> Sampling:
+    """The frames that are shown at `times`, seconds after the first one."""
+    return Sampling(timeline, "times", np.searchsorted(timeline.times, times + ROUNDING, side="right") - 1, times)
 
 
 def sample_at_most(

@@ -83,21 +83,23 @@ def read_video(
 
 def plan_video(path: str | Path, fps: float | int = 1.0, partial: Partial | None = None) -> Sampling:
     """Which frames are sampled, from the packets of the file alone.  Raises MediaError; see `iter_frames`."""
+    return sample(read_timeline(path, partial), fps, path)
+
+
+def read_timeline(path: str | Path, partial: Partial | None = None) -> Timeline:
+    """The times of all frames, without decoding them.
+
+    Raises MediaError: DamagedError for a file that is cut, unless `partial` is there to be told.
+    """
+    file = local_file(path)
+    stat = file.stat()
     try:
-        timeline = read_timeline(path)
+        return _read_timeline(path, file, stat.st_size, stat.st_mtime_ns)
     except DamagedError as error:
         if partial is None or error.timeline is None:
             raise
         partial(error.seconds)
-        timeline = error.timeline
-    return sample(timeline, fps, path)
-
-
-def read_timeline(path: str | Path) -> Timeline:
-    """The times of all frames, without decoding them.  Raises MediaError: DamagedError for a file that is cut."""
-    file = local_file(path)
-    stat = file.stat()
-    return _read_timeline(path, file, stat.st_size, stat.st_mtime_ns)
+        return error.timeline
 
 
 @functools.lru_cache(

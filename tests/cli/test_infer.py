@@ -16,19 +16,10 @@ from clips import index_frame, write_clip
 from paths import ROOT
 from PIL import Image
 
-from llamavid_jax import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.commands import infer
 
 CLIP = str(ROOT / "demo" / "space.mp4")
 QUESTION = "what is in the video?"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_model, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_model.save_pretrained(folder)
-    LLaMAVIDLlavaImageProcessor(56).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
-from test_infer import CLIP, checkpoint  # noqa: F401
+from test_infer import CLIP
 
 import infer
 from conversion import check, jax_to_torch, torch_to_jax
@@ -24,7 +24,7 @@ def commands(start: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def test_python_example(checkpoint, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_python_example(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("walk.mp4").symlink_to(CLIP)
     Path("llamavid-7b-video").symlink_to(checkpoint)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from damage import assert_told_or_harmless
 
-from conversion import torch_pickle
 from conversion.read_gguf import read_gguf
 from conversion.read_torch import read_checkpoint
 from conversion.sources import unwrapped
 from conversion.stored_tensor import check_sum
 from conversion.sums import sha256_sums, verify
+from llamavid_jax import pickles
 from llamavid_jax.errors import CheckpointError
 
 PROTO, STOP, MARK = b"\x80\x02", b".", b"("
@@ -143,7 +143,7 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_checkpoints(tmp_path, case, monkeypatch):
     """Memory is a small multiple of what the file itself has."""
-    monkeypatch.setattr(torch_pickle, "MAX_INSTRUCTIONS", 1 << 14)
+    monkeypatch.setattr(pickles, "MAX_INSTRUCTIONS", 1 << 14)
     make, message = HOSTILE[case]
     make(tmp_path)
     size = sum(file.stat().st_size for file in tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from llamavid_jax.data.loader import FrameLayout, Loader
 from llamavid_jax.data.record import DataError
 from llamavid_jax.data.records import read_records
 from llamavid_jax.data.sizes import read_sizes
+from llamavid_jax.media.feature_file import Description, FeatureWriter
 from llamavid_jax.shapes import RowShape
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.text.tokenizer import load_tokenizer
@@ -65,6 +67,38 @@ def make_loader(path, reader, **settings) -> Loader:
     qformer_tokenizer = QFormerTokenizer(GOLDEN / "short_video_mean" / "qformer_tokenizer")
     sizes = read_sizes(records, reader)
     return Loader(records, sizes, reader, qformer_tokenizer, SHAPES, FRAMES, **SETTINGS | settings)
+
+
+def in_another_form(path: Path, kind: str) -> Path:
+    """The same data with its features as files of `kind`: a type of the feature file, or the original's pickle."""
+    rows = json.loads(path.read_text())
+    for row in rows:
+        if row.get("video") is not None:
+            file = path.parent / row["video"]
+            feats, row["video"] = (
+                np.load(file)["feats"],
+                f"{file.stem}-{kind}.{'pkl' if kind == 'pkl' else 'safetensors'}",
+            )
+            if kind == "pkl":
+                (path.parent / row["video"]).write_bytes(pickle.dumps({"feats": feats}))
+            else:
+                write_features(path.parent / row["video"], feats, kind)
+    path = path.with_name(f"{kind}.json")
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def write_features(path: Path, feats: np.ndarray, dtype: str) -> None:
+    writer = FeatureWriter(path, len(feats), dtype)
+    for frame in feats:
+        writer.add(frame)
+    times, sampling = [float(number) for number in range(len(feats))], {"fps": 1.0, "rule": "stride", "seconds": 9.0}
+    writer.commit(Description(False, times, {"name": "a"}, sampling, {"size": 8}, {"sha256": "b"}))
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16", "F32", "I8", "pkl"])
+def test_features_of_every_form_are_one(data, reader, kind):
+    assert_equal(list(make_loader(in_another_form(data, kind), reader)), list(make_loader(data, reader)))
 
 
 def ids_of(batches) -> list[str]:

@@ -123,7 +123,7 @@ def test_a_file_that_is_not_there(tmp_path):
         ({"id": "x", "conversations": TALK, "image": " "}, "path of one file"),
         ({"id": "x", "conversations": TALK, "image": "a\n.jpg"}, "path of one file"),
         ({"id": "x", "conversations": TALK, "video": 3}, "path of one file"),
-        ({"id": "x", "conversations": TALK, "video": "film.pkl"}, r"film\.pkl is a pickle.*numpy\.savez"),
+        ({"id": "x", "conversations": TALK, "video": "film.pth"}, r"film\.pth is a pickle.*numpy\.savez"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_an_error_of_its_own(tmp_path, row, message):

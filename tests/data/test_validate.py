@@ -84,7 +84,7 @@ BAD = [
     ({"image": "v.mp4", "conversations": ASKED}, "unreadable", "not a picture"),
     ({"video": "é [b].png", "conversations": ASKED}, "unreadable", "still picture"),
     ({"video": "no.npz", "conversations": ASKED}, "missing", "does not exist"),
-    ({"video": "f.pkl", "conversations": ASKED}, "malformed", "pickle"),
+    ({"video": "f.pth", "conversations": ASKED}, "malformed", "pickle"),
     ({"image": "é [b].png", "conversations": []}, "malformed", "conversations is"),
     ({"image": None, "conversations": ASKED}, "malformed", "names no image"),
     ({"image": "é [b].png", "conversations": talk("What?", "It.")}, "malformed", "no turn holds"),

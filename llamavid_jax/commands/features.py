@@ -1,0 +1,169 @@
+"""Feature files of many videos, for training and for asking again:
+
+    python -m llamavid_jax.commands.features FOLDER "clips/*.mp4" walk.mp4 --model DIR --out FEATURES
+
+A folder gives all videos in it, at any depth.  FEATURES/NAME.mp4.safetensors is written for each; what is there already
+and whole, of the same video, tower and sampling, is skipped, so that the same command goes on where it was stopped.  A
+video that fails costs itself alone: it is named in FEATURES/failures.jsonl, and the exit code is then 1.
+"""
+
+import argparse
+import glob
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llamavid_jax.commands import program
+from llamavid_jax.commands.options import add_fps, add_model, add_shard, check_fps, load_model, read_shard
+from llamavid_jax.errors import InputError, Parser, command, printable, say
+from llamavid_jax.files import local
+from llamavid_jax.inference.film_text import film_subtitles
+from llamavid_jax.media.feature_file import SUFFIX, FeatureWriter, name_of
+from llamavid_jax.media.features import describe
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.source import MediaError, local_file
+from llamavid_jax.text.subtitles import Cue, interleave
+
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".ogv")
+VIDEOS += (".3gp", ".vob", ".gif", ".mts", ".mxf")
+SUBTITLES = (".srt", ".vtt", ".ass")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="llamavid-features", description="Write feature files of videos.", allow_abbrev=False)
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders and patterns such as 'clips/*.mp4'")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the feature files go")
+    add_model(parser)
+    add_fps(parser)
+    parser.add_argument("--int8", action="store_true", help="half the size; its error stands in each file")
+    parser.add_argument(
+        "--subtitles",
+        action="store_true",
+        help="with what is said: the .srt, .vtt or .ass beside a video, of the same name",
+    )
+    add_shard(parser)
+    options = parser.parse_args(arguments)
+    check_fps(options)
+    options.shard = read_shard(options)
+    return options
+
+
+def find_videos(given: Sequence[str]) -> dict[str, Path]:
+    """The videos by the name of their feature file, relative to the output.  InputError for one that is not there."""
+    found: dict[str, Path] = {}
+    for text in given:
+        path = local(text)
+        if path.is_dir():
+            below = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+            videos = {file.relative_to(path): file for file in below if file.suffix.lower() in VIDEOS}
+        elif path.exists() or not glob.has_magic(text):
+            videos = {Path(path.name): path}
+        else:
+            videos = {
+                Path(file.name): file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file()
+            }
+        if not videos:
+            raise InputError(f"{text} holds no video, such as .mp4; check the spelling and the folder it is in")
+        for name, file in videos.items():
+            key = f"{name}{SUFFIX}"
+            if key in found and not os.path.samefile(found[key], file):
+                raise InputError(
+                    f"{found[key]} and {file} would both be written to {key}; give each an --out of its own"
+                )
+            found[key] = file
+    return dict(sorted(found.items()))
+
+
+class Extractor:
+    """Writes the feature file of a video."""
+
+    def __init__(self, options: argparse.Namespace, model: Any, images: LLaMAVIDLlavaImageProcessor):
+        self.options, self.model, self.images = options, model, images
+        self.dtype = "I8" if options.int8 else "F16" if model.dtype == "float32" else name_of(model.dtype)
+
+    def __call__(self, video: Path, file: Path) -> int:
+        """The number of frames, 0 where the file is there already.  Raises InputError and OSError."""
+        from llamavid_jax.inference.sources import description, version, video_key  # JAX takes seconds to import
+
+        path, cues = local_file(video), self._cues(video)
+        before, key = version(path), video_key(path, self.options.fps, self.model, self.images)
+        made_as = {"key": key, "stored": self.dtype, "said": [list(cue) for cue in cues or ()]}
+        if self._is_there(file, made_as):
+            return 0
+        plans: list[Any] = []
+        pieces = self.images.stream_video(video, self.options.fps, progress=lambda plan, _: plans.append(plan))
+        frames = itertools.chain.from_iterable(pixels for pixels, _ in pieces)
+        writer = None
+        try:
+            for chunk in self.model.feature_chunks(frames):
+                writer = writer or FeatureWriter(
+                    file, len(plans[0]), self.dtype, " ".join(cue.text for cue in cues or ())
+                )
+                for frame in chunk:
+                    writer.add(frame)
+            if version(path) != before:
+                raise MediaError(f"{video} was written to while it was read; try it again")
+            inputs = interleave(plans[0].times, cues) if cues is not None else None
+            writer.commit(description(video, key, plans[0], self.model, inputs), made_as=made_as)
+            return writer.frames
+        finally:
+            if writer is not None:
+                writer.discard()
+
+    def _cues(self, video: Path) -> list[Cue] | None:
+        beside = (video.with_suffix(suffix) for suffix in SUBTITLES if self.options.subtitles)
+        file = next((file for file in beside if file.exists()), None)
+        return file and film_subtitles(str(file), video)
+
+    def _is_there(self, file: Path, made_as: dict[str, Any]) -> bool:
+        try:
+            return file.exists() and (describe(file) or {}).get("made_as") == made_as
+        except MediaError:
+            return False  # damaged: made again
+
+
+@command("llamavid-features")
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    index, count = options.shard
+    videos = list(find_videos(options.videos).items())[index::count]
+    images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
+    out = local(options.out)
+    log = out / ("failures.jsonl" if count == 1 else f"failures.{index}-of-{count}.jsonl")
+    program.keep_programs()
+    extract, failures = Extractor(options, load_model(options), images), 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written to ({error.strerror}); give a folder that can") from None
+    for number, (name, video) in enumerate(videos, 1):
+        started = time.perf_counter()
+        try:
+            frames = extract(video, out / name)
+        except InputError as error:
+            failures += 1
+            say(f"{number}/{len(videos)} {video}: {error}")
+            with log.open("a", encoding="utf-8") as file:
+                print(json.dumps({"video": printable(video), "error": str(error)}), file=file)
+            continue
+        seconds = time.perf_counter() - started
+        done = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.0f} a second" if frames else "there already"
+        say(f"{number}/{len(videos)} {video}: {done}")
+    if failures:
+        say(f"{failures} of {len(videos)} videos failed; {log} names them")
+    return int(failures > 0)
+
+
+def run() -> None:
+    """`main` as a process of its own."""
+    program.run(main)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

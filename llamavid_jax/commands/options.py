@@ -1,0 +1,102 @@
+"""Options that several commands have, and what they stand for."""
+
+import argparse
+import dataclasses
+import math
+import os
+from typing import Any
+
+from llamavid_jax.errors import InputError, say
+from llamavid_jax.inference.request import Settings
+from llamavid_jax.text.conversation import TEMPLATES
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=os.path.expanduser, metavar="DIR", help="a converted checkpoint")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
+    )
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="the weights, while they are loaded")
+    parser.add_argument("--kv-cache", default="float", choices=["float", "int8"], help="of decoding (float)")
+    parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
+
+
+def load_model(options: argparse.Namespace) -> Any:
+    """The model of `add_model`."""
+    from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration  # JAX takes seconds to import
+    from llamavid_jax.parallel.mesh import make_mesh, parse_mesh
+
+    mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
+    return LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
+        options.model, dtype=options.dtype, mesh=mesh, quantize=options.quantize, kv_cache=options.kv_cache
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """How to generate, and in which words the question is put."""
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (512)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of mass (1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (0: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT")
+    parser.add_argument("--template", default="vicuna_v1", choices=sorted(TEMPLATES), help="conversation format")
+
+
+def read_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `generate`; RequestError for a wrong one."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    for text in options.stop:
+        checked(text, "--stop")
+    return dataclasses.asdict(Settings(**{name: getattr(options, name) for name in names}))
+
+
+def add_fps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
+
+
+def check_fps(options: argparse.Namespace) -> None:
+    if not 0 < options.fps < math.inf:
+        raise InputError(f"--fps is {options.fps}; give a number above 0, such as 1")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        default=os.environ.get("LLAMAVID_CACHE") or None,
+        help="keep the features of videos there for the next question (LLAMAVID_CACHE)",
+    )
+    parser.add_argument("--cache-size", type=float, default=20.0, metavar="GB", help="of that folder, at most (20)")
+
+
+def read_cache(options: argparse.Namespace) -> Any:
+    """The folder of features that --cache names, None without."""
+    if not 0 < options.cache_size < math.inf:
+        raise InputError(f"--cache-size is {options.cache_size}; give a number of GB above 0, such as 20")
+    if options.cache is None:
+        return None
+    from llamavid_jax.inference.feature_cache import FeatureCache
+
+    return FeatureCache(options.cache, math.ceil(options.cache_size * 1e9), say)
+
+
+def add_shard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard", default="0/1", metavar="I/N", help="the part I, from 0, of N that processes share (0/1: all)"
+    )
+
+
+def read_shard(options: argparse.Namespace) -> tuple[int, int]:
+    """ "2/8" as (2, 8)."""
+    index, _, count = options.shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"--shard is {options.shard!r}; give I/N with I from 0 to N - 1, such as 0/4")
+    return int(index), int(count)
+
+
+def checked(text: str, name: str) -> str:
+    """`text`, if UTF-8 can hold it: bytes of arguments and of stdin that it cannot come as half surrogate pairs."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{name} is {text!r}, which is not UTF-8; give it in UTF-8")
+    return text

@@ -1,0 +1,136 @@
+"""The original's features: a pickle of `{"feats": float16 [F, P, E], "inputs": text}`, of which nothing is run.
+
+Python's own reader would call whatever a pickle names.  `pickles.py` calls nothing but what follows, which describes
+the array: its bytes stay in the file until they are asked for.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llamavid_jax.pickles import PickleError, unpickle
+
+LARGE = 16 << 20  # bytes; what is longer is an array's, and not read
+LONGEST_LINE = 1 << 10
+DTYPES = {"f2": np.dtype(np.float16), "f4": np.dtype(np.float32)}
+
+
+class Span(NamedTuple):
+    """Bytes that stay in the file."""
+
+    start: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class Stream(io.RawIOBase):
+    """A file whose long stretches of bytes are skipped."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.size = stream, os.fstat(stream.fileno()).st_size
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def readline(self, size: int = -1) -> bytes:
+        return self.stream.readline(LONGEST_LINE)
+
+    def read(self, size: int = -1) -> Any:
+        start = self.stream.tell()
+        if size <= LARGE or start + size > self.size:  # beyond its end: a short answer, which is told
+            return self.stream.read(min(size, LARGE))
+        self.stream.seek(size, os.SEEK_CUR)
+        return Span(start, size)
+
+
+class Array:
+    """An array before its values are read."""
+
+    def __init__(self, shape: Any = None, dtype: Any = None, data: Any = None):
+        self.shape, self.dtype, self.data = shape, dtype, data
+
+
+class DType:
+    def __init__(self, name: Any):
+        self.name, self.order = name, "="
+
+
+def _empty(kind: Any, *_ignored: Any) -> Array:
+    if kind is not NDARRAY:
+        raise ValueError("it makes what is no array")
+    return Array()
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
+    if order != "C":
+        raise PickleError("holds an array that is stored by columns")
+    return Array(shape, dtype, data)
+
+
+def _dtype(name: Any, *_ignored: Any) -> DType:
+    return DType(name)
+
+
+def _build(made: Any, state: Any) -> None:
+    if isinstance(made, DType):
+        made.order = state[1]
+    elif isinstance(made, Array):
+        _version, made.shape, made.dtype, by_column, made.data = state
+        if by_column is not False:
+            raise PickleError("holds an array that is stored by columns")
+    else:
+        raise ValueError("it changes what is no array")
+
+
+NDARRAY = object()
+HOMES = ("numpy.core", "numpy._core")  # NumPy 1 and 2
+CALLS: dict[tuple[str, str], Any] = {("numpy", "dtype"): _dtype}
+CALLS |= {(f"{home}.multiarray", "_reconstruct"): _empty for home in HOMES}
+CALLS |= {(f"{home}.numeric", "_frombuffer"): _from_buffer for home in HOMES}
+VALUES = {("numpy", "ndarray"): NDARRAY}
+
+
+class Pickled(NamedTuple):
+    array: Array
+    shape: tuple[int, ...]
+    dtype: Any  # of DTYPES' values, or what the file says
+    inputs: Any
+
+
+def read_pickle(stream: Any, names: tuple[str, ...]) -> Pickled:
+    """What the pickle says, without its values; `names` are those that the array may have.
+
+    Raises PickleError for one that asks for anything but arrays, texts and numbers, and whatever damage makes.
+    """
+    found = unpickle(Stream(stream), CALLS, VALUES, _build)
+    if type(found) is not dict:
+        raise ValueError("it is no dictionary")
+    array = next((found[name] for name in names if name in found), None)
+    if not isinstance(array, Array):
+        raise ValueError(f"it has no array `{names[0]}`")
+    kind = array.dtype
+    dtype = DTYPES.get(kind.name, kind.name) if isinstance(kind, DType) and kind.order in ("<", "=") else "no numbers"
+    shape = array.shape
+    if type(shape) is not tuple or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+        raise ValueError("its array has no shape")
+    return Pickled(array, shape, dtype, found.get("inputs"))
+
+
+def pickled_frames(stream: Any, found: Pickled) -> Iterator[np.ndarray]:
+    """The frames one by one.  ValueError where the array has more or fewer bytes than its shape."""
+    data, (frames, *shape) = found.array.data, found.shape
+    size = int(np.prod(shape)) * found.dtype.itemsize
+    if not isinstance(data, Span | bytes | bytearray) or len(data) != frames * size:
+        raise ValueError("its array does not have the bytes of its shape")
+    for number in range(frames):
+        if isinstance(data, Span):
+            stream.seek(data.start + number * size)
+            part = stream.read(size)
+        else:
+            part = data[number * size : (number + 1) * size]
+        yield np.frombuffer(part, found.dtype).reshape(shape)

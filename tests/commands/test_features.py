@@ -1,0 +1,170 @@
+"""`llamavid-features` as its users run it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from clips import index_frame, write_clip
+from paths import ROOT
+
+from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaImageProcessor
+from llamavid_jax.commands import features, infer
+from llamavid_jax.data import validate
+from llamavid_jax.media.feature_file import FeatureWriter
+from llamavid_jax.media.features import describe, iter_features, read_header
+
+
+@pytest.fixture
+def write(checkpoint, capsys):
+    """Runs the command in this process; returns the exit code and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        code = features.main([*map(str, arguments), "--model", checkpoint])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return code, err
+
+    return run
+
+
+@pytest.fixture
+def clips(tmp_path):
+    folder = tmp_path / "clips"
+    (folder / "deep").mkdir(parents=True)
+    write_clip(folder / "a.mp4", [index_frame(i) for i in range(5)], rate=1)
+    write_clip(folder / "deep" / "a.mkv", [index_frame(i) for i in range(40)], rate=1)
+    (folder / "b.mp4").write_bytes(b"no video")
+    (folder / "notes.txt").write_text("not ours")
+    return folder
+
+
+def test_a_folder(write, clips, checkpoint, tmp_path):
+    """What is whole is skipped, what fails is named, and the values are the tower's."""
+    out = tmp_path / "out"
+    code, err = write(clips, "--out", out)
+    assert code == 1 and err.splitlines()[-1] == f"1 of 3 videos failed; {out / 'failures.jsonl'} names them"
+    lines = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+    assert [line["video"] for line in lines] == [str(clips / "b.mp4")] and "is not a video" in lines[0]["error"]
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*.safetensors"))
+    assert names == ["a.mp4.safetensors", "deep/a.mkv.safetensors"]
+
+    path = out / "deep" / "a.mkv.safetensors"
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    pixels, times = LLaMAVIDLlavaImageProcessor(56).video_pixels(clips / "deep" / "a.mkv")
+    found, said = np.stack(list(iter_features(path, keep_cls=True))), describe(path)
+    np.testing.assert_array_equal(found, model.vision_features(pixels))
+    assert said["timestamps"] == times.tolist() and said["tower"]["sha256"] == model.tower.rounded()
+    assert said["source"]["name"] == "a.mkv" and said["sampling"] == {"fps": 1.0, "rule": "stride", "seconds": 40.0}
+    assert said["source"]["bytes"] == (clips / "deep" / "a.mkv").stat().st_size
+
+    before = path.stat().st_mtime_ns
+    shutil.copy(clips / "a.mp4", clips / "b.mp4")
+    code, err = write(clips, "--out", out)
+    assert code == 0 and err.count("there already") == 2 and "b.mp4: 5 frames" in err
+    assert not (out / "failures.jsonl").exists() and path.stat().st_mtime_ns == before
+
+
+def test_what_has_changed_or_is_damaged_is_made_again(write, clips, tmp_path):
+    out, clip = tmp_path / "out", clips / "a.mp4"
+    path = out / "a.mp4.safetensors"
+
+    def made(*options: object) -> bool:
+        code, err = write(clip, "--out", out, *options)
+        assert code == 0 and len(list(iter_features(path))) == read_header(path).frames
+        return "there already" not in err
+
+    assert made() and not made()
+    assert made("--int8") and not made("--int8") and 0 < describe(path)["error"]["relative"] < 0.02
+    assert made("--fps", 0.5) and read_header(path).frames == 3
+    assert made("--dtype", "float32") and describe(path)["dtype"] == "F16"
+    write_clip(clip, [index_frame(i + 9) for i in range(5)], rate=1)
+    assert made("--dtype", "float32")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert made("--dtype", "float32") and not made("--dtype", "float32")
+
+
+def test_what_is_said(write, clips, tmp_path):
+    """The film's text, made again when the subtitles change."""
+    srt = clips / "a.srt"
+    srt.write_text('1\n00:00:00,500 --> 00:00:01,500\nWho\'s "there"?\n')
+    path = tmp_path / "a.mp4.safetensors"
+    for words in ('Who\'s "there"?', "Nobody."):
+        srt.write_text(f"1\n00:00:00,500 --> 00:00:01,500\n{words}\n")
+        assert "5 frames" in write(clips / "a.mp4", "--out", tmp_path, "--subtitles")[1]
+        assert read_header(path).inputs == f"<image><image>{words}<image><image><image>"
+    assert "5 frames" in write(clips / "a.mp4", "--out", tmp_path)[1] and read_header(path).inputs is None
+
+
+def test_shards_share_the_work(write, clips, tmp_path):
+    for index in range(2):
+        write(clips, "--out", tmp_path / "out", "--shard", f"{index}/2")
+    assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 2
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.mp4.safetensors", "deep", "failures.1-of-2.jsonl"]
+
+
+def test_infer_and_validate_read_it(write, clips, checkpoint, tmp_path, capsys):
+    """The answer is the video's own."""
+    write(clips / "a.mp4", "--out", tmp_path, "--dtype", "float32")
+    path = tmp_path / "a.mp4.safetensors"
+    assert describe(path)["dtype"] == "F16"
+    write(clips / "a.mp4", "--out", tmp_path)
+    asked = ["--model", checkpoint, "--question", "who?", "--max-new-tokens", "8", "--json"]
+    answers = []
+    for video in (clips / "a.mp4", path):
+        assert infer.main([*asked, "--video", str(video)]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    video, file = ({**answer, "seconds": None, "sampling": None} for answer in answers)
+    assert video == file and file["frames"] == 5
+    assert answers[1]["sampling"] == [{"video": str(path), "rule": "stride", "frames": 5}]
+    talk = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Nobody."}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"id": "1", "features": path.name, "conversations": talk}]))
+    assert validate.main([str(tmp_path / "chat.json"), "--model", checkpoint, "--decode"]) == 0
+
+
+BAD = {
+    "clips/*.webm holds no video": ["clips/*.webm"],
+    "clips/deep/none holds no video": ["clips/deep/none"],
+    "would both be written to a.mp4.safetensors": ["clips/a.mp4", "clips/deep/x/a.mp4"],
+    "--fps is 0.0; give a number above 0": ["clips", "--fps", "0"],
+    "--shard is '2/2'; give I/N": ["clips", "--shard", "2/2"],
+    "--shard is 'a'; give I/N": ["clips", "--shard", "a"],
+    "cannot be written to": ["clips/a.mp4", "--out", "clips/notes.txt"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message, write, clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (clips / "deep" / "x").mkdir()
+    (clips / "deep" / "none").mkdir()
+    write_clip(clips / "deep" / "x" / "a.mp4", [index_frame(1)], rate=1)
+    code, err = write("--out", "out", *BAD[message])
+    assert code == 2 and err.startswith("llamavid-features: ") and message in err and err.count("\n") == 1
+
+
+def test_a_file_that_is_not_there_costs_itself_alone(write, clips, tmp_path):
+    code, err = write(clips / "nothing.mp4", clips / "a.mp4", "--out", tmp_path)
+    assert code == 1 and "nothing.mp4 does not exist" in err and "5 frames" in err
+
+
+def test_patterns(clips):
+    assert [*features.find_videos([f"{clips}/**/*.mkv", f"{clips}/a.*4"])] == ["a.mkv.safetensors", "a.mp4.safetensors"]
+
+
+def test_a_run_that_is_broken_off_leaves_whole_files_alone(write, clips, tmp_path, monkeypatch):
+    def stop(*_, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FeatureWriter, "commit", stop)
+    assert write(clips / "a.mp4", "--out", tmp_path / "out")[0] == 130
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_help_needs_no_model():
+    code = [sys.executable, "-m", "llamavid_jax.commands.features", "--help"]
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--int8" in done.stdout and done.stderr == ""
