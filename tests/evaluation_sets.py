@@ -60,7 +60,7 @@ def gqa(scores, expected, rows) -> None:
     assert rounded(scores.figures)["accuracy"] == printed["accuracy"]
     for name, value in rounded(scores.groups["answers"]).items():
         assert value == printed[name]
-    assert round(scores.details["distribution (lower is better)"], 2) == printed["distribution"]
+    assert round(scores.counts["distribution (lower is better)"], 2) == printed["distribution"]
     for title in ("structural type", "semantic type", "steps number", "words number"):
         found = {
             name: {"accuracy": round(figure.value, 2), "questions": figure.count}
@@ -104,7 +104,7 @@ def textvqa(scores, expected, rows) -> None:
 
 
 def pope(scores, expected, rows) -> None:
-    tables = scores.details["categories"]
+    tables = scores.counts["categories"]
     summary = ("f1", "accuracy", "precision", "recall", "yes_ratio")
     for category, recorded in expected["per_category"].items():
         line = ", ".join(f"{tables[category][name]:.3f}" for name in summary)
@@ -240,7 +240,7 @@ def video_set(name: str, recording: dict[str, Any], folder: Path) -> None:
     judgements = json.loads(scores.files["judgements.json"])
     assert judgements == {one["key"]: one["result_file"] for one in expected["judge"]["per_item"]}
     accuracy, average = scores.figures.values()
-    counts = scores.details["yes"], scores.details["no"]
+    counts = scores.counts["yes"], scores.counts["no"]
     assert counts == (expected["judge"]["yes_count"], expected["judge"]["no_count"])
     assert abs(accuracy.value / 100 - expected["judge"]["accuracy"]) < 1e-12
     assert abs(average.value - expected["judge"]["average_score"]) < 1e-12

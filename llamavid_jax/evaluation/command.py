@@ -96,9 +96,7 @@ def judge_of(options: argparse.Namespace, out: Path) -> Any:
 def evaluate(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     one, out = SETS[options.name], local(options.out)
-    items, rest = one.read(opened(options.data), options.like_original)
-    if not items:
-        raise InputError(f"--data {options.data} holds no question of {one.title}; is it the right folder?")
+    items, rest = read(options)
     header = {
         "set": options.name,
         "like_original": options.like_original,
@@ -123,6 +121,30 @@ def evaluate(arguments: list[str]) -> int:
         say(f"part {options.shard[0]} of {options.shard[1]} is answered; the last part to end scores all")
         return 0
     return show(score_folder(out, None, judge_of(options, out)))
+
+
+def read(options: argparse.Namespace) -> tuple[list[Item], list[Row]]:
+    """The questions of the set, with most of their pictures and videos there."""
+    one, folder = SETS[options.name], opened(options.data)
+    try:
+        items, rest = one.read(folder, options.like_original)
+    except InputError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{folder} is not in the official form of {one.title} ({error!r}); download it again"
+        ) from None
+    if not items:
+        raise InputError(f"{folder} holds no question of {one.title}; is it the right folder?")
+    files = {item.media for item in items if isinstance(item.media, Path)}
+    lost = sorted(file for file in files if not file.exists())
+    if lost and len(lost) == len(files):
+        raise InputError(f"none of the {len(files)} pictures and videos of {one.title} is there, such as {lost[0]}")
+    if lost:
+        say(
+            f"{len(lost)} of {len(files)} pictures and videos are missing, such as {lost[0]}: their questions are broken"
+        )
+    return items, rest
 
 
 def groups_of(items: list[Item], options: argparse.Namespace) -> list[list[tuple[int, Item]]]:

@@ -72,7 +72,7 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
         groups,
         {row["id"]: value for row, value in zip(counted, right, strict=True)},
         {"testdev_balanced_predictions.json": json.dumps(upload).encode()},
-        details={"distribution (lower is better)": distribution(counted)},
+        counts={"distribution (lower is better)": distribution(counted)},
     )
 
 

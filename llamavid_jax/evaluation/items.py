@@ -55,6 +55,7 @@ class Scores:
     """`figures`: the set's numbers, that of the paper's table first.  `groups`: the same number for parts of the set.
 
     `items`: the score of each question by its id, for comparisons.  `files`: what the set's server or tool takes.
+    `counts`: what else the set's tools say, for result.json; `details`: what scoring found out about each question.
     """
 
     figures: dict[str, Figure]
@@ -62,7 +63,8 @@ class Scores:
     items: dict[str, float] = dataclasses.field(default_factory=dict)
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # counts and the like, for result.json
+    counts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def mean(values: Sequence[float], scale: float = 1.0, clusters: Sequence[Hashable] | None = None) -> Figure:

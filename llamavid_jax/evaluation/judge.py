@@ -133,7 +133,9 @@ class OfflineJudge:
     """Right is what equals the answer once both are normalised as VQA's are, or holds it as whole words; 5 or 0."""
 
     name = "offline: exact and normalised match; not the paper's judge"
-    counts: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self):
+        self.counts: dict[str, int] = {}
 
     def verdicts(self, cases: Sequence[Case]) -> list[Verdict | None]:
         return [self._one(case) for case in cases]

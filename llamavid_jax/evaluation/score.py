@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.items import Figure, Row, Scores
 from llamavid_jax.evaluation.llava import answers_file
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.evaluation.store import gather
 from llamavid_jax.files import write_files
 
-RESULT, SUBMISSION = "result.json", "submission"
+RESULT, DETAILS, SUBMISSION = "result.json", "details.json", "submission"
 
 
 def score_folder(folder: Path, original: bool | None, judge: Any) -> dict[str, Any]:
@@ -23,7 +24,12 @@ def score_folder(folder: Path, original: bool | None, judge: Any) -> dict[str, A
     header, rows = gather(folder)
     original = header["like_original"] if original is None else original
     one = SETS[header["set"]]
-    scores = one.score(rows, original, judge) if one.is_judged else one.score(rows, original)
+    try:
+        scores = one.score(rows, original, judge) if one.is_judged else one.score(rows, original)
+    except InputError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise InputError(f"the answers in {folder} are not those of {one.title} ({error!r}); answer it anew") from None
     result = result_of(header, rows, scores, original, judge if one.is_judged else None)
     files = dict(scores.files)
     if not one.is_judged:
@@ -33,7 +39,9 @@ def score_folder(folder: Path, original: bool | None, judge: Any) -> dict[str, A
         files["original_answers.jsonl"] = answers_file(rows, header["model"]["name"], **more)
     for name, content in files.items():
         write_files((folder / SUBMISSION / name).parent, {Path(name).name: content})
-    write_files(folder, {RESULT: (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode()})
+    written = {RESULT: result} | ({DETAILS: scores.details} if scores.details else {})
+    for name, value in written.items():
+        write_files(folder, {name: (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()})
     return result
 
 
@@ -58,6 +66,7 @@ def result_of(header: Mapping[str, Any], rows: list[Row], scores: Scores, origin
         "groups": {
             title: {name: as_json(figure) for name, figure in group.items()} for title, group in scores.groups.items()
         },
+        "counts": scores.counts,
         "notes": scores.notes,
         "items": scores.items,
         "media": {name: media.get(name) for name in scores.items},
@@ -81,8 +90,9 @@ def table(result: Mapping[str, Any]) -> str:
     lines += [_line(name, figure, width) for name, figure in result["figures"].items()]
     for title, group in result["groups"].items():
         lines += [f"  {title}", *(_line(f"  {name}", figure, width) for name, figure in group.items())]
-    counts = result["scored"]["judge counts"]
-    lines += [", ".join(f"{value} {name}" for name, value in counts.items())] if counts else []
+    lines += [f"{name}: {value}" for name, value in result["counts"].items() if not isinstance(value, dict)]
+    if counts := result["scored"]["judge counts"]:
+        lines.append("judge: " + ", ".join(f"{value} {name}" for name, value in counts.items()))
     return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
 

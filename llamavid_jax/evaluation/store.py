@@ -75,7 +75,7 @@ def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry
         if before:
             check_same(before, header, path)
         if not before or retry:
-            kept = [row for row in rows if "error" not in row] if before else list(rest)
+            kept = [row for row in rows if "error" not in row]
             lines = [{"header": before or dict(header)}, *kept]
             content = b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
             write_files(path.parent, {path.name: content})
@@ -86,7 +86,9 @@ def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry
             raise InputError(f"{path} cannot be written to ({error.strerror}); give another --out") from None
         file.truncate(whole)
         file.seek(whole)
-        yield Store(file, rows)
+        store = Store(file, rows)
+        store.write([row for row in rest if row["id"] not in store.done])
+        yield store
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

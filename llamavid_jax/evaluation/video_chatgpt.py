@@ -207,5 +207,5 @@ def score(rows: Sequence[Row], original: bool, judge: Any) -> Scores:
             predictions = {f"pred{field.removeprefix('Q')}": text for field, text in sorted(texts.items())}
             lines.append({**entry, **predictions})
         scores.files[f"{name}_predictions.json"] = json_lines(lines)
-    scores.details["judgements failed"] = failed
+    scores.counts["judgements failed"] = failed
     return scores

@@ -29,12 +29,12 @@ SYSTEM = (
 )
 USER = (
     "Please evaluate the following video-based question-answer pair:\n\nQuestion: {question}\n"
-    "Correct Answer: {answer}\nPredicted Answer: {prediction}\n\nProvide your evaluation only as a yes/no and score where the score is an "
-    "integer value between 0 and 5, with 5 indicating the highest meaningful match. Please generate the response in "
-    "the form of a Python dictionary string with keys 'pred' and 'score', where value of 'pred' is  a string of 'yes' "
-    "or 'no' and value of 'score' is in INTEGER, not STRING.DO NOT PROVIDE ANY OTHER OUTPUT TEXT OR EXPLANATION. Only "
-    "provide the Python dictionary string. For example, your response should look like this: "
-    "{{'pred': 'yes', 'score': 4.8}}."
+    "Correct Answer: {answer}\nPredicted Answer: {prediction}\n\nProvide your evaluation only as a yes/no and score "
+    "where the score is an integer value between 0 and 5, with 5 indicating the highest meaningful match. Please "
+    "generate the response in the form of a Python dictionary string with keys 'pred' and 'score', where value of "
+    "'pred' is  a string of 'yes' or 'no' and value of 'score' is in INTEGER, not STRING.DO NOT PROVIDE ANY OTHER "
+    "OUTPUT TEXT OR EXPLANATION. Only provide the Python dictionary string. For example, your response should look "
+    "like this: {{'pred': 'yes', 'score': 4.8}}."
 )
 
 
@@ -151,6 +151,10 @@ def score(rows: Sequence[Row], original: bool, judge: Any, *, is_activitynet: bo
         groups,
         {row["id"]: value for row, value in words},
         {"predictions.json": json_lines(predictions), "judgements.json": json_lines([judgements])},
-        [f"judged by {judge.name}"],
-        {"yes": int(sum(values)), "no": int(len(values) - sum(values)), "judgements failed": len(known) - len(judged)},
+        notes=[f"judged by {judge.name}"],
+        counts={
+            "yes": int(sum(values)),
+            "no": int(len(values) - sum(values)),
+            "judgements failed": len(known) - len(judged),
+        },
     )

@@ -116,7 +116,7 @@ def _scores(rows: Sequence[Row], prepare: Callable[[str], str], files: dict[str,
     items = {row["id"]: value for row, value in zip(known, values, strict=True)}
     notes = [] if known else ["the references are on the set's server: upload the file in submission/"]
     details = {"unprocessed": {row["id"]: value for row, value in zip(known, raw, strict=True)}} if known else {}
-    return Scores(figures if known else {}, groups, items, files, notes, details)
+    return Scores(figures if known else {}, groups, items, files, notes, details=details)
 
 
 # ---- TextVQA

@@ -82,11 +82,11 @@ def score_pope(rows: Sequence[Row], original: bool) -> Scores:
         },
         {"F1": f1},
         items,
-        details={"categories": tables},
+        counts={"categories": tables},
     )
 
 
-def counts(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+def counts(pairs: Sequence[tuple[str, str]]) -> dict[str, int | float]:
     """TP, FP, TN, FN and what comes of them; an answer that is neither is wrong either way.  0 where nothing is."""
     tp, fp, tn = (pairs.count(pair) for pair in (("yes", "yes"), ("yes", "no"), ("no", "no")))
     fn = sum(given != "yes" and label == "yes" for given, label in pairs)
@@ -103,7 +103,7 @@ def counts(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     }
 
 
-def _f1(table: dict[str, float]) -> Figure:
+def _f1(table: dict[str, int | float]) -> Figure:
     """F1 in percent, and its standard error by the delta method: F1 = 2 TP / (2 TP + FP + FN)."""
     tp, wrong, n = table["TP"], table["FP"] + table["FN"], int(table["samples"])
     bottom = 2 * tp + wrong

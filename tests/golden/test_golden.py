@@ -1,4 +1,4 @@
-"""Every recording below `--golden DIR` (default `tests/golden`): checkpoints, training, text, films, pixels, evaluations.
+"""Every recording below `--golden DIR` (`tests/golden`): checkpoints, training, text, films, pixels, evaluations.
 
 Each is recognised by what its file holds, so that other recordings can be run against the model, from any folder:
 
