@@ -141,9 +141,7 @@ def read(options: argparse.Namespace) -> tuple[list[Item], list[Row]]:
     if lost and len(lost) == len(files):
         raise InputError(f"none of the {len(files)} pictures and videos of {one.title} is there, such as {lost[0]}")
     if lost:
-        say(
-            f"{len(lost)} of {len(files)} pictures and videos are missing, such as {lost[0]}: their questions are broken"
-        )
+        say(f"{len(lost)} of {len(files)} pictures and videos are missing and break their questions: {lost[0]}")
     return items, rest
 
 

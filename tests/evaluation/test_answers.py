@@ -55,14 +55,17 @@ def test_each_video_once_and_full_buckets(tiny_model, official, monkeypatch):
     items, _ = SETS["msvd"].read(official("msvd"), False)
     encoded, batches = [], []
     encode, generate = type(tiny_model).visual_tokens, type(tiny_model).generate
-    monkeypatch.setattr(
-        type(tiny_model),
-        "visual_tokens",
-        lambda self, frames, asked: encoded.append(asked) or encode(self, frames, asked),
-    )
-    monkeypatch.setattr(
-        type(tiny_model), "generate", lambda self, ids, **more: batches.append(len(ids)) or generate(self, ids, **more)
-    )
+
+    def count_encoded(self, frames, asked):
+        encoded.append(asked)
+        return encode(self, frames, asked)
+
+    def count_batches(self, ids, **more):
+        batches.append(len(ids))
+        return generate(self, ids, **more)
+
+    monkeypatch.setattr(type(tiny_model), "visual_tokens", count_encoded)
+    monkeypatch.setattr(type(tiny_model), "generate", count_batches)
     together = ask(tiny_model, items, 4)
     assert len(encoded) == 6 and sum(map(len, encoded)) == 9 and batches[0] == 4
     assert [row["frames"] for row in together] == [2] * 9
@@ -87,17 +90,15 @@ def test_a_broken_item_costs_itself(checkpoint, official, tmp_path, short, capsy
     (data / "video" / "vid102.mkv").unlink()
     assert run(checkpoint, "msvd", data, tmp_path / "out") == 0
     found = rows(tmp_path / "out")
-    assert [row["id"] for row in found if "error" in row] == ["39501", "39502", "39507"]
+    assert {row["id"] for row in found if "error" in row} == {"39501", "39502", "39507"}
     assert all(row["text"] == "" for row in found if "error" in row) and len(found) == 9
     error = capsys.readouterr().err
     assert "1 of 6 pictures and videos are missing" in error and "3 questions are broken" in error
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["answered"], result["of"], result["broken"]) == (9, 9, 3)
     official("msvd")  # mended
-    assert (
-        run(checkpoint, "msvd", data, tmp_path / "out") == 0
-        and sum("error" in row for row in rows(tmp_path / "out")) == 3
-    )
+    assert run(checkpoint, "msvd", data, tmp_path / "out") == 0
+    assert sum("error" in row for row in rows(tmp_path / "out")) == 3
     assert run(checkpoint, "msvd", data, tmp_path / "out", "--retry") == 0
     assert not [row for row in rows(tmp_path / "out") if "error" in row] and len(rows(tmp_path / "out")) == 9
 
@@ -145,13 +146,13 @@ def test_a_folder_holds_one_run(checkpoint, official, tmp_path, short, capsys, c
 
 
 def test_killed_runs_lose_and_repeat_nothing(checkpoint, official, tmp_path):
-    """kill -9 as soon as there are 0, 3 and 6 answers; what the next process adds is what was left."""
+    """kill -9 as soon as there is an answer, and again at the sixth; what the next process adds is what was left."""
     data, out = official("gqa"), tmp_path / "killed"
     arguments = ["--model", checkpoint, "--set", "gqa", "--data", str(data), "--dtype", "float32", "--batch", "1"]
     start = [sys.executable, "-m", "llamavid_jax.evaluation", *arguments, "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "true"}
     before: list[dict] = []
-    for count in (0, 3, 6):
+    for count in (0, 5):
         process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not ((out / "answers.jsonl").exists() and len(rows_so_far(out)) > count):
             time.sleep(0.005)
