@@ -1,7 +1,7 @@
 """`LLaMAVIDLlavaForConditionalGeneration`: the friendly front of the model, NumPy or JAX arrays in and out.
 
 It lays rows out on the host (`shapes.py`) and calls the compiled functions of `models/llama_vid.py` and
-`generation/`.  `checkpoints/pretrained.py` loads and saves it.
+`generate.py`.  `checkpoints/pretrained.py` loads and saves it.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 
 from llamavid_jax.checkpoints.pretrained import PretrainedModel
 from llamavid_jax.inference.encode import SMALLEST_QUESTION, encode_visuals, frame_features, table_of, token_places
+from llamavid_jax.inference.generate import evidence as evidence_of
 from llamavid_jax.inference.generate import generate, prefills_at_once
 from llamavid_jax.inference.prompt_cache import PromptCache
 from llamavid_jax.inference.request import (
@@ -51,7 +52,8 @@ class GenerateOutput:
     """New ids of every row, without end token; their text where the model has a tokenizer; what the prompts held.
 
     `seconds` tells how long decoding and encoding the frames took ("encode") and how long the answer ("generate");
-    `cached_tokens` how many of the prompt a PromptCache had.
+    `cached_tokens` how many of the prompt a PromptCache had; `evidence`, where it was asked for, how much of the
+    answer's attention falls on each of a row's visual tokens.
     """
 
     token_ids: list[list[int]]
@@ -60,6 +62,7 @@ class GenerateOutput:
     visual_tokens: list[int]
     seconds: dict[str, float]
     cached_tokens: int = 0
+    evidence: list[np.ndarray] | None = None
 
 
 class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
@@ -181,12 +184,14 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         ignore_eos: bool = False,
         progress: Callable[[int], None] | None = None,
         cache: PromptCache | None = None,
+        evidence: bool = False,
     ) -> GenerateOutput:
         """Answers every row, greedily at temperature 0, until its end token, a `stop` string or `max_new_tokens`.
 
         `visual_tokens` holds a list for each sample, with the array `[n, D]` of every placeholder, in place of frames
         and prompts.  `streamer(row, text)` is given each row's text as it comes, whole characters only.  The same
-        `seed` draws the same answer.  `cache` holds what one row's prompt shares with the one before.  Raises
+        `seed` draws the same answer.  `cache` holds what one row's prompt shares with the one before.  `evidence` asks
+        for the attention to each visual token, which takes one step more.  Raises
         RequestError for what does not fit together or is longer than the model's positions, ConversationError for
         prompts that cannot be read.
         """
@@ -234,18 +239,21 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
                 on_tokens=on_tokens if texts else None,
                 kept=kept,
             )
+            token_ids = [text.ids for text in texts] if texts else token_ids
+            looked_at = evidence_of(self.structure, self.params, rows, token_ids, keys_values) if evidence else None
             if cache:
                 cache.put(rows[0], request.tokens[0], keys_values)
         for number, text in enumerate(texts or ()):
             if (rest := text.finish()) and streamer:
                 streamer(number, rest)
         return GenerateOutput(
-            token_ids=[text.ids for text in texts] if texts else token_ids,
+            token_ids=token_ids,
             texts=[text.text for text in texts] if texts else None,
             prompt_tokens=[len(row.token_ids) for row in rows],
             visual_tokens=[int((row.visual_index != TEXT).sum()) for row in rows],
             seconds={"encode": encoded - start, "generate": time.perf_counter() - encoded},
             cached_tokens=kept[0] if kept else 0,
+            evidence=looked_at,
         )
 
     def _merge(

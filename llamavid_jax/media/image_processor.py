@@ -123,6 +123,12 @@ class LLaMAVIDLlavaImageProcessor:
             if frames:
                 yield self._normalize(np.stack(frames)), np.array(times)
 
+    def video_frames(self, video: str | Path, fps: float | int, places: Sequence[int]) -> UInt8[np.ndarray, "F S S 3"]:
+        """Some of the frames that are sampled of a video, by their numbers in ascending order, before `normalize`."""
+        with fetch(video) as path:
+            sampling = plan_video(path, fps).only(places)
+            return np.stack([frame for _, frame in iter_frames(path, sampling, self._crop)])
+
     def _crop(self, frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "S S 3"]:
         return resize_and_crop(frame, self.size)
 

@@ -132,15 +132,15 @@ def test_killed_build_leaves_nothing_readable_and_the_next_one_completes(source,
     out, stop = tmp_path / "out", tmp_path / "written"
     code = f"""
 import pathlib, time
-from llamavid_jax.data import build_shards
-write = build_shards.PlannedShard.__call__
+from llamavid_jax.data import build_shards, shard_builder
+write = shard_builder.PlannedShard.__call__
 def stall(self):
     for number, example in write(self):
         if example["id"] == "text":
             pathlib.Path({str(stop)!r}).touch()
             time.sleep(3600)
         yield number, example
-build_shards.PlannedShard.__call__ = stall
+shard_builder.PlannedShard.__call__ = stall
 build_shards.build({str(source)!r}, {str(out)!r}, max_broken=0.5, shard_bytes=1)
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)

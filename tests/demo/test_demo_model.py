@@ -11,9 +11,11 @@ from PIL import Image
 
 from demo import digits, fresh_qformer, questions, show
 from demo.evaluate import answers
-from demo.make_data import sample
+from demo.make_data import generator, sample
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
 from llamavid_jax.inference.draw import TILE
+from llamavid_jax.inference.evidence import draw
+from llamavid_jax.inference.session import Session
 from llamavid_jax.models.llama_vid import attend_frames
 
 DEMO = Path(show.__file__).parent
@@ -121,3 +123,21 @@ def test_a_fresh_qformer_is_all_that_changes(shipped, tmp_path, monkeypatch):
     processors = shipped[1], LLaMAVIDLlavaProcessor.from_pretrained(tmp_path / "fresh")
     first, second = (processor.image_processor(videos=frame)["pixel_values"][0] for processor in processors)
     np.testing.assert_array_equal(first, second)
+
+
+def test_the_evidence_is_the_right_second(shipped, tmp_path):
+    """Of ten minutes with one event of 5 seconds, it is within the first three seconds named."""
+    model, processor = shipped
+    (tmp_path / "long").mkdir()
+    right = []
+    for number in range(100_000, 100_010):
+        record = sample(("long_test", number), tmp_path, seed=1)
+        (event,) = digits.long_clip(generator("long_test", number, seed=1), test=True, seconds=600).events
+        session = Session(model, processor.image_processor, videos=[tmp_path / record["video"]])
+        question = record["conversations"][0]["value"].removeprefix("<image>\n")
+        frames = session.ask(question, evidence=True, max_new_tokens=16).evidence
+        first = sorted(frames, key=lambda frame: -frame["weight"])[:3]
+        right.append(any(event.start <= frame["second"] < event.start + event.seconds for frame in first))
+    assert np.mean(right) >= 0.8 and len(frames) == 600
+    draw(session, question, session.ask(question, evidence=True)).save(tmp_path / "evidence.png")
+    assert np.asarray(Image.open(tmp_path / "evidence.png")).std() > 20
