@@ -20,12 +20,13 @@ from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.folder import read_json
 from llamavid_jax.evaluation.identity import media_name
 from llamavid_jax.evaluation.items import Item, Row
+from llamavid_jax.inference.film_text import film_subtitles
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import RequestError
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.shapes import IMAGE_TOKEN, bucket
 from llamavid_jax.text.conversation import IMAGE, long_video_text, marked, prompt, question_turn, template_named
-from llamavid_jax.text.subtitles import Cue, interleave, read_subtitles
+from llamavid_jax.text.subtitles import Cue, interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
 SAMPLING = "temperature", "top_p", "top_k", "max_new_tokens"
@@ -194,7 +195,7 @@ def cues_of(item: Item) -> list[Cue]:
     """Of a .srt or .vtt file, or of LongVideoBench's JSON, on the video's own clock."""
     file = Path(item.subtitles)
     if file.suffix != ".json":
-        return read_subtitles(file)
+        return film_subtitles(str(file), item.media)
     cues = []
     for one in read_json(file):
         if "timestamp" in one:

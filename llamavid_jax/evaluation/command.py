@@ -84,10 +84,7 @@ def shard(text: str) -> tuple[int, int]:
 def judge_of(options: argparse.Namespace, out: Path) -> Any:
     if not options.judge:
         return OfflineJudge()
-    try:
-        return ModelJudge(options.judge, os.environ.get(options.judge_key_env, ""), options.judge_model, out / REPLIES)
-    except ModuleNotFoundError as error:
-        raise InputError(f'{error.name} is not installed; pip install "llamavid_jax[eval]"') from None
+    return ModelJudge(options.judge, os.environ.get(options.judge_key_env, ""), options.judge_model, out / REPLIES)
 
 
 # ---- answers
