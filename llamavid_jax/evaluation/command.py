@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,8 @@ def results(arguments: list[str]) -> int:
 @command("llamavid-evaluate")
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     others = {"score": score, "compare": compared, "results": results}
     if arguments and arguments[0] in others:
         return others[arguments[0]](arguments[1:])
