@@ -194,8 +194,9 @@ class Replies:
         return [self.one(case) for case in cases]
 
     def one(self, case: Any) -> Verdict | None:
-        recorded = self.left.pop(0)
-        assert case.messages == recorded["messages"], recorded["key"]
+        places = [place for place, one in enumerate(self.left) if one["messages"] == case.messages]
+        assert places, f"the original sends no such message: {case.messages}"
+        recorded = self.left.pop(places[0])
         assert recorded["model"] == "gpt-3.5-turbo" and not recorded["other_arguments"]
         calls, verdict = 0, None
         for reply in recorded["replies_given"][:ATTEMPTS]:

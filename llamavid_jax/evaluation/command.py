@@ -20,9 +20,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from llamavid_jax.commands import program
-from llamavid_jax.errors import InputError, Parser, command, say
+from llamavid_jax.errors import InputError, Parser, command, printable, say
 from llamavid_jax.evaluation.compare import compare
 from llamavid_jax.evaluation.folder import opened
 from llamavid_jax.evaluation.identity import data_identity, model_identity, settings, versions
@@ -99,7 +100,7 @@ def evaluate(arguments: list[str]) -> int:
         "set": options.name,
         "like_original": options.like_original,
         "settings": settings(one, Path(options.model), options.like_original, options.dtype, options.quantize),
-        "model": model_identity(options.model),
+        "model": identity_of(options.model),
         "data": data_identity(items),
         "shard": list(options.shard),
         "versions": versions(),
@@ -119,6 +120,12 @@ def evaluate(arguments: list[str]) -> int:
         say(f"part {options.shard[0]} of {options.shard[1]} is answered; the last part to end scores all")
         return 0
     return show(score_folder(out, None, judge_of(options, out)))
+
+
+def identity_of(model: str) -> dict[str, str]:
+    """With a word on the terminal: 16 GB take their time."""
+    with Console(stderr=True).status(Text(printable(f"reading {model} for its SHA-256"))):
+        return model_identity(model)
 
 
 def read(options: argparse.Namespace) -> tuple[list[Item], list[Row]]:
@@ -161,11 +168,12 @@ def answer(
 
     program.keep_programs()
     mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
-    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
-        options.model, dtype=options.dtype, mesh=mesh, quantize=options.quantize
-    )
     images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
     console, total = Console(stderr=True), sum(map(len, groups))
+    with console.status(Text(printable(f"loading {options.model}"))):
+        model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
+            options.model, dtype=options.dtype, mesh=mesh, quantize=options.quantize
+        )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task, started = bar.add_task("questions", total=total), time.monotonic()

@@ -131,6 +131,14 @@ def test_two_parts_are_the_whole(checkpoint, official, tmp_path, short, capsys):
     assert {row["id"]: row["text"] for row in both} == texts(tmp_path / "whole") and len(both) == 9
 
 
+@pytest.mark.sharding
+def test_eight_devices_answer_as_one(checkpoint, official, tmp_path, short):
+    data = official("msvd")
+    assert run(checkpoint, "msvd", data, tmp_path / "one") == 0
+    assert run(checkpoint, "msvd", data, tmp_path / "eight", "--mesh", "data=4,tensor=2") == 0
+    assert texts(tmp_path / "one") == texts(tmp_path / "eight") and len(texts(tmp_path / "one")) == 9
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
