@@ -25,7 +25,15 @@ from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import RequestError
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.shapes import IMAGE_TOKEN, bucket
-from llamavid_jax.text.conversation import IMAGE, long_video_text, marked, prompt, question_turn, template_named
+from llamavid_jax.text.conversation import (
+    IMAGE,
+    check_text,
+    long_video_text,
+    marked,
+    prompt,
+    question_turn,
+    template_named,
+)
 from llamavid_jax.text.subtitles import Cue, interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
@@ -90,6 +98,9 @@ class Asker:
 
     def ask(self, items: Sequence[tuple[int, Item]]) -> None:
         """Asks the items of one picture or video, with their places in the set."""
+        items = [pair for pair in items if self._is_text(*pair)]
+        if not items:
+            return
         started = time.perf_counter()
         try:
             tokens, texts, frames = self._encode([item for _, item in items])
@@ -110,6 +121,18 @@ class Asker:
                 self._answer(waiting)
                 waiting.clear()
 
+    def _is_text(self, index: int, item: Item) -> bool:
+        """Whether a question can be asked at all; else it is written as broken."""
+        try:
+            check_text(item.text, f"the question of {item.id}")
+            check_text(item.question, f"the question of {item.id}")
+            if IMAGE in item.text:
+                raise InputError(f"the question of {item.id} holds {IMAGE}, which stands for a picture")
+        except InputError as error:
+            self.write([broken(item, index, error)])
+            return False
+        return True
+
     def finish(self) -> None:
         """Asks what has not filled its bucket."""
         for size in sorted(self.pending):
@@ -122,9 +145,6 @@ class Asker:
     def _encode(self, items: Sequence[Item]) -> tuple[list[list[np.ndarray]], list[str], int]:
         """Visual tokens and prompt of every item, and the number of frames."""
         first, config = items[0], self.model.config
-        for item in items:
-            if IMAGE in item.text:
-                raise InputError(f"the question of {item.id} holds {IMAGE}, which stands for a picture")
         template, start_end = self.settings["template"], config.mm_use_im_start_end
         if first.media is None:
             return [[]] * len(items), [llm_prompt(item.text, template, 0) for item in items], 0

@@ -14,17 +14,19 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, say
 from llamavid_jax.evaluation.vqa_text import official
 
 ATTEMPTS = 5  # of one case
 CALLS = 8  # at a time
 RETRIES = 5  # of a call that the server refuses for now
 PATIENCE = 120  # seconds for one reply
+SAY_EVERY = 60.0  # seconds
 LONGEST = 10_000  # characters of a reply that is read
 MODEL = "gpt-3.5-turbo"  # the original's
 
@@ -181,8 +183,12 @@ class ModelJudge:
     def verdicts(self, cases: Sequence[Case]) -> list[Verdict | None]:
         """One a case, None where it failed.  InputError where the address answers nothing that a judge would."""
         with concurrent.futures.ThreadPoolExecutor(CALLS) as pool:
-            waiting = [pool.submit(self._one, case) for case in cases]
+            waiting, said = [pool.submit(self._one, case) for case in cases], time.monotonic()
             try:
+                for done, _ in enumerate(concurrent.futures.as_completed(waiting), 1):
+                    if time.monotonic() - said > SAY_EVERY:
+                        said = time.monotonic()
+                        say(f"{done} of {len(cases)} answers judged, {self.counts['failed']} failed")
                 return [one.result() for one in waiting]
             except BaseException:
                 self._stop.set()

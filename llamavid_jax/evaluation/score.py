@@ -41,7 +41,7 @@ def score_folder(folder: Path, original: bool | None, judge: Any) -> dict[str, A
         write_files((folder / SUBMISSION / name).parent, {Path(name).name: content})
     written = {RESULT: result} | ({DETAILS: scores.details} if scores.details else {})
     for name, value in written.items():
-        write_files(folder, {name: (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()})
+        write_files(folder, {name: (json.dumps(value, indent=1) + "\n").encode()})
     return result
 
 

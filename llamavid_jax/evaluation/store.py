@@ -23,6 +23,11 @@ def part_name(shard: tuple[int, int]) -> str:
     return NAME if shard == (1, 1) else f"answers-{shard[0]}-of-{shard[1]}.jsonl"
 
 
+def as_line(row: Row) -> bytes:
+    """Readable in any language; half surrogate pairs of a question stay what they are."""
+    return json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+
+
 def read_rows(path: Path) -> tuple[dict[str, Any], list[Row], int]:
     """Header, rows and how many bytes are whole lines.  InputError for a file that is none of ours."""
     rows, whole = [], 0
@@ -52,7 +57,7 @@ class Store:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Adds rows; they are on the disk when this returns."""
-        self.file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        self.file.write(b"".join(map(as_line, rows)))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.done |= {row["id"] for row in rows}
@@ -77,7 +82,7 @@ def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry
         if not before or retry:
             kept = [row for row in rows if "error" not in row]
             lines = [{"header": before or dict(header)}, *kept]
-            content = b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+            content = b"".join(map(as_line, lines))
             write_files(path.parent, {path.name: content})
             rows, whole = kept, len(content)
         try:

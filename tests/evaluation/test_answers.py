@@ -24,7 +24,7 @@ def run(checkpoint: str, name: str, data: Path, out: Path, *more: str) -> int:
 
 
 def rows(out: Path, name: str = "answers.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()[1:]]
+    return [json.loads(line) for line in (out / name).read_bytes().split(b"\n")[1:-1]]
 
 
 def texts(out: Path) -> dict[str, str]:
@@ -101,6 +101,19 @@ def test_a_broken_item_costs_itself(checkpoint, official, tmp_path, short, capsy
     assert sum("error" in row for row in rows(tmp_path / "out")) == 3
     assert run(checkpoint, "msvd", data, tmp_path / "out", "--retry") == 0
     assert not [row for row in rows(tmp_path / "out") if "error" in row] and len(rows(tmp_path / "out")) == 9
+
+
+def test_questions_that_are_no_text_cost_themselves(checkpoint, official, tmp_path, short):
+    """Half a character, and the placeholder; the other questions about their pictures are answered."""
+    data = official("gqa")
+    file = data / "llava_gqa_testdev_balanced.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["text"], lines[2]["text"] = "What \ud800?", "What is <image>?"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(checkpoint, "gqa", data, tmp_path / "out") == 0
+    found = rows(tmp_path / "out")
+    assert {row["index"] for row in found if "error" in row} == {0, 2} and len(found) == 12
+    assert run(checkpoint, "gqa", data, tmp_path / "out") == 0 and rows(tmp_path / "out") == found
 
 
 def test_text_alone_and_the_limit(checkpoint, official, tmp_path, short):
