@@ -1,18 +1,23 @@
 """The shipped model: its size, what it answers about held-out clips, and the picture of `make demo`."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import assert_told_or_harmless
 from PIL import Image
 
 from demo import digits, fresh_qformer, questions, show
 from demo.evaluate import answers
 from demo.make_data import generator, sample
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.checkpoints.arrays import Arrays
+from llamavid_jax.checkpoints.weights import abstract_params, check_params
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.inference.draw import TILE
 from llamavid_jax.inference.evidence import draw
 from llamavid_jax.inference.session import Session
@@ -44,6 +49,20 @@ def test_held_out_clips(shipped, tmp_path):
     movie = sample(("long_test", 100_000), tmp_path, seed=1)
     asked = {kind: (truth, answer) for _, kind, _, truth, answer in answers(*shipped, [movie], tmp_path, batch=1)}
     assert asked["colour"][0] == asked["colour"][1]
+
+
+def test_a_flipped_bit_of_its_weights(tmp_path):
+    """Once in each file, read as `from_pretrained` does; what else is in the folder has no sums."""
+    shutil.copytree(DEMO / "model/weights", tmp_path / "weights")
+    config = LLaMAVIDLlavaConfig.from_pretrained(DEMO / "model")
+    shapes = {path: value.shape for path, value in abstract_params(config).items()}
+
+    def read() -> dict[str, np.ndarray]:
+        arrays = Arrays(tmp_path / "weights")
+        check_params(tmp_path, arrays, shapes)
+        return {path: arrays.read(path) for path in arrays}
+
+    assert_told_or_harmless(tmp_path, read, least=140)
 
 
 @pytest.mark.parametrize(
