@@ -1,6 +1,6 @@
 """MSVD-QA, MSRVTT-QA and ActivityNet-QA: short free answers about videos, judged by a model.
 
-The paper's figures are gpt-3.5-turbo's of early 2024, and no score without that judge is comparable to them.
+The paper's figures are gpt-3.5-turbo's of its time, and no score by another judge is comparable to them.
 """
 
 import functools
