@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, as they are impo
 	touch $@
 
 .venv/ready-test: .venv/ready pyproject.toml
-	$(INSTALL) --editable ".[train,convert,demo,test]" --editable tests/golden_option
+	$(INSTALL) --editable ".[train,convert,demo,eval,test]" --editable tests/golden_option
 	touch $@
 
 # The TPU compiler that the installed JAX names (213 MB), for tests that look for it there.
@@ -50,7 +50,7 @@ lint: .venv/ready-test
 # One version of each package for every Python, from the ranges; torch, whose CPU and CUDA builds differ, stays free.
 lock:
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest --no-annotate \
-	  --extra tpu --extra cuda --extra train --extra demo --extra test --custom-compile-command "make lock" \
+	  --extra tpu --extra cuda --extra train --extra demo --extra eval --extra test --custom-compile-command "make lock" \
 	  pyproject.toml --output-file requirements.lock
 
 clean:

@@ -9,7 +9,7 @@ from paths import GOLDEN
 OUTPUTS = ("video.", "image.", "long.", "generate.")
 SETTINGS = ("config.json", "case.json", "preprocessor_config.json", "generation_config.json", "tokenizer.json")
 SETTINGS += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json")
-KINDS = ("checkpoint", "training", "preprocessing", "new_tokens", "text", "movie", "trainable")
+KINDS = ("checkpoint", "training", "preprocessing", "new_tokens", "text", "movie", "trainable", "evaluation")
 
 
 def find_recordings(root: Path) -> dict[str, list[Path]]:
@@ -43,6 +43,8 @@ def kind_of(file: Path) -> str:
     if file.suffix != ".json":
         return "unread"
     cases = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(cases, dict) and {"set", "items", "expected_prompts", "expected_scores"} <= set(cases):
+        return "evaluation"
     first = set(cases[0]) if isinstance(cases, list) and cases and isinstance(cases[0], dict) else set()
     for kind, needed in (("text", "conversations"), ("movie", "frame_times"), ("trainable", "bert_type")):
         if needed in first:

@@ -89,6 +89,8 @@ def test_the_demo_from_another_folder(site, tmp_path):
         ),
         ("llamavid-train --config configs/tiny/stage9.yaml", 2, "configs/tiny/stage9.yaml does not exist"),
         ("llamavid-convert no OUT", 2, "no does not exist"),
+        ("llamavid-evaluate results page.md", 0, ""),
+        ("llamavid-evaluate score no", 2, "no holds no answers.jsonl"),
     ],
 )
 def test_scripts(site, tmp_path, command, code, says):

@@ -81,6 +81,7 @@ BELOW["inference"] = set(BELOW) - {"data"}
 BELOW["training"] = set(BELOW) - {"inference"}
 BELOW["precompile"] = set(BELOW)
 BELOW["commands"] = set(BELOW)
+BELOW["evaluation"] = BELOW["inference"] | {"inference", "commands"}
 WITHOUT_JAX = {*GROUND, "config", "media", "text", "weights", "data"}
 
 

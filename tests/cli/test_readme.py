@@ -10,6 +10,7 @@ from test_infer import CLIP
 
 import infer
 from conversion import check, jax_to_torch, torch_to_jax
+from llamavid_jax.evaluation.command import main as evaluate
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -40,6 +41,7 @@ def test_python_example(checkpoint, tmp_path, monkeypatch, capsys):
         ("python -m conversion.jax_to_torch", jax_to_torch.main, 1),
         ("python -m conversion.check", check.main, 1),
         ("python infer.py", infer.main, 1),
+        ("llamavid-evaluate", evaluate, 1),
     ],
 )
 def test_commands_parse(start, main, count, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Every recording below `--golden DIR` (default `tests/golden`): checkpoints, training, text, films, preprocessing.
+"""Every recording below `--golden DIR` (`tests/golden`): checkpoints, training, text, films, pixels, evaluations.
 
 Each is recognised by what its file holds, so that other recordings can be run against the model, from any folder:
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluation_sets import check_recording
 from paths import CONFIGS, GOLDEN, ROOT
 from PIL import Image
 from recorded_training import replay
@@ -227,7 +228,14 @@ def test_preprocessing(preprocessing):
     assert checked, f"{preprocessing} holds nothing that is known"
 
 
-@pytest.mark.parametrize("kept, passed", [(["text", "preprocess"], 3), ([], 0), (["text", "unknown"], 1)])
+def test_evaluation(evaluation, tmp_path):
+    """Prompts, files, scores and judge messages of the original's evaluation of a set."""
+    check_recording(json.loads(evaluation.read_text(encoding="utf-8")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kept, passed", [(["text", "preprocess"], 3), (["evaluation"], 14), ([], 0), (["text", "unknown"], 1)]
+)
 def test_folders_with_some_kinds_of_cases(kept, passed, tmp_path):
     """Any folder can be run, wherever it is: what it does not hold has no test, and what no test knows fails."""
     for name in kept:

@@ -1,0 +1,228 @@
+"""The answers half: items → rows.  Every picture and video is decoded and encoded once, for all its questions.
+
+    items of one video ─ frames, 1 a second ─▶ visual tokens of every question ─┐
+    ... of the next ────────────────────────▶ ...                               ├─ full buckets ─▶ generate ─▶ rows
+                                                                                ┘
+A row whose picture cannot be read, or whose prompt does not fit the model, costs itself: it is written as broken.
+"""
+
+import dataclasses
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.evaluation.folder import read_json
+from llamavid_jax.evaluation.identity import media_name
+from llamavid_jax.evaluation.items import Item, Row
+from llamavid_jax.inference.film_text import film_subtitles
+from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
+from llamavid_jax.inference.request import RequestError
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.shapes import IMAGE_TOKEN, bucket
+from llamavid_jax.text.conversation import (
+    IMAGE,
+    check_text,
+    long_video_text,
+    marked,
+    prompt,
+    question_turn,
+    template_named,
+)
+from llamavid_jax.text.subtitles import Cue, interleave
+from llamavid_jax.text.tokenizer import encode_with_images
+
+SAMPLING = "temperature", "top_p", "top_k", "max_new_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A question whose pictures are visual tokens, `[n, D]` or none."""
+
+    item: Item
+    index: int
+    ids: list[int]
+    tokens: list[np.ndarray]
+    frames: int
+    seconds: float  # of decoding and encoding, shared out over the questions of one video
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) - self.ids.count(IMAGE_TOKEN) + sum(map(len, self.tokens))
+
+
+def by_media(items: Sequence[Item]) -> list[list[int]]:
+    """Places of the items about the same picture or video, in the order in which each is first asked about."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for place, item in enumerate(items):
+        key = (place,) if item.media is None else (item.media, item.subtitles, item.subtitles_start)
+        groups[key].append(place)
+    return list(groups.values())
+
+
+def clean(text: str) -> str:
+    """As the original cleans what its model says."""
+    return text.strip().removesuffix("</s>").strip()
+
+
+def llm_prompt(text: str, template: str, visuals: int, start_end: bool = False) -> str:
+    """The whole text that the language model gets."""
+    turn = question_turn(visuals, text).replace(IMAGE, marked(IMAGE, start_end)) if visuals else text
+    return prompt(template_named(template), [turn])
+
+
+class Asker:
+    """Asks a model; `write` is given rows as they come, some at a time and not in the items' order."""
+
+    def __init__(
+        self,
+        model: LLaMAVIDLlavaForConditionalGeneration,
+        images: LLaMAVIDLlavaImageProcessor,
+        settings: Mapping[str, Any],
+        batch: int,
+        write: Callable[[list[Row]], None],
+    ):
+        if model.tokenizer is None or model.qformer_tokenizer is None:
+            raise InputError("the checkpoint holds no tokenizers; convert it again with --bert-tokenizer FOLDER")
+        self.model, self.settings, self.write = model, settings, write
+        crops = settings["image_aspect_ratio"] == "crop"
+        self.images = dataclasses.replace(images, image_aspect_ratio="crop") if crops else images
+        self.is_sampled = settings["temperature"] > 0
+        self.batch = 1 if self.is_sampled else batch
+        self.pending: dict[int, list[Ready]] = defaultdict(list)  # by the bucket of their lengths
+
+    def ask(self, items: Sequence[tuple[int, Item]]) -> None:
+        """Asks the items of one picture or video, with their places in the set."""
+        items = [pair for pair in items if self._is_text(*pair)]
+        if not items:
+            return
+        started = time.perf_counter()
+        try:
+            tokens, texts, frames = self._encode([item for _, item in items])
+        except InputError as error:
+            self.write([broken(item, index, error) for index, item in items])
+            return
+        seconds = (time.perf_counter() - started) / len(items)
+        for (index, item), own, text in zip(items, tokens, texts, strict=True):
+            try:
+                ids = encode_with_images(self.model.tokenizer, text)
+            except InputError as error:
+                self.write([broken(item, index, error)])
+                continue
+            ready = Ready(item, index, ids, own, frames, seconds)
+            waiting = self.pending[bucket(ready.length)]
+            waiting.append(ready)
+            if len(waiting) == self.batch:
+                self._answer(waiting)
+                waiting.clear()
+
+    def _is_text(self, index: int, item: Item) -> bool:
+        """Whether a question can be asked at all; else it is written as broken."""
+        try:
+            check_text(item.text, f"the question of {item.id}")
+            check_text(item.question, f"the question of {item.id}")
+            if IMAGE in item.text:
+                raise InputError(f"the question of {item.id} holds {IMAGE}, which stands for a picture")
+        except InputError as error:
+            self.write([broken(item, index, error)])
+            return False
+        return True
+
+    def finish(self) -> None:
+        """Asks what has not filled its bucket."""
+        for size in sorted(self.pending):
+            waiting = self.pending.pop(size)
+            if waiting:
+                self._answer(waiting)
+
+    # ---- frames → visual tokens
+
+    def _encode(self, items: Sequence[Item]) -> tuple[list[list[np.ndarray]], list[str], int]:
+        """Visual tokens and prompt of every item, and the number of frames."""
+        first, config = items[0], self.model.config
+        template, start_end = self.settings["template"], config.mm_use_im_start_end
+        if first.media is None:
+            return [[]] * len(items), [llm_prompt(item.text, template, 0) for item in items], 0
+        times: list[float] = []
+        frames = self._frames(first, times)
+        tokens = self.model.visual_tokens(frames, [item.question for item in items])
+        if first.subtitles is None:
+            texts = [llm_prompt(item.text, template, 1, start_end) for item in items]
+        else:
+            movie = interleave(times, cues_of(first))
+            turns = [long_video_text(movie, item.text, config.tokens_per_frame, start_end) for item in items]
+            texts = [prompt(template_named(template), [turn]) for turn in turns]
+        return [[own] for own in tokens], texts, len(times)
+
+    def _frames(self, item: Item, times: list[float]) -> Iterator[np.ndarray]:
+        if not item.is_video:
+            pieces = iter([(self.images.image_pixels(item.media), np.zeros(1))])
+        else:
+            pieces = self.images.stream_video(item.media, self.settings["fps"], progress=self._check_length)
+        for pixels, seconds in pieces:
+            times += seconds.tolist()
+            yield from pixels
+
+    def _check_length(self, sampling: Any, done: int) -> None:
+        """A film that does not fit is said at its first frame."""
+        room = self.model.config.text_config.max_length
+        if done == 1 and len(sampling) * self.model.config.tokens_per_frame > room:
+            raise RequestError(f"{len(sampling)} frames do not fit the {room} positions of this model")
+
+    # ---- prompts → answers
+
+    def _answer(self, rows: Sequence[Ready]) -> None:
+        """Answers rows together; where one of them cannot be, each alone."""
+        started = time.perf_counter()
+        sampling = {name: self.settings[name] for name in SAMPLING}
+        seed = zlib.crc32(rows[0].item.id.encode()) if self.is_sampled else 0
+        try:
+            output = self.model.generate(
+                [row.ids for row in rows], visual_tokens=[row.tokens for row in rows], seed=seed, **sampling
+            )
+        except InputError as error:
+            if len(rows) == 1:
+                self.write([broken(rows[0].item, rows[0].index, error)])
+            else:
+                for row in rows:
+                    self._answer([row])
+            return
+        seconds = (time.perf_counter() - started) / len(rows)
+        self.write(
+            [
+                as_row(row.item, row.index, clean(text), frames=row.frames, seconds=round(row.seconds + seconds, 4))
+                for row, text in zip(rows, output.texts, strict=True)
+            ]
+        )
+
+
+def as_row(item: Item, index: int, text: str, **more: Any) -> Row:
+    named = {"id": item.id, "index": index, "prompt": item.prompt, "text": text}
+    return {**named, **more, "media": media_name(item), "reference": item.reference}
+
+
+def broken(item: Item, index: int, error: InputError) -> Row:
+    """Counted as wrong, and said."""
+    return as_row(item, index, "", frames=0, seconds=0.0, error=" ".join(str(error).split()))
+
+
+def cues_of(item: Item) -> list[Cue]:
+    """Of a .srt or .vtt file, or of LongVideoBench's JSON, on the video's own clock."""
+    file = Path(item.subtitles)
+    if file.suffix != ".json":
+        return film_subtitles(str(file), item.media)
+    cues = []
+    for one in read_json(file):
+        if "timestamp" in one:
+            start, end = one["timestamp"]
+            end, text = (end if isinstance(end, int | float) else start), one["text"]
+        else:
+            hours, minutes, seconds = one["end"].split(":")
+            end, text = 3600 * int(hours) + 60 * int(minutes) + float(seconds), one["line"]
+        cues.append(Cue(float(end) - item.subtitles_start, text.replace(IMAGE, " ").strip()))
+    return cues

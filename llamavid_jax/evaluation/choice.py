@@ -1,0 +1,68 @@
+"""Which option an answer names, by the rules of different owners of sets, and by our own."""
+
+import re
+from collections.abc import Mapping
+
+from llamavid_jax.evaluation.items import LETTERS
+
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+
+
+def chosen(text: str, options: Mapping[str, str]) -> str | None:
+    """The letter that an answer names: "B", "(b)", "B. two dogs", "The answer is B", or an option's own words.
+
+    None where it names none, or several.
+    """
+    letters, stripped = "".join(options), text.strip()
+    if not letters:
+        return None
+    if found := re.match(rf"[(\[*]*([{letters}{letters.lower()}])(?:[)\].:,*]|\s*$)", stripped):
+        return found[1].upper()
+    if found := re.findall(rf"(?i:(?:answer|option|choice)(?: is|:)?) [(*]*([{letters}])\b", stripped):
+        return found[0] if len(set(found)) == 1 else None
+    if (
+        len(found := set(re.findall(rf"(?<![\w'])([{letters.replace('A', '').replace('I', '')}])(?![\w'])", stripped)))
+        == 1
+    ):
+        return found.pop()
+    words = [
+        letter for letter, option in options.items() if str(option).strip().lower() == stripped.rstrip(".").lower()
+    ]
+    return words[0] if len(words) == 1 else None
+
+
+def toolkit(text: str, options: Mapping[str, str]) -> str | None:
+    """The rules of VLMEvalKit, as of 2026, before it would ask a judge; "Z" for a refusal, None where it would ask."""
+    return _toolkit_letter(text, options) or _toolkit_words(text, options)
+
+
+def _toolkit_letter(text: str, options: Mapping[str, str]) -> str | None:
+    if "Failed to obtain answer via API" in text:
+        return None
+    if any(refusal in text for refusal in REFUSALS):
+        return "Z"
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    named = [letter for letter in options if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+        return named[0]
+    if not named and "Z" in words:
+        return "Z"
+    found = re.search(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", text)
+    return found[1].upper() if found and found[1].upper() in options else None
+
+
+def _toolkit_words(text: str, options: Mapping[str, str]) -> str | None:
+    text = text.lower()
+    if len(text) > 2 * sum(len(str(option)) for option in options.values()):
+        return None
+    named = [letter for letter, option in options.items() if str(option).lower() in text]
+    return named[0] if len(named) == 1 else None
+
+
+def numbered(options: list[str]) -> dict[str, str]:
+    return dict(zip(LETTERS, options, strict=False))

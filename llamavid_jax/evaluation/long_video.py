@@ -1,0 +1,175 @@
+"""Multiple choice about long videos: MLVU, Video-MME with and without subtitles, LongVideoBench; one reader for all.
+
+A set's own file gives Choices; the rest, prompt and scores, is the same.  The original has none of these sets.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.evaluation.choice import chosen, numbered
+from llamavid_jax.evaluation.folder import checked, need, read_json, video_file
+from llamavid_jax.evaluation.items import LETTER, LETTERS, Figure, Item, Row, Scores, by_group, lettered, mean, unique
+
+MLVU_SOURCE = "it is part of MLVU (huggingface.co/datasets/MLVU/MVLU)"
+VIDEO_MME_SOURCE = "it is part of Video-MME (huggingface.co/datasets/lmms-lab/Video-MME); unpack its archives there"
+LONGVIDEOBENCH_SOURCE = "it is part of LongVideoBench (huggingface.co/datasets/longvideobench/LongVideoBench)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One question: `answer` is a letter, None where it is not public.  `groups`: which parts of the set it is of."""
+
+    name: str
+    video: Path
+    question: str
+    options: list[str]
+    answer: str | None
+    groups: dict[str, str]
+    subtitles: Path | None = None
+    subtitles_start: float = 0.0
+
+
+def items_of(choices: Sequence[Choice]) -> list[Item]:
+    items = []
+    for name, one in zip(unique(choice.name for choice in choices), choices, strict=True):
+        options = numbered(one.options)
+        words = "\n".join([one.question, lettered(options.items()), LETTER])
+        reference = {"question_id": one.name, "answer": one.answer, "options": options, "groups": one.groups}
+        subtitled = {"subtitles": one.subtitles, "subtitles_start": one.subtitles_start}
+        items.append(Item(name, words, words, words, one.video, True, reference, **subtitled))
+    return items
+
+
+def score(rows: Sequence[Row], original: bool, *, average_of: str | None = None) -> Scores:
+    """Accuracy over all questions; over the parts of `average_of` first, where the set's own figure is their mean."""
+    known = [row for row in rows if row["reference"]["answer"] is not None and row["text"] is not None]
+    right = [float(chosen(row["text"], row["reference"]["options"]) == row["reference"]["answer"]) for row in known]
+    titles = list(dict.fromkeys(title for row in known for title in row["reference"]["groups"]))
+    groups = {title: by_group((row["reference"]["groups"].get(title, "") for row in known), right) for title in titles}
+    figures = {"accuracy": mean(right, 100.0, [row.get("media") for row in known])} if known else {}
+    if known and average_of in groups:
+        parts = list(groups[average_of].values())
+        known_errors = all(part.error is not None for part in parts)
+        error = sum(part.error**2 for part in parts) ** 0.5 / len(parts) if known_errors else None
+        average = Figure(sum(part.value for part in parts) / len(parts), error, len(known))
+        figures = {f"mean over {average_of}s": average, **figures}
+    letters = [
+        {"id": row["reference"]["question_id"], "answer": chosen(row["text"] or "", row["reference"]["options"])}
+        for row in rows
+    ]
+    return Scores(
+        figures,
+        groups,
+        {row["id"]: value for row, value in zip(known, right, strict=True)},
+        {"answers.json": json.dumps(letters, indent=1).encode()},
+        notes=[] if len(known) == len(rows) else ["some references are not public: upload the answers"],
+    )
+
+
+# ---- MLVU: dev, the seven tasks with options
+
+
+def read_mlvu(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
+    folder = folder / "MLVU" if (folder / "MLVU" / "json").is_dir() else folder
+    choices = []
+    need(folder, ("json/*.json",), MLVU_SOURCE)
+    for file in sorted((folder / "json").glob("*.json")):
+        entries = checked(file, read_json(file), "video", "question")
+        for place, entry in enumerate(entries):
+            if "candidates" not in entry:
+                continue  # free answers: sub-scenes and summaries
+            options = [str(option) for option in entry["candidates"]]
+            if entry.get("answer") is not None and str(entry["answer"]) not in options:
+                raise InputError(
+                    f"{file}: the answer of entry {place + 1} is none of its candidates; download it again"
+                )
+            answer = None if entry.get("answer") is None else LETTERS[options.index(str(entry["answer"]))]
+            task = str(entry.get("question_type", file.stem))
+            video = folder / "video" / file.stem / entry["video"]
+            choices.append(Choice(f"{file.stem} {place}", video, entry["question"], options, answer, {"task": task}))
+    return items_of(choices), []
+
+
+# ---- Video-MME
+
+
+def read_video_mme(folder: Path, original: bool, *, subtitles: bool = False) -> tuple[list[Item], list[Row]]:
+    """The parquet file of its repository, or its evaluation's JSON, where a video has a list of questions."""
+    file = need(folder, ("videomme/test-*.parquet", "*.parquet", "*.json"), VIDEO_MME_SOURCE)
+    fields = (
+        "video_id",
+        "duration",
+        "domain",
+        "sub_category",
+        "question_id",
+        "task_type",
+        "question",
+        "options",
+        "answer",
+    )
+    entries = _parquet(file) if file.suffix == ".parquet" else _flat(checked(file, read_json(file), "questions"))
+    videos = need(folder, ("data", "video", "videos"), VIDEO_MME_SOURCE)
+    texts = need(folder, ("subtitle", "subtitles"), VIDEO_MME_SOURCE) if subtitles else None
+    choices = []
+    for entry in checked(file, entries, *fields):
+        options = [str(option).removeprefix(f"{letter}. ") for letter, option in zip(LETTERS, entry["options"])]  # noqa: B905
+        stem = entry.get("videoID") or entry["video_id"]
+        spoken = texts / f"{stem}.srt" if texts else None
+        groups = {name: str(entry[name]) for name in ("duration", "domain", "sub_category", "task_type")}
+        choices.append(
+            Choice(
+                str(entry["question_id"]),
+                video_file(videos, stem),
+                entry["question"],
+                options,
+                entry["answer"],
+                groups,
+                spoken if spoken and spoken.exists() else None,
+            )
+        )
+    return items_of(choices), []
+
+
+def _parquet(file: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{file} is no parquet table ({error}); download it again") from None
+
+
+def _flat(videos: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**video, **question} for video in videos for question in video["questions"]]
+
+
+# ---- LongVideoBench
+
+
+def read_longvideobench(folder: Path, original: bool, *, subtitles: bool = False) -> tuple[list[Item], list[Row]]:
+    file = need(folder, ("lvb_val.json", "lvb_test_wo_gt.json"), LONGVIDEOBENCH_SOURCE)
+    videos = need(folder, ("videos",), LONGVIDEOBENCH_SOURCE)
+    texts = need(folder, ("subtitles",), LONGVIDEOBENCH_SOURCE) if subtitles else None
+    choices = []
+    for entry in checked(file, read_json(file), "id", "video_path", "question", "candidates"):
+        correct = entry.get("correct_choice", -1)
+        answer = LETTERS[correct] if isinstance(correct, int) and 0 <= correct < len(entry["candidates"]) else None
+        names = "duration_group", "question_category", "topic_category"
+        choices.append(
+            Choice(
+                str(entry["id"]),
+                videos / entry["video_path"],
+                entry["question"],
+                [str(option) for option in entry["candidates"]],
+                answer,
+                {name: str(entry[name]) for name in names if name in entry},
+                texts / entry["subtitle_path"] if texts and entry.get("subtitle_path") else None,
+                float(entry.get("starting_timestamp_for_subtitles") or 0.0),
+            )
+        )
+    return items_of(choices), []

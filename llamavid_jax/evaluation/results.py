@@ -1,0 +1,64 @@
+"""`docs/results.md` from result files: the paper's published numbers beside what was measured, and what differs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llamavid_jax.evaluation.compare import read_result
+from llamavid_jax.evaluation.sets import SETS
+
+PUBLISHED = Path(__file__).with_name("published.json")
+
+
+def page(paths: Sequence[str | Path]) -> str:
+    """The page as Markdown."""
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    results = [read_result(path) for path in paths]
+    lines = [
+        "# Results",
+        "",
+        "Made by `llamavid-evaluate results docs/results.md RUN ...`; edit nothing here. Published: "
+        + published["source"],
+        "",
+        "± is the standard error over the questions, those of one picture or video not taken for independent. "
+        f"{len(results)} results were measured."
+        if results
+        else "Nothing has been measured yet.",
+    ]
+    for name, one in SETS.items():
+        known = [row for row in published["rows"] if name in row["figures"]]
+        measured = [result for result in results if result["header"]["set"] == name]
+        if not known and not measured:
+            continue
+        figures = list(dict.fromkeys(f for row in known for f in row["figures"][name])) or list(measured[0]["figures"])
+        lines += ["", f"## {one.title}", "", "| model | " + " | ".join(figures) + " | how |"]
+        lines += ["|---" * (len(figures) + 2) + "|"]
+        for row in known:
+            values = [f"{row['figures'][name][figure]:.2f}".removesuffix("0") for figure in figures]
+            lines.append(f"| {row['model']} | " + " | ".join(values) + " | published |")
+        for result in measured:
+            values = [_measured(result["figures"].get(figure)) for figure in figures]
+            lines.append(f"| {result['header']['model']['name']} | " + " | ".join(values) + f" | {how(result)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _measured(figure: Mapping[str, Any] | None) -> str:
+    if figure is None or figure["value"] is None:
+        return "—"
+    return f"{figure['value']:.2f}" + ("" if figure["error"] is None else f" ± {figure['error']:.2f}")
+
+
+def how(result: Mapping[str, Any]) -> str:
+    """What a reader has to know before comparing."""
+    header, scored = result["header"], result["scored"]
+    settings = header["settings"]
+    asked = "like the original" if header["like_original"] else "by default"
+    rules = "" if scored["like_original"] == header["like_original"] else ", scored by the other rules"
+    sampled = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
+    parts = [f"asked {asked}{rules}", sampled, f"{settings['quantize'] or settings['dtype']}"]
+    parts += [f"judge: {scored['judge']}"] if scored["judge"] else []
+    parts += [f"{result['answered']} of {result['of']} questions"] if result["answered"] != result["of"] else []
+    parts += [f"{result['broken']} broken"] if result["broken"] else []
+    parts.append(f"model {header['model']['sha256'][:12]}, llamavid_jax {header['versions']['llamavid_jax']}")
+    return "; ".join(parts).replace("|", "\\|")

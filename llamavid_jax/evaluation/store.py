@@ -1,0 +1,126 @@
+"""`answers.jsonl`: a header, then a row an answer, added as they come; and the parts of several processes.
+
+A process may be killed at any moment: what is whole stays, a line cut off at the end is taken away, and the next
+process asks what is left.  Two processes do not write one file.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.evaluation.items import Row
+from llamavid_jax.files import locked, write_files
+
+NAME = "answers.jsonl"
+IDENTITY = "set", "like_original", "settings", "model", "data", "shard"  # of a header: what makes it the same run
+
+
+def part_name(shard: tuple[int, int]) -> str:
+    return NAME if shard == (1, 1) else f"answers-{shard[0]}-of-{shard[1]}.jsonl"
+
+
+def as_line(row: Row) -> bytes:
+    """Readable in any language; half surrogate pairs of a question stay what they are."""
+    return json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+
+
+def read_rows(path: Path) -> tuple[dict[str, Any], list[Row], int]:
+    """Header, rows and how many bytes are whole lines.  InputError for a file that is none of ours."""
+    rows, whole = [], 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # cut off by the end of a process
+                rows.append(json.loads(line))
+                whole += len(line)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read behind byte {whole} ({error}); move it away") from None
+    if not rows:
+        return {}, [], 0
+    if not isinstance(rows[0], dict) or "header" not in rows[0]:
+        raise InputError(f"{path} does not begin with the header of an evaluation; give another folder")
+    return rows[0]["header"], rows[1:], whole
+
+
+class Store:
+    """The open file of answers.  `done`: the ids that it has."""
+
+    def __init__(self, file: BinaryIO, rows: Sequence[Row]):
+        self.file = file
+        self.done = {row["id"] for row in rows}
+        self.broken = sum("error" in row for row in rows)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Adds rows; they are on the disk when this returns."""
+        self.file.write(b"".join(map(as_line, rows)))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.done |= {row["id"] for row in rows}
+        self.broken += sum("error" in row for row in rows)
+
+
+@contextlib.contextmanager
+def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry: bool = False) -> Iterator[Store]:
+    """Goes on with the file, or begins it with the header and the rows that nobody is asked for.
+
+    `retry` takes the broken items out of it.  InputError where it was begun with other settings.
+    """
+    with contextlib.ExitStack() as exits:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path.parent} cannot be made ({error.strerror}); give another --out") from None
+        exits.enter_context(locked(path.with_suffix(".lock"), str(path)))
+        before, rows, whole = read_rows(path) if path.exists() else ({}, [], 0)
+        if before:
+            check_same(before, header, path)
+        if not before or retry:
+            kept = [row for row in rows if "error" not in row]
+            lines = [{"header": before or dict(header)}, *kept]
+            content = b"".join(map(as_line, lines))
+            write_files(path.parent, {path.name: content})
+            rows, whole = kept, len(content)
+        try:
+            file = exits.enter_context(path.open("r+b"))
+        except OSError as error:
+            raise InputError(f"{path} cannot be written to ({error.strerror}); give another --out") from None
+        file.truncate(whole)
+        file.seek(whole)
+        store = Store(file, rows)
+        store.write([row for row in rest if row["id"] not in store.done])
+        yield store
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    for name in IDENTITY:
+        if before.get(name) != now.get(name):
+            raise InputError(
+                f"{path} was begun with another {name.replace('_', ' ')} ({_short(before.get(name))}, now "
+                f"{_short(now.get(name))}); give another --out, or the same"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 200 else text[:200] + "..."
+
+
+def gather(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+    """The rows of all parts in the set's order.  InputError where there are none, or parts of different runs."""
+    files = sorted(folder.glob("answers*.jsonl")) if folder.is_dir() else []
+    header: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
+    for file in files:
+        own, more, _ = read_rows(file)
+        if own:
+            check_same({**own, "shard": None}, {**(header or own), "shard": None}, file)
+            header = header or own
+            rows |= {row["id"]: row for row in more}
+    if not header:
+        raise InputError(f"{folder} holds no {NAME}; give the --out of an evaluation")
+    return header, sorted(rows.values(), key=lambda row: row["index"])

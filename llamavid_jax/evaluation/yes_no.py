@@ -1,0 +1,209 @@
+"""POPE and MME: questions with yes or no for an answer.
+
+The original reads an answer by rules that take "NO" and "Nope" for yes (POPE), or "Know" for no (MME); by default its
+first word that is yes or no counts, and an answer without either is wrong.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llamavid_jax.evaluation.folder import checked, need, read_lines, read_text
+from llamavid_jax.evaluation.items import SHORT_ANSWER, Figure, Item, Row, Scores, mean
+from llamavid_jax.evaluation.llava import read_questions
+from llamavid_jax.evaluation.vqa_text import one_line
+
+POPE_SOURCE = "the POPE repository has it (github.com/AoiDragon/POPE, output/coco)"
+POPE_IMAGES = ("val2014",), "val2014.zip of images.cocodataset.org has it"
+MME_SOURCE = "its release has it (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation)"
+MME_IMAGES = ("MME_Benchmark_release_version",), MME_SOURCE
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+YES_OR_NO = "Please answer yes or no."
+
+
+def yes_or_no(text: str) -> str:
+    """The first word that is one of the two; "other" without."""
+    found = re.search(r"\b(yes|no|not|nope|yeah|yep)\b", text.lower())
+    return {None: "other", "yes": "yes", "yeah": "yes", "yep": "yes"}.get(found and found[1], "no")
+
+
+# ---- POPE
+
+
+def read_pope(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
+    """A label is that of the question at the same place of its category: the two files number them differently."""
+    labels: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(need(folder, ("coco",), POPE_SOURCE).glob("coco_pope_*.json")):
+        labels[file.stem.removeprefix("coco_pope_")] = checked(file, read_lines(file), "label")
+    places: dict[str, int] = defaultdict(int)
+
+    def reference(line: dict[str, Any]) -> dict[str, Any]:
+        category = line.get("category", "")
+        place = places[category]
+        places[category] += 1
+        known = labels.get(category, [])
+        return {"category": category, **({"label": known[place]["label"]} if place < len(known) else {})}
+
+    if not labels:
+        need(folder, ("coco/coco_pope_*.json",), POPE_SOURCE)
+    return read_questions(folder, ("llava_pope_test.jsonl",), POPE_IMAGES, reference), []
+
+
+def pope_original(text: str) -> str:
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def score_pope(rows: Sequence[Row], original: bool) -> Scores:
+    parse = pope_original if original else yes_or_no
+    known = [row for row in rows if "label" in row["reference"] and row["text"] is not None]
+    pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    items = {}
+    for row in known:
+        label = "no" if row["reference"]["label"] == "no" else "yes"
+        given = parse(row["text"])
+        pairs[row["reference"]["category"]].append((given, label))
+        items[row["id"]] = float(given == label)
+    tables = {category: counts(of_one) for category, of_one in pairs.items()}
+    f1 = {category: _f1(table) for category, table in tables.items()}
+    media = [row.get("media") for row in known]
+    return Scores(
+        {
+            "mean F1 of the categories": _mean_of(f1),
+            "mean accuracy of the categories": Figure(
+                100 * _average([table["accuracy"] for table in tables.values()]),
+                mean(list(items.values()), 100.0, media).error,
+                len(known),
+            ),
+        },
+        {"F1": f1},
+        items,
+        counts={"categories": tables},
+    )
+
+
+def counts(pairs: Sequence[tuple[str, str]]) -> dict[str, int | float]:
+    """TP, FP, TN, FN and what comes of them; an answer that is neither is wrong either way.  0 where nothing is."""
+    tp, fp, tn = (pairs.count(pair) for pair in (("yes", "yes"), ("yes", "no"), ("no", "no")))
+    fn = sum(given != "yes" and label == "yes" for given, label in pairs)
+    precision = tp / (tp + fp) if tp + fp else 0.0
+    recall = tp / (tp + fn) if tp + fn else 0.0
+    return {
+        "samples": len(pairs),
+        **{"TP": tp, "FP": fp, "TN": tn, "FN": fn},
+        "accuracy": (tp + tn) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        "yes_ratio": sum(given == "yes" for given, _ in pairs) / len(pairs),
+    }
+
+
+def _f1(table: dict[str, int | float]) -> Figure:
+    """F1 in percent, and its standard error by the delta method: F1 = 2 TP / (2 TP + FP + FN)."""
+    tp, wrong, n = table["TP"], table["FP"] + table["FN"], int(table["samples"])
+    bottom = 2 * tp + wrong
+    if not bottom or n < 2:
+        return Figure(100 * table["f1"], None, n)
+    slopes = {"tp": 2 * wrong / bottom**2, "wrong": -2 * tp / bottom**2}  # of F1 to each count
+    p, q = tp / n, wrong / n
+    variance = slopes["tp"] ** 2 * p * (1 - p) + slopes["wrong"] ** 2 * q * (1 - q)
+    variance -= 2 * slopes["tp"] * slopes["wrong"] * p * q
+    return Figure(100 * table["f1"], 100 * math.sqrt(max(variance, 0.0) * n), n)
+
+
+def _mean_of(figures: dict[str, Figure]) -> Figure:
+    known = all(figure.error is not None for figure in figures.values())
+    error = math.sqrt(sum(figure.error**2 for figure in figures.values())) / len(figures) if known and figures else None
+    return Figure(_average([f.value for f in figures.values()]), error, sum(f.count for f in figures.values()))
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+# ---- MME
+
+
+def read_mme(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
+    release = need(folder, *MME_IMAGES)
+    wordings: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
+
+    def reference(line: dict[str, Any]) -> dict[str, Any]:
+        category, stem = str(line["question_id"]).split("/")[0], Path(str(line["question_id"])).stem
+        if (category, stem) not in wordings:
+            wordings[category, stem] = _wordings(release, category, stem)
+        wording = wordings[category, stem].get(_bare(line["text"]))
+        known = {} if wording is None else {"wording": wording[0], "label": wording[1]}
+        return {"category": category, "file": f"{stem}.txt", **known}
+
+    return read_questions(folder, ("llava_mme.jsonl",), MME_IMAGES, reference), []
+
+
+def _wordings(release: Path, category: str, stem: str) -> dict[str, tuple[str, str]]:
+    """The benchmark's own questions about a picture: the bare question → its wording, "Yes" or "No"."""
+    names = f"{category}/{stem}.txt", f"{category}/questions_answers_YN/{stem}.txt"
+    file = next((release / name for name in names if (release / name).exists()), None)
+    if file is None:
+        return {}
+    lines = (line.split("\t") for line in read_text(file).split("\n") if line.strip())
+    return {_bare(line[0]): (line[0], line[1].strip()) for line in lines if len(line) == 2}
+
+
+def _bare(question: str) -> str:
+    return question.replace(SHORT_ANSWER, "").replace(YES_OR_NO, "").strip()
+
+
+def mme_original(text: str) -> str:
+    beginning = text.lower()[:4]
+    return "yes" if "yes" in beginning else "no" if "no" in beginning else "other"
+
+
+def score_mme(rows: Sequence[Row], original: bool) -> Scores:
+    parse = mme_original if original else yes_or_no
+    known = [row for row in rows if "label" in row["reference"] and row["text"] is not None]
+    right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))  # category → picture → questions
+    files: dict[str, str] = defaultdict(str)
+    items = {}
+    for row in known:
+        reference = row["reference"]
+        is_right = parse(row["text"]) == reference["label"].lower()
+        items[row["id"]] = float(is_right)
+        right[reference["category"]][reference["file"]].append(is_right)
+        text = row["text"] if original else one_line(row["text"])
+        fields = reference["file"], reference["wording"], reference["label"], text
+        files[f"eval_tool/{reference['category']}.txt"] += "\t".join(fields) + "\n"
+    tasks = {category: _mme_task(list(pictures.values())) for category, pictures in right.items()}
+    figures = {
+        name: _sum([tasks[task]["score"] for task in names if task in tasks])
+        for name, names in (("perception", PERCEPTION), ("cognition", COGNITION))
+    }
+    return Scores(
+        figures,
+        {kind: {name: task[kind] for name, task in tasks.items()} for kind in ("score", "acc", "acc_plus")},
+        items,
+        {name: text.encode() for name, text in files.items()},
+        notes=[f"{len(rows) - len(known)} questions have no answer of the benchmark's"]
+        if len(known) < len(rows)
+        else [],
+    )
+
+
+def _mme_task(pictures: Sequence[Sequence[bool]]) -> dict[str, Figure]:
+    """acc: right questions; acc_plus: pictures with both right; score: their sum, all in percent."""
+    clusters = [number for number, answers in enumerate(pictures) for _ in answers]
+    both = [float(len(answers) == 2 and all(answers)) for answers in pictures]
+    acc = mean([float(answer) for answers in pictures for answer in answers], 100.0, clusters)
+    sums = mean([sum(answers) / len(answers) + plus for answers, plus in zip(pictures, both, strict=True)], 100.0)
+    plus = mean(both, 100.0)
+    return {"acc": acc, "acc_plus": plus, "score": Figure(acc.value + plus.value, sums.error, acc.count)}
+
+
+def _sum(figures: Sequence[Figure]) -> Figure:
+    known = all(figure.error is not None for figure in figures)
+    error = math.sqrt(sum(figure.error**2 for figure in figures)) if known and figures else None
+    return Figure(sum(figure.value for figure in figures), error, sum(figure.count for figure in figures))

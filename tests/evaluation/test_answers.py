@@ -1,0 +1,196 @@
+"""The answers half with a small model: once a video, full buckets, broken items, runs that end anywhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from llamavid_jax import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.evaluation import command
+from llamavid_jax.evaluation.answers import Asker, by_media
+from llamavid_jax.evaluation.identity import settings
+from llamavid_jax.evaluation.sets import SETS
+
+
+def run(checkpoint: str, name: str, data: Path, out: Path, *more: str) -> int:
+    arguments = ["--model", checkpoint, "--set", name, "--data", str(data), "--out", str(out), "--dtype", "float32"]
+    return command.main([*arguments, *more])
+
+
+def rows(out: Path, name: str = "answers.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (out / name).read_bytes().split(b"\n")[1:-1]]
+
+
+def texts(out: Path) -> dict[str, str]:
+    return {row["id"]: row["text"] for row in rows(out)}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Answers of four tokens."""
+    import dataclasses
+
+    for name in ("gqa", "msvd", "scienceqa"):
+        monkeypatch.setitem(SETS, name, dataclasses.replace(SETS[name], max_new_tokens=4))
+
+
+def ask(tiny_model, items, batch: int, original: bool = False) -> list[dict]:
+    found: list[dict] = []
+    asked = settings(SETS["msvd"], Path("absent"), original, "float32", None) | {"max_new_tokens": 4}
+    asker = Asker(tiny_model, LLaMAVIDLlavaImageProcessor(56), asked, batch, found.extend)
+    for group in by_media(items):
+        asker.ask([(place, items[place]) for place in group])
+    asker.finish()
+    return sorted(found, key=lambda row: row["index"])
+
+
+def test_each_video_once_and_full_buckets(tiny_model, official, monkeypatch):
+    """Nine questions about six clips: six times encoded; batched answers are those of one at a time."""
+    items, _ = SETS["msvd"].read(official("msvd"), False)
+    encoded, batches = [], []
+    encode, generate = type(tiny_model).visual_tokens, type(tiny_model).generate
+
+    def count_encoded(self, frames, asked):
+        encoded.append(asked)
+        return encode(self, frames, asked)
+
+    def count_batches(self, ids, **more):
+        batches.append(len(ids))
+        return generate(self, ids, **more)
+
+    monkeypatch.setattr(type(tiny_model), "visual_tokens", count_encoded)
+    monkeypatch.setattr(type(tiny_model), "generate", count_batches)
+    together = ask(tiny_model, items, 4)
+    assert len(encoded) == 6 and sum(map(len, encoded)) == 9 and batches[0] == 4
+    assert [row["frames"] for row in together] == [2] * 9
+    monkeypatch.undo()
+    alone = ask(tiny_model, items, 1)
+    assert [row["text"] for row in together] == [row["text"] for row in alone]
+    assert len({row["text"] for row in alone}) > 1
+
+
+def test_sampled_answers_do_not_depend_on_their_neighbours(tiny_model, official):
+    """Like the original: temperature 0.2, one at a time, and the same again."""
+    items, _ = SETS["msvd"].read(official("msvd"), True)
+    everything = ask(tiny_model, items, 4, original=True)
+    some = ask(tiny_model, items[3:5], 4, original=True)
+    assert [row["text"] for row in some] == [row["text"] for row in everything[3:5]]
+
+
+def test_a_broken_item_costs_itself(checkpoint, official, tmp_path, short, capsys):
+    """A video that is no video and a picture that is missing, each asked twice."""
+    data = official("msvd")
+    (data / "video" / "vid101.avi").write_bytes(b"not a video")
+    (data / "video" / "vid102.mkv").unlink()
+    assert run(checkpoint, "msvd", data, tmp_path / "out") == 0
+    found = rows(tmp_path / "out")
+    assert {row["id"] for row in found if "error" in row} == {"39501", "39502", "39507"}
+    assert all(row["text"] == "" for row in found if "error" in row) and len(found) == 9
+    error = capsys.readouterr().err
+    assert "1 of 6 pictures and videos are missing" in error and "3 questions are broken" in error
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["answered"], result["of"], result["broken"]) == (9, 9, 3)
+    official("msvd")  # mended
+    assert run(checkpoint, "msvd", data, tmp_path / "out") == 0
+    assert sum("error" in row for row in rows(tmp_path / "out")) == 3
+    assert run(checkpoint, "msvd", data, tmp_path / "out", "--retry") == 0
+    assert not [row for row in rows(tmp_path / "out") if "error" in row] and len(rows(tmp_path / "out")) == 9
+
+
+def test_questions_that_are_no_text_cost_themselves(checkpoint, official, tmp_path, short):
+    """Half a character, and the placeholder; the other questions about their pictures are answered."""
+    data = official("gqa")
+    file = data / "llava_gqa_testdev_balanced.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["text"], lines[2]["text"] = "What \ud800?", "What is <image>?"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(checkpoint, "gqa", data, tmp_path / "out") == 0
+    found = rows(tmp_path / "out")
+    assert {row["index"] for row in found if "error" in row} == {0, 2} and len(found) == 12
+    assert run(checkpoint, "gqa", data, tmp_path / "out") == 0 and rows(tmp_path / "out") == found
+
+
+def test_text_alone_and_the_limit(checkpoint, official, tmp_path, short):
+    """ScienceQA's questions without a picture are asked in words; a limit is gone beyond later."""
+    data = official("scienceqa")
+    assert run(checkpoint, "scienceqa", data, tmp_path / "out", "--limit", "3") == 0
+    first = rows(tmp_path / "out")
+    assert [row["frames"] for row in sorted(first, key=lambda row: row["index"]) if row["text"] is not None] == [
+        0,
+        1,
+        0,
+    ]
+    assert run(checkpoint, "scienceqa", data, tmp_path / "out") == 0
+    found = rows(tmp_path / "out")
+    assert len(found) == len({row["id"] for row in found}) == 14 and found[: len(first)] == first
+
+
+def test_two_parts_are_the_whole(checkpoint, official, tmp_path, short, capsys):
+    data = official("msvd")
+    assert run(checkpoint, "msvd", data, tmp_path / "whole") == 0
+    assert run(checkpoint, "msvd", data, tmp_path / "parts", "--shard", "1/2") == 0
+    assert not (tmp_path / "parts" / "result.json").exists()
+    assert run(checkpoint, "msvd", data, tmp_path / "parts", "--shard", "2/2") == 0
+    whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
+    assert parts["answered"] == 9 and parts["items"] == whole["items"] and parts["figures"] == whole["figures"]
+    names = ("answers-1-of-2.jsonl", "answers-2-of-2.jsonl")
+    both = [row for name in names for row in rows(tmp_path / "parts", name)]
+    assert {row["id"]: row["text"] for row in both} == texts(tmp_path / "whole") and len(both) == 9
+
+
+@pytest.mark.sharding
+def test_eight_devices_answer_as_one(checkpoint, official, tmp_path, short):
+    data = official("msvd")
+    assert run(checkpoint, "msvd", data, tmp_path / "one") == 0
+    assert run(checkpoint, "msvd", data, tmp_path / "eight", "--mesh", "data=4,tensor=2") == 0
+    assert texts(tmp_path / "one") == texts(tmp_path / "eight") and len(texts(tmp_path / "one")) == 9
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--like-original"], "like original"),
+        (["--quantize", "int8"], "settings"),
+    ],
+)
+def test_a_folder_holds_one_run(checkpoint, official, tmp_path, short, capsys, change, said):
+    data = official("gqa")
+    assert run(checkpoint, "gqa", data, tmp_path / "out", "--limit", "1") == 0
+    assert run(checkpoint, "gqa", data, tmp_path / "out", *change) == 2
+    assert f"was begun with another {said}" in capsys.readouterr().err
+
+
+def test_killed_runs_lose_and_repeat_nothing(checkpoint, official, tmp_path):
+    """kill -9 as soon as there is an answer, and again at the sixth; what the next process adds is what was left."""
+    data, out = official("gqa"), tmp_path / "killed"
+    arguments = ["--model", checkpoint, "--set", "gqa", "--data", str(data), "--dtype", "float32", "--batch", "1"]
+    start = [sys.executable, "-m", "llamavid_jax.evaluation", *arguments, "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    before: list[dict] = []
+    for count in (0, 5):
+        process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not ((out / "answers.jsonl").exists() and len(rows_so_far(out)) > count):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        now = rows_so_far(out)
+        assert now[: len(before)] == before and len(now) > count
+        before = now
+    assert subprocess.run(start, env=environment, capture_output=True).returncode == 0
+    found = rows(out)
+    assert found[: len(before)] == before
+    assert sorted(row["index"] for row in found) == list(range(12))
+    assert command.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    assert texts(out) == texts(tmp_path / "whole")
+
+
+def rows_so_far(out: Path) -> list[dict]:
+    """The whole lines."""
+    lines = (out / "answers.jsonl").read_bytes().split(b"\n")[1:-1]
+    return [json.loads(line) for line in lines]

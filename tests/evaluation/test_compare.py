@@ -1,0 +1,112 @@
+"""Standard errors, the paired bootstrap, the comparison of two runs and the page of results."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from recorded_evaluation import rows_of
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.evaluation import command
+from llamavid_jax.evaluation.compare import bootstrap, compare
+from llamavid_jax.evaluation.items import mean
+from llamavid_jax.evaluation.sets import SETS
+from llamavid_jax.evaluation.store import open_store
+
+HEADER = {
+    "set": "gqa",
+    "like_original": False,
+    "settings": {"temperature": 0.0, "dtype": "bfloat16", "quantize": None},
+    "model": {"name": "llamavid-7b-336", "sha256": "0123456789abcdef"},
+    "data": {"questions": 12, "sha256": ""},
+    "shard": [1, 1],
+    "versions": {"llamavid_jax": "0.1.0"},
+}
+
+
+@pytest.fixture
+def result(official, tmp_path):
+    """`result("a", [0, 1])`: a scored run of GQA with those questions answered right."""
+
+    def make(name: str, right, **header):
+        items, _ = SETS["gqa"].read(official("gqa"), False)
+        texts = [item.reference["answer"] if n in right else "?" for n, item in enumerate(items)]
+        with open_store(tmp_path / name / "answers.jsonl", HEADER | header, []) as store:
+            store.write(rows_of(items, texts))
+        assert command.main(["score", str(tmp_path / name)]) == 0
+        return tmp_path / name
+
+    return make
+
+
+def test_standard_error():
+    """Of independent values the usual one; values of one picture that are all the same are one value."""
+    values = [1.0, 0.0, 1.0, 1.0]
+    assert math.isclose(mean(values).error, np.std(values) / 2)
+    assert math.isclose(mean(values * 3, 100.0, [*range(4)] * 3).error, 100 * np.std(values) / 2)
+    assert mean([1.0]).error is None and mean([]).count == 0
+
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    rng = np.random.default_rng(1)
+    differences = rng.normal(0.1, 1.0, 400)
+    low, high, p = bootstrap(differences, np.arange(400))
+    half = 1.96 * differences.std() / 20
+    assert abs(low - (differences.mean() - half)) < 0.02 and abs(high - (differences.mean() + half)) < 0.02
+    z = differences.mean() / (differences.std() / 20)
+    assert abs(p - math.erfc(abs(z) / math.sqrt(2))) < 0.02
+    wider = bootstrap(np.repeat(differences[:40], 10), np.repeat(np.arange(40), 10))
+    assert wider[1] - wider[0] > 2.5 * (high - low)
+
+
+def test_compare(result, tmp_path, capsys):
+    one, two = result("a", range(6)), result("b", range(2, 12), settings={**HEADER["settings"], "quantize": "int8"})
+    text, outcome = compare(one, two)
+    assert outcome["difference"] == pytest.approx(4 / 12) and len(outcome["better"]) == 6 and len(outcome["worse"]) == 2
+    assert outcome["differing settings"] == {"settings.quantize": (None, "int8")}
+    assert "'yes' → '?'" in text and 0 < outcome["p"] <= 1
+    capsys.readouterr()
+    assert command.main(["compare", str(one), str(two), "--json", str(tmp_path / "c.json")]) == 0
+    assert "6 became better, 2 worse" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c.json").read_text())["questions"] == 12
+    same, outcome = compare(one, one)
+    assert "within what chance makes" in same and outcome["p"] == 1
+
+
+def test_what_cannot_be_compared(result, tmp_path, capsys):
+    one, other = result("a", [0]), tmp_path / "other"
+    other.mkdir()
+    found = json.loads((one / "result.json").read_text())
+    (other / "result.json").write_text(json.dumps({**found, "header": {**HEADER, "set": "pope"}}))
+    with pytest.raises(InputError, match="compare one set"):
+        compare(one, other)
+    (other / "result.json").write_text(json.dumps({**found, "items": {"x": 1}}))
+    with pytest.raises(InputError, match="no question in common"):
+        compare(one, other)
+    for content in ("{}", "[]", "no"):
+        (other / "result.json").write_text(content)
+        assert command.main(["compare", str(one), str(other)]) == 2
+        assert "cannot be read" in capsys.readouterr().err
+
+
+def test_scores_are_repeatable(result):
+    """From the file of answers alone, byte by byte."""
+    folder = result("a", [0, 3])
+    before = (folder / "result.json").read_bytes()
+    assert command.main(["score", str(folder)]) == 0 and (folder / "result.json").read_bytes() == before
+    assert command.main(["score", str(folder), "--like-original"]) == 0
+    assert json.loads((folder / "result.json").read_text())["scored"]["like_original"]
+
+
+def test_page(result, tmp_path):
+    """Published numbers, and what was measured beside them with what a reader must know."""
+    folder = result("a", range(3), like_original=True)
+    assert command.main(["results", str(tmp_path / "results.md"), str(folder)]) == 0
+    page = (tmp_path / "results.md").read_text()
+    assert "| llama-vid-7b-full-336 | 64.3 | published |" in page
+    assert "| llama-vid-7b-full-224-video-fps-1 | 2.96 | 3.0 | 3.53 | 2.46 | 2.51 | published |" in page
+    (line,) = [line for line in page.splitlines() if line.startswith("| llamavid-7b-336 ")]
+    assert "| 25.00 ± " in line and "asked like the original; greedy; bfloat16; model 0123456789ab" in line
+    assert command.main(["results", str(tmp_path / "results.md")]) == 0
+    assert "Nothing has been measured yet." in (tmp_path / "results.md").read_text()

@@ -1,0 +1,188 @@
+"""Judges: a local server that answers well, badly, never; the file of replies; the offline judge."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.evaluation import judge as judges
+from llamavid_jax.evaluation.judge import (
+    ATTEMPTS,
+    Case,
+    ModelJudge,
+    OfflineJudge,
+    UnreadError,
+    read_leniently,
+    read_original,
+)
+
+
+class Server:
+    """Answers with `replies` in turn, the last one for ever; an int is a status."""
+
+    def __init__(self):
+        self.replies: list = []
+        self.asked: list = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.asked.append((self.path, self.headers.get("Authorization"), body))
+                reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
+                status, content = (reply, b"{}") if isinstance(reply, int) else (200, self.content(reply))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def content(self, reply) -> bytes:
+                if isinstance(reply, bytes):
+                    return reply
+                usage = {"prompt_tokens": 10, "completion_tokens": 3}
+                return json.dumps({"choices": [{"message": {"content": reply}}], "usage": usage}).encode()
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+@pytest.fixture
+def server():
+    one = Server()
+    yield one
+    one.http.shutdown()
+    one.http.server_close()
+
+
+def case(text: str = "a cat", read=read_leniently) -> Case:
+    return Case([{"role": "user", "content": text}], "cat", [text], lambda reply: read(reply, ("pred",)))
+
+
+GOOD = "{'pred': 'yes', 'score': 4}"
+
+
+def test_what_is_sent_and_what_comes_back(server, tmp_path):
+    """Model and messages alone, the key; the replies are kept, and a second judge asks nobody."""
+    server.replies = [GOOD]
+    judge = ModelJudge(server.address, "secret", "some-model", tmp_path / "replies.jsonl")
+    (verdict,) = judge.verdicts([case()])
+    assert (verdict.yes, verdict.score) == (True, 4)
+    assert server.asked == [
+        ("/v1/chat/completions", "Bearer secret", {"model": "some-model", "messages": case().messages})
+    ]
+    assert (judge.counts["calls"], judge.counts["tokens in"], judge.counts["tokens out"]) == (1, 10, 3)
+    assert "secret" not in (tmp_path / "replies.jsonl").read_text()
+    again = ModelJudge(server.address, "", "some-model", tmp_path / "replies.jsonl")
+    assert again.verdicts([case()]) == [verdict] and len(server.asked) == 1 and again.counts["kept replies"] == 1
+    other = ModelJudge(server.address, "", "another-model", tmp_path / "replies.jsonl")
+    assert other.verdicts([case()]) == [verdict] and len(server.asked) == 2
+
+
+@pytest.mark.parametrize("bad", ["", "Sure!", "{'pred': yes}", "{'score': 'high', 'pred': 'yes'}", "[[[" * 4000, None])
+def test_malformed_replies_end(server, bad):
+    """A judge that never says anything of use is asked ATTEMPTS times, and the others still count."""
+    server.replies = [GOOD, bad]
+    judge = ModelJudge(server.address, "")
+    assert [verdict and verdict.yes for verdict in judge.verdicts([case("one")]) + judge.verdicts([case("two")])] == [
+        True,
+        None,
+    ]
+    assert len(server.asked) == 1 + ATTEMPTS and judge.counts["failed"] == 1 and judge.counts["unread"] == ATTEMPTS
+
+
+@pytest.mark.parametrize("body", [b"", b"no json", b"[]", b'{"choices": []}', b'{"choices": [{"message": null}]}'])
+def test_bodies_that_hold_no_reply(server, body):
+    server.replies = [body]
+    judge = ModelJudge(server.address, "")
+    assert judge.verdicts([case()]) == [None] and judge.counts["failed"] == 1
+
+
+def test_busy_servers_are_asked_again(server, monkeypatch):
+    server.replies = [503, 429, GOOD]
+    judge = ModelJudge(server.address, "")
+    judge._retry = judge._retry.new(backoff_factor=0)
+    assert judge.verdicts([case()])[0].yes
+    server.replies = [500]
+    assert judge.verdicts([case("another")]) == [None]
+
+
+@pytest.mark.parametrize("status, said", [(401, "check the key"), (404, "check the address")])
+def test_wrong_addresses_and_keys_are_said(server, status, said):
+    server.replies = [status]
+    with pytest.raises(InputError, match=said):
+        ModelJudge(server.address, "").verdicts([case(str(n)) for n in range(20)])
+
+
+def test_nobody_there(monkeypatch):
+    monkeypatch.setattr(judges, "RETRIES", 0)
+    with pytest.raises(InputError, match="cannot be reached"):
+        ModelJudge("http://127.0.0.1:9/v1", "").verdicts([case()])
+    with pytest.raises(InputError, match="give a URL"):
+        ModelJudge("localhost", "")
+
+
+def test_a_file_of_replies_that_was_cut_off(server, tmp_path):
+    server.replies, kept = [GOOD], tmp_path / "replies.jsonl"
+    ModelJudge(server.address, "", kept=kept).verdicts([case("one"), case("two")])
+    kept.write_bytes(kept.read_bytes()[:-5])
+    ModelJudge(server.address, "", kept=kept).verdicts([case("one"), case("two"), case("three")])
+    assert len(server.asked) == 4
+    ModelJudge(server.address, "", kept=kept).verdicts([case("one"), case("two"), case("three")])
+    assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize(
+    "reply, expected",
+    [
+        (GOOD, (True, 4)),
+        ('```json\n{"pred": "No", "score": 1}\n```', (False, 1)),
+        ("Sure! {'pred': 'yes', 'score': '4.5'}.", (True, 4.5)),
+        ('{"pred": true, "score": 5}', (True, 5)),
+        ("{'Pred': 'no', 'Score': 0}", (False, 0)),
+        ("{'pred': 'unknown', 'score': 2}", None),
+        ("{'pred': 'yes', 'score': 7}", None),
+        ("{'pred': 'yes', 'score': nan}", None),
+        ('{"pred": "yes", "score": NaN}', None),
+        ("{'pred': 'yes', 'score': 1e999}", None),
+        ("{4}", None),
+    ],
+)
+def test_lenient_reading(reply, expected):
+    """No score is made up, none is beyond the scale, and "unknown" is no "no"."""
+    if expected is None:
+        with pytest.raises(UnreadError):
+            read_leniently(reply, ("pred",))
+    else:
+        assert read_leniently(reply, ("pred",))[:2] == expected
+
+
+@pytest.mark.parametrize("reply", ["{4}", "b'yes'", "{'pred': b'yes', 'score': 1}", "{'pred': 'yes', 'score': 1e999}"])
+def test_literals_that_stop_the_original(reply):
+    with pytest.raises(UnreadError) as raised:
+        read_original(reply, ("pred",))
+    assert raised.value.is_final
+
+
+@pytest.mark.parametrize(
+    "answer, prediction, right",
+    [
+        ("cat", "A cat.", True),
+        ("cat", "a category", False),
+        ("two", "2 dogs", True),
+        ("dark blue", "It is dark blue", True),
+        ("dark blue", "blue", False),
+        ("cat", "", False),
+        ("", "cat", False),
+        ("the", "the", False),
+    ],
+)
+def test_offline(answer, prediction, right):
+    (verdict,) = OfflineJudge().verdicts([Case([], answer, [prediction], read_leniently)])
+    assert verdict[:2] == (right, 5 if right else 0)
+    assert "not the paper's" in OfflineJudge().name

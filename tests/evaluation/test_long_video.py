@@ -1,0 +1,131 @@
+"""MLVU, Video-MME and LongVideoBench in their own forms: prompts, subtitles, scores."""
+
+import json
+from pathlib import Path
+
+import pytest
+from clips import index_frame, write_clip
+from recorded_evaluation import rows_of
+from test_answers import ask
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.evaluation.answers import cues_of
+from llamavid_jax.evaluation.sets import SETS
+from llamavid_jax.text.subtitles import Cue
+
+LETTER = "Answer with the option's letter from the given choices directly."
+SRT = "1\n00:00:00,000 --> 00:00:00,900\nHello.\n\n2\n00:00:01,000 --> 00:00:02,000\nWho goes?\n"
+
+
+def write(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def clip(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_clip(path, [index_frame(index) for index in range(60)])
+
+
+@pytest.fixture
+def mlvu(tmp_path):
+    entry = {"video": "a.mp4", "duration": 9, "question": "Which?", "candidates": ["cat", "dog"], "answer": "dog"}
+    write(tmp_path / "MLVU/json/2_needle.json", [{**entry, "question_type": "findNeedle"}] * 2)
+    write(tmp_path / "MLVU/json/4_count.json", [{**entry, "answer": "cat", "question_type": "count"}])
+    write(tmp_path / "MLVU/json/9_summary.json", [{"video": "b.mp4", "question": "Tell.", "answer": "All."}])
+    return tmp_path
+
+
+def test_mlvu(mlvu):
+    """Free answers are left out; the set's figure is the mean over tasks, not over questions."""
+    items, _ = SETS["mlvu"].read(mlvu, False)
+    assert [item.text for item in items] == [f"Which?\nA. cat\nB. dog\n{LETTER}"] * 3
+    assert items[0].media == mlvu / "MLVU" / "video" / "2_needle" / "a.mp4" and items[0].question == items[0].text
+    scores = SETS["mlvu"].score(rows_of(items, ["B", "(B)", "B"]), False)
+    mean, accuracy = scores.figures.values()
+    assert (mean.value, round(accuracy.value, 2)) == (50, 66.67)
+    assert {name: figure.value for name, figure in scores.groups["task"].items()} == {"count": 0, "findNeedle": 100}
+
+
+def test_an_answer_that_is_no_candidate(mlvu):
+    write(mlvu / "MLVU/json/4_count.json", [{"video": "a", "question": "?", "candidates": ["1"], "answer": "2"}])
+    with pytest.raises(InputError, match="none of its candidates"):
+        SETS["mlvu"].read(mlvu, False)
+
+
+@pytest.fixture
+def video_mme(tmp_path):
+    question = {"question_id": "001-1", "task_type": "OCR", "question": "Which?", "options": ["A. cat", "B. dog"]}
+    video = {"video_id": "001", "videoID": "xyz", "duration": "short", "domain": "Sports", "sub_category": "Football"}
+    write(tmp_path / "video_mme.json", [{**video, "questions": [{**question, "answer": "B"}]}])
+    clip(tmp_path / "data" / "xyz.mp4")
+    write(tmp_path / "subtitle" / "xyz.srt", SRT)
+    return tmp_path
+
+
+def test_video_mme(video_mme):
+    (item,), _ = SETS["video_mme"].read(video_mme, False)
+    assert item.text == f"Which?\nA. cat\nB. dog\n{LETTER}" and item.subtitles is None
+    assert item.media.name == "xyz.mp4"
+    scores = SETS["video_mme"].score(rows_of([item], ["B"]), False)
+    assert scores.figures["accuracy"].value == 100
+    assert set(scores.groups) == {"duration", "domain", "sub_category", "task_type"}
+
+
+def test_video_mme_as_parquet(video_mme):
+    """The form of its repository: a row a question."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (video,) = json.loads((video_mme / "video_mme.json").read_text())
+    rows = [{**{name: value for name, value in video.items() if name != "questions"}, **video["questions"][0]}]
+    before = SETS["video_mme"].read(video_mme, False)
+    (video_mme / "videomme").mkdir()
+    file = video_mme / "videomme" / "test-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    (video_mme / "video_mme.json").unlink()
+    assert SETS["video_mme"].read(video_mme, False) == before
+    file.write_bytes(b"PAR1 nonsense")
+    with pytest.raises(InputError, match="no parquet table"):
+        SETS["video_mme"].read(video_mme, False)
+
+
+def test_subtitles_stand_between_the_frames(video_mme, tiny_model, monkeypatch):
+    items, _ = SETS["video_mme_subtitles"].read(video_mme, False)
+    seen = []
+    encode = type(tiny_model.tokenizer).encode
+
+    def noted(self, text, *more, **named):
+        seen.append(text)
+        return encode(self, text, *more, **named)
+
+    monkeypatch.setattr(type(tiny_model.tokenizer), "encode", noted)
+    (row,) = ask(tiny_model, items, 1)
+    assert "error" not in row and row["frames"] == 3
+    text = "<image>".join(seen)
+    start = text.index("Below is a movie")
+    assert text[start:].count("<image>") == 6  # two tokens a frame
+    movie = text[start : text.index("Now the movie end.")]
+    assert movie.endswith("<image><image>Hello.<image><image>Who goes?<image><image>")
+
+
+def test_longvideobench(tmp_path):
+    entry = {"id": "v_0", "video_path": "v.mp4", "question": "Who?", "candidates": ["cat", "dog", "fox"]}
+    entry |= {"correct_choice": 2, "duration_group": 60, "question_category": "TOS", "subtitle_path": "v_en.json"}
+    write(tmp_path / "lvb_val.json", [{**entry, "starting_timestamp_for_subtitles": 10.0}])
+    clip(tmp_path / "videos" / "v.mp4")
+    spoken = [{"start": "00:00:10.000", "end": "00:00:11.500", "line": "Hello <image>"}]
+    write(tmp_path / "subtitles" / "v_en.json", [*spoken, {"timestamp": [12.0, None], "text": "Bye"}])
+    (item,), _ = SETS["longvideobench"].read(tmp_path, False)
+    assert item.reference["answer"] == "C" and item.subtitles is None
+    (item,), _ = SETS["longvideobench_subtitles"].read(tmp_path, False)
+    assert cues_of(item) == [Cue(1.5, "Hello"), Cue(2.0, "Bye")]
+
+
+def test_answers_that_are_not_public(tmp_path):
+    entry = {"id": "v_0", "video_path": "v.mp4", "question": "Who?", "candidates": ["cat", "dog"]}
+    write(tmp_path / "lvb_test_wo_gt.json", [entry])
+    clip(tmp_path / "videos" / "v.mp4")
+    items, _ = SETS["longvideobench"].read(tmp_path, False)
+    scores = SETS["longvideobench"].score(rows_of(items, ["B"]), False)
+    assert not scores.figures and json.loads(scores.files["answers.json"]) == [{"id": "v_0", "answer": "B"}]

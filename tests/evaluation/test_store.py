@@ -1,0 +1,68 @@
+"""The file of answers: cut off at any byte, used by two, of another run, of several parts."""
+
+import json
+
+import pytest
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.evaluation.store import gather, open_store, part_name
+
+HEADER = {"set": "gqa", "like_original": False, "settings": {}, "model": {}, "data": {"questions": 4}, "shard": [1, 1]}
+
+
+def row(name: str, index: int, **more) -> dict:
+    return {"id": name, "index": index, "text": "é\n", "reference": {}, **more}
+
+
+def test_cut_off_at_any_byte(tmp_path):
+    """Whole rows stay, the cut one is asked again, and no row comes twice."""
+    path = tmp_path / "answers.jsonl"
+    with open_store(path, HEADER, [row("rest", 9)]) as store:
+        for number in range(3):
+            store.write([row(str(number), number)])
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        with open_store(path, HEADER, [row("rest", 9)]) as store:
+            lost = [str(number) for number in range(3) if str(number) not in store.done]
+            assert len(lost) == 3 - max(0, whole[:size].count(b"\n") - 2)
+            store.write([row(name, int(name)) for name in lost])
+        names = [json.loads(line).get("id") for line in path.read_bytes().splitlines()]
+        assert names[0] is None and sorted(names[1:]) == ["0", "1", "2", "rest"], size
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with open_store(path, HEADER, []), pytest.raises(InputError, match="in use"), open_store(path, HEADER, []):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [(b'{"id": 1}\n', "does not begin with the header"), (b"[1]\n", "header"), (b"nonsense\n", "cannot be read")],
+)
+def test_other_files(tmp_path, content, said):
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=said), open_store(path, HEADER, []):
+        pass
+    assert path.read_bytes() == content
+
+
+def test_parts_in_the_order_of_the_set(tmp_path):
+    for part, numbers in ((1, (3, 0)), (2, (1, 2))):
+        path = tmp_path / part_name((part, 2))
+        with open_store(path, {**HEADER, "shard": [part, 2]}, []) as store:
+            store.write([row(str(number), number) for number in numbers])
+    header, rows = gather(tmp_path)
+    assert [one["index"] for one in rows] == [0, 1, 2, 3] and header["set"] == "gqa"
+    with open_store(tmp_path / part_name((3, 3)), {**HEADER, "set": "pope", "shard": [3, 3]}, []):
+        pass
+    with pytest.raises(InputError, match="another set"):
+        gather(tmp_path)
+
+
+def test_nothing_there(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(InputError, match="holds no answers"):
+            gather(folder)
