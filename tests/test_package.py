@@ -69,6 +69,7 @@ BELOW["inference"] = set(BELOW) - {"data"}
 BELOW["training"] = set(BELOW) - {"inference"}
 BELOW["precompile"] = set(BELOW)
 BELOW["commands"] = set(BELOW)
+BELOW["serving"] = set(BELOW) - {"data", "training", "precompile"}
 WITHOUT_JAX = {*GROUND, "config", "media", "text", "weights", "data"}
 
 

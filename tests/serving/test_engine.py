@@ -3,20 +3,11 @@
 import queue
 
 import numpy as np
-import pytest
 
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.serving import engine as module
-from llamavid_jax.serving.engine import Engine, Job
+from llamavid_jax.serving.engine import Job
 from llamavid_jax.shapes import TEXT, Row
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model):
-    engine = Engine(tiny_model, slots=3, max_new_tokens=48)
-    engine.start()
-    yield engine
-    engine.stop()
 
 
 def row(seed: int, length: int, visuals: int, width: int) -> tuple[Row, np.ndarray]:
