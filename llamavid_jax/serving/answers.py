@@ -32,20 +32,29 @@ class Shared(Protocol):
     deadline: float
     answers: int  # admitted and not yet ended
 
+    def admit(self, answers: int) -> None: ...
+
 
 class Answers:
-    """The `n` answers of one request, from its preparation to its end."""
+    """The `n` answers of one request, from its admission, as one answer for now, to its end."""
 
-    def __init__(self, server: Shared, asked: Asked, started: float):
-        self.server, self.asked, self.started = server, asked, started
+    asked: Asked
+
+    def __init__(self, server: Shared, started: float):
+        self.server, self.started, self.places = server, started, 1
         self.reply = Reply(server.name)
         self.jobs: list[Job] = []
         self.pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._gone = threading.Event()
 
-    async def begin(self) -> int:
+    def admit(self, places: int) -> None:
+        """Takes `places` in all; ApiError where the queue has too few."""
+        self.server.admit(places - self.places)
+        self.places = places
+
+    async def begin(self, asked: Asked) -> int:
         """Makes the row and queues the jobs; returns how many tokens the prompt has."""
-        loop = asyncio.get_running_loop()
+        self.asked, loop = asked, asyncio.get_running_loop()
         row, table = await loop.run_in_executor(self.server.threads, self.server.preparer, self.asked, self._check)
 
         def told(index: int):
@@ -113,7 +122,7 @@ class Answers:
         self._gone.set()
         for job in self.jobs:
             job.cancelled = True
-        self.server.answers -= self.asked.n
+        self.server.answers -= self.places
 
 
 class Events(StreamingResponse):

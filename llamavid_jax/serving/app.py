@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from llamavid_jax.errors import InputError
@@ -35,7 +35,8 @@ from llamavid_jax.serving.prepare import Preparer
 from llamavid_jax.serving.protocol import ApiError, error_object, read_asked
 from llamavid_jax.serving.uploads import FullError, NoFileError
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("page")
+KINDS = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Server:
             Route("/ready", self.ready),
             Route("/metrics", self.metrics.route),
             Route("/", self.page),
+            *(Route(f"/{name}", self.page) for name in KINDS),
         ]
         handlers = {
             ApiError: _api_error,
@@ -103,14 +105,13 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """One request: its row is made in a thread, its answers by the engine."""
         started = time.monotonic()
-        asked = read_asked(await self._body(request), self.engine.max_new_tokens)
-        if self.answers + asked.n > self.engine.slots + self.limits.queue:
-            raise ApiError(429, "the server is busy; try again", "queue_full", {"Retry-After": "2"})
-        self.answers += asked.n
-        answers, response = Answers(self, asked, started), None
+        self.admit(1)  # before its body is read, which may be large
+        answers, response = Answers(self, started), None
         try:
             async with asyncio.timeout(self.deadline):
-                prompt = await while_connected(request, answers.begin())
+                asked = read_asked(await self._body(request), self.engine.max_new_tokens)
+                answers.admit(asked.n)
+                prompt = await while_connected(request, answers.begin(asked))
                 if not asked.stream:
                     return JSONResponse(await while_connected(request, answers.whole(prompt)))
             response = Events(answers, prompt, self.deadline - (time.monotonic() - started))
@@ -120,6 +121,12 @@ class Server:
         finally:
             if response is None:  # else it ends them
                 answers.end()
+
+    def admit(self, answers: int) -> None:
+        """Takes places in the queue, which `Answers.end` gives back."""
+        if self.answers + answers > self.engine.slots + self.limits.queue:
+            raise ApiError(429, "the server is busy; try again", "queue_full", {"Retry-After": "2"})
+        self.answers += answers
 
     async def _body(self, request: Request) -> dict[str, Any]:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -180,8 +187,9 @@ class Server:
     async def ready(self, _: Request) -> Response:
         return JSONResponse(self.engine.counts, status_code=200 if self.engine.is_alive else 503)
 
-    async def page(self, _: Request) -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+    async def page(self, request: Request) -> Response:
+        name = request.url.path[1:] or "index.html"
+        return FileResponse(PAGE / name, media_type=KINDS[name])
 
 
 def _respond(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> Response:

@@ -11,15 +11,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamavid_jax.serving.metrics import Metrics
 from llamavid_jax.serving.protocol import ApiError, error_object
 
-OPEN = ("/", "/health", "/ready")  # without a key
+OPEN = ("/", "/index.html", "/page.css", "/page.js", "/health", "/ready")  # without a key
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # the page holds its own script and style, and shows what is chosen on it; it reaches nothing but this server
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    # the page reaches nothing but this server, and shows what it holds itself
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
 }

@@ -23,6 +23,7 @@ from llamavid_jax.inference.encode import table_of
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import check_row
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.timeline import Sampling, check_fps
 from llamavid_jax.serving.protocol import Asked
 from llamavid_jax.serving.sources import Sources
@@ -65,7 +66,10 @@ class Preparer:
             shown = []
             for image, video, fps in zip(chat.images, chat.videos, chat.fps, strict=True):
                 kind, source = ("video", video) if image is None else ("image", image)
-                rate = (asked.fps if fps is None else fps) if kind == "video" else None
+                rate = None
+                if kind == "video":
+                    rate = asked.fps if fps is None else fps
+                    check_fps(rate, "the video")
                 if (name := (kind, str(source), rate)) not in films:
                     films[name] = self._film(kind, source, rate, asked.settings.max_new_tokens, check, used)
                 shown.append(films[name])
@@ -100,8 +104,6 @@ class Preparer:
 
     def _film(self, kind: str, source: Any, fps: Any, new_tokens: int, check: Check, used: contextlib.ExitStack):
         """The key, and features `[F, P, E]` and times `[F]`, of an image or a video; they stay until `used` ends."""
-        if kind == "video":
-            check_fps(fps, "the video")
         with self.sources.open(source) as path:
             with path.open("rb") as file:
                 key = hashlib.file_digest(file, "sha256").hexdigest(), kind, fps
@@ -153,7 +155,7 @@ class Preparer:
         room = (config.text_config.max_length - new_tokens) // config.tokens_per_frame
         if frames > min(room, self.max_frames):
             seconds = sampling.timeline.seconds
-            raise InputError(
+            raise MediaError(
                 f"{path} lasts {seconds:.0f} s, which are {frames} frames, and {min(room, self.max_frames)} fit; "
                 f"ask with fps {0.9 * min(room, self.max_frames) / max(seconds, 1e-3):.2g}"
             )

@@ -158,7 +158,9 @@ def test_streams_are_the_whole_answer(client):
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
         ({"messages": [{"role": "user", "content": "a" * 20_000}]}, 400, "positions"),
         ({"messages": [{"role": "user", "content": [video("clip.mp4")]}], "fps": 0}, 400, "fps"),
-        ({"messages": [{"role": "user", "content": [video("clip.mp4")]}], "fps": 25}, 400, "40 fit"),
+        ({"messages": [{"role": "user", "content": [video("clip.mp4")]}], "fps": 25}, 400, "clip.mp4 lasts 4 s"),
+        ({"messages": [{"role": "user", "content": [video("clip.mp4")]}], "fps": [1]}, 400, "fps"),
+        ({"messages": [{"role": "user", "content": [{**video("clip.mp4"), "fps": {}}]}]}, 400, "fps"),
         ({"messages": [{"role": "user", "content": "half \ud800"}]}, 400, "surrogate"),
     ],
 )
