@@ -89,6 +89,7 @@ def test_the_demo_from_another_folder(site, tmp_path):
         ),
         ("llamavid-train --config configs/tiny/stage9.yaml", 2, "configs/tiny/stage9.yaml does not exist"),
         ("llamavid-convert no OUT", 2, "no does not exist"),
+        ("llamavid-serve --model no", 2, "no/preprocessor_config.json does not exist"),
     ],
 )
 def test_scripts(site, tmp_path, command, code, says):
