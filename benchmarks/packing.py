@@ -7,14 +7,14 @@ sample.  Sizes are drawn: images of 1 to 8 turns, videos of 90 s at one frame a 
 (median).
 """
 
-import argparse
+import sys
 
 import numpy as np
 
 from llamavid_jax.data.examples import SampleSize
 from llamavid_jax.data.plan import describe, plan_epoch
 from llamavid_jax.data.sizes import Sizes
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import Parser, command
 from llamavid_jax.training.config import read_config
 
 
@@ -39,22 +39,21 @@ def mixed(samples: int, tokens_per_frame: int, seed: int = 0) -> Sizes:
     return Sizes.of(sizes)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+@command()
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="packing", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", default="configs/stage2_instruct.yaml", metavar="FILE")
     parser.add_argument("--samples", type=int, default=10_000, metavar="N")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_intermixed_args()
-    try:
-        config = read_config(options.config, options.overrides)
-    except InputError as error:
-        parser.error(str(error))
+    options = parser.parse_intermixed_args(arguments)
+    config = read_config(options.config, options.overrides)
     width, data = config.model_config().tokens_per_frame, config.data
     sizes = mixed(options.samples, width)
     plan = plan_epoch(sizes, data.shapes, config.training.batch_size, width, data.seed, 0, data.packing)
     print(describe(plan, sizes, data.shapes, width))
     print(f"{options.samples / len(plan):.0f} samples a step of {config.training.batch_size} rows")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

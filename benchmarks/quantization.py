@@ -9,7 +9,6 @@ the part of its answers that are right.  Everything runs on the CPU.  What stand
 marks, stays as it is.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -29,7 +28,7 @@ from conversion.torch_to_jax import main as torch_to_jax
 from demo.evaluate import answers, questions_of
 from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
 from llamavid_jax.checkpoints.weights import abstract_params
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser, command
 from llamavid_jax.files import write_files
 from llamavid_jax.inference.request import read_request
 from llamavid_jax.models.kv_cache import KVCache
@@ -190,8 +189,9 @@ def rows(data: Path, limit: int) -> Iterator[list[str]]:
             yield [*kinds, f"{gib_of_7b(variant):.1f} GiB", *near, f"{np.mean(right):.1%} of {len(right)}"]
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measures what quantisation costs.", allow_abbrev=False)
+    parser = Parser(prog="quantization", description="Measures what quantisation costs.", allow_abbrev=False)
     parser.add_argument("file", type=Path, help="docs/quantization.md")
     parser.add_argument("--data", type=Path, required=True, help="instruct_test.json of demo/make_data.py")
     parser.add_argument("--limit", type=int, default=100, help="clips that the demo model is asked about (100)")
@@ -210,7 +210,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"quantization: {error}")
+    sys.exit(main())

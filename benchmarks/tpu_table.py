@@ -7,7 +7,6 @@ same command goes on where it stopped.  A row whose program is refused holds the
 between its two marks, stays as it is.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, Parser, command
 from llamavid_jax.files import write_files
 from llamavid_jax.precompile.infer import check_inference
 from llamavid_jax.precompile.report import COLUMNS, Report, versions
@@ -131,8 +130,9 @@ def cells(row: Step | Inference, found: dict[str, Any]) -> Iterator[list[str]]:
         yield Report(**values).row()
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compiles every recipe and writes the table.", allow_abbrev=False)
+    parser = Parser(prog="tpu_table", description="Compiles every recipe and writes the table.", allow_abbrev=False)
     parser.add_argument("file", type=Path, help="docs/tpu.md")
     parser.add_argument("--kept", type=Path, default=Path("build/tpu_table.jsonl"), metavar="FILE")
     parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="of one row")
@@ -153,7 +153,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"tpu_table: {error}")
+    sys.exit(main())

@@ -7,10 +7,10 @@ where PyTorch sees a CUDA GPU, the same LLaMA (transformers, SDPA, bfloat16 auto
 first, in a process of its own so that its memory is free again, and a ratio is printed.  --torch runs it on a CPU too.
 """
 
-import argparse
 import dataclasses
 import multiprocessing
 import sys
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ from flax import nnx
 from benchmarks.timing import WARM_UP, seconds
 from benchmarks.torch_llama import torch_seconds
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import Parser, command
 from llamavid_jax.models.flops import PARTS, flops_per_step
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.stack import REMAT
@@ -63,7 +63,7 @@ def random_batch(config: LLaMAVIDLlavaConfig, rows: int, shape: RowShape) -> Bat
     )
 
 
-def jax_seconds(config: LLaMAVIDLlavaConfig, shape: RowShape, options: argparse.Namespace) -> tuple[float, int]:
+def jax_seconds(config: LLaMAVIDLlavaConfig, shape: RowShape, options: Namespace) -> tuple[float, int]:
     """Seconds of one step, and the number of devices that share it."""
     dtype, mesh = jnp.bfloat16, run_mesh(options.mesh)
 
@@ -99,8 +99,9 @@ def trained_parts(llama_only: bool) -> dict[str, bool]:
     return {part: part == "llama" if llama_only else part != "vision" for part in PARTS}
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Speed of a train step.", allow_abbrev=False)
+    parser = Parser(prog="train_throughput", description="Speed of a train step.", allow_abbrev=False)
     parser.add_argument("--model", default="configs/models/tiny.yaml", metavar="FILE", help="one of configs/models/")
     parser.add_argument("--layers", type=int, metavar="N", help="keep N of LLaMA's layers, to fit one device")
     parser.add_argument("--rows", type=int, default=8, metavar="N")
@@ -141,7 +142,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"train_throughput: {error}")
+    sys.exit(main())

@@ -7,15 +7,14 @@ held-out questions.  Stages 0 and 1 are shared and had both tokens: what the oth
 A variant in runs/ablation that has been evaluated is not trained again.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import yaml
+
+from llamavid_jax.errors import InputError, Parser, command
 
 MODEL, STAGE2 = Path("configs/models/demo.yaml"), "configs/demo/stage2_instruct.yaml"
 DATA, RUNS = Path("build/demo_data"), Path("runs/ablation")
@@ -40,19 +39,28 @@ def accuracy(name: str, steps: int, limit: int) -> dict[str, dict[str, float]]:
         bucket["tokens"] += (tokens - 2) * bucket["pairs"]
         settings = [f"model={model}", f"output={run}", f"data.buckets=[{json.dumps(bucket)}]"]
         settings += [f"training.steps={steps}", "training.evaluate_every=0", "data.evaluation_path="]
-        subprocess.run([sys.executable, "train.py", "--config", STAGE2, *settings], check=True)
+        run_python("train.py", "--config", STAGE2, *settings)
         asked = [str(run / "model"), str(DATA / "instruct_test.json"), "--limit", str(limit), "--json", str(result)]
-        subprocess.run([sys.executable, "-m", f"{__package__}.evaluate", *asked], check=True)
+        run_python("-m", f"{__package__}.evaluate", *asked)
     return json.loads(result.read_text())["accuracy"]
 
 
-def main() -> None:
+def run_python(*arguments: str) -> None:
+    if subprocess.run([sys.executable, *arguments]).returncode:
+        raise InputError(f"{' '.join(arguments[:4])} failed, as it says above; mend that and run the same again")
+
+
+@command()
+def main(arguments: list[str] | None = None) -> int:
     """Prints the table and draws the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    import matplotlib.pyplot as plt  # here: it comes with the extra `demo`
+
+    plt.switch_backend("agg")
+    parser = Parser(prog="ablation", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--limit", type=int, default=400, help="held-out clips")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     found = {name: accuracy(name, options.steps, options.limit) for name in VARIANTS}
     kinds = sorted(found["both"], key=lambda kind: (kind == "all", kind))
     lines = ["| tokens of a frame | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
@@ -61,7 +69,6 @@ def main() -> None:
         lines.append(f"| {name} ({VARIANTS[name][1]}) | " + " | ".join(cells) + " |")
     print("\n".join(lines))
 
-    matplotlib.use("agg")
     figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
     for number, (name, parts) in enumerate(found.items()):
         places = [place + 0.2 * (number - 1.5) for place in range(len(kinds))]
@@ -69,7 +76,8 @@ def main() -> None:
     axis.set(xticks=range(len(kinds)), xticklabels=kinds, ylabel="exact answers, %")
     figure.legend(title=f"tokens of a frame, {options.steps} steps of training", ncols=4, loc="outside upper center")
     figure.savefig(options.picture, dpi=110)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 SIDE = 96
 COLOURS = {
@@ -67,6 +66,8 @@ class Scene:
 @functools.cache
 def pictures() -> tuple[np.ndarray, np.ndarray]:
     """Opacity float32 [1797, 8, 8] in 0..1 and digit [1797] of every picture."""
+    from sklearn.datasets import load_digits  # here: it takes a second, and comes with the extra `demo`
+
     digits = load_digits()
     return (digits.images / 16).astype(np.float32), digits.target
 

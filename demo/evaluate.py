@@ -5,7 +5,6 @@
 Every question of every record is asked alone, greedily, in the template `vicuna_v1`; the record's `types` name them.
 """
 
-import argparse
 import collections
 import json
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
 from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.data.records import JsonRows
-from llamavid_jax.errors import InputError, complain
+from llamavid_jax.errors import InputError, Parser, command
 from llamavid_jax.inference.session import Session
 from llamavid_jax.text.conversation import IMAGE
 
@@ -46,25 +45,24 @@ def answers(
             yield *question, text.strip()
 
 
-def main() -> None:
+@command()
+def main(arguments: list[str] | None = None) -> int:
     """Prints a table, type by type, and writes it with every wrong answer where `--json` says."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog="evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, help="checkpoint folder, such as runs/demo/stage3/model")
     parser.add_argument("data", type=Path, help="a *_test.json of demo/make_data.py")
     parser.add_argument("--limit", type=int, default=None, help="records; all by default")
     parser.add_argument("--batch", type=int, default=8, help="records answered together")
     parser.add_argument("--json", type=Path, default=None)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     keep_programs()
-    records = list(JsonRows(arguments.data))[: arguments.limit]
+    records = list(JsonRows(options.data))[: options.limit]
     if not all("types" in record for record in records):
-        raise InputError(f"{arguments.data} does not say of what type questions are; give a *_test.json of make_data")
-    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(arguments.model, dtype="float32")
-    processor = LLaMAVIDLlavaProcessor.from_pretrained(arguments.model)
+        raise InputError(f"{options.data} does not say of what type questions are; give a *_test.json of make_data")
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32")
+    processor = LLaMAVIDLlavaProcessor.from_pretrained(options.model)
     right, wrong = collections.defaultdict(list), []
-    for record, kind, question, truth, answer in answers(
-        model, processor, records, arguments.data.parent, arguments.batch
-    ):
+    for record, kind, question, truth, answer in answers(model, processor, records, options.data.parent, options.batch):
         right[kind].append(answer == truth)
         if answer != truth:
             wrong.append({"id": record["id"], "question": question, "truth": truth, "answer": answer})
@@ -72,12 +70,10 @@ def main() -> None:
     table = {kind: {"exact": sum(values) / len(values), "questions": len(values)} for kind, values in right.items()}
     for kind, row in table.items():
         print(f"{kind:8} {row['exact']:7.1%} of {row['questions']}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"accuracy": table, "wrong": wrong}, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps({"accuracy": table, "wrong": wrong}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(complain(error))
+    sys.exit(main())

@@ -6,19 +6,19 @@ Pictures of a single digit ask nothing of the question.  What attention learns f
 whatever is asked, so surely that no gradient is left to learn anything else; so it begins anew before it is needed.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import Parser, command
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+@command()
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="fresh_qformer", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, help="checkpoint folder, such as runs/demo/stage0/model")
     parser.add_argument("out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32")
     fresh = LLaMAVIDLlavaForConditionalGeneration(model.config).params
     parts = "qformer.", "visual_tokens.query_projector.", "visual_tokens.key_projector."
@@ -26,11 +26,8 @@ def main() -> None:
     tokenizers = {"tokenizer": model.tokenizer, "qformer_tokenizer": model.qformer_tokenizer}
     LLaMAVIDLlavaForConditionalGeneration(model.config, params, **tokenizers).save_pretrained(options.out)
     LLaMAVIDLlavaProcessor.from_pretrained(options.model).image_processor.save_pretrained(options.out)
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -10,16 +10,18 @@ Every sample has a generator of its own, from the seed and its name, so that the
 processes.
 """
 
-import argparse
 import functools
 import json
 import multiprocessing
+import sys
 import zlib
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image
+
+from llamavid_jax.errors import Parser, command
 
 from . import digits, questions
 
@@ -115,9 +117,10 @@ def write_video(path: Path, scene: digits.Scene, fps: int) -> None:
         output.mux(stream.encode())
 
 
-def main() -> None:
+@command()
+def main(arguments: list[str] | None = None) -> int:
     """Writes everything, with two processes unless told otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog="make_data", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("out", type=Path)
     parser.add_argument("--pictures", type=int, default=30000, help="pictures of pretrain.json, and of refer.json")
     parser.add_argument("--align", type=int, default=6000, help="pictures of align.json")
@@ -129,30 +132,32 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
+    digits.pictures()  # before the processes begin, which then share them
     for name in ("images", "clips", "long"):
-        (arguments.out / name).mkdir(parents=True, exist_ok=True)
+        (options.out / name).mkdir(parents=True, exist_ok=True)
     counts = {
-        "pretrain": arguments.pictures,
-        "refer": arguments.pictures,
-        "align": arguments.align,
-        "instruct": arguments.clips,
-        "long": arguments.long,
-        "pretrain_test": arguments.tests,
-        "refer_test": arguments.tests,
-        "instruct_test": arguments.tests,
-        "long_test": arguments.tests // 4,
+        "pretrain": options.pictures,
+        "refer": options.pictures,
+        "align": options.align,
+        "instruct": options.clips,
+        "long": options.long,
+        "pretrain_test": options.tests,
+        "refer_test": options.tests,
+        "instruct_test": options.tests,
+        "long_test": options.tests // 4,
     }
-    with multiprocessing.Pool(arguments.processes) as pool:
+    with multiprocessing.Pool(options.processes) as pool:
         for name, count in counts.items():
-            draw = functools.partial(sample, folder=arguments.out, seed=arguments.seed)
+            draw = functools.partial(sample, folder=options.out, seed=options.seed)
             records = pool.map(draw, [(name, number) for number in range(count)], chunksize=16)
             if name == "long":
-                short = range(min(arguments.review, arguments.clips))
-                records += pool.map(functools.partial(review, seed=arguments.seed), short)
-            (arguments.out / f"{name}.json").write_text(json.dumps(records) + "\n")
+                short = range(min(options.review, options.clips))
+                records += pool.map(functools.partial(review, seed=options.seed), short)
+            (options.out / f"{name}.json").write_text(json.dumps(records) + "\n")
             print(f"{name}: {len(records)} records", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

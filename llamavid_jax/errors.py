@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+EXTRAS = {"torch": "convert", "gguf": "convert", "sklearn": "demo", "matplotlib": "demo"}  # the others are of `train`
 LONGEST = 3000  # characters of an error that a command says; names and values from files may have any number
 
 
@@ -55,7 +56,8 @@ def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[...,
             except InputError as error:
                 return complain(error, name)
             except ModuleNotFoundError as error:
-                return complain(InputError(f'{error.name} is not installed; pip install "llamavid_jax[train]"'), name)
+                extra = EXTRAS.get((error.name or "").partition(".")[0], "train")
+                return complain(InputError(f'{error.name} is not installed; pip install "llamavid_jax[{extra}]"'), name)
             except KeyboardInterrupt:
                 return 130
             except OSError as error:  # which nobody expected: of stdout, whose reader has gone or whose disk is full

@@ -49,6 +49,9 @@ def projector_depth(mm_projector_type: str) -> int:
     )
 
 
+HEAD = {"model_type": "llamavid_jax", "architectures": ["LLaMAVIDLlavaForConditionalGeneration"]}  # of config.json
+
+
 @documented(model_fields)
 @dataclasses.dataclass(frozen=True)
 class LLaMAVIDLlavaConfig:
@@ -203,7 +206,7 @@ class LLaMAVIDLlavaConfig:
 
         match values.get("model_type"):
             case "llamavid_jax":
-                return strict(cls, {k: v for k, v in values.items() if k != "model_type"}, "")
+                return strict(cls, {k: v for k, v in values.items() if k not in HEAD}, "")
             case "llamavid":
                 return strict(cls, foreign.from_documented(values), "")
             case "llava" | "llava_llama" | None if "mm_hidden_size" in values or "mm_vision_tower" in values:
@@ -227,7 +230,7 @@ class LLaMAVIDLlavaConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model_type": "llamavid_jax", **dataclasses.asdict(self)}
+        return {**HEAD, **dataclasses.asdict(self)}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json` in the project's own form."""

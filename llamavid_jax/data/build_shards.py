@@ -8,18 +8,14 @@ decoded or encoded), its name, and the frames and frames a second that its heade
 1. The survey opens every media file as far as its header and writes one plan, a JSONL file, for each shard to be.
    Samples that are missing or unreadable are left out, never replaced, and named in the manifest; too many stop the
    build.  (What only decoding shows, such as a picture whose end is missing, the loader meets and skips.)
-2. A tensorflow-datasets builder writes the shards from the plans, in their order; with `--beam` in parallel, by
-   workers that see the media and OUT under the same paths.
+2. A tensorflow-datasets builder (`shard_builder.py`) writes the shards from the plans, in their order; with `--beam` in
+   parallel, by workers that see the media and OUT under the same paths.
 3. `manifest.json` is written and the whole folder renamed to its name: a reader meets all of it or nothing.
-
-Why a ShardBasedBuilder and not a GeneratorBasedBuilder: above 1 GB that one sorts through temporary files, which it
-writes with TensorFlow, and under Beam it holds all media in memory to sort them.
 """
 
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -28,10 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import tensorflow_datasets as tfds
+from typing import Any
 
 from llamavid_jax.data.examples import file_header
 from llamavid_jax.data.record import Record, as_utf8
@@ -48,64 +41,6 @@ SURVEY_THREADS = 8
 LOCAL_BEAM = "--runner=DirectRunner"
 
 
-class LocalInfo(tfds.core.DatasetInfo):
-    def initialize_from_bucket(self) -> None:
-        """Nothing: the data set is not one of those in tfds's bucket, for whose description it makes a folder."""
-
-
-class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Plans -> shards of the splits `train` (with media bytes) and `outline` (without), in the plans' order."""
-
-    name = "llamavid"
-    VERSION = tfds.core.Version(f"{FORMAT_VERSION}.0.0")
-    code_path = None  # nothing is downloaded; looking for checksums beside this file needs an undeclared package
-
-    def __init__(self, plans: Sequence[Path], **kwargs):
-        self.plans = plans
-        super().__init__(**kwargs)
-
-    def _info(self) -> LocalInfo:
-        features = tfds.features.FeaturesDict(
-            {
-                "id": tfds.features.Text(),
-                "kind": tfds.features.Text(),
-                "conversations": tfds.features.Text(),  # JSON
-                "media": tfds.features.Text(),  # the file's name; empty: text alone
-                "data": tfds.features.Tensor(shape=(), dtype=np.object_),  # the file's bytes
-                "frames": tfds.features.Scalar(np.int64),
-                "average_fps": tfds.features.Scalar(np.float64),
-                "seconds": tfds.features.Scalar(np.float64),
-                "inputs": tfds.features.Text(),  # JSON: the text in a file of features, null without
-            }
-        )
-        return LocalInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _shard_iterators_per_split(self, dl_manager) -> dict[str, list["PlannedShard"]]:
-        return {split: [PlannedShard(plan, split == "train") for plan in self.plans] for split in ("train", "outline")}
-
-    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
-        super()._download_and_prepare(dl_manager, download_config)
-        # After Beam, tfds 4.9 has the shards' lengths in the order of their numbers as text: 0, 1, 10, 11, 2 ...
-        lengths = [len(plan.read_bytes().splitlines()) for plan in self.plans]
-        splits = [split.replace(shard_lengths=lengths) for split in self.info.splits.values()]
-        self.info.set_splits(tfds.core.SplitDict(splits))
-        for rest in Path(self.data_dir).glob("*.shard_infos.json"):
-            rest.unlink()
-
-
-class PlannedShard(NamedTuple):
-    """A function that yields the examples of one shard.  Beam pickles it, so it holds a path and no samples."""
-
-    plan: Path
-    with_data: bool
-
-    def __call__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, line in enumerate(self.plan.read_bytes().splitlines()):
-            sample = json.loads(line)
-            data = Path(sample["path"]).read_bytes() if sample["path"] and self.with_data else b""
-            yield number, sample["example"] | {"data": data}
-
-
 def build(
     source: str | Path,
     out: str | Path,
@@ -119,6 +54,8 @@ def build(
     `max_broken` is the fraction of samples that may be left out; `beam` the options of Beam's pipeline, None: without.
     Raises InputError, and leaves no folder then.
     """
+    from llamavid_jax.data.shard_builder import write_shards  # here: it takes half a second, and the extra `train`
+
     source, out = Path(source), Path(out).absolute()
     if source.is_dir():
         raise InputError(f"{source} is a folder; give a .json or .jsonl file")
@@ -250,21 +187,6 @@ def read_header(record: Record, path: Path) -> MediaHeader:
         )
     check_picture(path)
     return MediaHeader(1)
-
-
-def write_shards(plans: Sequence[Path], folder: Path, pipeline_options) -> Path:
-    """Plans -> tensorflow-datasets' folder of shards inside `folder`."""
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
-    if pipeline_options is not None:
-        from apache_beam.options.pipeline_options import StandardOptions
-
-        runner = pipeline_options.view_as(StandardOptions).runner or "DirectRunner"
-        config = config.replace(beam_runner=runner, beam_options=pipeline_options)
-    builder = LlamaVidShards(plans, data_dir=folder / "tfds", file_format="array_record")
-    tfds.display_progress_bar(False)
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download
-        builder.download_and_prepare(download_dir=folder / "downloads", download_config=config)
-    return Path(builder.data_dir)
 
 
 @command()

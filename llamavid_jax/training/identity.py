@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Int64
 
 from llamavid_jax.data.records import find_media
@@ -24,6 +23,7 @@ from llamavid_jax.data.shards import MANIFEST, Shards
 from llamavid_jax.errors import InputError, TrainingError
 from llamavid_jax.files import write_files
 from llamavid_jax.models.structure import flat_paths
+from llamavid_jax.parallel.processes import on_any
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.start import Start
 
@@ -128,5 +128,5 @@ def _read_media(file: Path) -> np.ndarray | None:
 
 def _agree(problem: str) -> None:
     """Raises TrainingError on all processes where one has a problem: else the others would wait for it."""
-    if np.any(multihost_utils.process_allgather(np.int32(bool(problem)))):
+    if on_any(problem):
         raise TrainingError(problem or "another process found that this is not the run that began; see its output")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import index_frame, write_clip
+from damage import assert_told_or_harmless
 from paths import ROOT
 from PIL import Image
 
@@ -132,15 +133,15 @@ def test_killed_build_leaves_nothing_readable_and_the_next_one_completes(source,
     out, stop = tmp_path / "out", tmp_path / "written"
     code = f"""
 import pathlib, time
-from llamavid_jax.data import build_shards
-write = build_shards.PlannedShard.__call__
+from llamavid_jax.data import build_shards, shard_builder
+write = shard_builder.PlannedShard.__call__
 def stall(self):
     for number, example in write(self):
         if example["id"] == "text":
             pathlib.Path({str(stop)!r}).touch()
             time.sleep(3600)
         yield number, example
-build_shards.PlannedShard.__call__ = stall
+shard_builder.PlannedShard.__call__ = stall
 build_shards.build({str(source)!r}, {str(out)!r}, max_broken=0.5, shard_bytes=1)
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -175,10 +176,22 @@ def test_damaged_shard_is_named(shards, tmp_path, damage):
         middle = 400  # of the clip, which has more bytes than that
         content[middle : middle + 8] = bytes(255 - value for value in content[middle : middle + 8])
         file.write_bytes(content)
-    with pytest.raises(DataError, match=f"{file}.*(damaged|absent|instead of).*copy the folder again"):
+    with pytest.raises(DataError, match=f"{file}.*(damaged|absent|says).*copy the folder again"):
         read_shards(tmp_path)[1]
     if damage == "flipped":
         assert read_shards(tmp_path)[0].id == "picture"  # the others are there
+
+
+def test_a_flipped_bit_of_shards(shards, tmp_path):
+    """In any file: samples, their outline, and what describes them.  Most bytes of a small shard are padding."""
+    shutil.copytree(shards, tmp_path / "set")
+
+    def read() -> dict[str, np.ndarray]:
+        found = read_shards(tmp_path / "set")
+        samples = [(found[index], *found.outline(index)) for index in range(len(found))]
+        return {"samples": np.array(repr(samples))}
+
+    assert_told_or_harmless(tmp_path / "set", read, least=20)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from llamavid_jax.parallel.chips import CHIPS, Chip, peak_flops
 from llamavid_jax.parallel.mesh import ShardingError, make_mesh
 from llamavid_jax.precompile import plan as plans
 from llamavid_jax.precompile import report as reports
-from llamavid_jax.precompile.buffers import read
+from llamavid_jax.precompile.buffers import assign_buffers, read
 from llamavid_jax.precompile.plan import rank
 from llamavid_jax.precompile.roofline import estimate
 from llamavid_jax.precompile.topology import (
@@ -267,6 +268,48 @@ def test_sums_over_buffers():
     found = read(ASSIGNMENT, "HloModule")
     assert (found.arguments, found.temporaries, found.output) == (1300, 6000, 1040)
     assert found.peak == 1300 + 6000 + 40
+
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[75]) -> f32[] {
+  ROOT %all-reduce = f32[] all-reduce(%x), to_apply=%sum, backend_config={"lists":[]}
+}
+
+"""
+
+
+class Writes(jax.stages.Lowered):
+    """A compiler that writes as a busy machine does: a few letters at a time, long after each other by their times."""
+
+    def __init__(self, program: str, ends: bool):
+        self.program, self.ends = program, ends
+
+    def compile(self, compiler_options: dict) -> None:
+        folder = Path(compiler_options["xla_dump_to"])
+        (folder / "module_0000.jit_f.after_optimizations-buffer-assignment.txt").write_text(ASSIGNMENT)
+        (folder / "module_0000.jit_f.after_optimizations_before_buffer_assignment.txt").write_text(PROGRAM)
+        file = folder / "module_0000.jit_f.after_optimizations_after_buffer_assignment.txt"
+        for end in range(0, len(self.program) + 1, 20):
+            with file.open("a") as stream:
+                stream.write(self.program[end : end + 20])
+            os.utime(file, (0, 0))
+            time.sleep(0.05)
+        while not self.ends:  # machine code
+            time.sleep(1)
+
+
+def test_a_program_that_is_written_slowly():
+    """It is read when its last computation is whole, and the machine code is not waited for."""
+    found = assign_buffers(Writes(PROGRAM, ends=False))
+    assert (found.text, found.arguments) == (PROGRAM, 1300)
+    assert assign_buffers(Writes(PROGRAM, ends=True)).text == PROGRAM
+    with pytest.raises(CompileError, match=r"could not write what it found to .*; free space there"):
+        assign_buffers(Writes(PROGRAM[:-5], ends=True))
 
 
 def test_a_compile_that_takes_too_long():
