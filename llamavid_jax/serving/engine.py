@@ -30,6 +30,7 @@ from llamavid_jax.shapes import TEXT, Row, bucket, pad_rows
 
 CHUNKS = (128, 512)  # positions of a prompt that are run at a time
 PREFILL_POSITIONS = 1024  # between two blocks of decode steps
+HURRIED_STEPS = 4  # of a block while others wait: a slot that gets free is filled sooner
 PREFILLING = 4  # prompts at a time: each holds keys and values beside the batch's
 
 
@@ -96,7 +97,7 @@ class Engine:
         return time.perf_counter() - started
 
     def submit(self, job: Job) -> None:
-        """Queues a job, whose row and new tokens must fit the model's positions."""
+        """Queues a job, whose row must fit the model's positions; its answer ends with these at the latest."""
         with self._changed:
             self._waiting.append(job)
             self._changed.notify()
@@ -223,18 +224,19 @@ class Engine:
         ]
         done = np.array([slot not in self._running for slot in range(self.slots)])
         eos = self.model.config.text_config.eos_token_id
+        steps = HURRIED_STEPS if self._waiting or self._prefilling else BLOCK_STEPS
         self._state, tokens = decode_block(
             self.model.structure,
             self.model.params,
             self._state._replace(done=done),
-            np.int32(BLOCK_STEPS),
+            np.int32(steps),
             np.int32(eos),
             _sampling(settings),
             greedy=all(one.temperature == 0 for one in settings),
         )
         self.blocks += 1
-        self.steps += BLOCK_STEPS
-        tokens = np.asarray(tokens)
+        self.steps += steps
+        tokens = np.asarray(tokens)[:, :steps]
         for slot, one in list(self._running.items()):
             if not one.job.cancelled and self._tell(one, tokens[slot].tolist(), eos):
                 with self._changed:
@@ -242,7 +244,8 @@ class Engine:
 
     def _tell(self, one: _Running, ids: list[int], eos: int) -> bool:
         """Hands on the text of a block's ids; whether it was the answer's last."""
-        left = one.job.settings.max_new_tokens - one.new
+        length, positions = len(one.job.row.token_ids), self.model.config.text_config.max_length
+        left = min(one.job.settings.max_new_tokens, positions - length) - one.new
         ids = ids[:left]
         ended = eos in ids
         ids = ids[: ids.index(eos)] if ended else ids

@@ -28,8 +28,8 @@ class Metrics:
             gauge.set_function(lambda name=name: engine.counts[name])
         for name, text, value in (
             ("slots", "Answers that can run at once.", lambda: engine.slots),
-            ("decode_steps_total", "Steps of the batch.", lambda: engine.steps),
-            ("frames_encoded_total", "Frames that the vision tower has seen.", lambda: preparer.frames),
+            ("decode_steps", "Steps of the batch so far.", lambda: engine.steps),
+            ("frames_encoded", "Frames that the vision tower has seen.", lambda: preparer.frames),
             ("feature_bytes", "Features of films in memory.", lambda: preparer.features.nbytes),
         ):
             Gauge(name, text, **named).set_function(value)

@@ -71,7 +71,7 @@ class Preparer:
                     rate = asked.fps if fps is None else fps
                     check_fps(rate, "the video")
                 if (name := (kind, str(source), rate)) not in films:
-                    films[name] = self._film(kind, source, rate, asked.settings.max_new_tokens, check, used)
+                    films[name] = self._film(kind, source, rate, asked.room, check, used)
                 shown.append(films[name])
             width = config.tokens_of(config.vision_tower_config.has_cls)
             chat, first = self._that_fits(chat, [width * len(arrays[0]) for _, arrays in shown], asked)
@@ -80,7 +80,7 @@ class Preparer:
                 for (key, arrays), question in zip(shown[first:], chat.prompts[first:], strict=True)
             ]
             ids = np.array(self._ids(chat, shown, asked))
-        check_row(config, 0, ids, len(blocks), sum(map(len, blocks)), asked.settings.max_new_tokens)
+        check_row(config, 0, ids, len(blocks), sum(map(len, blocks)), asked.room)
         table, places = table_of([blocks], config.text_config.hidden_size, self.model.dtype)
         return merge_row(ids, places[0]), table
 
@@ -180,7 +180,7 @@ class Preparer:
         """The chat, and its first placeholder that is shown: beyond the positions that the model was trained for
         earlier turns keep their words alone, as in a Session."""
         text = self.model.config.text_config
-        room = min(text.max_length - asked.settings.max_new_tokens, text.max_position_embeddings)
+        room = min(text.max_length - asked.room, text.max_position_embeddings)
         words = len(encode_with_images(self.model.tokenizer, chat.text("vicuna_v1")))
         newest = chat.turns[-1].count(IMAGE)
         if words + sum(sizes) <= room or len(sizes) == newest:

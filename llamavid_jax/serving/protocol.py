@@ -49,6 +49,7 @@ class Asked:
     include_usage: bool
     fps: Any
     subtitles: list[Cue] | None
+    room: int  # tokens that an answer must have room for: those asked for, or one
 
     def settings_of(self, choice: int) -> Settings:
         """Each answer has a seed of its own."""
@@ -96,7 +97,8 @@ def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
                 "subtitles hold none, such as 00:01,000 --> 00:02,500; give the text of a .srt or .vtt file"
             )
     include_usage = options.get("include_usage", False)
-    return Asked(messages, settings, n, stream, include_usage, given.get("fps", 1.0), cues)
+    room = tokens if {"max_tokens", "max_completion_tokens"} & given.keys() else 1
+    return Asked(messages, settings, n, stream, include_usage, given.get("fps", 1.0), cues, room)
 
 
 class Reply:

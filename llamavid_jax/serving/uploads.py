@@ -17,6 +17,7 @@ from typing import Any
 from llamavid_jax.errors import InputError, printable
 from llamavid_jax.files import read_object, write_files
 
+STALE = 3600  # seconds without a byte
 FORM = re.compile(r"file-[0-9a-f]{64}")
 
 
@@ -36,8 +37,9 @@ class Uploads:
         self._lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for left in self.folder.glob("upload-*"):  # of a server that was killed
-                left.unlink()
+            for left in self.folder.glob("upload-*"):  # of a server that was killed; another's may still be coming
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
         except OSError as error:
             raise InputError(f"{folder} cannot be written to ({error.strerror}); give another --uploads") from None
 

@@ -1,5 +1,8 @@
 """Uploads on disk: whole or not there, kept over a restart, bounded."""
 
+import os
+import time
+
 import pytest
 
 from llamavid_jax.errors import InputError
@@ -8,10 +11,12 @@ from llamavid_jax.serving.uploads import FullError, NoFileError, Uploads
 
 def test_an_upload_stays_over_a_restart(tmp_path):
     about = Uploads(tmp_path, 100).add([b"ab", b"c"], "film.mp4", "vision")
-    (tmp_path / "upload-left").write_bytes(b"of a server that was killed")
+    for name, age in (("upload-left", 7200), ("upload-coming", 0)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
     again = Uploads(tmp_path, 100)
     assert again.all() == [about] and again.path(about["id"]).read_bytes() == b"abc"
-    assert not list(tmp_path.glob("upload-*"))
+    assert [path.name for path in tmp_path.glob("upload-*")] == ["upload-coming"]
 
 
 def test_the_same_content_is_kept_once(tmp_path):
