@@ -64,9 +64,9 @@ class _Running:
     job: Job
     slot: int
     text: RowText
-    prompt: KeysValues
-    token: jax.Array
     size: int  # of the prompt as the batch keeps it
+    prompt: KeysValues | None = None
+    token: jax.Array | None = None
     start: int = 0
     new: int = 0
 
@@ -167,24 +167,27 @@ class Engine:
             with self._changed:
                 job = self._waiting.popleft()
             size = next(size for size in self.sizes if len(job.row.token_ids) <= size)
-            prompt = empty_prompts(self.model.structure, self.model.params, 1, size)
             text = RowText(self.model.tokenizer, job.settings.stop)
-            self._prefilling.append(_Running(job, free.pop(0), text, prompt, jnp.zeros(1, jnp.int32), size))
+            self._prefilling.append(_Running(job, free.pop(0), text, size))
 
     def _prefill(self) -> None:
         """Runs chunks of prompts, in turn; a row whose prompt is done joins the batch."""
         left = PREFILL_POSITIONS
         self._admit()
         while self._prefilling and left > 0:
-            one = self._prefilling.popleft()
+            one = self._prefilling[0]
             left -= self._chunk(one)
-            if one.start < len(one.job.row.token_ids):
-                self._prefilling.append(one)
+            self._prefilling.rotate(-1)
+            if one.start >= len(one.job.row.token_ids):
+                self._prefilling.remove(one)
             self._admit()
 
     def _chunk(self, one: _Running) -> int:
         """The next chunk of a prompt, after the last one the row joins; returns how many positions were run."""
         row, length = one.job.row, len(one.job.row.token_ids)
+        if one.prompt is None:
+            one.prompt = empty_prompts(self.model.structure, self.model.params, 1, one.size)
+            one.token = jnp.zeros(1, jnp.int32)
         size = next((size for size in CHUNKS if size >= length - one.start), CHUNKS[-1])
         part = slice(one.start, one.start + size)
         index = row.visual_index[part]

@@ -3,6 +3,7 @@
 import queue
 
 import numpy as np
+import pytest
 
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.serving import engine as module
@@ -116,14 +117,15 @@ def test_stop_strings(tiny_model, engine):
     assert asked.text() == whole[: whole.index(stop)] and asked.finish == "stop"
 
 
-def test_an_error_loses_no_later_answer(tiny_model, engine, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["decode_block", "extend", "empty_prompts", "join"])
+def test_an_error_loses_no_later_answer(tiny_model, engine, monkeypatch, capsys, name):
     own, table = row(2, 20, 0, tiny_model.config.text_config.hidden_size)
 
     def fail(*_, **__):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "decode_block", fail)
+        patch.setattr(module, name, fail)
         lost = Asked(own, table, max_new_tokens=5)
         engine.submit(lost.job)
         assert lost.text() == "" and lost.finish == "error"
