@@ -40,7 +40,7 @@ class MediaHeader(NamedTuple):
 
     frames: int  # in the file
     average_fps: float = 0.0  # of a video whose frames keep a rate
-    inputs: str | None = None  # the text that a file of features holds
+    inputs: str | None = None  # a film's text: of a file of features, or of a video with subtitles
     seconds: float = 0.0  # of a video whose frames do not
 
 
@@ -165,6 +165,7 @@ def _to_record(sample: dict[str, Any], data: bytes | None) -> Record:
         media=sample["media"].decode() or None,
         kind=sample["kind"].decode(),
         data=data,
+        subtitles=json.loads(sample["inputs"]) if sample["kind"] == b"video" else None,
     )
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float32, Float64, Int, UInt8
 from PIL import Image
 
 from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
-from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, stated_pixels
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find, read_object, write_files
 from llamavid_jax.media.images import normalize, open_image, pad_to_square, resize_and_crop, to_rgb
@@ -206,7 +206,7 @@ class LLaMAVIDLlavaImageProcessor:
     def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaImageProcessor":
         """Reads both files, the project's own or transformers' for CLIP; that of videos may be absent.
 
-        Raises ConfigError.
+        A mean or deviation that they lack is that of the `config.json` beside them.  Raises ConfigError.
         """
         path = Path(directory) / FILE_NAME
         values = _read_settings(path)
@@ -214,9 +214,10 @@ class LLaMAVIDLlavaImageProcessor:
             processor = cls(**_settings(values))
             path = path.with_name(VIDEO_FILE)
             values = _read_settings(path) if find(path).is_file() else {}
-            return dataclasses.replace(processor, **{name: values[name] for name in SAMPLING if name in values})
+            processor = dataclasses.replace(processor, **{name: values[name] for name in SAMPLING if name in values})
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+        return dataclasses.replace(processor, **stated_pixels(path.parent))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes both files, so that transformers' CLIPImageProcessor reads the first one too."""

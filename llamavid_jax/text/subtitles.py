@@ -38,6 +38,11 @@ class Cue(NamedTuple):
 
 def read_subtitles(path: str | Path, as_original: bool = False) -> list[Cue]:
     """The cues of a .srt or .vtt file, in its order.  Raises ConversationError."""
+    return parse_subtitles(subtitle_text(path, as_original), as_original)
+
+
+def subtitle_text(path: str | Path, as_original: bool = False) -> str:
+    """The text of a .srt or .vtt file, which holds a cue at least.  Raises ConversationError."""
     try:
         file = Path(path).expanduser()
         if file.exists() and not file.is_file():
@@ -50,10 +55,9 @@ def read_subtitles(path: str | Path, as_original: bool = False) -> list[Cue]:
         raise ConversationError(f"{path} is not UTF-8 (byte {error.start}); {remedy}") from None
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, no home
         raise ConversationError(f"{str(path)!r} cannot be read ({error}); check its name and permissions") from None
-    cues = [] if len(content) > MAX_BYTES else parse_subtitles(text, as_original)
-    if not cues:
+    if len(content) > MAX_BYTES or not parse_subtitles(text, as_original):
         raise ConversationError(f"{path} holds no subtitles, such as 00:01,000 --> 00:02,500; give a .srt or .vtt file")
-    return cues
+    return text
 
 
 def parse_subtitles(text: str, as_original: bool = False) -> list[Cue]:

@@ -104,15 +104,17 @@ def check_same_media(
 
 
 def media_files(records: Sequence, threads: int) -> Int64[np.ndarray, "2 N"]:
-    """Size and time of every record's media file; -1 where it has none."""
+    """Size and time of every record's media file, a film's with its subtitles' added; -1 where it has none."""
 
     def look(index: int) -> tuple[int, int]:
         try:
             record = records[index]
-            status = os.stat(find_media(record)) if record.media else None
+            files = [find_media(record)] * bool(record.media) + [record.subtitles] * bool(record.subtitles)
+            found = [os.stat(file) for file in files]
         except (InputError, OSError, ValueError):
-            status = None
-        return (-1, -1) if status is None else (status.st_size, status.st_mtime_ns)
+            found = []
+        sizes, times = (sum(getattr(status, name) for status in found) for name in ("st_size", "st_mtime_ns"))
+        return (sizes, times) if found else (-1, -1)
 
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         return np.array(list(pool.map(look, range(len(records)))), np.int64).reshape(-1, 2).T

@@ -18,8 +18,10 @@ from jax.experimental import topologies
 from training_cases import CONFIG, ROOT, batch, example
 from training_data import write_tokenizers
 
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.parallel.chips import CHIPS, Chip, peak_flops
 from llamavid_jax.parallel.mesh import ShardingError, make_mesh
+from llamavid_jax.precompile import infer, train
 from llamavid_jax.precompile import plan as plans
 from llamavid_jax.precompile import report as reports
 from llamavid_jax.precompile.buffers import assign_buffers, read
@@ -189,6 +191,38 @@ def test_a_program_that_does_not_fit(monkeypatch, message):
     )
     assert not report.fits and report.peak_gib == 65.2 and report.row()[4] == "no: try remat=full"
     assert json.loads(report.json())["fits"] is False
+
+
+VARIANTS = ("bert", "clip", "short_qformer", "start_end")
+STAGES = [f"{stage}_{kind}" for kind in VARIANTS for stage in ("stage1_align", "stage2_instruct")]
+
+
+def lowered_alone(lowered, *arguments, **known):
+    """A report as of a program that is too large, in place of compiling it."""
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 65.20G of 15.75G hbm. Exceeded"
+    return reports.compile_report(Lowered(message), *arguments, **known)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    monkeypatch.setattr(reports, "versions", dict)
+    for module, axis in ((train, "fsdp"), (infer, "tensor")):
+        monkeypatch.setattr(module, "slice_mesh", lambda *_, axis=axis, **__: make_mesh(**{axis: 8}))
+        monkeypatch.setattr(module, "compile_report", lowered_alone)
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_the_step_of_every_variant_lowers(recipe, uncompiled):
+    """At its full size, rows of one sample and packed ones."""
+    assert train.check_training(read_config(f"configs/{recipe}.yaml"), "v5e:2x4").flops > 1e15
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_the_programs_of_every_variant_lower(kind, uncompiled):
+    model = LLaMAVIDLlavaConfig.from_yaml(f"configs/models/llamavid_7b_224_video_{kind}.yaml")
+    encode, compress, *_ = infer.check_inference(model, "v5e:2x4", "", 300, 32)
+    assert encode.flops > compress.flops > 0
 
 
 def test_a_program_that_the_compiler_refuses():
