@@ -1,4 +1,4 @@
-# Two commands on a fresh machine, each doing all its own set-up: `make demo` and `make test`.
+# Commands for a fresh machine, each doing all its own set-up: `make demo`, `make serve` and `make test`.
 # The versions are those of requirements.lock; `LOCK=` takes the newest in the ranges of requirements.txt and pyproject.toml.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +12,11 @@ export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, as they are impo
 	touch $@
 
 .venv/ready-test: .venv/ready pyproject.toml
-	$(INSTALL) --editable ".[train,convert,demo,eval,test]" --editable tests/golden_option
+	$(INSTALL) --editable ".[train,serve,convert,demo,eval,test]" --editable tests/golden_option
+	touch $@
+
+.venv/ready-serve: .venv/ready pyproject.toml
+	$(INSTALL) --editable ".[serve]"
 	touch $@
 
 # The TPU compiler that the installed JAX names (213 MB), for tests that look for it there.
@@ -25,9 +29,13 @@ export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, as they are impo
 	sh tests/real/install.sh $(BIN)/pip
 	touch $@
 
-.PHONY: demo demo-model test test-real lint lock clean
+.PHONY: demo serve demo-model test test-real lint lock clean
 demo: .venv/ready
 	$(BIN)/python -m demo.show build/demo.png
+
+# The small model behind OpenAI's protocol, and a page on it, whose address is printed.
+serve: .venv/ready-serve
+	$(BIN)/llamavid-serve --model demo/model --name demo
 
 # Draws the data and trains the shipped model anew: about 100 minutes on two cores.
 demo-model: .venv/ready-test
@@ -50,7 +58,8 @@ lint: .venv/ready-test
 # One version of each package for every Python, from the ranges; torch, whose CPU and CUDA builds differ, stays free.
 lock:
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest --no-annotate \
-	  --extra tpu --extra cuda --extra train --extra demo --extra eval --extra test --custom-compile-command "make lock" \
+	  --extra tpu --extra cuda --extra train --extra serve --extra demo --extra eval --extra test \
+	  --custom-compile-command "make lock" \
 	  pyproject.toml --output-file requirements.lock
 
 clean:

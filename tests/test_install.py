@@ -91,6 +91,7 @@ def test_the_demo_from_another_folder(site, tmp_path):
         ("llamavid-convert no OUT", 2, "no does not exist"),
         ("llamavid-evaluate results page.md", 0, ""),
         ("llamavid-evaluate score no", 2, "no holds no answers.jsonl"),
+        ("llamavid-serve --model no", 2, "no/preprocessor_config.json does not exist"),
     ],
 )
 def test_scripts(site, tmp_path, command, code, says):

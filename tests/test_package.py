@@ -82,6 +82,7 @@ BELOW["training"] = set(BELOW) - {"inference"}
 BELOW["precompile"] = set(BELOW)
 BELOW["commands"] = set(BELOW)
 BELOW["evaluation"] = BELOW["inference"] | {"inference", "commands"}
+BELOW["serving"] = set(BELOW) - {"data", "training", "precompile", "evaluation"}
 WITHOUT_JAX = {*GROUND, "config", "media", "text", "weights", "data"}
 
 

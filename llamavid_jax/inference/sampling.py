@@ -8,11 +8,14 @@ from jaxtyping import Array, Float, Int, Key
 
 
 class Sampling(NamedTuple):
-    """How to pick; temperature 0 is greedy, top_k 0 and top_p 1 are off.  As arrays, new values compile nothing."""
+    """How to pick; temperature 0 is greedy, top_k 0 and top_p 1 are off.  As arrays, new values compile nothing.
 
-    temperature: float | Float[Array, ""] = 0.0
-    top_k: int | Int[Array, ""] = 0
-    top_p: float | Float[Array, ""] = 1.0
+    Arrays `[B]` hold a value for each row.
+    """
+
+    temperature: float | Float[Array, "*B"] = 0.0
+    top_k: int | Int[Array, "*B"] = 0
+    top_p: float | Float[Array, "*B"] = 1.0
 
 
 def keep_top_k(logits: Float[Array, " V"], k: Int[Array, ""] | int) -> Float[Array, " V"]:
@@ -33,7 +36,8 @@ def keep_top_p(logits: Float[Array, " V"], p: Float[Array, ""] | float) -> Float
 def sample(logits: Float[Array, " V"], key: Key[Array, ""], sampling: Sampling) -> Int[Array, ""]:
     """One token: temperature, then top-k, then top-p, in the order of transformers' logits warpers."""
     scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
-    return jax.random.categorical(key, keep_top_p(keep_top_k(scaled, sampling.top_k), sampling.top_p))
+    drawn = jax.random.categorical(key, keep_top_p(keep_top_k(scaled, sampling.top_k), sampling.top_p))
+    return jnp.where(sampling.temperature == 0, jnp.argmax(logits), drawn)
 
 
 def next_tokens(
@@ -44,8 +48,12 @@ def next_tokens(
     *,
     greedy: bool,
 ) -> Int[Array, " B"]:
-    """One token a row; a row's draw depends on its own key and position, not on the rest of the batch."""
+    """One token a row; a row's draw depends on its own key and position, not on the rest of the batch.
+
+    `greedy` says that no row has a temperature, which spares the sorting.
+    """
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     draws = jax.vmap(jax.random.fold_in)(keys, positions)
-    return jax.vmap(sample, in_axes=(0, 0, None))(logits, draws, sampling).astype(jnp.int32)
+    of_rows = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), len(logits)), sampling)
+    return jax.vmap(sample)(logits, draws, of_rows).astype(jnp.int32)

@@ -9,6 +9,7 @@ import binascii
 import contextlib
 import http.client
 import io
+import ipaddress
 import re
 import socket
 import tempfile
@@ -70,11 +71,13 @@ def is_url(source: object) -> bool:
 
 
 @contextlib.contextmanager
-def fetch(source: str | Path, max_bytes: int = MAX_BYTES, timeout: float | int = TIMEOUT) -> Iterator[Path]:
+def fetch(
+    source: str | Path, max_bytes: int = MAX_BYTES, timeout: float | int = TIMEOUT, public: bool = False
+) -> Iterator[Path]:
     """`with fetch(source) as path`: `source` as a local file, which for a URL is temporary.
 
-    A URL is read up to `max_bytes` bytes within `timeout` seconds in all.  Raises MediaError; one that the body raises
-    about the file names the source too.
+    A URL is read up to `max_bytes` bytes within `timeout` seconds in all; if `public`, from public addresses alone, and
+    through no proxy.  Raises MediaError; one that the body raises about the file names the source too.
     """
     if not is_url(source):
         with _named(path := local_file(source), source):
@@ -87,7 +90,7 @@ def fetch(source: str | Path, max_bytes: int = MAX_BYTES, timeout: float | int =
             if source.startswith("data:"):
                 file.write(_decode_data_url(source, name, max_bytes))
             elif source.lower().startswith(("http://", "https://")):
-                _download(source, name, file, max_bytes, time.monotonic() + timeout)
+                _download(source, name, file, max_bytes, time.monotonic() + timeout, public)
             else:
                 raise MediaError(f"{name}: only http:// and https:// URLs are read; give a local file by its path")
         if path.stat().st_size == 0:
@@ -132,14 +135,16 @@ class _Clocked(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     A socket's own timeout begins again with every byte.
     """
 
-    def __init__(self, deadline: float):
+    def __init__(self, deadline: float, public: bool):
         super().__init__()
-        self.deadline = deadline
+        self.deadline, self.public = deadline, public
 
     def do_open(self, http_class, req, **arguments):
         def connect(*args, **kwargs):
             connection = http_class(*args, **kwargs)
             connection.response_class = respond
+            if self.public:
+                connection._create_connection = _connect_to_public
             return connection
 
         def respond(sock, *args, **kwargs):
@@ -169,6 +174,29 @@ class _Deadline(io.RawIOBase):
         super().close()
 
 
+def is_public(address: str) -> bool:
+    """Whether an IP address is neither of a machine nor of a private network, nor one that stands for such."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    inner = ip.version == 6 and (ip.ipv4_mapped or ip.sixtofour)
+    if inner:
+        return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def _connect_to_public(address: tuple[str, int], timeout: float, source_address: None = None) -> socket.socket:
+    """`socket.create_connection` to the very address that was looked at: a name may stand for another one next time."""
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    if not all(is_public(place[0]) for *_, place in found):
+        raise MediaError(f"{address[0]} is an address of this machine or of a private network; give a public URL")
+    failure = OSError("no address")
+    for *_, place in found:
+        try:
+            return socket.create_connection(place[:2], timeout)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
 def _patience(deadline: float) -> float:
     """Seconds that may be waited for the next byte."""
     left = deadline - time.monotonic()
@@ -177,14 +205,16 @@ def _patience(deadline: float) -> float:
     return min(STALL, left)
 
 
-def _download(url: str, name: str, file: BinaryIO, max_bytes: int, deadline: float) -> None:
+def _download(url: str, name: str, file: BinaryIO, max_bytes: int, deadline: float, public: bool) -> None:
     too_large = MediaError(
         f"{name} is larger than the limit of {max_bytes / 1e6:.6g} MB; download it and give the file"
     )
     too_slow = MediaError(f"{name} took too long to download; try again, or download it and give the file")
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "llamavid_jax"})
-        opener = urllib.request.build_opener(_Redirects, _Clocked(deadline))
+        # a proxy would connect to private addresses in our place
+        proxies = [urllib.request.ProxyHandler({})] if public else []
+        opener = urllib.request.build_opener(_Redirects, _Clocked(deadline, public), *proxies)
         with opener.open(request) as response:
             expected = response.headers.get("Content-Length", "")
             if expected.isdigit() and int(expected) > max_bytes:

@@ -1,7 +1,7 @@
 """The key-value cache of decoding: what prefill made of the prompt, and room for the answer behind it.
 
     prompt   [L, B, T, K, H]   read only: no step copies it, and the compiler is free in how it lies on the chip
-    answer   [L, B, S, K, H]   one slot a step, the same in all rows, written in place
+    answer   [L, B, S, K, H]   one slot a step, the same in all rows, written in place; a ring, where rows come and go
 
 Of the kind "float" both hold keys and values in the compute dtype; of the kind "int8" integers and one scale
 for each head of each position, half the memory; what it costs is measured in docs/quantization.md.
@@ -91,21 +91,28 @@ def _whole(of_layer: KeysValues) -> tuple[Float[Array, "B S K H"], Float[Array, 
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer: row b's positions are those of its prompt, then the answer's slots."""
+    """Keys and values of every layer: row b's positions are those of its prompt, then the answer's slots.
+
+    Rows that begin with the batch have the slots from 0 on.  In a batch that rows join and leave (`lengths` says how
+    long each row's prompt is) the slots are a ring: a row has the newest ones, as many as its answer has positions,
+    which must not be more than S.
+    """
 
     prompt: KeysValues
     answer: KeysValues
-    written: Int[Array, ""]  # slots of the answer
+    written: Int[Array, ""]  # slots of the answer, in all
+    lengths: Int[Array, " B"] | None = None
 
     def visible(self, positions: Int[Array, " B"]) -> Bool[Array, "B _"]:
         """Of T + S: its prompt, without the padding behind it, and the answer up to the new position itself."""
-        prompt, answer = jnp.arange(self.prompt.slots), jnp.arange(self.answer.slots)
-        own = prompt < (positions - self.written)[:, None]
-        return jnp.concatenate([own, jnp.broadcast_to(answer <= self.written, (len(own), len(answer)))], axis=1)
+        lengths = positions - self.written if self.lengths is None else self.lengths
+        own = jnp.arange(self.prompt.slots) < lengths[:, None]
+        age = (self.written - jnp.arange(self.answer.slots)) % self.answer.slots  # steps since a slot was written
+        return jnp.concatenate([own, age <= (positions - lengths)[:, None]], axis=1)
 
     def write(self, layer: int, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"]) -> "KVCache":
         """Writes the new position of every row in one layer."""
         new = KeysValues.of(k, v, "int8" if isinstance(self.answer.k, Rounded) else "float")
-        slot = layer, slice(None), self.written
+        slot = layer, slice(None), self.written % self.answer.slots
         put = jax.tree.map(lambda room, x: room.at[slot].set(x[:, 0].astype(room.dtype)), self.answer, new)
         return self._replace(answer=put)

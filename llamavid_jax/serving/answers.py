@@ -1,0 +1,166 @@
+"""The answers to one request: from its preparation over their pieces to their end."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Protocol, runtime_checkable
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from llamavid_jax.serving.engine import Engine, Job, Piece
+from llamavid_jax.serving.metrics import Metrics
+from llamavid_jax.serving.prepare import Preparer
+from llamavid_jax.serving.protocol import ApiError, Asked, Reply, error_object, usage
+
+
+class GoneError(Exception):
+    """Nobody waits for this request any more."""
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """What all requests share."""
+
+    name: str
+    engine: Engine
+    preparer: Preparer
+    metrics: Metrics
+    threads: Any  # that requests are prepared in
+    deadline: float
+    answers: int  # admitted and not yet ended
+
+    def admit(self, answers: int) -> None: ...
+
+
+class Answers:
+    """The `n` answers of one request, from its admission, as one answer for now, to its end."""
+
+    asked: Asked
+
+    def __init__(self, server: Shared, started: float):
+        self.server, self.started, self.places = server, started, 1
+        self.reply = Reply(server.name)
+        self.jobs: list[Job] = []
+        self.pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._gone = threading.Event()
+
+    def admit(self, places: int) -> None:
+        """Takes `places` in all; ApiError where the queue has too few."""
+        self.server.admit(places - self.places)
+        self.places = places
+
+    async def begin(self, asked: Asked) -> int:
+        """Makes the row and queues the jobs; returns how many tokens the prompt has."""
+        self.asked, loop = asked, asyncio.get_running_loop()
+        row, table = await loop.run_in_executor(self.server.threads, self.server.preparer, self.asked, self._check)
+
+        def told(index: int):
+            return lambda piece: loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
+
+        for index in range(self.asked.n):
+            self.jobs.append(Job(row, table, self.asked.settings_of(index), told(index)))
+            self.server.engine.submit(self.jobs[-1])
+        self.server.metrics.prompt_tokens.inc(len(row.token_ids))
+        return len(row.token_ids)
+
+    def _check(self) -> None:
+        if self._gone.is_set():
+            raise GoneError
+
+    async def parts(self) -> AsyncIterator[tuple[int, str, Piece]]:
+        """(choice, its new text without blanks around the answer, piece) until all have ended."""
+        texts, told, left, first = [""] * self.asked.n, [0] * self.asked.n, self.asked.n, True
+        while left:
+            index, piece = await self.pieces.get()
+            if piece.finish == "error":
+                raise ApiError(500, "the answer was lost to an error of the server; ask again")
+            if first:
+                self.server.metrics.first_piece.observe(time.monotonic() - self.started)
+                first = False
+            texts[index] += piece.text
+            shown = texts[index].strip()
+            new, told[index] = shown[told[index] :], len(shown)
+            if piece.finish:
+                left -= 1
+                self.server.metrics.new_tokens.inc(piece.tokens)
+            yield index, new, piece
+
+    async def whole(self, prompt: int) -> dict[str, Any]:
+        texts, finish, tokens = [""] * self.asked.n, [""] * self.asked.n, [0] * self.asked.n
+        async for index, new, piece in self.parts():
+            texts[index] += new
+            finish[index], tokens[index] = piece.finish or "", piece.tokens
+        return self.reply.whole(list(zip(texts, finish, strict=True)), usage(prompt, sum(tokens)))
+
+    async def events(self, prompt: int, seconds: float) -> AsyncIterator[str]:
+        """The lines of the stream; an error in the middle of it is an event."""
+        try:
+            tokens = [0] * self.asked.n
+            for index in range(self.asked.n):
+                yield _event(self.reply.chunk(index, {"role": "assistant", "content": ""}))
+            async with asyncio.timeout(seconds):
+                async for index, new, piece in self.parts():
+                    tokens[index] = piece.tokens
+                    if new:
+                        yield _event(self.reply.chunk(index, {"content": new}))
+                    if piece.finish:
+                        yield _event(self.reply.chunk(index, {}, piece.finish))
+            if self.asked.include_usage:
+                yield _event(self.reply.usage_chunk(usage(prompt, sum(tokens))))
+        except TimeoutError:
+            error = late(self.server.deadline)
+            yield _event(error_object(error.message, error.status, error.code))
+        except ApiError as error:
+            yield _event(error_object(error.message, error.status, error.code))
+        yield "data: [DONE]\n\n"
+
+    def end(self) -> None:
+        """Whatever still runs for it ends within a block; its places in the queue are free."""
+        self._gone.set()
+        for job in self.jobs:
+            job.cancelled = True
+        self.server.answers -= self.places
+
+
+class Events(StreamingResponse):
+    """A stream that ends its answers however it ends itself, also where it is never begun."""
+
+    def __init__(self, answers: Answers, prompt: int, seconds: float):
+        self.answers = answers
+        super().__init__(answers.events(prompt, seconds), media_type="text/event-stream")
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answers.end()
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """What `work` returns; it is cancelled when the client goes away."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.create_task(work), asyncio.create_task(watch())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ApiError(499, "the client has gone")  # which nobody reads
+    finally:
+        working.cancel()
+        watching.cancel()
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def late(deadline: float) -> ApiError:
+    """The error of a request whose time is up."""
+    return ApiError(408, f"the answer took longer than {deadline:g} s; ask about less, or try again", "deadline")

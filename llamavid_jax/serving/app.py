@@ -1,0 +1,216 @@
+"""The routes: OpenAI's protocol over HTTP, as an ASGI application.
+
+POST /v1/chat/completions   admitted? ─ prepare, in a thread ─▶ row ─ engine ─▶ pieces ─▶ one object, or SSE
+GET  /v1/models             POST, GET, DELETE /v1/files
+GET  /health /ready         whether the process lives, whether it answers; GET /metrics; GET / the page
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.files import parse_object
+from llamavid_jax.serving.answers import Answers, Events, late, while_connected
+from llamavid_jax.serving.engine import Engine
+from llamavid_jax.serving.guard import Guard
+from llamavid_jax.serving.metrics import Metrics
+from llamavid_jax.serving.prepare import Preparer
+from llamavid_jax.serving.protocol import ApiError, error_object, read_asked
+from llamavid_jax.serving.uploads import FullError, NoFileError
+
+PAGE = Path(__file__).with_name("page")
+KINDS = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one server takes."""
+
+    queue: int = 64  # answers that wait, beside those that have a slot
+    deadline: float = 600.0  # seconds for a request
+    max_body: int = 128 << 20  # bytes of a request, pictures and films as data: URLs and all
+    max_upload: int = 2 << 30  # bytes of one file
+
+
+class Server:
+    """Holds what the routes share.  `app` is the ASGI application, which stops the engine at its end."""
+
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        preparer: Preparer,
+        limits: Limits,
+        api_keys: tuple[str, ...] = (),
+        hosts: tuple[str, ...] = ("*",),
+    ):
+        self.name, self.engine, self.preparer, self.limits = name, engine, preparer, limits
+        self.uploads = preparer.sources.uploads
+        self.metrics = Metrics(engine, preparer)
+        self.deadline = limits.deadline
+        self.answers, self.created = 0, int(time.time())  # admitted and not yet ended
+        self.threads = concurrent.futures.ThreadPoolExecutor(engine.slots + limits.queue, "prepare")
+        guard = Middleware(Guard, api_keys, limits.max_body, limits.max_upload, self.metrics)
+        routes = [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
+            Route("/v1/files", self.upload, methods=["POST"]),
+            Route("/v1/files", self.files),
+            Route("/v1/files/{key}", self.file, methods=["GET", "DELETE"]),
+            Route("/v1/files/{key}/content", self.content),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/metrics", self.metrics.route),
+            Route("/", self.page),
+            *(Route(f"/{name}", self.page) for name in KINDS),
+        ]
+        handlers = {
+            ApiError: _api_error,
+            InputError: _input_error,
+            HTTPException: _http_error,
+            Exception: _server_error,
+        }
+        self.app = Starlette(
+            routes=routes,
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), guard],
+            exception_handlers=handlers,
+            lifespan=self._lifespan,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        yield
+        await anyio.to_thread.run_sync(self.engine.stop)
+
+    # ---- chat
+
+    async def chat(self, request: Request) -> Response:
+        """One request: its row is made in a thread, its answers by the engine."""
+        started = time.monotonic()
+        self.admit(1)  # before its body is read, which may be large
+        answers, response = Answers(self, started), None
+        try:
+            async with asyncio.timeout(self.deadline):
+                asked = read_asked(await self._body(request), self.engine.max_new_tokens)
+                answers.admit(asked.n)
+                prompt = await while_connected(request, answers.begin(asked))
+                if not asked.stream:
+                    return JSONResponse(await while_connected(request, answers.whole(prompt)))
+            response = Events(answers, prompt, self.deadline - (time.monotonic() - started))
+            return response
+        except TimeoutError:
+            raise late(self.deadline) from None
+        finally:
+            if response is None:  # else it ends them
+                answers.end()
+
+    def admit(self, answers: int) -> None:
+        """Takes places in the queue, which `Answers.end` gives back."""
+        if self.answers + answers > self.engine.slots + self.limits.queue:
+            raise ApiError(429, "the server is busy; try again", "queue_full", {"Retry-After": "2"})
+        self.answers += answers
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the body's content type is not application/json; send JSON")
+        content = await request.body()
+        try:
+            body = await anyio.to_thread.run_sync(parse_object, content)
+        except ValueError as error:
+            raise InputError(f"the body is not readable JSON: {error}") from None
+        if (name := body.get("model")) != self.name:
+            raise ApiError(404, f"there is no model {str(name)[:100]!r}; this is {self.name!r}", "model_not_found")
+        return body
+
+    # ---- models and files
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["name"] != self.name:
+            raise ApiError(404, f"there is no such model; this is {self.name!r}", "model_not_found")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "llamavid_jax"}
+
+    async def upload(self, request: Request) -> Response:
+        """A form with `file` and `purpose`, as OpenAI's; a large one is on disk before it is looked at."""
+        async with request.form(max_files=1, max_fields=8) as form:
+            file, purpose = form.get("file"), form.get("purpose", "user_data")
+            if not hasattr(file, "file") or not isinstance(purpose, str):
+                raise InputError("the form has no file; send one as 'file', and a 'purpose' such as user_data")
+            blocks = iter(lambda: file.file.read(1 << 20), b"")
+            name = file.filename or "upload"
+            return JSONResponse(await anyio.to_thread.run_sync(self.uploads.add, blocks, name, purpose))
+
+    async def files(self, _: Request) -> Response:
+        found = await anyio.to_thread.run_sync(self.uploads.all)
+        return JSONResponse({"object": "list", "data": found, "has_more": False})
+
+    async def file(self, request: Request) -> Response:
+        key = request.path_params["key"]
+        if request.method == "DELETE":
+            self.uploads.delete(key)
+            return JSONResponse({"id": key, "object": "file", "deleted": True})
+        return JSONResponse(self.uploads.find(key))
+
+    async def content(self, request: Request) -> Response:
+        """The bytes, as a download: no browser shows them as a page of ours."""
+        key = request.path_params["key"]
+        return FileResponse(self.uploads.path(key), media_type="application/octet-stream", filename=key)
+
+    # ---- the rest
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        return JSONResponse(self.engine.counts, status_code=200 if self.engine.is_alive else 503)
+
+    async def page(self, request: Request) -> Response:
+        name = request.url.path[1:] or "index.html"
+        return FileResponse(PAGE / name, media_type=KINDS[name])
+
+
+def _respond(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(error_object(message, status, code), status, headers)
+
+
+async def _api_error(_: Request, error: ApiError) -> Response:
+    return _respond(error.status, error.message, error.code, error.headers)
+
+
+async def _input_error(_: Request, error: InputError) -> Response:
+    status = {NoFileError: 404, FullError: 507}.get(type(error), 400)
+    return _respond(status, str(error))
+
+
+async def _http_error(_: Request, error: HTTPException) -> Response:
+    return _respond(
+        error.status_code, f"{error.detail}; the routes are in docs/serving.md", None, dict(error.headers or {})
+    )
+
+
+async def _server_error(_: Request, error: Exception) -> Response:
+    traceback.print_exception(error, file=sys.stderr)
+    return _respond(500, "the server met an error of its own, which its log has; try again")

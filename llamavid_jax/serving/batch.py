@@ -1,0 +1,91 @@
+"""The running decode batch on the device: B slots, which rows join and leave while the others go on.
+
+    a row's prompt  ─ extend, chunk by chunk ─▶ KeysValues [L, 1, t, K, H] ─ join ─▶ slot b of a DecodeState
+
+T is one of a few sizes, that of the longest prompt in the batch; the answers share a ring (`models/kv_cache.py`).  So a
+fixed set of programs serves every request.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from llamavid_jax.inference.generate import DecodeState
+from llamavid_jax.models.kv_cache import AXES, KeysValues, KVCache
+from llamavid_jax.models.llama_vid import LlamaVid
+from llamavid_jax.models.structure import Params, Structure
+from llamavid_jax.parallel.sharding import constrain
+
+
+def prompt_sizes(longest: int, chunk: int) -> list[int]:
+    """The lengths T that prompts of up to `longest` positions are kept in: `chunk`, four times that, ... and the last.
+
+    All are multiples of `chunk`.
+    """
+    last, sizes = -(-longest // chunk) * chunk, []
+    size = chunk
+    while size < last:
+        sizes.append(size)
+        size *= 4
+    return [*sizes, last]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def empty_prompts(structure: Structure, params: Params, rows: int, slots: int) -> KeysValues:
+    """Zeros `[L, rows, slots, K, H]`, of the kind that the model's cache is."""
+    model: LlamaVid = structure.model(params)
+    config = model.llama.config
+    zeros = jnp.zeros((rows, slots, config.num_key_value_heads, config.head_dim), model.llama.embed.dtype)
+
+    def stacked(x: jax.Array) -> jax.Array:
+        return constrain(jnp.zeros((config.num_hidden_layers, *x.shape), x.dtype), *AXES[: x.ndim + 1])
+
+    return jax.tree.map(stacked, KeysValues.of(zeros, zeros, model.llama.kv_cache))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def empty_batch(structure: Structure, params: Params, rows: int, slots: int, room: int) -> DecodeState:
+    """A batch without a row: prompts of `slots` positions, answers of `room`."""
+    prompt = empty_prompts(structure, params, rows, slots)
+    zeros = jnp.zeros(rows, jnp.int32)
+    cache = KVCache(prompt, prompt.room(room), jnp.int32(0), zeros)
+    return DecodeState(zeros, zeros, jnp.ones(rows, bool), cache, jax.random.split(jax.random.key(0), rows))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def join(
+    state: DecodeState,
+    slot: Int[Array, ""],
+    prompt: KeysValues,
+    token: Int[Array, " 1"],
+    key: Key[Array, " 1"],
+    length: Int[Array, ""],
+) -> DecodeState:
+    """Puts a row into `slot`: its prompt of `length` positions, its first token and its key."""
+
+    def put(whole: jax.Array, row: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(whole, row, (0, slot, *[0] * (whole.ndim - 2)))
+
+    cache = state.cache
+    return DecodeState(
+        state.token.at[slot].set(token[0]),
+        state.position.at[slot].set(length),
+        state.done.at[slot].set(False),
+        cache._replace(
+            prompt=jax.tree.map(put, cache.prompt, prompt),
+            written=cache.written % cache.answer.slots,
+            lengths=cache.lengths.at[slot].set(length),
+        ),
+        state.keys.at[slot].set(key[0]),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def resized(state: DecodeState, *, slots: int) -> DecodeState:
+    """The same with prompts of `slots` positions, which must hold those of all rows."""
+    prompt = state.cache.prompt
+    if slots < prompt.slots:
+        prompt = jax.tree.map(lambda x: x[:, :, :slots], prompt)
+    return state._replace(cache=state.cache._replace(prompt=prompt.grown(slots)))

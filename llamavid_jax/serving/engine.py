@@ -1,0 +1,292 @@
+"""Continuous batching: answers join and leave a decode batch that runs in a thread of its own.
+
+    submit ─▶ waiting ─ a free slot ─▶ prefilling, chunk by chunk ─ join ─▶ running, block by block ─▶ on_piece
+
+Between two blocks of decode steps at most PREFILL_POSITIONS of new prompts are run, in turn for all that are being
+prefilled: a long prompt delays neither the words of others nor the short prompts behind it.  A row's greedy ids are
+what they are alone, and with a seed so are those that are drawn.
+"""
+
+import collections
+import dataclasses
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamavid_jax.inference.generate import BLOCK_STEPS, SMALLEST_LENGTH, decode_block, extend
+from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
+from llamavid_jax.inference.request import Settings
+from llamavid_jax.inference.sampling import Sampling
+from llamavid_jax.inference.stopping import RowText
+from llamavid_jax.models.kv_cache import KeysValues
+from llamavid_jax.serving.batch import empty_batch, empty_prompts, join, prompt_sizes, resized
+from llamavid_jax.shapes import TEXT, Row, bucket, pad_rows
+
+CHUNKS = (128, 512)  # positions of a prompt that are run at a time
+PREFILL_POSITIONS = 1024  # between two blocks of decode steps
+HURRIED_STEPS = 4  # of a block while others wait: a slot that gets free is filled sooner
+PREFILLING = 4  # prompts at a time: each holds keys and values beside the batch's
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is new of an answer.  `finish` is None before its end, then "stop", "length" or "error"."""
+
+    text: str
+    tokens: int  # so far
+    finish: str | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One answer that is wanted.  `on_piece` is called in the engine's thread and must return at once.
+
+    Whoever no longer wants it sets `cancelled`: its slot is then free within a block.
+    """
+
+    row: Row
+    table: np.ndarray  # [N, D], which the row's visual_index points into
+    settings: Settings
+    on_piece: Callable[[Piece], None]
+    cancelled: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class _Running:
+    """A job with a slot: its prompt up to `start` while it is prefilled, its text after that."""
+
+    job: Job
+    slot: int
+    text: RowText
+    size: int  # of the prompt as the batch keeps it
+    prompt: KeysValues | None = None
+    token: jax.Array | None = None
+    start: int = 0
+    new: int = 0
+
+
+class Engine:
+    """The thread, its queue and its slots.  `max_new_tokens` bounds what a job may ask for."""
+
+    def __init__(self, model: LLaMAVIDLlavaForConditionalGeneration, slots: int = 8, max_new_tokens: int = 512):
+        self.model, self.slots, self.max_new_tokens = model, slots, max_new_tokens
+        self.sizes = prompt_sizes(model.config.text_config.max_length, CHUNKS[-1])
+        self.room = bucket(max_new_tokens + BLOCK_STEPS, SMALLEST_LENGTH)
+        self.blocks = self.steps = 0  # decoded so far; a step gives every running row a token
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._prefilling: collections.deque[_Running] = collections.deque()
+        self._running: dict[int, _Running] = {}
+        self._changed, self._stopping = threading.Condition(), False
+        self._state = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- for other threads
+
+    def start(self) -> float:
+        """Compiles every program that answers may need, or takes it from disk; returns the seconds that took."""
+        started = time.perf_counter()
+        with self.model.on_mesh():
+            self._warm()
+        self._thread.start()
+        return time.perf_counter() - started
+
+    def submit(self, job: Job) -> None:
+        """Queues a job, whose row must fit the model's positions; its answer ends with these at the latest."""
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Ends the thread after its block.  Jobs that are left get "error"."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many jobs wait for a slot, are being prefilled, and run."""
+        return {
+            "waiting": len(self._waiting),
+            "prefilling": len(self._prefilling),
+            "running": len(self._running),
+        }
+
+    # ---- the engine's thread
+
+    def _run(self) -> None:
+        with self.model.on_mesh():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping or self._waiting or self._prefilling or self._running)
+                    if self._stopping:
+                        break
+                try:
+                    self._drop_cancelled()
+                    self._prefill()
+                    self._decode()
+                except Exception:  # such as a device without memory: these answers are lost, the server is not
+                    traceback.print_exc(file=sys.stderr)
+                    self._lose()
+            self._lose()
+
+    def _lose(self) -> None:
+        """Ends all jobs that have begun, and begins with an empty batch; when the engine stops, all others too."""
+        with self._changed:
+            left = [one.job for one in (*self._running.values(), *self._prefilling)]
+            left += self._waiting if self._stopping else []
+            self._running.clear()
+            self._prefilling.clear()
+            self._state = None
+            if self._stopping:
+                self._waiting.clear()
+        for job in left:
+            job.on_piece(Piece("", 0, "error"))
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            self._waiting = collections.deque(job for job in self._waiting if not job.cancelled)
+            self._prefilling = collections.deque(one for one in self._prefilling if not one.job.cancelled)
+            self._running = {slot: one for slot, one in self._running.items() if not one.job.cancelled}
+
+    def _admit(self) -> None:
+        """Gives free slots to waiting jobs."""
+        taken = {one.slot for one in (*self._running.values(), *self._prefilling)}
+        free = [slot for slot in range(self.slots) if slot not in taken]
+        while free and self._waiting and len(self._prefilling) < PREFILLING:
+            with self._changed:
+                job = self._waiting.popleft()
+            size = next(size for size in self.sizes if len(job.row.token_ids) <= size)
+            text = RowText(self.model.tokenizer, job.settings.stop)
+            self._prefilling.append(_Running(job, free.pop(0), text, size))
+
+    def _prefill(self) -> None:
+        """Runs chunks of prompts, in turn; a row whose prompt is done joins the batch."""
+        left = PREFILL_POSITIONS
+        self._admit()
+        while self._prefilling and left > 0:
+            one = self._prefilling[0]
+            left -= self._chunk(one)
+            self._prefilling.rotate(-1)
+            if one.start >= len(one.job.row.token_ids):
+                self._prefilling.remove(one)
+            self._admit()
+
+    def _chunk(self, one: _Running) -> int:
+        """The next chunk of a prompt, after the last one the row joins; returns how many positions were run."""
+        row, length = one.job.row, len(one.job.row.token_ids)
+        if one.prompt is None:
+            one.prompt = empty_prompts(self.model.structure, self.model.params, 1, one.size)
+            one.token = jnp.zeros(1, jnp.int32)
+        size = next((size for size in CHUNKS if size >= length - one.start), CHUNKS[-1])
+        part = slice(one.start, one.start + size)
+        index = row.visual_index[part]
+        own = np.zeros((1, size, self.model.config.text_config.hidden_size), self.model.dtype)
+        own[0, : len(index)][index != TEXT] = one.job.table[index[index != TEXT]]
+        places = np.where(index == TEXT, TEXT, np.arange(len(index), dtype=np.int32))
+        columns = pad_rows([row.token_ids[part]], 1, size, 0), own, pad_rows([places], 1, size, TEXT)
+        one.token, keys, one.prompt = self._extend(one.token, one.prompt, columns, one.start, length, one.job.settings)
+        one.start += size
+        if one.start >= length:
+            self._fit([one.size, *(other.size for other in self._running.values())])
+            self._state = join(self._state, np.int32(one.slot), one.prompt, one.token, keys, np.int32(length))
+            one.prompt = None
+            self._running[one.slot] = one
+        return size
+
+    def _extend(self, token, prompt: KeysValues, columns, start: int, length: int, settings: Settings):
+        """Token, key and keys and values behind a chunk; `columns` are its ids, visual tokens and their places."""
+        arrays = np.int32(start), np.array([length], np.int32), np.uint32(settings.seed), _sampling([settings])
+        # a temperature of 0 is greedy all the same: one program for all
+        return extend(self.model.structure, self.model.params, token, prompt, *columns, *arrays, greedy=False)
+
+    def _fit(self, sizes: Sequence[int]) -> None:
+        """The batch with room for prompts of `sizes`, and no more."""
+        if self._state is None:
+            empty = self.model.structure, self.model.params, self.slots, max(sizes), self.room
+            self._state = empty_batch(*empty)
+        elif self._state.cache.prompt.slots != max(sizes):
+            self._state = resized(self._state, slots=max(sizes))
+
+    def _decode(self) -> None:
+        """A block of steps of all running rows, and their new text."""
+        if not self._running:
+            return
+        settings = [
+            self._running[slot].job.settings if slot in self._running else Settings() for slot in range(self.slots)
+        ]
+        done = np.array([slot not in self._running for slot in range(self.slots)])
+        eos = self.model.config.text_config.eos_token_id
+        steps = HURRIED_STEPS if self._waiting or self._prefilling else BLOCK_STEPS
+        self._state, tokens = decode_block(
+            self.model.structure,
+            self.model.params,
+            self._state._replace(done=done),
+            np.int32(steps),
+            np.int32(eos),
+            _sampling(settings),
+            greedy=all(one.temperature == 0 for one in settings),
+        )
+        self.blocks += 1
+        self.steps += steps
+        tokens = np.asarray(tokens)[:, :steps]
+        for slot, one in list(self._running.items()):
+            if not one.job.cancelled and self._tell(one, tokens[slot].tolist(), eos):
+                with self._changed:
+                    del self._running[slot]
+
+    def _tell(self, one: _Running, ids: list[int], eos: int) -> bool:
+        """Hands on the text of a block's ids; whether it was the answer's last."""
+        length, positions = len(one.job.row.token_ids), self.model.config.text_config.max_length
+        left = min(one.job.settings.max_new_tokens, positions - length) - one.new
+        ids = ids[:left]
+        ended = eos in ids
+        ids = ids[: ids.index(eos)] if ended else ids
+        one.new += len(ids)
+        text = one.text.push(ids)
+        finish = "stop" if ended or one.text.stopped else "length" if len(ids) == left else None
+        text += one.text.finish() if finish else ""
+        one.job.on_piece(Piece(text, len(one.text.ids), finish))
+        return finish is not None
+
+    def _warm(self) -> None:
+        """Runs every program once: each chunk behind each size of prompt, joins, resizes and blocks of each size."""
+        eos, width = np.int32(self.model.config.text_config.eos_token_id), self.model.config.text_config.hidden_size
+        weights, rows, state = (self.model.structure, self.model.params), {}, None
+        for size in self.sizes:
+            for chunk in CHUNKS:
+                ids = np.zeros((1, chunk), np.int32)
+                columns = ids, np.zeros((1, chunk, width), self.model.dtype), np.full_like(ids, TEXT)
+                prompt = empty_prompts(*weights, 1, size)
+                rows[size] = self._extend(jnp.zeros(1, jnp.int32), prompt, columns, 0, 1, Settings())
+        for size in self.sizes:
+            state = empty_batch(*weights, self.slots, size, self.room)
+            for other in self.sizes:
+                if other != size:
+                    resized(state, slots=other)
+                if other <= size:
+                    token, keys, prompt = rows[other]
+                    state = join(state, np.int32(0), prompt, token, keys, np.int32(1))
+            for greedy in (True, False):
+                sampling, done = _sampling([Settings()] * self.slots), np.ones(self.slots, bool)
+                state, _ = decode_block(*weights, state._replace(done=done), np.int32(0), eos, sampling, greedy=greedy)
+        jax.block_until_ready(state)
+
+
+def _sampling(settings: Sequence[Settings]) -> Sampling:
+    """Of each row, as arrays `[B]`."""
+    return Sampling(
+        np.array([one.temperature for one in settings], np.float32),
+        np.array([one.top_k for one in settings], np.int32),
+        np.array([one.top_p for one in settings], np.float32),
+    )

@@ -1,0 +1,142 @@
+"""OpenAI's chat protocol: a body -> what is asked; answers, pieces and errors as its objects."""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.inference.request import Settings
+from llamavid_jax.text.conversation import check_text
+from llamavid_jax.text.subtitles import Cue, parse_subtitles
+
+LARGEST_N = 16
+# of no meaning for the answer, or right at these values alone
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+AT_REST = {
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "parallel_tool_calls": (None, True, False),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+}
+OWN = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n"}
+OWN |= {"stream", "stream_options", "fps", "subtitles"}
+
+
+class ApiError(Exception):
+    """An error with a status of its own."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.headers = status, message, code, dict(headers or {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One request for `n` answers."""
+
+    messages: list[Any]
+    settings: Settings
+    n: int
+    stream: bool
+    include_usage: bool
+    fps: Any
+    subtitles: list[Cue] | None
+    room: int  # tokens that an answer must have room for: those asked for, or one
+
+    def settings_of(self, choice: int) -> Settings:
+        """Each answer has a seed of its own."""
+        return dataclasses.replace(self.settings, seed=(self.settings.seed + choice) % 2**32)
+
+
+def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
+    """Raises InputError for a field that is unknown or has a wrong value; an answer has up to `max_new_tokens`."""
+    for name, value in body.items():
+        if name in AT_REST and not any(value == rest and type(value) is type(rest) for rest in AT_REST[name]):
+            if value != 0 or 0 not in AT_REST[name]:
+                raise InputError(f"{name} is not done here; leave it out")
+        elif name not in OWN | IGNORED | AT_REST.keys():
+            raise InputError(f"{name[:100]!r} is no field of a request; use {', '.join(sorted(OWN))}")
+    given = {name: value for name, value in body.items() if value is not None}
+    messages = given.get("messages")
+    if not isinstance(messages, list):
+        raise InputError(f"messages is {str(messages)[:100]!r}; give a list of messages with 'role' and 'content'")
+    for message in messages:  # what newer clients call the system
+        if isinstance(message, dict) and message.get("role") == "developer":
+            message["role"] = "system"
+    if "max_tokens" in given and given.get("max_completion_tokens", given["max_tokens"]) != given["max_tokens"]:
+        raise InputError("max_tokens and max_completion_tokens differ; give one of them")
+    tokens = given.get("max_tokens", given.get("max_completion_tokens", max_new_tokens))
+    seed = given.get("seed", secrets.randbits(32))
+    names = {name: given[name] for name in ("temperature", "top_p", "top_k", "stop") if name in given}
+    settings = Settings(tokens, seed=seed % 2**32 if type(seed) is int else seed, **names)
+    if settings.max_new_tokens > max_new_tokens:
+        raise InputError(f"max_tokens is {tokens}; this server answers with up to {max_new_tokens}")
+    if len(settings.stop) > 16 or sum(map(len, settings.stop)) > 4096:
+        raise InputError("stop holds more than 16 texts, or more than 4096 characters; give fewer")
+    n, stream, options = given.get("n", 1), given.get("stream", False), given.get("stream_options", {})
+    if type(n) is not int or not 1 <= n <= LARGEST_N:
+        raise InputError(f"n is {n!r}; give a whole number from 1 to {LARGEST_N}")
+    if type(stream) is not bool:
+        raise InputError(f"stream is {stream!r}; give true or false")
+    if not isinstance(options, dict) or type(options.get("include_usage", False)) is not bool:
+        raise InputError(f"stream_options is {options!r}; give {{'include_usage': true}}")
+    cues = None
+    if "subtitles" in given:
+        check_text(given["subtitles"], "subtitles")
+        cues = parse_subtitles(given["subtitles"])
+        if not cues:
+            raise InputError(
+                "subtitles hold none, such as 00:01,000 --> 00:02,500; give the text of a .srt or .vtt file"
+            )
+    include_usage = options.get("include_usage", False)
+    room = tokens if {"max_tokens", "max_completion_tokens"} & given.keys() else 1
+    return Asked(messages, settings, n, stream, include_usage, given.get("fps", 1.0), cues, room)
+
+
+class Reply:
+    """The objects of one reply: they share an id, a time and the model's name."""
+
+    def __init__(self, model: str):
+        self.common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, choices: list[tuple[str, str]], usage: dict[str, Any]) -> dict[str, Any]:
+        """`choices` are texts and why they ended."""
+        made = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "finish_reason": finish,
+                "logprobs": None,
+            }
+            for index, (text, finish) in enumerate(choices)
+        ]
+        return {**self.common, "object": "chat.completion", "choices": made, "usage": usage}
+
+    def chunk(self, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        """A piece of an answer."""
+        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}
+        return {**self.common, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The last chunk, if it is asked for."""
+        return {**self.common, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+
+
+def usage(prompt: int, answers: int) -> dict[str, Any]:
+    """Counts of tokens."""
+    return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
+
+
+def error_object(message: str, status: int, code: str | None = None) -> dict[str, Any]:
+    """What clients raise as an exception."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -1,0 +1,52 @@
+"""What a request's part names -> a local file: a data: or http(s) URL, an uploaded file, a path below --media-root."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llamavid_jax.errors import printable
+from llamavid_jax.media.source import MediaError, fetch, local_file
+from llamavid_jax.serving.uploads import Uploads
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What may be read: URLs of up to `max_bytes` within `timeout` seconds; if `allow_private`, of any network."""
+
+    uploads: Uploads
+    media_root: Path | None = None
+    allow_private: bool = False
+    max_bytes: int = 1 << 30
+    timeout: float = 120.0
+
+    @contextlib.contextmanager
+    def open(self, source: Any) -> Iterator[Path]:
+        """Raises MediaError, which names the source and no path of the server."""
+        if not isinstance(source, str):
+            raise MediaError(f"a part names a {type(source).__name__}; give a URL or the id of an uploaded file")
+        if re.match(r"data:|[a-zA-Z][a-zA-Z0-9+.-]*:", source):
+            with fetch(source, self.max_bytes, self.timeout, public=not self.allow_private) as path:
+                yield path
+            return
+        path = self.uploads.path(source) if source.startswith("file-") else self._below_root(source)
+        try:
+            yield local_file(path)
+        except MediaError as error:
+            raise MediaError(str(error).replace(printable(path), source)) from None
+
+    def _below_root(self, source: str) -> Path:
+        if self.media_root is None:
+            raise MediaError(
+                f"{source[:200]} is a path, and this server reads none of its own; upload the file to /v1/files"
+            )
+        root = self.media_root.resolve()
+        try:
+            path = (root / source).resolve()
+        except (OSError, ValueError, RuntimeError):  # a NUL, a loop of links
+            path = root.parent
+        if not path.is_relative_to(root):
+            raise MediaError(f"{source[:200]} is not below the folder of this server's media; upload it to /v1/files")
+        return path

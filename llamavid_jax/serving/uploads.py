@@ -1,0 +1,103 @@
+"""Uploaded files on disk: `file-SHA256` beside `file-SHA256.json`, what OpenAI's protocol calls a file object.
+
+The name is the content's: a film that is uploaded twice is kept once, and an upload is whole or not there.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llamavid_jax.errors import InputError, printable
+from llamavid_jax.files import read_object, write_files
+
+STALE = 3600  # seconds without a byte
+FORM = re.compile(r"file-[0-9a-f]{64}")
+
+
+class NoFileError(InputError):
+    """A file id that stands for nothing."""
+
+
+class FullError(InputError):
+    """No room for another upload."""
+
+
+class Uploads:
+    """Those in `folder`, `max_bytes` in all."""
+
+    def __init__(self, folder: str | Path, max_bytes: int):
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self._lock = threading.Lock()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for left in self.folder.glob("upload-*"):  # of a server that was killed; another's may still be coming
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written to ({error.strerror}); give another --uploads") from None
+
+    def add(self, blocks: Iterable[bytes], name: str, purpose: str) -> dict[str, Any]:
+        """Writes a file; returns its object.  FullError where it does not fit."""
+        room = self.max_bytes - sum(one["bytes"] for one in self.all())
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="upload-", delete=False) as file:
+            try:
+                digest, size = hashlib.sha256(), 0
+                for block in blocks:
+                    digest.update(block)
+                    size += len(block)
+                    if size > room:
+                        raise FullError(
+                            f"uploads have room for {room} more of {self.max_bytes} bytes; delete some, or start the "
+                            "server with a larger --max-uploads"
+                        )
+                    file.write(block)
+                if not size:
+                    raise InputError(f"{name} is empty (0 bytes); upload it again")
+                file.flush()
+                os.fsync(file.fileno())
+                key = f"file-{digest.hexdigest()}"
+                about = {"id": key, "object": "file", "bytes": size, "created_at": int(time.time())}
+                about |= {"filename": printable(name)[:200], "purpose": printable(purpose)[:40], "status": "processed"}
+                with self._lock:
+                    os.replace(file.name, self.folder / key)
+                    write_files(self.folder, {f"{key}.json": json.dumps(about).encode()})
+            except OSError as error:
+                Path(file.name).unlink(missing_ok=True)
+                raise FullError(f"{name} cannot be written ({error.strerror}); make room on the server") from None
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+        return about
+
+    def all(self) -> list[dict[str, Any]]:
+        """The newest first."""
+        with self._lock:
+            found = [read_object(path) for path in self.folder.glob("file-*.json")]
+        return sorted(found, key=lambda one: one["created_at"], reverse=True)
+
+    def find(self, key: str) -> dict[str, Any]:
+        """NoFileError where there is none."""
+        try:
+            if FORM.fullmatch(key):
+                return read_object(self.folder / f"{key}.json")
+        except OSError:
+            pass
+        raise NoFileError(f"there is no file {key[:100]!r}; upload it to /v1/files, and give the id that it answers")
+
+    def path(self, key: str) -> Path:
+        """Of a file's content."""
+        return self.folder / self.find(key)["id"]
+
+    def delete(self, key: str) -> None:
+        """Answers that are reading it go on."""
+        self.find(key)
+        with self._lock:
+            (self.folder / f"{key}.json").unlink(missing_ok=True)
+            (self.folder / key).unlink(missing_ok=True)
