@@ -11,6 +11,7 @@ number, and so does this.
 Deviations: tags, such as those for italics, are deleted, and so is `<image>`, which would take a frame's place.
 """
 
+import codecs
 import html
 import re
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from llamavid_jax.text.conversation import IMAGE, ConversationError
 
 CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}[.,]\d{1,3})"
 TIMING = re.compile(rf"\s*{CLOCK}\s*-->\s*{CLOCK}(?:\s|$)")
+MEANT = re.compile(r"[\s\d:.,-]*\d[\s\d:.,-]*-->[\s-]*\d")  # for times: else they would be read as words
 SRT_TAG = re.compile(r"</?(?:i|b|u|s|font)\b[^<>]*>|\{\\[^{}]*\}", re.IGNORECASE)
 VTT_TAG = re.compile(r"<[^<>]*>")
 MAX_BYTES = 16 * 2**20  # a film's are 100 kB
@@ -41,23 +43,30 @@ def read_subtitles(path: str | Path) -> list[Cue]:
             raise OSError("no regular file")
         with file.open("rb") as opened:
             content = opened.read(MAX_BYTES + 1)
-        text = content.decode("utf-8-sig")
+        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        cues = parse_subtitles(content.decode(encoding) if len(content) <= MAX_BYTES else "")
     except UnicodeDecodeError as error:
-        remedy = "save it as UTF-8, such as with: iconv -f latin1 -t utf-8"
-        raise ConversationError(f"{path} is not UTF-8 (byte {error.start}); {remedy}") from None
+        remedy = "copy it again" if encoding == "utf-16" else "save it as UTF-8, such as with: iconv -f latin1 -t utf-8"
+        raise ConversationError(f"{path} is not {error.encoding.upper()} (byte {error.start}); {remedy}") from None
+    except ConversationError as error:
+        raise ConversationError(f"{path}, {error}") from None
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, no home
         raise ConversationError(f"{str(path)!r} cannot be read ({error}); check its name and permissions") from None
-    cues = [] if len(content) > MAX_BYTES else parse_subtitles(text)
     if not cues:
         raise ConversationError(f"{path} holds no subtitles, such as 00:01,000 --> 00:02,500; give a .srt or .vtt file")
     return cues
 
 
 def parse_subtitles(text: str) -> list[Cue]:
-    """A .vtt's text begins with WEBVTT, and its cues end at a blank line; those of a .srt at the next one's times."""
+    """A .vtt's text begins with WEBVTT, and its cues end at a blank line; those of a .srt at the next one's times.
+
+    Raises ConversationError for a line of times that are written in another way.
+    """
     is_vtt, cues, end, lines = text.startswith("WEBVTT"), [], None, []
-    for line in [*text.splitlines(), "0:00.0 --> 0:00.0"]:
+    for number, line in enumerate([*text.splitlines(), "0:00.0 --> 0:00.0"], 1):
         timing = TIMING.match(line)
+        if not timing and MEANT.match(line):
+            raise ConversationError(f"line {number} is {line[:60]!r}; write times as 00:00:01,000 --> 00:00:02,500")
         words = html.unescape(VTT_TAG.sub("", line)) if is_vtt else SRT_TAG.sub("", line)
         words = words.replace(IMAGE, " ").replace("...", "").strip()
         if timing or (is_vtt and not line.strip()):
