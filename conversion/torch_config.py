@@ -41,12 +41,22 @@ def _vision_values(vision: LLaMAVIDLlavaVisionConfig) -> dict[str, Any]:
         "patch_size": vision.patch_size,
         "layer_norm_eps": vision.layer_norm_eps,
         "hidden_act": vision.hidden_act,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
         **kind,
     }
 
 
 def _part_values(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
-    """The sizes of the tower and the text decoder, which the original keeps in code."""
+    """The sizes of the tower and the text decoder, which the original keeps in code.
+
+    Raises CheckpointError for frames of one kind of token, which PyTorch's classes do not have.
+    """
+    if config.frame_tokens != "both":
+        raise CheckpointError(
+            f"frame_tokens is {config.frame_tokens!r}, but both PyTorch layouts have 'both' alone; such a model stays "
+            "in this form"
+        )
     vision, qformer = config.vision_tower_config, config.qformer_config
     layers = "" if qformer.num_hidden_layers == BERT_LAYERS else f"_layer:{qformer.num_hidden_layers}"
     return {
@@ -74,7 +84,7 @@ def _part_values(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
 
 
 def original_config(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
-    """The original's form: LLaMA's fields flat, LLaMA-VID's beside them."""
+    """The original's form: LLaMA's fields flat, LLaMA-VID's beside them.  Raises CheckpointError as `_part_values`."""
     vision = config.vision_tower_config
     is_clip, size = vision.kind == "clip", vision.image_size
     clip, layer = f"./model_zoo/OpenAI/clip-vit-large-patch14{'-336' * (size == 336)}", vision.feature_layer
@@ -105,6 +115,7 @@ def documented_config(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
         ("vision_tower_config.kind", vision.kind, "eva"),
         ("qformer_config.encoder_hidden_size", config.memory_width, config.tower_width),
         ("mm_use_im_start_end", config.mm_use_im_start_end, False),
+        ("mm_use_im_patch_token", config.mm_use_im_patch_token, False),
     ):
         if value != known:
             raise CheckpointError(

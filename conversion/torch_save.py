@@ -87,8 +87,8 @@ def _storage(stream: BinaryIO, info: zipfile.ZipInfo, file: Path) -> Storage:
         raise CheckpointError(
             f"{file} was compressed or encrypted after saving ({info.filename}); unpack it and save it with torch"
         )
-    stream.seek(info.header_offset)
-    header = stream.read(30)
+    stream.seek(max(info.header_offset, 0))
+    header = stream.read(30) if info.header_offset >= 0 else b""  # a damaged directory may say less
     lengths = struct.unpack("<HH", header[26:]) if len(header) == 30 and header.startswith(LOCAL_HEADER) else None
     begin = info.header_offset + 30 + sum(lengths or ())
     if lengths is None or info.file_size != info.compress_size or begin + info.file_size > os.path.getsize(file):

@@ -37,6 +37,7 @@ from llamavid_jax.weights.files import EMPTY, Weight, to_jax, weight_table
 from llamavid_jax.weights.llama import QUANTISED
 
 from . import folder
+from .model_card import write_card
 from .orbax_store import LayerWriter
 from .read_gguf import write_tokenizer
 from .read_torch import checkpoint_files
@@ -263,8 +264,12 @@ def convert(
             write_tokenizer(source, partial)
         notes = folder.copy_tokenizers(home, tokenizer, bert_tokenizer, partial, config)
         LLaMAVIDLlavaImageProcessor.of(config).save_pretrained(partial)
-        written = write_weights(found, leaf_dtypes(found, dtype), partial / "weights", init_missing, quantize, console)
+        dtypes = leaf_dtypes(found, dtype)
+        written = write_weights(found, dtypes, partial / "weights", init_missing, quantize, console)
         (config.quantized(quantize) if quantize else config).save_pretrained(partial)
+        parameters = sum(map(math.prod, found.shapes.values()))
+        stored = quantize or ", ".join(sorted({str(kind) for kind in dtypes.values()}))
+        write_card(partial, out.absolute().name, source.absolute().name, config, parameters, stored)
         notes += [f"{digest}  {file.name}" for file, digest in (sums or sha256_sums(files)).items()]
     _report(console, found, out, written, time.monotonic() - began, notes)
     return found

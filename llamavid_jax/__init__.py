@@ -1,8 +1,15 @@
-"""LLaMA-VID in JAX and Flax NNX.  The public classes load on first use, so that importing the package costs nothing."""
+"""LLaMA-VID in JAX and Flax NNX.  The public classes load on first use, so that importing the package costs nothing.
+
+model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(FOLDER)
+session = Session(model, LLaMAVIDLlavaImageProcessor.from_pretrained(FOLDER), videos=["walk.mp4"])
+print(session.ask("What happens?").text)
+"""
 
 import gc
 import importlib
 from typing import Any
+
+from llamavid_jax import auto
 
 _HOMES = {
     "LLaMAVIDLlavaConfig": "config.schema",
@@ -31,3 +38,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *_HOMES]
+
+
+auto.install()

@@ -8,24 +8,23 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors.torch
 import torch
 from paths import GOLDEN
 from rich.console import Console
 
-from conversion import torch_to_jax
+from conversion import jax_to_torch, torch_to_jax
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.weights.files import to_torch, weight_table
 
 ORIGINAL = GOLDEN / "short_video_mean"
 CONFIG = LLaMAVIDLlavaConfig.from_pretrained(ORIGINAL)
+COMPUTED = ("inv_freq", "position_ids")  # buffers, which no converted checkpoint holds
 
 
 @functools.cache
 def state_dict() -> dict[str, torch.Tensor]:
-    found = {}
-    for shard in sorted(ORIGINAL.glob("*.bin")):
-        found |= torch.load(shard, weights_only=True)
-    return found
+    return tensors(ORIGINAL)
 
 
 def save_folder(folder: Path, values: dict[str, torch.Tensor], config_values: dict) -> Path:
@@ -41,6 +40,30 @@ def convert(source: Path, out: Path, **options) -> str:
     console = Console(file=io.StringIO(), width=200)
     torch_to_jax.convert(source, out, console=console, **options)
     return console.file.getvalue()
+
+
+def back(source, out, layout, **options) -> dict[str, torch.Tensor]:
+    """Writes `out` and reads it with the libraries that users have."""
+    jax_to_torch.convert(source, out, layout=layout, **options)
+    return tensors(out)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".bin":
+            found |= torch.load(file, weights_only=True)
+        elif file.suffix == ".safetensors":
+            found |= safetensors.torch.load_file(file)
+    return found
+
+
+def assert_bit_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    expected = {name: value for name, value in expected.items() if not name.endswith(COMPUTED)}
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert torch.equal(actual[name].view(torch.uint8), value.contiguous().view(torch.uint8)), name
 
 
 def restore(out: Path) -> dict[str, np.ndarray]:

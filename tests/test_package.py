@@ -30,6 +30,16 @@ def test_import_is_light():
     assert "jax" in after and not {"torch", "av", "transformers", "tensorflow"} & after
 
 
+@pytest.mark.parametrize("first", ["llamavid_jax", "transformers"])
+def test_transformers_finds_the_classes(first):
+    """Whichever is imported first."""
+    code = f"import {first}, sys; import llamavid_jax; from transformers import AutoConfig, AutoProcessor; "
+    code += "print(*[type(kind.from_pretrained(sys.argv[1])).__name__ for kind in (AutoConfig, AutoProcessor)])"
+    command = [sys.executable, "-c", code, str(ROOT / "demo" / "model")]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["LLaMAVIDLlavaConfig", "LLaMAVIDLlavaProcessor"]
+
+
 def test_unknown_names_are_refused():
     import llamavid_jax
 
@@ -65,6 +75,7 @@ BELOW = {
     "checkpoints": GROUND | {"config", "text", "weights", "parallel", "models"},
     "data": GROUND | {"config", "media", "text"},
 }
+BELOW["auto"] = set()  # it imports the public classes when they are asked for
 BELOW["inference"] = set(BELOW) - {"data"}
 BELOW["training"] = set(BELOW) - {"inference"}
 BELOW["precompile"] = set(BELOW)

@@ -1,9 +1,9 @@
 """An independent LLaMA-VID in torch, our model with the same weights, and how far the two are apart.
 
-The vision tower, the Q-Former and the decoder are transformers' InstructBLIP and LLaMA; between them stands the
-original's arithmetic, written here in torch.  `state_dict()` has the documented checkpoint's names, so that the
-conversion tables fill our model.  The parity tests hold the errors below BAR; `test_parity_has_teeth.py` puts bugs in
-and wants them above.
+The vision tower, the text decoder and the language model are transformers' InstructBLIP, CLIP, BERT and LLaMA; between
+them stands the original's arithmetic, written here in torch.  `state_dict()` has the documented checkpoint's names, so
+that the conversion tables fill our model.  The parity tests hold the errors below BAR; `test_parity_has_teeth.py` puts
+bugs in and wants them above.
 """
 
 import dataclasses
@@ -53,6 +53,17 @@ CONFIG = LLaMAVIDLlavaConfig(
     ),
     num_query=8,
 )
+CLIP_TOWER = dataclasses.replace(
+    CONFIG.vision_tower_config, kind="clip", hidden_act="quick_gelu", layer_norm_eps=1e-5, feature_layer=-2
+)
+CLIP = dataclasses.replace(  # its Q-Former reads another width than the tower's
+    CONFIG,
+    vision_tower_config=CLIP_TOWER,
+    qformer_config=dataclasses.replace(CONFIG.qformer_config, encoder_hidden_size=64),
+)
+BERT = dataclasses.replace(
+    CONFIG, bert_type="raw_bert", qformer_config=dataclasses.replace(CONFIG.qformer_config, cross_attention_frequency=1)
+)
 
 
 class TorchLlamaVid(torch.nn.Module):
@@ -62,25 +73,16 @@ class TorchLlamaVid(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         vision, qformer, text = config.vision_tower_config, config.qformer_config, config.text_config
-        self.vision_tower = transformers.InstructBlipVisionModel(
-            transformers.InstructBlipVisionConfig(**dataclasses.asdict(vision), attn_implementation="eager")
-        )
-        sizes = dataclasses.asdict(qformer)
-        dropout = sizes.pop("dropout")
-        self.qformer = transformers.InstructBlipQFormerModel(
-            transformers.InstructBlipQFormerConfig(
-                **sizes | {"encoder_hidden_size": vision.hidden_size},
-                hidden_dropout_prob=dropout,
-                attention_probs_dropout_prob=dropout,
-                attn_implementation="eager",
-            )
-        )
+        self.vision_tower = clip(config) if vision.kind == "clip" else eva(config)
+        self.qformer = bert(config) if config.bert_type == "raw_bert" else qformer_of(config)
         sizes = dataclasses.asdict(text)
         rope = {"rope_theta": sizes.pop("rope_theta"), "rope_type": "linear", "factor": sizes.pop("rope_factor")}
         self.language_model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(**sizes, rope_parameters=rope, attn_implementation="eager")
         )
         self.query_tokens = torch.nn.Parameter(torch.zeros(1, config.num_query, qformer.hidden_size))
+        if config.projects_memory:
+            self.vlm_att_bert_proj = torch.nn.Linear(vision.hidden_size, config.memory_width)
         self.vlm_att_projector = torch.nn.Linear(qformer.hidden_size, vision.hidden_size)
         self.vlm_att_key_projector = torch.nn.Linear(vision.hidden_size, vision.hidden_size)
         self.vlm_att_val_projector = torch.nn.Linear(vision.hidden_size, text.hidden_size)
@@ -98,13 +100,23 @@ class TorchLlamaVid(torch.nn.Module):
                 weight[vision.hidden_size : 2 * vision.hidden_size] = 0
 
     def vision_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """States after the last block: the tower's own norm behind it is InstructBLIP's, not EVA's."""
-        return self.vision_tower.encoder(inputs_embeds=self.vision_tower.embeddings(pixels)).last_hidden_state
+        """States after EVA's last block (the tower's own norm behind it is InstructBLIP's), or CLIP's of one layer."""
+        vision = self.config.vision_tower_config
+        if vision.kind == "eva":
+            return self.vision_tower.encoder(inputs_embeds=self.vision_tower.embeddings(pixels)).last_hidden_state
+        states = self.vision_tower["vision_model"](pixels, output_hidden_states=True).hidden_states
+        return states[vision.feature_layer][:, vision.select_feature == "patch" :]
 
-    def queries(self, features: torch.Tensor, text_ids: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-        norm = self.vision_tower.post_layernorm  # where the documented layout keeps `vlm_att_ln`
-        memory = functional.layer_norm(features, features.shape[-1:], norm.weight, norm.bias, MEMORY_EPS)
-        queries = self.query_tokens.expand(len(features), -1, -1)
+    def queries(self, memory: torch.Tensor, text_ids: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        """The states that ask: of the Q-Former's queries, or of all of BERT's text."""
+        if self.config.bert_type == "raw_bert":
+            return self.qformer(
+                input_ids=text_ids, attention_mask=text_mask.long(), encoder_hidden_states=memory, use_cache=False
+            ).last_hidden_state
+        if self.config.bert_type == "qformer_pretrain":
+            norm = self.vision_tower.post_layernorm  # where the documented layout keeps `vlm_att_ln`
+            memory = functional.layer_norm(memory, memory.shape[-1:], norm.weight, norm.bias, MEMORY_EPS)
+        queries = self.query_tokens.expand(len(memory), -1, -1)
         return self.qformer(
             input_ids=text_ids,
             attention_mask=torch.cat([torch.ones(queries.shape[:2], dtype=torch.long), text_mask.long()], 1),
@@ -117,11 +129,11 @@ class TorchLlamaVid(torch.nn.Module):
         seen = torch.softmax(query @ key.transpose(1, 2) / key.shape[-1] ** 0.5, dim=-1) @ patches
         context = self.vlm_att_val_projector(seen.mean(1, keepdim=True))
         kind, _, number = self.config.compress_type.partition(":")
-        side = self.config.vision_tower_config.side
-        square = patches.transpose(1, 2).unflatten(-1, (side, side))
+        content = patches.mean(1, keepdim=True) if kind == "mean" else patches
         if kind == "grid":
-            square = functional.avg_pool2d(square, side // int(number))
-        content = patches.mean(1, keepdim=True) if kind == "mean" else square.flatten(2).transpose(1, 2)
+            side = self.config.vision_tower_config.side
+            square = patches.transpose(1, 2).unflatten(-1, (side, side))
+            content = functional.avg_pool2d(square, side // int(number)).flatten(2).transpose(1, 2)
         for index, linear in enumerate(self.multi_modal_projector.values()):
             content = linear(functional.gelu(content) if index else content)
         return torch.cat([context, content], 1)
@@ -129,11 +141,43 @@ class TorchLlamaVid(torch.nn.Module):
     def frame_tokens(
         self, features: torch.Tensor, text_ids: torch.Tensor, text_mask: torch.Tensor, has_cls: bool
     ) -> torch.Tensor:
-        queries = self.queries(features, text_ids, text_mask)
-        return self.visual_tokens(features[:, 1:] if has_cls else features, queries)
+        keeps_cls = self.config.vision_tower_config.select_feature == "cls_patch"
+        patches = features[:, 1:] if has_cls and not keeps_cls else features
+        memory = patches if self.config.bert_type == "raw_bert" else features
+        memory = self.vlm_att_bert_proj(memory) if self.config.projects_memory else memory
+        return self.visual_tokens(patches, self.queries(memory, text_ids, text_mask))
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.language_model(input_ids=token_ids).logits
+
+
+def eva(config: LLaMAVIDLlavaConfig) -> torch.nn.Module:
+    sizes = dataclasses.asdict(config.vision_tower_config)
+    return transformers.InstructBlipVisionModel(
+        transformers.InstructBlipVisionConfig(**sizes, attn_implementation="eager")
+    )
+
+
+def clip(config: LLaMAVIDLlavaConfig) -> torch.nn.ModuleDict:
+    """CLIP, and beside it the norm of what the Q-Former reads."""
+    sizes = dataclasses.asdict(config.vision_tower_config)
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, attn_implementation="eager"))
+    return torch.nn.ModuleDict({"vision_model": tower, "post_layernorm": torch.nn.LayerNorm(config.memory_width)})
+
+
+def text_sizes(config: LLaMAVIDLlavaConfig) -> dict:
+    sizes = dataclasses.asdict(config.qformer_config) | {"encoder_hidden_size": config.memory_width}
+    return sizes | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
+
+
+def qformer_of(config: LLaMAVIDLlavaConfig) -> torch.nn.Module:
+    return transformers.InstructBlipQFormerModel(transformers.InstructBlipQFormerConfig(**text_sizes(config)))
+
+
+def bert(config: LLaMAVIDLlavaConfig) -> torch.nn.Module:
+    """BERT as a decoder, with cross-attention in every layer."""
+    sizes = text_sizes(config) | {"is_decoder": True, "add_cross_attention": True}
+    return transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
 
 
 @functools.cache
@@ -144,12 +188,24 @@ def reference(config: LLaMAVIDLlavaConfig, scale: float) -> TorchLlamaVid:
 @functools.cache
 def parameters(config: LLaMAVIDLlavaConfig, scale: float) -> dict:
     """The reference's weights as ours, by path."""
-    state, shapes = reference(config, scale).state_dict(), inventory.shapes(config)
+    return parameters_of(reference(config, scale), config)
+
+
+def parameters_of(model: TorchLlamaVid, config: LLaMAVIDLlavaConfig) -> dict:
+    """What `config` needs of a reference's weights, which may be more."""
+    state, shapes = {documented(name): value for name, value in model.state_dict().items()}, inventory.shapes(config)
     flat = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
     for weight in weight_table(config, "documented"):
         value = to_jax(state[weight.name].numpy(), weight)
         flat[weight.path][... if weight.index is None else weight.index] = value
     return flat
+
+
+def documented(name: str) -> str:
+    """BERT's names as InstructBLIP's Q-Former has them."""
+    return name.replace("attention.self.", "attention.attention.").replace(
+        "embeddings.LayerNorm", "embeddings.layernorm"
+    )
 
 
 @functools.cache
@@ -169,10 +225,10 @@ def relative_error(got, wanted) -> float:
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)) if got.shape == wanted.shape else np.inf
 
 
-def features_of(config: LLaMAVIDLlavaConfig, scale: float, has_cls: bool = True) -> np.ndarray:
+def features_of(config: LLaMAVIDLlavaConfig, scale: float, has_cls: bool = True, width: int = 0) -> np.ndarray:
     """Two frames' random features, as small as the weights, so that the memory norm's epsilon counts."""
     vision = config.vision_tower_config
-    shape = (2, vision.num_patches + has_cls, vision.hidden_size)
+    shape = (2, vision.num_patches + has_cls, width or vision.hidden_size)
     return (scale * np.random.default_rng(1).normal(size=shape)).astype(np.float32)
 
 
@@ -194,13 +250,14 @@ def vision_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG) -> float:
 
 
 def qformer_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG) -> float:
-    arrays = (features_of(config, scale), *questions(config))
+    """The text decoder alone, on memory of its own width."""
+    arrays = (features_of(config, scale, width=config.memory_width), *questions(config))
     got = jax.vmap(ours(config, scale).qformer)(*arrays)
     return relative_error(got, reference(config, scale).queries(*map(torch.tensor, arrays)))
 
 
 def frame_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG, has_cls: bool = True) -> float:
-    """Q-Former and token generator together, from features to visual tokens."""
+    """Text decoder and token generator together, from features to visual tokens."""
     arrays = (features_of(config, scale, has_cls), *questions(config))
     got = jax.jit(functools.partial(ours(config, scale).frames_tokens, has_cls=has_cls))(*map(jnp.asarray, arrays))
     return relative_error(got, reference(config, scale).frame_tokens(*map(torch.tensor, arrays), has_cls))

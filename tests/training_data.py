@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,26 @@ def run(arguments: list[str], env: dict[str, str], code: int = 0) -> str:
 
 def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
     return subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+TOGETHER = """
+import sys
+import jax
+port, process, *arguments = sys.argv[1:]
+process = int(process)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+"""
+
+
+def two_processes(code: str, *arguments: str) -> list[str]:
+    """What two processes of four devices, which know of each other, print; `code` sees `process` and `arguments`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = [
+        start([sys.executable, "-c", TOGETHER + code, port, process, *arguments], environment(4)) for process in "01"
+    ]
+    return [process.communicate(timeout=1200)[0] for process in both]
 
 
 def losses(output: Path) -> list[float]:

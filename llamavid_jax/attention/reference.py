@@ -90,6 +90,26 @@ def cached_attention(
     return out.reshape(q.shape).astype(q.dtype)
 
 
+def attention_to_prompt(
+    q: Float[Array, "B A N H"],
+    prompt: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
+    own: tuple[Float[Array, "B A K H"], Float[Array, "B A K H"]],
+    visible: Bool[Array, "B S"],
+) -> tuple[Float[Array, "B A N H"], Float[Array, "B A S"]]:
+    """Attention of the A positions behind a prompt, and how much of it falls on each of the prompt's, mean over heads.
+
+    They see the prompt's keys and values where `visible`, and their `own` causally.
+    """
+    batch, length = q.shape[:2]
+    causal = jnp.broadcast_to(_causal(0, length, length, None), (batch, length, length))
+    mask = jnp.concatenate([jnp.broadcast_to(visible[:, None], (batch, length, visible.shape[1])), causal], axis=-1)
+    scores = jnp.concatenate([_scores(q, prompt[0]), _scores(q, own[0])], axis=-1)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    parts = zip(jnp.split(weights, [visible.shape[1]], axis=-1), (prompt[1], own[1]), strict=True)
+    out = sum(jnp.einsum("bkgts,bskh->btkgh", part.astype(v.dtype), v) for part, v in parts)
+    return out.reshape(q.shape).astype(q.dtype), weights[..., : visible.shape[1]].mean((1, 2))
+
+
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """`[*B, K, N/K, T, S]` in float32, before the softmax."""
     *batch, length, heads, size = q.shape

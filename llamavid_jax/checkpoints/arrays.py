@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from llamavid_jax.errors import CheckpointError
+from llamavid_jax.parallel.processes import on_any
 
 CHUNK_BYTES = 32 << 20  # a chunk is read and checked as one
 AT_ONCE = 8  # arrays that are being written, of which the host holds a copy
@@ -45,7 +46,7 @@ class Arrays(Mapping):
             else:
                 keys = [f"{file.parent.name}/{file.name}" for name in DRIVERS for file in folder.glob(f"*/{name}")]
         except (ValueError, OSError) as error:
-            raise self._damaged(error) from None
+            raise self._damaged(error) from error
         parts = (key.rpartition("/") for key in keys)
         self._drivers = {path: DRIVERS[name] for path, _, name in parts if name in DRIVERS}
         if not self._drivers:
@@ -62,7 +63,7 @@ class Arrays(Mapping):
             try:
                 self._opened[path] = open_store(self._place(path), self._drivers[path]).result()
             except ValueError as error:
-                raise self._damaged(error) from None
+                raise self._damaged(error) from error
         return self._opened[path]
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
@@ -87,7 +88,7 @@ class Arrays(Mapping):
         try:
             return read.result()
         except ValueError as error:
-            raise self._damaged(error) from None
+            raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> CheckpointError:
         return CheckpointError(f"{self.folder} is damaged ({first_line(error)}); {self.remedy}")
@@ -99,10 +100,6 @@ def write_arrays(folder: Path, arrays: Mapping[str, Any], chunks: Mapping[str, t
     Of a `jax.ShapeDtypeStruct` only the place is made.  No two processes may hold parts of one chunk.
     Raises CheckpointError where they cannot be written.
     """
-    if jax.process_count() > 1:  # Orbax's own format, without sums: the handler below waits for processes that are done
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder.absolute(), nest(arrays), force=True)
-        return
     handler = _SummedArrayHandler(chunks)
     kinds = ((kind, handler) for kind in (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
     registry = ocp.type_handlers.create_type_handler_registry(*kinds)
@@ -128,14 +125,19 @@ class _SummedArrayHandler(ocp.type_handlers.ArrayHandler):
         self.chunks = chunks
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list:
-        at_once = asyncio.Semaphore(AT_ONCE)
+        at_once, problem = asyncio.Semaphore(AT_ONCE), None
 
         async def write(value: Any, info: Any) -> None:
             async with at_once:
                 await info.await_path_creation()
                 await self._write(value, info)
 
-        await _all(map(write, values, infos))
+        try:
+            await _all(map(write, values, infos))
+        except Exception as error:  # whatever it is, the others are told
+            problem = error
+        if on_any(problem):
+            raise problem or OSError("another process cannot write its part")
         return []  # nothing is left for the background
 
     async def _write(self, value: Any, info: Any) -> None:
@@ -170,8 +172,7 @@ def file_store(folder: Any) -> dict[str, Any]:
 def open_store(place: Mapping[str, Any], driver: str, **options: Any) -> tensorstore.Future:
     """One array.  Zeros are written as all else, so that a chunk that is missing is an error."""
     zeros = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
-    spec = {"driver": driver, "kvstore": place, **zeros} | options
-    return tensorstore.open(spec, open="create" not in options)
+    return tensorstore.open({"driver": driver, "kvstore": place, "open": "create" not in options, **zeros} | options)
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:

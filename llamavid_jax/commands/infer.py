@@ -26,12 +26,13 @@ from rich.text import Text
 from llamavid_jax.commands import program
 from llamavid_jax.data.records import count_frames
 from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
+from llamavid_jax.inference.film_text import film_subtitles
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import local_file
 from llamavid_jax.text.conversation import TEMPLATES
-from llamavid_jax.text.subtitles import read_subtitles
 
+MOST_EVIDENCE = 10  # frames in --json, the one with the most weight first
 # what the original's command line does, but for the seed; an option of its own wins over it
 LIKE_ORIGINAL = {"template": "llava_v1", "temperature": 0.2, "top_p": 0.7, "image_aspect_ratio": "crop"}
 
@@ -42,7 +43,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="DIR", help="a converted checkpoint")
     parser.add_argument("--video", action="append", default=[], metavar="FILE|URL", help="may be given several times")
     parser.add_argument("--image", action="append", default=[], metavar="FILE|URL", help="may be given several times")
-    parser.add_argument("--subtitles", metavar="FILE", help="of the one video, .srt or .vtt: a film with what is said")
+    parser.add_argument(
+        "--subtitles", metavar="FILE|auto", help="what is said in the one video: .srt, .vtt, .ass; auto: its own track"
+    )
     parser.add_argument("--question", help="what to ask; with --chat the first question")
     parser.add_argument("--chat", action="store_true", help="go on asking: one question a line on stdin")
     parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
@@ -60,6 +63,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "0.7, in a chat the visuals in the newest question alone; other options given with it hold",
     )
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    parser.add_argument(
+        "--evidence", metavar="FILE", help="draw the frames of the video that the answer rests on; --json lists them"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object for each answer")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
@@ -94,7 +100,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.subtitles is not None:
         if len(options.video) != 1 or options.image:
             parser.error("--subtitles goes with one --video alone; give that")
-        options.subtitles = read_subtitles(options.subtitles)
+        if options.subtitles == "auto" and "://" in options.video[0]:
+            parser.error("--subtitles auto reads the track in a file; give a --video that is one")
+        options.subtitles = film_subtitles(options.subtitles, options.video[0], options.like_original)
+    if options.evidence is not None:
+        folder = os.path.dirname(options.evidence) or "."
+        if len(options.video) != 1 or options.image or not options.evidence.endswith(".png"):
+            parser.error(f"--evidence is {options.evidence}; give a FILE.png, with one --video and no --image")
+        if not os.access(folder, os.W_OK):
+            parser.error(f"--evidence is {options.evidence}, and {folder} cannot be written to; give another folder")
     return options
 
 
@@ -159,7 +173,7 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
         fps=options.fps,
         template=options.template,
         follow_ups=options.chat,
-        newest_alone=options.like_original,
+        like_original=options.like_original,
         notice=say,
     )
 
@@ -178,6 +192,19 @@ def progress_bar(console: Console) -> Iterator[Callable[[Any, int, int | None], 
             bar.update(tasks[name], completed=done, total=total)
 
         yield show
+
+
+def draw_evidence(session: Any, question: str, answer: Any, file: str) -> None:
+    """One picture for each answer of a chat: FILE.png, FILE-2.png, ..."""
+    from llamavid_jax.inference.evidence import draw
+
+    stem, number = file.removesuffix(".png"), len(session.turns)
+    file = file if number < 2 else f"{stem}-{number}.png"
+    try:
+        draw(session, question, answer).save(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror}); give another --evidence FILE.png") from None
+    say(f"{file}: what the answer rests on")
 
 
 def questions(options: argparse.Namespace) -> Iterator[str]:
@@ -225,15 +252,21 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             checked(question, "the question on stdin")
             with progress_bar(console) as session.progress:
-                answer = session.ask(question, write if options.stream else None, **options.settings)
+                evidence = options.evidence is not None
+                answer = session.ask(question, write if options.stream else None, evidence, **options.settings)
         except InputError as error:
             code = complain(error, "infer.py")
             if options.chat and (session.features is not None or not (options.image or options.video)):
                 continue
             break
+        if options.evidence:
+            draw_evidence(session, question, answer, options.evidence)
         if options.json:
             result = dataclasses.asdict(answer)
+            frames = result.pop("evidence")
             result = {"answer": result.pop("text"), **result, "seconds": {"load": loaded, **answer.seconds}}
+            if frames:
+                result["evidence"] = sorted(frames, key=lambda frame: -frame["weight"])[:MOST_EVIDENCE]
             is_utf8 = "utf" in (sys.stdout.encoding or "utf-8").lower()
             write(json.dumps(result, ensure_ascii=not is_utf8) + "\n")
         else:

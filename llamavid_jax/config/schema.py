@@ -49,6 +49,35 @@ def projector_depth(mm_projector_type: str) -> int:
     )
 
 
+HEAD = {"model_type": "llamavid_jax", "architectures": ["LLaMAVIDLlavaForConditionalGeneration"]}  # of config.json
+
+
+def stated_pixels(directory: str | Path, settings: str = "config.json") -> dict[str, tuple[float, ...]]:
+    """`image_mean` and `image_std`, where a folder's `preprocessor_config.json` or its `settings` state them.
+
+    Raises ConfigError where these two files say different things.
+    """
+    found: dict[str, tuple[float, ...]] = {}
+    for name in (settings, "preprocessor_config.json"):
+        path = Path(directory) / name
+        try:
+            values = read_object(find(path))
+            values = (values.get("vision_tower_config") or {}) if name == settings else values
+            stated = {key: tuple(map(float, values[key])) for key in ("image_mean", "image_std") if key in values}
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}); image_mean and image_std are three numbers") from None
+        for key in found.keys() & stated:
+            if found[key] != stated[key]:
+                raise ConfigError(
+                    f"{path}: {key} is {list(stated[key])}, but {settings} beside it says {list(found[key])}; write "
+                    "into both what the model was trained with"
+                )
+        found |= stated
+    return found
+
+
 @documented(model_fields)
 @dataclasses.dataclass(frozen=True)
 class LLaMAVIDLlavaConfig:
@@ -177,23 +206,15 @@ class LLaMAVIDLlavaConfig:
             config = cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-        return config.with_pixels_of(path.parent)
+        return config.with_pixels_of(path.parent, path.name)
 
-    def with_pixels_of(self, directory: str | Path) -> "LLaMAVIDLlavaConfig":
-        """Itself, with the mean and deviation of a folder's `preprocessor_config.json`, where that holds them.
+    def with_pixels_of(self, directory: str | Path, settings: str = "config.json") -> "LLaMAVIDLlavaConfig":
+        """Itself, with the mean and deviation of the pixels that a checkpoint's files state, where they do.
 
         Pictures go through them before training as before an answer.
         """
-        path = Path(directory) / "preprocessor_config.json"
-        try:
-            values = read_object(path)
-            found = {name: tuple(map(float, values[name])) for name in ("image_mean", "image_std") if name in values}
-            vision = dataclasses.replace(self.vision_tower_config, **found)
-        except (FileNotFoundError, NotADirectoryError):
-            return self
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}); image_mean and image_std are three numbers") from None
-        return dataclasses.replace(self, vision_tower_config=vision)
+        found = stated_pixels(directory, settings)
+        return dataclasses.replace(self, vision_tower_config=dataclasses.replace(self.vision_tower_config, **found))
 
     @classmethod
     def from_dict(cls, values: Any) -> "LLaMAVIDLlavaConfig":
@@ -203,7 +224,7 @@ class LLaMAVIDLlavaConfig:
 
         match values.get("model_type"):
             case "llamavid_jax":
-                return strict(cls, {k: v for k, v in values.items() if k != "model_type"}, "")
+                return strict(cls, {k: v for k, v in values.items() if k not in HEAD}, "")
             case "llamavid":
                 return strict(cls, foreign.from_documented(values), "")
             case "llava" | "llava_llama" | None if "mm_hidden_size" in values or "mm_vision_tower" in values:
@@ -227,7 +248,7 @@ class LLaMAVIDLlavaConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model_type": "llamavid_jax", **dataclasses.asdict(self)}
+        return {**HEAD, **dataclasses.asdict(self)}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json` in the project's own form."""

@@ -34,6 +34,7 @@ from llamavid_jax.errors import InputError, Parser, command, printable
 from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.video import read_timeline
+from llamavid_jax.text.subtitles import subtitle_text
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
 MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
@@ -167,7 +168,10 @@ def look_up(records: Sequence, index: int, media: Path) -> dict[str, Any]:
             if size > MAX_SAMPLE_BYTES:
                 raise MediaError(f"{path} has {size} bytes, a record holds {MAX_SAMPLE_BYTES}; cut or compress it")
             example["media"] = as_utf8(os.path.relpath(record.media, media))
-            return {"path": str(path), "bytes": size, "example": example | _example_header(read_header(record, path))}
+            header = read_header(record, path)
+            if record.subtitles is not None:
+                header = header._replace(inputs=subtitle_text(record.subtitles))
+            return {"path": str(path), "bytes": size, "example": example | _example_header(header)}
     except InputError as error:
         return {"index": index, "id": name, "reason": str(error)}
 

@@ -5,7 +5,7 @@
 
 Everything follows from (record, index, seed): the sides at which later turns repeat the image are drawn once a sample
 and are the same in every epoch.  Stills are padded or cropped, videos cropped.  A features file with
-`inputs` is a movie: its text replaces `<image>`, with one placeholder a visual token.
+`inputs` is a movie, and so is a video with subtitles: its text replaces `<image>`, with one placeholder a visual token.
 
 Deviations from the original: nothing is truncated here (`data/rows.py` does it); a prompt belongs to the turn of its
 placeholder, also where the first turns have none; a placeholder without media, media without a placeholder and a
@@ -24,12 +24,13 @@ from PIL import Image
 from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
 from llamavid_jax.data.labels import TextExample, training_example
 from llamavid_jax.data.record import DataError, Record
-from llamavid_jax.data.records import decode, find_media, media_file, media_size, thinned
+from llamavid_jax.data.records import decode, film_text, find_media, media_file, media_size, thinned
 from llamavid_jax.data.shards import MediaHeader
 from llamavid_jax.media import features
 from llamavid_jax.media.images import pad_to_square, resize_and_crop
 from llamavid_jax.media.source import MediaError, local_file
 from llamavid_jax.media.timeline import check_fps, count_samples
+from llamavid_jax.media.video import plan_video
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import (
     IMAGE,
@@ -98,8 +99,8 @@ class ExampleReader:
 
     def text(self, record: Record, index: int) -> TextExample:
         """Ids, labels and prompts of all frames; `index` is the record's place in the data set."""
-        header = self._header(record) if record.kind == "features" else MediaHeader(0)
-        return self._text(record, index, header)
+        has_film = record.kind == "features" or record.subtitles is not None
+        return self._text(record, index, self._header(record) if has_film else MediaHeader(0))
 
     def size(self, record: Record, index: int, header: MediaHeader | None = None) -> SampleSize:
         """The size of `read(record, index, max_frames)` with enough `max_frames`, without decoding the media file.
@@ -138,7 +139,7 @@ class ExampleReader:
             raise DataError(f"record {record.id!r} has frames, but there is room for {max_frames}; use a larger bucket")
         else:
             with media_file(record) as path:
-                header = file_header(path) if record.kind == "features" else MediaHeader(0)
+                header = self._film_header(record, path)
                 text = self._text(record, index, header, max_frames)
                 decoded = decode(path, record.kind, self.fps, max_frames)
                 frames = np.stack([self._transform(frame, record.kind) for frame in decoded])
@@ -174,10 +175,19 @@ class ExampleReader:
         """The header of the media file, with the frames sampled at `fps`."""
         if record.kind == "image" and record.data is None:  # nothing in it matters here, but it must exist
             local_file(find_media(record))
-        if record.kind != "features":
+        if record.kind != "features" and record.subtitles is None:
             return MediaHeader(media_size(record, self.fps))
         with media_file(record) as path:
+            return self._film_header(record, path)
+
+    def _film_header(self, record: Record, path: Path) -> MediaHeader:
+        """The frames and the text of a file of features, or of a video with subtitles; of others neither."""
+        if record.kind == "features":
             return file_header(path)
+        if record.subtitles is None:
+            return MediaHeader(0)
+        times = plan_video(path, self.fps).times.tolist()
+        return MediaHeader(len(times), inputs=film_text(record, times))
 
     def _sides(self, record: Record, index: int) -> list[int]:
         if record.kind == "text" or not self._template.image_every_turn:

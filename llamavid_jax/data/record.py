@@ -19,6 +19,7 @@ class Record:
     """One sample before it is tokenised or decoded.
 
     `media` is the path of its media file, not yet looked up; with `data`, the encoded file itself, its name.
+    `subtitles` is the path of a film's .srt or .vtt file; with `data`, the text of that file.
     """
 
     id: str
@@ -26,3 +27,4 @@ class Record:
     media: str | None
     kind: str  # "text", "image", "video" or "features"
     data: bytes | None = None
+    subtitles: str | None = None

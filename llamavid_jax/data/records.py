@@ -2,6 +2,7 @@
 
     {"id": "7", "image" | "video" | "features": "folder/file", "conversations": [{"from": "human", "value": ...}, ...]}
 
+and beside a "video" perhaps "subtitles": "folder/file.srt", which make a film of it (`text/subtitles.py`);
 in a list (.json), one a line (.jsonl), or in a folder of shards (`data/shards.py`).  A file name that
 ends in .npz, .npy or .safetensors is ready features (`media/features.py`), a record without media is text alone.
 The file stays on disk and only the places of its records are kept, so that 665,000 of them are cheap to hold and to
@@ -18,7 +19,7 @@ import operator
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from llamavid_jax.media import features
 from llamavid_jax.media.images import open_image
 from llamavid_jax.media.source import MediaError, local_file
 from llamavid_jax.media.video import iter_frames, plan_video
+from llamavid_jax.text.subtitles import interleave, parse_subtitles, read_subtitles
 
 MEDIA_KEYS = ("image", "video", "features")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
@@ -133,18 +135,28 @@ class Records(Sequence):
         keys = [key for key in MEDIA_KEYS if row.get(key) is not None]
         if len(keys) > 1:
             raise DataError(f"record {name!r} has {' and '.join(keys)}; give one of them")
+        subtitles = row.get("subtitles")
+        if subtitles is not None and keys != ["video"]:
+            raise DataError(
+                f"record {name!r} has subtitles, but no video; they go with one, and a file of features holds its own "
+                "in `inputs`"
+            )
         if not keys:
             return Record(name, conversations, None, "text")
         value = row[keys[0]]
-        if not isinstance(value, str) or not value.strip() or min(value) < " ":  # no control characters
-            raise DataError(f"record {name!r}: {keys[0]} is {str(value)[:60]!r}; give the path of one file")
+        for key, path in ((keys[0], value), ("subtitles", "-" if subtitles is None else subtitles)):
+            if not isinstance(path, str) or not path.strip() or min(path) < " ":  # no control characters
+                raise DataError(f"record {name!r}: {key} is {str(path)[:60]!r}; give the path of one file")
         suffix = os.path.splitext(value)[1].lower()
         kind = "features" if suffix in features.SUFFIXES else keys[0]
         if suffix in PICKLES:
             raise DataError(
                 f"record {name!r}: {value} is a pickle, which may run any code when it is read; {features.REMEDY}"
             )
-        return Record(name, conversations, os.path.join(self.media, value), kind)
+        if subtitles is not None and kind == "features":
+            raise DataError(f"record {name!r} has subtitles, but {value} holds its own in `inputs`; write them there")
+        subtitles = None if subtitles is None else os.path.join(self.media, subtitles)
+        return Record(name, conversations, os.path.join(self.media, value), kind, subtitles=subtitles)
 
 
 def read_records(path: str | Path, media: str | Path = "") -> Sequence:
@@ -171,6 +183,17 @@ def find_media(record: Record) -> str:
         candidates = [moved, path.removesuffix(".jpg") + ".png"] if "ocr" in path else [moved]
         path = next((candidate for candidate in candidates if os.path.exists(candidate)), path)
     return path
+
+
+def film_text(record: Record, times: Iterable[float]) -> str | None:
+    """`<image>` for each frame of `times`, and what is said between them; None for what has no subtitles.
+
+    Raises ConversationError for subtitles that cannot be read.
+    """
+    if record.subtitles is None:
+        return None
+    is_text = record.data is not None
+    return interleave(times, (parse_subtitles if is_text else read_subtitles)(record.subtitles))
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
                 "frames": tfds.features.Scalar(np.int64),
                 "average_fps": tfds.features.Scalar(np.float64),
                 "seconds": tfds.features.Scalar(np.float64),
-                "inputs": tfds.features.Text(),  # JSON: the text in a file of features, null without
+                "inputs": tfds.features.Text(),  # JSON: a film's text, of its file of features or of subtitles
             }
         )
         return LocalInfo(builder=self, features=features, disable_shuffling=True)

@@ -16,7 +16,8 @@ from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.files import read_object
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+MANIFEST, INFO = "manifest.json", "dataset_info.json"  # ours; that of tensorflow-datasets
+SPLITS = "train", "outline"
 
 
 def _features() -> dict[str, Any]:
@@ -39,7 +40,7 @@ class MediaHeader(NamedTuple):
 
     frames: int  # in the file
     average_fps: float = 0.0  # of a video whose frames keep a rate
-    inputs: str | None = None  # the text that a file of features holds
+    inputs: str | None = None  # a film's text: of a file of features, or of a video with subtitles
     seconds: float = 0.0  # of a video whose frames do not
 
 
@@ -77,8 +78,8 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
             file = self.folder / name
             found = file.stat().st_size if file.is_file() else None
             if found != size:
-                state = "is absent" if found is None else f"has {found} bytes instead of {size}"
-                raise DataError(f"{file} {state}; copy the folder again, or build it again")
+                state = "is absent" if found is None else f"has {found} bytes"
+                raise DataError(f"{file} {state}, and {MANIFEST} says {size}; copy the folder again, or build it again")
         self._check_features()
 
     def _check_features(self) -> None:
@@ -114,9 +115,8 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
             raise
         # whatever the readers of a damaged file raise: checksums, lengths and protocol buffers have their own errors
         except Exception as error:
-            reason = str(error).split("\n")[0][:200]
             raise DataError(
-                f"{self._file(split, index)} is damaged: sample {index} cannot be read ({reason}); "
+                f"{self._file(split, index)} is damaged: sample {index} cannot be read ({_first_line(error)}); "
                 "copy the folder again, or build it again"
             ) from None
 
@@ -125,25 +125,37 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
         import tensorflow_datasets as tfds  # here, because it takes half a second
 
         self._check_features()  # again in each process, nearest to the import that it guards
-        return tfds.builder_from_directory(self.folder)
+        problem = f"it has not the {self._length} samples of {MANIFEST}, or not its files"
+        try:
+            builder = tfds.builder_from_directory(self.folder)
+            splits = [builder.info.splits[split] for split in SPLITS]
+            if all(
+                split.num_examples == self._length and all(path.is_file() for path in split.filepaths)
+                for split in splits
+            ):
+                return builder
+        except Exception as error:  # protocol buffers, versions and patterns of names have their own
+            problem = _first_line(error)
+        raise DataError(f"{self.folder / INFO} is damaged ({problem}); copy the folder again, or build it again")
 
     @functools.cached_property
     def _sources(self) -> dict[str, Any]:
-        return {split: self._builder.as_data_source(split) for split in ("train", "outline")}
+        return {split: self._builder.as_data_source(split) for split in SPLITS}
 
     def _file(self, split: str, index: int) -> Path:
-        """The shard that sample `index` is in; the folder where its description is damaged itself."""
-        try:
-            for instruction in self._builder.info.splits[split].file_instructions:
-                if index < instruction.take:
-                    return Path(instruction.filename)
-                index -= instruction.take
-        except Exception:  # of the same many kinds
-            pass
-        return self.folder
+        """The shard that sample `index` is in."""
+        for instruction in self._builder.info.splits[split].file_instructions:
+            if index < instruction.take:
+                return Path(instruction.filename)
+            index -= instruction.take
+        return self.folder / INFO  # which counts fewer
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "_length": self._length}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:200]
 
 
 def _to_record(sample: dict[str, Any], data: bytes | None) -> Record:
@@ -153,6 +165,7 @@ def _to_record(sample: dict[str, Any], data: bytes | None) -> Record:
         media=sample["media"].decode() or None,
         kind=sample["kind"].decode(),
         data=data,
+        subtitles=json.loads(sample["inputs"]) if sample["kind"] == b"video" else None,
     )
 
 

@@ -97,6 +97,8 @@ def _measure(records: Sequence, reader: ExampleReader, indices: Sequence[int]) -
         try:
             if isinstance(records, Shards):  # without reading the media's bytes
                 record, header = records.outline(index)
+                if record.subtitles is not None:  # where they stand is told by the times of all frames
+                    record, header = records[index], None
             else:
                 record, header = records[index], None
             name = record.id

@@ -32,7 +32,7 @@ from rich.text import Text
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.examples import ExampleReader, check_places, file_header, thinned_inputs
 from llamavid_jax.data.record import DataError, Record
-from llamavid_jax.data.records import decode, find_media, media_file, media_size, read_records
+from llamavid_jax.data.records import decode, film_text, find_media, media_file, media_size, read_records
 from llamavid_jax.errors import InputError, Parser, command, printable
 from llamavid_jax.files import write_files
 from llamavid_jax.media.features import read_header
@@ -118,6 +118,7 @@ class Validator:
                     header = file_header(path)
                 if header.inputs is not None:
                     thinned_inputs(record.media, header, ())  # raises where its text does not fit its frames
+            film_text(record, [0.0])  # raises for subtitles that cannot be read
             return media_size(record, self.fps), 0
         text, frames = self.reader.text(record, index), media_size(record, self.fps)
         if text.ignored:

@@ -28,6 +28,7 @@ from llamavid_jax.shapes import TEXT, Row, bucket, pad_rows
 
 BLOCK_STEPS = 16  # decode steps between two looks of the host
 SMALLEST_LENGTH = 64  # of prompts and of room for answers
+EVIDENCE_TOKENS, SMALLEST_EVIDENCE = 64, 8  # of an answer: a layer of 32 heads and 21,600 positions then has 177 MB
 PREFILL_CHUNK = 1024  # positions prefilled at a time, where the scores of more would fill the memory
 
 
@@ -179,6 +180,35 @@ def generate(
             break
         state = state._replace(done=jnp.asarray(np.pad(ended, (0, batch - len(rows)), constant_values=True)))
     return new, state.cache.prompt
+
+
+def evidence(
+    structure: Structure,
+    params: Params,
+    rows: Sequence[Row],
+    answers: Sequence[Sequence[int]],
+    prompt: KeysValues,
+) -> list[Float[np.ndarray, " n"]]:
+    """How much of an answer's attention falls on each of its row's visual tokens: mean over layers, heads and places.
+
+    The places are those that gave the answer's ids: the end of the prompt and the ids before the last, of which the
+    first EVIDENCE_TOKENS count.  `prompt` is what `generate` returned for the rows.
+    """
+    given = [[int(row.token_ids[-1]), *ids][:EVIDENCE_TOKENS] for row, ids in zip(rows, answers, strict=True)]
+    batch, length = jax.tree.leaves(prompt)[0].shape[1], bucket(max(map(len, given)), SMALLEST_EVIDENCE)
+    start, asked = np.ones(batch, np.int32), np.zeros((batch, length), np.float32)
+    for number, (row, ids) in enumerate(zip(rows, given, strict=True)):
+        places = max(1, len(ids) - 1)
+        start[number], asked[number, :places] = len(row.token_ids) - 1, 1 / places
+    weights = np.asarray(_look_back(structure, params, pad_rows(given, batch, length, 0), start, asked, prompt))
+    places = [np.flatnonzero(row.visual_index != TEXT) for row in rows]
+    return [of_row[own] for of_row, own in zip(weights, places, strict=False)]  # behind the rows is padding
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _look_back(structure, params, token_ids, start, asked, prompt) -> Float[Array, "B S"]:
+    llama = structure.model(params).llama
+    return llama.look_back(llama.embed(token_ids), start, asked, prompt)
 
 
 def prefills_at_once() -> bool:

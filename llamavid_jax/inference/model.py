@@ -1,7 +1,7 @@
 """`LLaMAVIDLlavaForConditionalGeneration`: the friendly front of the model, NumPy or JAX arrays in and out.
 
 It lays rows out on the host (`shapes.py`) and calls the compiled functions of `models/llama_vid.py` and
-`generation/`.  `checkpoints/pretrained.py` loads and saves it.
+`generate.py`.  `checkpoints/pretrained.py` loads and saves it.
 """
 
 import dataclasses
@@ -15,13 +15,14 @@ import numpy as np
 
 from llamavid_jax.checkpoints.pretrained import PretrainedModel
 from llamavid_jax.inference.encode import SMALLEST_QUESTION, encode_visuals, frame_features, table_of, token_places
+from llamavid_jax.inference.generate import evidence as evidence_of
 from llamavid_jax.inference.generate import generate, prefills_at_once
+from llamavid_jax.inference.generation_config import read_settings
 from llamavid_jax.inference.prompt_cache import PromptCache
 from llamavid_jax.inference.request import (
     Frames,
     Request,
     RequestError,
-    Settings,
     check_row,
     read_request,
     read_visuals,
@@ -51,7 +52,8 @@ class GenerateOutput:
     """New ids of every row, without end token; their text where the model has a tokenizer; what the prompts held.
 
     `seconds` tells how long decoding and encoding the frames took ("encode") and how long the answer ("generate");
-    `cached_tokens` how many of the prompt a PromptCache had.
+    `cached_tokens` how many of the prompt a PromptCache had; `evidence`, where it was asked for, how much of the
+    answer's attention falls on each of a row's visual tokens.
     """
 
     token_ids: list[list[int]]
@@ -60,6 +62,7 @@ class GenerateOutput:
     visual_tokens: list[int]
     seconds: dict[str, float]
     cached_tokens: int = 0
+    evidence: list[np.ndarray] | None = None
 
 
 class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
@@ -70,6 +73,14 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
     of these frames for its prompt.  A list of n arrays with n prompts pairs them one by one (several videos in one
     conversation; the same array may stand in it again).  None is a text-only sample, which costs no vision work.
     """
+
+    def __repr__(self) -> str:
+        config, text = self.config, self.config.text_config
+        size = sum(array.size for array in jax.tree.leaves(self.params))
+        return (
+            f"{type(self).__name__}({size:,} parameters, {self.dtype.name}, {text.num_hidden_layers} layers of "
+            f"{text.hidden_size}, {config.tokens_per_frame} tokens a frame, {config.bert_type})"
+        )
 
     def vision_features(self, pixel_values: Frames, progress: Callable[[int], None] | None = None) -> np.ndarray:
         """Features `[F, P, E]` of frames, on the host: what `features=` takes.
@@ -171,26 +182,34 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         visual_tokens: Any = None,
         attention_mask: Any = None,
         features_have_cls: bool = False,
-        max_new_tokens: int = 512,
-        temperature: float | int = 0.0,
-        top_p: float | int = 1.0,
-        top_k: int = 0,
-        stop: Sequence[str] = (),
+        generation_config: Any = None,
+        do_sample: bool | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | int | None = None,
+        top_p: float | int | None = None,
+        top_k: int | None = None,
+        stop: str | Sequence[str] | None = None,
         seed: int = 0,
         streamer: Callable[[int, str], None] | None = None,
         ignore_eos: bool = False,
         progress: Callable[[int], None] | None = None,
         cache: PromptCache | None = None,
+        evidence: bool = False,
     ) -> GenerateOutput:
-        """Answers every row, greedily at temperature 0, until its end token, a `stop` string or `max_new_tokens`.
+        """Answers every row until its end token, a `stop` string or `max_new_tokens` (512).
 
+        Greedily at `temperature` 0, the default; `top_p` 1 and `top_k` 0 are off.  `generation_config`: transformers'
+        GenerationConfig or a mapping of its fields, behind what is given beside it; `do_sample` is transformers' too.
         `visual_tokens` holds a list for each sample, with the array `[n, D]` of every placeholder, in place of frames
         and prompts.  `streamer(row, text)` is given each row's text as it comes, whole characters only.  The same
-        `seed` draws the same answer.  `cache` holds what one row's prompt shares with the one before.  Raises
+        `seed` draws the same answer.  `cache` holds what one row's prompt shares with the one before.  `evidence` asks
+        for the attention to each visual token, which takes one step more.  Raises
         RequestError for what does not fit together or is longer than the model's positions, ConversationError for
         prompts that cannot be read.
         """
-        settings = Settings(max_new_tokens, temperature, top_p, top_k, seed, stop)
+        eos = self.config.text_config.eos_token_id
+        drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop}
+        settings = read_settings(generation_config, eos, do_sample, max_new_tokens=max_new_tokens, **drawn)
         if self.tokenizer is None and (settings.stop or streamer):
             raise RequestError("stop strings and streaming need the tokenizer; convert with --tokenizer FOLDER")
         request = read_request(
@@ -202,13 +221,13 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
             visual_tokens=visual_tokens,
             attention_mask=attention_mask,
             features_have_cls=features_have_cls,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=settings.max_new_tokens,
         )
         if cache is not None and (len(request.ids) > 1 or request.tokens is None):
             raise RequestError("cache goes with one row and its visual_tokens; leave it out, or give these")
         start = time.perf_counter()
         with self.on_mesh():
-            table, rows = self._merge(request, progress, max_new_tokens)
+            table, rows = self._merge(request, progress, settings.max_new_tokens)
             jax.block_until_ready(table)
             encoded = time.perf_counter()
             kept = cache.take(rows[0], request.tokens[0]) if cache else None
@@ -227,25 +246,28 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
                 self.params,
                 rows,
                 table,
-                max_new_tokens=max_new_tokens,
-                eos=-1 if ignore_eos else self.config.text_config.eos_token_id,
-                sampling=Sampling(temperature, top_k, top_p),
+                max_new_tokens=settings.max_new_tokens,
+                eos=-1 if ignore_eos else eos,
+                sampling=Sampling(settings.temperature, settings.top_k, settings.top_p),
                 seed=seed,
                 on_tokens=on_tokens if texts else None,
                 kept=kept,
             )
+            token_ids = [text.ids for text in texts] if texts else token_ids
+            looked_at = evidence_of(self.structure, self.params, rows, token_ids, keys_values) if evidence else None
             if cache:
                 cache.put(rows[0], request.tokens[0], keys_values)
         for number, text in enumerate(texts or ()):
             if (rest := text.finish()) and streamer:
                 streamer(number, rest)
         return GenerateOutput(
-            token_ids=[text.ids for text in texts] if texts else token_ids,
+            token_ids=token_ids,
             texts=[text.text for text in texts] if texts else None,
             prompt_tokens=[len(row.token_ids) for row in rows],
             visual_tokens=[int((row.visual_index != TEXT).sum()) for row in rows],
             seconds={"encode": encoded - start, "generate": time.perf_counter() - encoded},
             cached_tokens=kept[0] if kept else 0,
+            evidence=looked_at,
         )
 
     def _merge(

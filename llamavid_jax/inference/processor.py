@@ -8,7 +8,9 @@
     pixel_values    a sample each: float32 [F, 3, S, S]; a list of such arrays; None without visuals
     prompts         a sample each: what the Q-Former reads, one string per placeholder
 
-    answer = model.generate(**inputs)   # inputs.timestamps: a sample each, seconds of the frames of each visual
+    answer = model.generate(**inputs)
+
+`inputs.video_metadata` says which frames were taken of each visual of each sample, `inputs.timestamps` their seconds.
 
 A sample with one visual and n placeholders shows the same frames n times, each time with its own prompt;
 otherwise there are as many visuals as placeholders, in order, and `pixel_values` holds their list.
@@ -23,7 +25,7 @@ import numpy as np
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.files import find
-from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor, VideoMetadata
 from llamavid_jax.shapes import START
 from llamavid_jax.text.chat import Chat, read_messages
 from llamavid_jax.text.chat_template import save_chat_template
@@ -42,16 +44,18 @@ from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images, load_toke
 class ModelInputs(dict):
     """What `model(**inputs)` and `model.generate(**inputs)` take, by name: `inputs["input_ids"]`, `inputs.input_ids`.
 
-    `timestamps` holds the seconds of the frames, float64 [F] for each visual of each sample.
+    `video_metadata` holds a VideoMetadata for each visual of each sample, `timestamps` the seconds of its frames.
     """
 
-    def __init__(self, timestamps: list[list[np.ndarray]], **inputs: Any):
+    def __init__(self, video_metadata: list[list[VideoMetadata]], **inputs: Any):
         super().__init__(inputs)
-        self.timestamps = timestamps
+        self.video_metadata = video_metadata
+        self.timestamps = [[about.timestamps for about in sample] for sample in video_metadata]
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
-            raise AttributeError(f"the inputs have no {name!r}; they have {', '.join(self)} and timestamps")
+            known = (*self, "timestamps", "video_metadata")
+            raise AttributeError(f"the inputs have no {name!r}; they have {', '.join(known)}")
         return self[name]
 
 
@@ -92,7 +96,7 @@ class LLaMAVIDLlavaProcessor:
         videos: Any = None,
         prompts: Any = None,
         *,
-        fps: Any = 1.0,
+        fps: Any = None,
         template: str = "vicuna_v1",
         return_tensors: str = "np",
         progress: Any = None,
@@ -102,8 +106,8 @@ class LLaMAVIDLlavaProcessor:
         `text` is a ready prompt with one `<image>` per visual.  A sample with images and videos gives both lists as
         long as its placeholders, None where the other list has the visual.  `prompts`: one string per placeholder, or
         one for all; by default the words of the `template`'s user turn around the placeholder.  `fps`: a number, or a
-        sample each a number or a list as long as its images and videos.  `return_tensors`: "np" or "jax".  Raises
-        ConversationError for text and counts, MediaError for media.
+        sample each a number or a list as long as its images and videos; None: as the image processor says.
+        `return_tensors`: "np" or "jax".  Raises ConversationError for text and counts, MediaError for media.
         """
         if isinstance(text, str):
             text, images, videos, prompts = [text], [images], [videos], [prompts]
@@ -130,7 +134,7 @@ class LLaMAVIDLlavaProcessor:
         *,
         add_generation_prompt: bool = True,
         template: str = "vicuna_v1",
-        fps: float | int = 1.0,
+        fps: float | int | None = None,
         return_tensors: str = "np",
         progress: Any = None,
     ) -> ModelInputs:
@@ -187,7 +191,7 @@ class LLaMAVIDLlavaProcessor:
     def _sample(self, text, images, videos, prompts, fps, template: str, progress) -> dict[str, Any]:
         check_text(text)
         slots = text.count(IMAGE)
-        pixels, timestamps = self._media(images, videos, fps, progress)
+        pixels, metadata = self._media(images, videos, fps, progress)
         if all(array is pixels[0] for array in pixels):
             pixels = pixels[:1]
         if len(pixels) != slots and not (len(pixels) == 1 and slots > 0):
@@ -210,14 +214,14 @@ class LLaMAVIDLlavaProcessor:
             "ids": encode_with_images(self.tokenizer, text),
             "pixel_values": pixels[0] if len(pixels) == 1 else pixels or None,
             "prompts": prompts,
-            "timestamps": timestamps,
+            "video_metadata": metadata,
         }
 
-    def _media(self, images: Any, videos: Any, fps, progress) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Pixels and times of one sample's visuals, in the placeholders' order."""
+    def _media(self, images: Any, videos: Any, fps, progress) -> tuple[list[np.ndarray], list[VideoMetadata]]:
+        """Pixels and metadata of one sample's visuals, in the placeholders' order."""
         if images is None or videos is None:
             media = self.image_processor(images=images, videos=videos, fps=fps, progress=progress)
-            return media["pixel_values"], media["timestamps"]
+            return media["pixel_values"], media["video_metadata"]
         if not isinstance(images, list | tuple) or not isinstance(videos, list | tuple) or len(images) != len(videos):
             raise ConversationError(
                 "images and videos of one sample must be lists of one length, None where the other has it"
@@ -225,7 +229,7 @@ class LLaMAVIDLlavaProcessor:
         rates = fps if isinstance(fps, list | tuple) else [fps] * len(images)
         if len(rates) != len(images):
             raise ConversationError(f"fps is {fps!r}; give a number, or one for each of the {len(images)} visuals")
-        pixels, timestamps, read = [], [], {}
+        pixels, metadata, read = [], [], {}
         for index, (image, video, rate) in enumerate(zip(images, videos, rates, strict=True)):
             if (image is None) == (video is None):
                 which = "neither an image nor a video" if image is None else "an image and a video"
@@ -242,8 +246,8 @@ class LLaMAVIDLlavaProcessor:
             )
             (read[source],) = media["pixel_values"]
             pixels.append(read[source])
-            timestamps += media["timestamps"]
-        return pixels, timestamps
+            metadata += media["video_metadata"]
+        return pixels, metadata
 
 
 def _read_chats(messages: Any, add_generation_prompt: bool, need_sources: bool = True) -> list[Chat]:
@@ -272,4 +276,4 @@ def _on_device(inputs: ModelInputs) -> ModelInputs:
             return arrays[id(value)]
         return [convert(one) for one in value] if isinstance(value, list) else value
 
-    return ModelInputs(inputs.timestamps, **{name: convert(value) for name, value in inputs.items()})
+    return ModelInputs(inputs.video_metadata, **{name: convert(value) for name, value in inputs.items()})

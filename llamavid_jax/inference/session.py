@@ -43,7 +43,11 @@ from llamavid_jax.text.tokenizer import encode_with_images
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What one question gave.  Of the `prompt_tokens`, `visual_tokens` are frames, `cached_tokens` known before."""
+    """What one question gave.  Of the `prompt_tokens`, `visual_tokens` are frames, `cached_tokens` known before.
+
+    `evidence`, where it was asked for, has every frame in order: its image or video, its second in it, and its part of
+    the answer's attention to all frames (docs/long-video.md).
+    """
 
     text: str
     frames: int
@@ -53,6 +57,7 @@ class Answer:
     new_tokens: int
     seconds: dict[str, float]  # "encode": frames and visual tokens; "generate": the answer
     sampling: list[dict[str, Any]]  # of each video: its name, the rule that chose its frames, how many
+    evidence: list[dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +74,9 @@ class Session:
 
     `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video.  Without `follow_ups` every
     question stands alone and frames are forgotten as they are encoded; with them their features stay in host memory
-    (0.7 MB a frame for the 7B models).  `newest_alone` leaves the visual tokens out of all earlier turns, as the
-    original's command line does.  `progress(video, frames done, frames in all or None)` and `notice(text)` are told
-    what happens.
+    (0.7 MB a frame for the 7B models).  `like_original` leaves the visual tokens out of all earlier turns and places
+    subtitles as the original's command lines do.  `progress(video, frames done, frames in all or None)` and
+    `notice(text)` are told what happens.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class Session:
         fps: float | int = 1.0,
         template: str = "vicuna_v1",
         follow_ups: bool = True,
-        newest_alone: bool = False,
+        like_original: bool = False,
         progress: Callable[[Any, int, int | None], None] = lambda *_: None,
         notice: Callable[[str], None] = lambda _: None,
     ):
@@ -95,16 +100,23 @@ class Session:
             raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
         self.model, self.image_processor, self.template = model, image_processor, template_named(template)
         self.images, self.videos, self.subtitles, self.fps = images, videos, subtitles, fps
-        self.follow_ups, self.newest_alone, self.progress, self.notice = follow_ups, newest_alone, progress, notice
+        self.follow_ups, self.like_original, self.progress, self.notice = follow_ups, like_original, progress, notice
         self.turns: list[Turn] = []
         self.frames = 0  # encoded
         self.features: list[np.ndarray] | None = None  # of each visual, once they are encoded
         self._movie: str | None = None  # the frames' placeholders with the subtitles between them
+        self.times: dict[int, list[float]] = {}  # seconds of each video's frames
         self.sampled: dict[int, Sampling] = {}  # of each video that has begun: which frames, and by which rule
         self._said: set[str] = set()
         self._cache = PromptCache()
 
-    def ask(self, question: str, streamer: Callable[[str], None] | None = None, **settings: Any) -> Answer:
+    def ask(
+        self,
+        question: str,
+        streamer: Callable[[str], None] | None = None,
+        evidence: bool = False,
+        **settings: Any,
+    ) -> Answer:
         """The answer to a question, after all that was asked before.
 
         `streamer` is given the answer as it comes; `settings` are those of `generate`, such as `max_new_tokens=128`.
@@ -121,6 +133,7 @@ class Session:
             **dataclasses.asdict(chosen),
             streamer=streamer and (lambda _, text: streamer(text)),
             cache=self._cache if self.follow_ups else None,
+            evidence=evidence,
         )
         text = out.texts[0].strip()
         self.turns = [*earlier, dataclasses.replace(turn, answer=text.replace(IMAGE, ""))]
@@ -130,7 +143,8 @@ class Session:
             {"video": str(self.videos[number]), "rule": plan.rule, "frames": len(plan)}
             for number, plan in self.sampled.items()
         ]
-        return Answer(text, self.frames, *counts, seconds, sampling)
+        looked_at = self._evidence(out.evidence[0]) if evidence else None
+        return Answer(text, self.frames, *counts, seconds, sampling, looked_at)
 
     def inputs(self, question: str) -> tuple[list[int], list[np.ndarray]]:
         """Ids and visual tokens of the question as the first of a conversation: a row of a batch for `generate`."""
@@ -142,6 +156,18 @@ class Session:
             self.frames = 0
             self.features = [self.model.vision_features(frames) for frames in self._visuals(new_tokens)]
         return self.frames
+
+    def _evidence(self, weights: np.ndarray) -> list[dict[str, Any]]:
+        """Every frame with the attention `weights` `[n]` to its tokens in all turns, as a part of their sum."""
+        found = []
+        for number in range(len(self.images) + len(self.videos)):
+            video = number - len(self.images)
+            seconds = self.times[video] if video >= 0 else [0.0]
+            name = {"video": str(self.videos[video])} if video >= 0 else {"image": str(self.images[number])}
+            found += [{**name, "second": second, "weight": 0.0} for second in seconds]
+        width = self.model.config.tokens_per_frame
+        parts = weights.reshape(-1, len(found), width).sum((0, 2)) / (weights.sum() or 1.0)
+        return [frame | {"weight": weight} for frame, weight in zip(found, parts.tolist(), strict=True)]
 
     # ---- a question becomes a prompt
 
@@ -164,9 +190,9 @@ class Session:
         if self._length([newest]) > room:
             return []  # it cannot be asked at all, which `generate` says
         short = min(room, positions.max_position_embeddings)
-        if any(turn.tokens for turn in turns) and (self.newest_alone or self._length([*turns, newest]) > short):
+        if any(turn.tokens for turn in turns) and (self.like_original or self._length([*turns, newest]) > short):
             turns = [dataclasses.replace(turn, tokens=[]) for turn in turns]
-            if not self.newest_alone:
+            if not self.like_original:
                 self._say(f"with more than {short} tokens in all, earlier questions keep their words but no frames")
         while self._length([*turns, newest]) > room:
             turns = turns[(len(turns) + 1) // 2 :]
@@ -209,7 +235,8 @@ class Session:
             yield frame
 
     def _video_frames(self, number: int, video: Any, new_tokens: int) -> Iterator[np.ndarray]:
-        expected, times = None, []
+        expected = None
+        times = self.times[number] = []
 
         def on_read(sampling: Sampling, done: int) -> None:
             nonlocal expected
@@ -227,7 +254,7 @@ class Session:
                 times.append(time_)
                 self.progress(video, len(times), expected)
         if self.subtitles is not None:
-            self._movie = interleave(times, self.subtitles)
+            self._movie = interleave(times, self.subtitles, self.like_original)
 
     def _check_length(self, video: Any, new_tokens: int) -> None:
         """Says that the videos are too long at the first frame of the one too many, not after its last."""

@@ -1,10 +1,11 @@
 """The documented `LLaMAVIDLlavaImageProcessor`: pictures and videos -> pixels for the vision tower.
 
     images: path, URL, Pillow picture or uint8 array [H, W, 3]      -> float32 [1, 3, S, S] each
-    videos: path, URL, uint8 array [F, H, W, 3] or list of frames   -> float32 [F, 3, S, S] each, and their times
+    videos: path, URL, uint8 array [F, H, W, 3] or list of frames   -> float32 [F, 3, S, S] each, and which they are
 
 S is `size`.  Stills are padded to a square or centre-cropped by `image_aspect_ratio`, frames always cropped.
-The settings are stored in `preprocessor_config.json` as transformers stores CLIP's.
+The settings are stored in `preprocessor_config.json` as transformers stores CLIP's, those of sampling in
+`video_preprocessor_config.json`.
 """
 
 import dataclasses
@@ -14,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float32, Float64, Int, UInt8
 from PIL import Image
 
 from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
-from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, stated_pixels
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find, read_object, write_files
 from llamavid_jax.media.images import normalize, open_image, pad_to_square, resize_and_crop, to_rgb
 from llamavid_jax.media.source import MediaError, check_size, fetch
-from llamavid_jax.media.timeline import check_fps
-from llamavid_jax.media.video import Progress, iter_frames, plan_video, read_video
+from llamavid_jax.media.timeline import Sampling, check_fps
+from llamavid_jax.media.video import Progress, iter_frames, plan_video, read_timeline
 
-FILE_NAME = "preprocessor_config.json"
+FILE_NAME, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
+SAMPLING = ("fps", "num_frames", "do_sample_frames")
 BICUBIC = int(Image.Resampling.BICUBIC)
 FORMS = "give a path, a URL, a picture, an array or a list of them"
 ALWAYS_ON = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
@@ -37,14 +39,31 @@ Clip = Any  # path, URL, uint8 array [F, H, W, 3] or list of pictures
 Pixels = Float32[np.ndarray, "F 3 S S"]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class VideoMetadata:
+    """Which frames of a video were taken, by transformers' names.  An image is one frame at 0 s."""
+
+    fps: float  # frames a second of the source, on average
+    total_num_frames: int
+    duration: float  # seconds
+    frames_indices: Int[np.ndarray, " F"]  # places among the source's frames
+    timestamps: Float64[np.ndarray, " F"]  # seconds after the first one
+
+
 @dataclasses.dataclass(frozen=True)
 class LLaMAVIDLlavaImageProcessor:
-    """`processor(images=[...], videos=[...])` gives `pixel_values` and `timestamps`, one entry each."""
+    """`processor(images=[...], videos=[...])` gives `pixel_values`, `timestamps`, `video_metadata`, one entry each.
+
+    Of a video `fps` frames a second are taken, or `num_frames` at equal distances; all without `do_sample_frames`.
+    """
 
     size: int = 224  # pixels: S
     image_mean: tuple[float, ...] = LLaMAVIDLlavaVisionConfig.image_mean
     image_std: tuple[float, ...] = LLaMAVIDLlavaVisionConfig.image_std
     image_aspect_ratio: str = "pad"  # of stills: "pad" or "crop"
+    fps: Any = 1.0  # a second
+    num_frames: Any = None
+    do_sample_frames: Any = True
 
     def __post_init__(self):
         if type(self.size) is not int or not 1 <= self.size <= 4096:
@@ -61,29 +80,40 @@ class LLaMAVIDLlavaImageProcessor:
             raise ConfigError(f"image_std is {self.image_std!r}; pixels are divided by it, so use numbers above 0")
         if self.image_aspect_ratio not in ("pad", "crop"):
             raise ConfigError(f"image_aspect_ratio is {self.image_aspect_ratio!r}; use 'pad' or 'crop'")
+        if self.num_frames is not None and (type(self.num_frames) is not int or not 1 <= self.num_frames <= 10**6):
+            raise ConfigError(f"num_frames is {self.num_frames!r}; use a whole number of frames, or null for fps")
+        if type(self.do_sample_frames) is not bool:
+            raise ConfigError(f"do_sample_frames is {self.do_sample_frames!r}; use true or false")
+        if type(self.fps) not in (int, float) or not 0 < self.fps < np.inf:
+            raise ConfigError(f"fps is {self.fps!r}; use a number of frames a second above 0")
 
     def __call__(
         self,
         images: Picture | list[Picture] | None = None,
         videos: Clip | list[Clip] | None = None,
-        fps: float | int = 1.0,
+        fps: float | int | None = None,
         progress: Progress | None = None,
+        *,
+        num_frames: int | None = None,
+        do_sample_frames: bool | None = None,
     ) -> dict[str, list]:
-        """`pixel_values`: float32 [1, 3, S, S] for each image, then [F, 3, S, S] for each video; `timestamps`: float64
-        [1] or [F] seconds for each.
+        """`pixel_values`: float32 [1, 3, S, S] for each image, then [F, 3, S, S] for each video; `video_metadata` and,
+        of it, `timestamps`, float64 [1] or [F] seconds, for each.
 
         One alone need not be in a list; a list of frames or a [F, H, W, 3] array is one video, already sampled at
-        `fps`.  Raises MediaError for media that cannot be used.
+        `fps`.  Settings that are None are the processor's own.  Raises MediaError for media that cannot be used.
         """
-        pixel_values, timestamps = [], []
+        reader = self._sampling(fps, num_frames, do_sample_frames)
+        pixel_values, metadata = [], []
         for image in _as_list(images, one_has_dimensions=3):
             pixel_values.append(self.image_pixels(image))
-            timestamps.append(np.zeros(1))
+            metadata.append(VideoMetadata(1.0, 1, 0.0, np.zeros(1, int), np.zeros(1)))
         for video in _as_list(videos, one_has_dimensions=4):
-            pixels, times = self.video_pixels(video, fps, progress)
+            pixels, about = reader._read(video, progress)
             pixel_values.append(pixels)
-            timestamps.append(times)
-        return {"pixel_values": pixel_values, "timestamps": timestamps}
+            metadata.append(about)
+        timestamps = [about.timestamps for about in metadata]
+        return {"pixel_values": pixel_values, "timestamps": timestamps, "video_metadata": metadata}
 
     def image_pixels(self, image: Picture) -> Float32[np.ndarray, "1 3 S S"]:
         """One still."""
@@ -93,20 +123,51 @@ class LLaMAVIDLlavaImageProcessor:
         return normalize(resize_and_crop(picture, self.size)[None], self.image_mean, self.image_std)
 
     def video_pixels(
-        self, video: Clip, fps: float | int = 1.0, progress: Progress | None = None
+        self, video: Clip, fps: float | int | None = None, progress: Progress | None = None
     ) -> tuple[Pixels, Float64[np.ndarray, " F"]]:
         """One video and the times of its frames in seconds."""
+        pixels, about = self._sampling(fps)._read(video, progress)
+        return pixels, about.timestamps
+
+    def _sampling(
+        self, fps: float | int | None = None, num_frames: int | None = None, do_sample_frames: bool | None = None
+    ) -> "LLaMAVIDLlavaImageProcessor":
+        """The same with other settings, where they are not None; `fps` goes before the processor's `num_frames`."""
+        if fps is not None and num_frames is not None:
+            raise MediaError(f"fps is {fps!r} and num_frames {num_frames!r}; give one of them")
+        if fps is not None:
+            check_fps(fps, "the video")
+        given = {"fps": fps, "num_frames": num_frames, "do_sample_frames": do_sample_frames}
+        changes = {name: value for name, value in given.items() if value is not None}
+        try:
+            return dataclasses.replace(self, **({"num_frames": None} if fps is not None else {}) | changes)
+        except ConfigError as error:
+            raise MediaError(str(error)) from None
+
+    def _read(self, video: Clip, progress: Progress | None) -> tuple[Pixels, VideoMetadata]:
+        """One video and which of its frames were taken."""
         if isinstance(video, str | Path):
             with fetch(video) as path:
-                sampled = read_video(path, fps, transform=self._crop, progress=progress)
-            return self._normalize(sampled.frames), sampled.timestamps
+                plan = self._plan(path)
+                frames = np.stack([frame for _, frame in iter_frames(path, plan, self._crop, progress)])
+            total, seconds = len(plan.timeline.times), plan.timeline.seconds
+            rate = plan.timeline.average_fps or total / seconds
+            return self._normalize(frames), VideoMetadata(float(rate), total, seconds, plan.frames, plan.times)
         if not _is_sequence(video):
             raise MediaError(f"a video is a {type(video).__name__}; {FORMS}")
         if len(video) == 0:
             raise MediaError("the video has no frames; give one at least")
-        check_fps(fps, "the video")
-        frames = [self._crop(np.asarray(_picture(frame, f"frame {i}"))) for i, frame in enumerate(video)]
-        return self._normalize(np.stack(frames)), np.arange(len(frames)) / fps
+        kept = np.arange(len(video)) if self.num_frames is None else _evenly(len(video), self.num_frames, "the video")
+        frames = [self._crop(np.asarray(_picture(video[place], f"frame {place}"))) for place in kept]
+        about = VideoMetadata(float(self.fps), len(video), len(video) / self.fps, kept, kept / self.fps)
+        return self._normalize(np.stack(frames)), about
+
+    def _plan(self, path: Path) -> Sampling:
+        if self.do_sample_frames and self.num_frames is None:
+            return plan_video(path, self.fps)
+        timeline = read_timeline(path)
+        every = Sampling(timeline, "all", np.arange(len(timeline.times)), timeline.times)
+        return every.only(_evenly(len(every), self.num_frames, path).tolist()) if self.do_sample_frames else every
 
     def stream_video(
         self, video: str | Path, fps: float | int = 1.0, chunk: int = 64, progress: Progress | None = None
@@ -123,6 +184,12 @@ class LLaMAVIDLlavaImageProcessor:
             if frames:
                 yield self._normalize(np.stack(frames)), np.array(times)
 
+    def video_frames(self, video: str | Path, fps: float | int, places: Sequence[int]) -> UInt8[np.ndarray, "F S S 3"]:
+        """Some of the frames that are sampled of a video, by their numbers in ascending order, before `normalize`."""
+        with fetch(video) as path:
+            sampling = plan_video(path, fps).only(places)
+            return np.stack([frame for _, frame in iter_frames(path, sampling, self._crop)])
+
     def _crop(self, frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "S S 3"]:
         return resize_and_crop(frame, self.size)
 
@@ -137,21 +204,23 @@ class LLaMAVIDLlavaImageProcessor:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaImageProcessor":
-        """Reads `preprocessor_config.json`, the project's own or transformers' for CLIP.  Raises ConfigError."""
+        """Reads both files, the project's own or transformers' for CLIP; that of videos may be absent.
+
+        A mean or deviation that they lack is that of the `config.json` beside them.  Raises ConfigError.
+        """
         path = Path(directory) / FILE_NAME
+        values = _read_settings(path)
         try:
-            values = read_object(find(path))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} is not readable JSON: {error}") from None
-        try:
-            return cls(**_settings(values))
+            processor = cls(**_settings(values))
+            path = path.with_name(VIDEO_FILE)
+            values = _read_settings(path) if find(path).is_file() else {}
+            processor = dataclasses.replace(processor, **{name: values[name] for name in SAMPLING if name in values})
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+        return dataclasses.replace(processor, **stated_pixels(path.parent))
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `preprocessor_config.json`, so that transformers' CLIPImageProcessor reads it too."""
+        """Writes both files, so that transformers' CLIPImageProcessor reads the first one too."""
         values = {
             "image_processor_type": "CLIPImageProcessor",
             **dict.fromkeys(ALWAYS_ON, True),
@@ -164,7 +233,24 @@ class LLaMAVIDLlavaImageProcessor:
             "image_std": list(self.image_std),
             "image_aspect_ratio": self.image_aspect_ratio,
         }
-        write_files(directory, {FILE_NAME: (json.dumps(values, indent=1) + "\n").encode()})
+        files = {FILE_NAME: values, VIDEO_FILE: {name: getattr(self, name) for name in SAMPLING}}
+        write_files(directory, {name: (json.dumps(file, indent=1) + "\n").encode() for name, file in files.items()})
+
+
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    try:
+        return read_object(find(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from None
+
+
+def _evenly(total: int, count: int, name: object) -> Int[np.ndarray, " F"]:
+    """Places of `count` of `total` frames at equal distances, as transformers takes them."""
+    if count > total:
+        raise MediaError(f"{name} has {total} frames, fewer than the {count} of num_frames; ask for fewer")
+    return np.arange(count) * total // count
 
 
 def _as_list(media: Any, one_has_dimensions: int) -> Sequence:

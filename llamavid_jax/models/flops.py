@@ -32,64 +32,82 @@ def flops_per_step(
     the activations is computed, one matmul for M and two for A.  A frozen part after a trained one, such as LLaMA in
     stage 1, costs 2 forward passes, a trained one 3, a frozen tower at the start 1.
 
-    `frames` go through the vision tower (0: ready features); `pairs` of a frame and a question of `question_tokens`
-    through the Q-Former; `rows` of `row_tokens` through LLaMA, packed samples counted as if they saw each other.
-    `updates`: the parameters of LLaMA's low-rank updates (`models/lora.py`), each a multiply-add a token.  They train,
-    and the kernels below them need no gradient of their own.
+    `frames` go through the vision tower (0: ready features, which have no CLS token); `pairs` of a frame and a question
+    of `question_tokens` through the text decoder; `rows` of `row_tokens` through LLaMA, packed samples counted as if
+    they saw each other.  `updates`: the parameters of LLaMA's low-rank updates (`models/lora.py`), each a multiply-add
+    a token.  They train, and the kernels below them need no gradient of their own.
     """
-    work = {
-        "vision": _times(frames, _vision(config)),
-        "qformer": _times(pairs, _qformer(config, question_tokens, has_cls=frames > 0)),
-        "visual_tokens": _times(pairs, _visual_tokens(config)),
-        "llama": _times(rows, _llama(config, row_tokens)),
-    }
+    has_cls = frames > 0 and config.vision_tower_config.has_cls
+    work = [  # in the order in which values flow
+        ("vision", frames, _vision(config)),
+        *([("visual_tokens", pairs, _memory(config, has_cls))] if config.projects_memory else []),
+        ("qformer", pairs, _text_decoder(config, question_tokens, has_cls)),
+        ("visual_tokens", pairs, _visual_tokens(config, question_tokens, has_cls)),
+        ("llama", rows, _llama(config, row_tokens)),
+    ]
     total, through = 6 * rows * row_tokens * updates, False
-    for part in PARTS:
+    for part, number, (weighted, attention) in work:
         through = through or trains[part] or (part == "llama" and updates > 0)
-        weighted, attention = work[part]
-        total += 2 * (weighted * (1 + through + trains[part]) + attention * (1 + 2 * through))
+        total += 2 * number * (weighted * (1 + through + trains[part]) + attention * (1 + 2 * through))
     return total
 
 
-def _times(number: int, work: tuple[int, int]) -> tuple[int, int]:
-    return number * work[0], number * work[1]
-
-
 def _vision(config: LLaMAVIDLlavaConfig) -> tuple[int, int]:
-    """(M, A) of one frame."""
+    """(M, A) of one frame, in the blocks that run."""
     vision = config.vision_tower_config
-    width, tokens = vision.hidden_size, 1 + vision.num_patches
+    width, tokens, blocks = vision.hidden_size, 1 + vision.num_patches, vision.blocks_used
     block = tokens * (4 * width * width + 2 * width * vision.intermediate_size)
     embed = vision.num_patches * 3 * vision.patch_size**2 * width
-    return embed + vision.num_hidden_layers * block, vision.num_hidden_layers * 2 * tokens * tokens * width
+    return embed + blocks * block, blocks * 2 * tokens * tokens * width
 
 
-def _qformer(config: LLaMAVIDLlavaConfig, question_tokens: int, has_cls: bool) -> tuple[int, int]:
-    """(M, A) of one pair: self-attention of all, cross-attention of the queries, a feed-forward for each token."""
+def _patches(config: LLaMAVIDLlavaConfig, has_cls: bool) -> int:
+    """What the context token looks at, in a frame's features."""
+    vision = config.vision_tower_config
+    return vision.num_patches + (has_cls and vision.select_feature == "cls_patch")
+
+
+def _read(config: LLaMAVIDLlavaConfig, has_cls: bool) -> int:
+    """What the text decoder reads: the Q-Former the CLS token too; nothing where nobody asks for its states."""
     if config.frame_tokens == "content":
-        return 0, 0  # what nobody asks for is not computed
-    qformer, queries = config.qformer_config, config.num_query
-    width, memory_width = qformer.hidden_size, config.vision_tower_config.hidden_size
-    tokens, memory = queries + question_tokens, config.vision_tower_config.num_patches + has_cls
-    layers, crosses = qformer.num_hidden_layers, qformer.num_cross_attention_layers
-    layer = tokens * (4 * width * width + 2 * width * qformer.intermediate_size)
-    cross = 2 * queries * width * width + 2 * memory * memory_width * width
-    return (
-        layers * layer + crosses * cross,
-        layers * 2 * tokens * tokens * width + crosses * 2 * queries * memory * width,
-    )
+        return 0
+    is_bert = config.bert_type == "raw_bert"
+    return _patches(config, has_cls) if is_bert else config.vision_tower_config.num_patches + has_cls
 
 
-def _visual_tokens(config: LLaMAVIDLlavaConfig) -> tuple[int, int]:
-    """(M, A) of one pair."""
-    vision, text = config.vision_tower_config.hidden_size, config.text_config.hidden_size
-    patches, depth = config.vision_tower_config.num_patches, projector_depth(config.mm_projector_type)
+def _memory(config: LLaMAVIDLlavaConfig, has_cls: bool) -> tuple[int, int]:
+    """(M, A) of one pair: the features in the text decoder's width."""
+    return _read(config, has_cls) * config.tower_width * config.memory_width, 0
+
+
+def _text_decoder(config: LLaMAVIDLlavaConfig, question_tokens: int, has_cls: bool) -> tuple[int, int]:
+    """(M, A) of one pair: self-attention and a feed-forward of all tokens, cross-attention of those that ask.
+
+    In BERT all ask, and see what stands before them.
+    """
+    memory, decoder, is_bert = _read(config, has_cls), config.qformer_config, config.bert_type == "raw_bert"
+    if not memory:
+        return 0, 0
+    width, layers, crosses = decoder.hidden_size, decoder.num_hidden_layers, decoder.num_cross_attention_layers
+    asking = question_tokens if is_bert else config.num_query
+    tokens = question_tokens if is_bert else asking + question_tokens
+    layer = tokens * (4 * width * width + 2 * width * decoder.intermediate_size)
+    cross = 2 * asking * width * width + 2 * memory * config.memory_width * width
+    seen = tokens * tokens * width * (1 if is_bert else 2)
+    return layers * layer + crosses * cross, layers * seen + crosses * 2 * asking * memory * width
+
+
+def _visual_tokens(config: LLaMAVIDLlavaConfig, question_tokens: int, has_cls: bool) -> tuple[int, int]:
+    """(M, A) of one pair, behind the text decoder."""
+    vision, text = config.tower_width, config.text_config.hidden_size
+    patches, depth = _patches(config, has_cls), projector_depth(config.mm_projector_type)
     context = config.frame_tokens != "content"
-    queries = context * config.num_query
-    attend = queries * config.qformer_config.hidden_size * vision
+    asking = context * (question_tokens if config.bert_type == "raw_bert" else config.num_query)
+    attend = asking * config.qformer_config.hidden_size * vision
     attend += context * (patches * vision * vision + vision * text)
-    content = (config.tokens_per_frame - context) * (vision * text + (depth - 1) * text * text if depth else 0)
-    return attend + content, (queries + context) * patches * vision
+    content = config.tokens_of(has_cls) - context
+    content *= vision * text + (depth - 1) * text * text if depth else 0
+    return attend + content, (asking + context) * patches * vision
 
 
 def _llama(config: LLaMAVIDLlavaConfig, tokens: int) -> tuple[int, int]:

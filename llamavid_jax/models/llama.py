@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from llamavid_jax.attention.attention import attention
 from llamavid_jax.attention.chunk import chunk_attention
-from llamavid_jax.attention.reference import cached_attention
+from llamavid_jax.attention.reference import attention_to_prompt, cached_attention
 from llamavid_jax.config.parts import LlamaConfig
 from llamavid_jax.models import stack
 from llamavid_jax.models.kv_cache import KeysValues, KVCache
@@ -169,6 +169,33 @@ class Llama(nnx.Module):
 
             x = stack.layer(self.layers, index)(x, rotation, attend)
         return self.norm(x), cache._replace(written=cache.written + 1)
+
+    @jax.named_scope("look_back")
+    def look_back(
+        self, x: Float[Array, "B A D"], start: Int[Array, " B"], asked: Float[Array, "B A"], prompt: KeysValues
+    ) -> Float[Array, "B S"]:
+        """How much of an answer's attention falls on each position of its prompt, mean over layers and heads.
+
+        Row b's positions `x` stand from `start[b]` on, behind what `prompt` holds before that; `asked` weighs them.
+        One layer's weights `[B, N, A, S]` are in memory at a time.
+        """
+        rotation = self.rotation(start[:, None] + jnp.arange(x.shape[1]))
+        visible = jnp.arange(prompt.slots) < start[:, None]
+
+        def apply(layer: Layer, carry: tuple[jax.Array, jax.Array]):
+            x, index = carry
+            seen = None
+
+            def attend(q, k, v):
+                nonlocal seen
+                out, weights = attention_to_prompt(q, prompt.block(index, jnp.int32(0), prompt.slots), (k, v), visible)
+                seen = jnp.einsum("bas,ba->bs", weights, asked)
+                return out
+
+            return (layer(x, rotation, attend), index + 1), seen
+
+        _, seen = stack.scan(apply, self.layers, (x, jnp.int32(0)))
+        return seen.mean(0)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 scores of the vocabulary."""

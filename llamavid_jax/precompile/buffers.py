@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import jax
 
-from llamavid_jax.precompile.topology import refusal
+from llamavid_jax.precompile.topology import CompileError, refusal
 
-ASSIGNMENT, LAST = "after_optimizations-buffer-assignment.txt", "after_buffer_assignment.txt"  # the compiler's files
+ASSIGNMENT, LAST = "after_optimizations-buffer-assignment.txt", "after_buffer_assignment.txt"  # files, in this order
+WHOLE = re.compile(r"^ENTRY .*^}", re.MULTILINE | re.DOTALL)  # the entry computation is a program's last
 
 
 class Assigned(NamedTuple):
@@ -46,16 +47,19 @@ def assign_buffers(lowered: jax.stages.Lowered) -> Assigned:
             except jax.errors.JaxRuntimeError as error:
                 failed.append(error)
 
-        def written() -> bool:  # and nothing added for a second
-            return any(time.time() - path.stat().st_mtime > 1 for path in Path(folder).glob(f"*{LAST}"))
+        def written(ending: str) -> str:
+            return "".join(path.read_text(errors="replace") for path in Path(folder).glob(f"*{ending}"))
 
         compiler = threading.Thread(target=run, daemon=True)
         compiler.start()
-        while compiler.is_alive() and not written():
+        while compiler.is_alive() and not WHOLE.search(written(LAST)):
             time.sleep(0.2)
         if failed:
             raise refusal(failed[0])
-        return read(*(next(Path(folder).glob(f"*{ending}")).read_text() for ending in (ASSIGNMENT, LAST)))
+        text = written(LAST)
+        if not WHOLE.search(text):
+            raise CompileError(f"the compiler could not write what it found to {folder}; free space there")
+        return read(written(ASSIGNMENT), text)
 
 
 def read(assignment: str, text: str) -> Assigned:

@@ -89,7 +89,7 @@ def check_inference(
 
     with jax.set_mesh(chips):
         frames = whole((FRAME_CHUNK, 3, vision.image_size, vision.image_size), jnp.float32)
-        features = whole((FRAME_CHUNK, 1 + vision.num_patches, vision.hidden_size), kind)
+        features = whole((FRAME_CHUNK, vision.num_patches + vision.has_cls, vision.hidden_size), kind)
         pairs, questions = whole((FRAME_CHUNK,)), whole((1, SMALLEST_QUESTION))
         mask = whole((1, SMALLEST_QUESTION), jnp.bool_)
         sampling = Sampling(whole((), jnp.float32), whole(()), whole((), jnp.float32))
@@ -115,9 +115,11 @@ def check_inference(
             ),
             report(
                 f"compress {FRAME_CHUNK} pairs",
-                compress_frames.lower(structure, params, features, pairs, pairs, questions, mask, has_cls=True),
+                compress_frames.lower(
+                    structure, params, features, pairs, pairs, questions, mask, has_cls=vision.has_cls
+                ),
                 ("qformer", "visual_tokens"),
-                flops(pairs=FRAME_CHUNK),
+                flops(frames=FRAME_CHUNK, pairs=FRAME_CHUNK) - flops(frames=FRAME_CHUNK),  # of the tower's features
             ),
             report(f"prefill {tokens} tokens", prefilled, ("llama",), flops(rows=1, row_tokens=length)),
             report(

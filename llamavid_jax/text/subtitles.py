@@ -1,18 +1,19 @@
 """Subtitles of a video -> the text of a movie: one `<image>` a frame, and between them what is said.
 
-    file .srt or .vtt -> cues (end in seconds, text) ─┐
-    times of the sampled frames, in seconds ──────────┴─> "<image>Hello.<image><image>Who goes?"
+    .srt or .vtt, or a video's track -> cues (end in seconds, text) ─┐
+    times of the sampled frames, in seconds ─────────────────────────┴─> "<image>Hello.<image><image>Who goes?"
 
 The layout is the original's: a text stands behind the last frame before its end, but never before the text in front of
-it; several texts of one frame are joined by a blank, and so are the lines of a cue; `...` is deleted.  A text that ends
-before the first frame stands behind the last one.  Of .srt files the original takes every line of digits for a cue's
-number, and so does this.
+it; several texts of one frame are joined by a blank, and so are the lines of a cue.
 
-Deviations: tags, such as those for italics, are deleted, and so is `<image>`, which would take a frame's place.
+Deviations: a text that ends before the first frame stands behind that one, not behind the last; `...` stays; of .srt
+files a line of digits is a cue's number only in front of its times.  `as_original` has these three as the original.
+Tags, such as those for italics, are deleted, and so is `<image>`, which would take a frame's place.
 """
 
 import codecs
 import html
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}[.,]\d{1,3})"
 TIMING = re.compile(rf"\s*{CLOCK}\s*-->\s*{CLOCK}(?:\s|$)")
 MEANT = re.compile(r"[\s\d:.,-]*\d[\s\d:.,-]*-->[\s-]*\d")  # for times: else they would be read as words
 SRT_TAG = re.compile(r"</?(?:i|b|u|s|font)\b[^<>]*>|\{\\[^{}]*\}", re.IGNORECASE)
+ASS_DRAWING = re.compile(r"\{[^{}]*\\p[1-9][^{}]*\}.*?(?:\{[^{}]*\\p0[^{}]*\}|$)", re.DOTALL)
+ASS_TAG = re.compile(r"\{[^{}]*\}")
 VTT_TAG = re.compile(r"<[^<>]*>")
 MAX_BYTES = 16 * 2**20  # a film's are 100 kB
 
@@ -35,8 +38,13 @@ class Cue(NamedTuple):
     text: str
 
 
-def read_subtitles(path: str | Path) -> list[Cue]:
+def read_subtitles(path: str | Path, as_original: bool = False) -> list[Cue]:
     """The cues of a .srt or .vtt file, in its order.  Raises ConversationError."""
+    return parse_subtitles(subtitle_text(path, as_original), as_original)
+
+
+def subtitle_text(path: str | Path, as_original: bool = False) -> str:
+    """The text of a .srt or .vtt file, which holds a cue at least.  Raises ConversationError."""
     try:
         file = Path(path).expanduser()
         if file.exists() and not file.is_file():
@@ -44,7 +52,8 @@ def read_subtitles(path: str | Path) -> list[Cue]:
         with file.open("rb") as opened:
             content = opened.read(MAX_BYTES + 1)
         encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        cues = parse_subtitles(content.decode(encoding) if len(content) <= MAX_BYTES else "")
+        text = content.decode(encoding) if len(content) <= MAX_BYTES else ""
+        cues = parse_subtitles(text, as_original)
     except UnicodeDecodeError as error:
         remedy = "copy it again" if encoding == "utf-16" else "save it as UTF-8, such as with: iconv -f latin1 -t utf-8"
         raise ConversationError(f"{path} is not {error.encoding.upper()} (byte {error.start}); {remedy}") from None
@@ -54,30 +63,43 @@ def read_subtitles(path: str | Path) -> list[Cue]:
         raise ConversationError(f"{str(path)!r} cannot be read ({error}); check its name and permissions") from None
     if not cues:
         raise ConversationError(f"{path} holds no subtitles, such as 00:01,000 --> 00:02,500; give a .srt or .vtt file")
-    return cues
+    return text
 
 
-def parse_subtitles(text: str) -> list[Cue]:
+def parse_subtitles(text: str, as_original: bool = False) -> list[Cue]:
     """A .vtt's text begins with WEBVTT, and its cues end at a blank line; those of a .srt at the next one's times.
 
     Raises ConversationError for a line of times that are written in another way.
     """
     is_vtt, cues, end, lines = text.startswith("WEBVTT"), [], None, []
-    for number, line in enumerate([*text.splitlines(), "0:00.0 --> 0:00.0"], 1):
+    followed = itertools.pairwise([*text.splitlines(), "0:00.0 --> 0:00.0", ""])
+    for number, (line, after) in enumerate(followed, 1):
         timing = TIMING.match(line)
         if not timing and MEANT.match(line):
             raise ConversationError(f"line {number} is {line[:60]!r}; write times as 00:00:01,000 --> 00:00:02,500")
         words = html.unescape(VTT_TAG.sub("", line)) if is_vtt else SRT_TAG.sub("", line)
-        words = words.replace(IMAGE, " ").replace("...", "").strip()
+        words = words.replace(IMAGE, " ").strip()
+        words = words.replace("...", "").strip() if as_original else words
+        is_number = not is_vtt and words.isdigit() and (as_original or TIMING.match(after))
         if timing or (is_vtt and not line.strip()):
             cues += [Cue(end, " ".join(lines))] if lines else []
             end, lines = timing and _seconds(*timing.groups()[3:]), []
-        elif end is not None and words and (is_vtt or not words.isdigit()):
+        elif end is not None and words and not is_number:
             lines.append(words)
     return cues
 
 
-def interleave(times: Iterable[float], cues: Iterable[Cue]) -> str:
+def cues_of_track(events: Iterable[tuple[float, str]]) -> list[Cue]:
+    """The end in seconds and the text, marked up as in .ass files, of a video's track."""
+    cues = []
+    for end, text in events:
+        words = ASS_TAG.sub("", ASS_DRAWING.sub("", text)).replace("\\h", " ").replace(IMAGE, " ").split("\n")
+        if words := " ".join(filter(None, map(str.strip, words))):
+            cues.append(Cue(end, words))
+    return cues
+
+
+def interleave(times: Iterable[float], cues: Iterable[Cue], as_original: bool = False) -> str:
     """`<image>` for each frame of `times`, with the texts behind the frames that they belong to."""
     times = list(times)
     texts: Sequence[list[str]] = [[] for _ in times]
@@ -85,7 +107,7 @@ def interleave(times: Iterable[float], cues: Iterable[Cue]) -> str:
     for end, text in cues:
         while reached < len(times) and times[reached] < end:
             reached += 1
-        texts[reached - 1].append(text)
+        texts[reached - 1 if reached or as_original else 0].append(text)
     return "".join(IMAGE + " ".join(own) for own in texts)
 
 

@@ -4,8 +4,9 @@
 
 Every host writes and reads its own shards through Orbax, which writes aside and renames: a checkpoint that bears its
 number is complete.  The arrays are stored flat, by the paths of `flat_paths`, so that optimiser states of any type and
-any mesh can take them back.  Deviation from plain Orbax, which does not notice a flipped bit: `run` holds a
-fingerprint of every array, and a checkpoint whose arrays have others is damaged.
+any mesh can take them back.  Deviation from plain Orbax, which does not notice a flipped bit: `run` holds type, shape
+and fingerprint of every array, and a checkpoint whose arrays have others is damaged.  What else Orbax writes is not
+read, so that damage there harms nothing.
 """
 
 import contextlib
@@ -19,16 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
-from llamavid_jax.checkpoints.arrays import first_line
+from llamavid_jax.checkpoints.arrays import Arrays, first_line
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.files import locked
 from llamavid_jax.models.structure import flat_paths
+from llamavid_jax.parallel.processes import on_any
+from llamavid_jax.training.fingerprints import fingerprints
 
 ARRAYS, RUN = "arrays", "run"  # the two items of a checkpoint
 LISTED = 64  # the newest checkpoints that a restart looks at
@@ -51,7 +52,7 @@ class RunCheckpoints:
         self.directory, self._report = Path(directory).absolute(), report
         self._saving: int | None = None  # the step under way
         self._failure: CheckpointError | None = None
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,  # what a killed save left
             lightweight_initialize=True,  # reads no file of a checkpoint that may be damaged
@@ -60,7 +61,7 @@ class RunCheckpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._quiet.enter_context(_quiet())
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
         except OSError as error:
             self._quiet.close()
             raise CheckpointError(
@@ -85,7 +86,8 @@ class RunCheckpoints:
         if step in self._manager.all_steps():
             return
         flat = flat_paths(arrays)
-        run = {"step": step, "position": position, "config": config, "fingerprints": fingerprints(flat)}
+        kinds = {path: _kind(array) for path, array in flat.items()}
+        run = {"step": step, "position": position, "config": config, "kinds": kinds, "fingerprints": fingerprints(flat)}
         items = ocp.args.Composite(
             **{ARRAYS: ocp.args.PyTreeSave(flat), RUN: ocp.args.JsonSave({"run": run, "sha256": _sha256(run)})}
         )
@@ -134,7 +136,6 @@ class RunCheckpoints:
         CheckpointError when all are damaged, and when the arrays differ from `abstract`, naming the first.
         """
         self.wait()
-        self._manager.reload()
         damaged = {}
         for step in _from_process_0(sorted(self._manager.all_steps(), reverse=True)):
             try:
@@ -154,32 +155,21 @@ class RunCheckpoints:
         return None
 
     def _read(self, step: int, abstract: Any) -> Restored:
-        """Reads one checkpoint without a barrier: a process that fails must not leave the others waiting for it."""
-        folder, problem, run, arrays = self.directory / str(step), "", {}, {}
-        targets = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for path, leaf in flat_paths(abstract).items()
-        }
-        try:
-            stored = json.loads((folder / RUN / "metadata").read_text(encoding="utf-8"))
-            run = stored["run"]
-            if stored["sha256"] != _sha256(run) or run["step"] != step:
-                raise ValueError(f"{RUN}/metadata is not what was written")
-            handler = ocp.PyTreeCheckpointHandler()
-            _check_same(folder, dict(handler.metadata(epath.Path(folder / ARRAYS)).tree), targets)
-            restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
-            arrays = handler.restore(
-                epath.Path(folder / ARRAYS), args=ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
-            )
-        except CheckpointError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            problem = f"{type(error).__name__}: {first_line(error)}"
-        if np.any(multihost_utils.process_allgather(np.int32(bool(problem)))):
-            raise _DamagedError(problem or "another process cannot read it")
-        wrong = [path for path, value in fingerprints(arrays).items() if value != run["fingerprints"].get(path)]
-        if wrong:
-            raise _DamagedError(f"{wrong[0]} is not what was written")
+        folder, targets = self.directory / str(step), flat_paths(abstract)
+        with _damage(RUN):
+            written = json.loads((folder / RUN / "metadata").read_text(encoding="utf-8"))
+            run = written["run"]
+            if written["sha256"] != _sha256(run) or run["step"] != step:
+                raise _DamagedError("it is not what was written")
+        _check_same(folder, run["kinds"], {path: _kind(target) for path, target in targets.items()})
+        with _damage(ARRAYS):
+            stored, arrays = Arrays(folder / ARRAYS), {}
+            for path, target in targets.items():
+                if _kind(stored[path]) != run["kinds"][path]:
+                    raise _DamagedError(f"{path} is not what was written")
+                arrays[path] = stored.restore(path, target)
+        if wrong := [path for path, value in fingerprints(arrays).items() if value != run["fingerprints"][path]]:
+            raise _DamagedError(f"{ARRAYS}: {wrong[0]} is not what was written")
         leaves = [arrays[path] for path in targets]
         return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract), leaves), run["position"], run["config"])
 
@@ -192,7 +182,8 @@ class RunCheckpoints:
                 (self.directory / str(step)).rename(aside)
         if steps:
             multihost_utils.sync_global_devices("damaged checkpoints put aside")
-            self._manager.reload()
+            self._manager.close()  # its `reload` would read metadata, which may be damaged in the others too
+            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
 
 
 @contextlib.contextmanager
@@ -205,7 +196,7 @@ def only_run(output: Path) -> Iterator[None]:
                 exits.enter_context(locked(output / ".lock", f"output, {output},"))
             except CheckpointError as error:
                 problem = str(error)
-        if np.any(multihost_utils.process_allgather(np.int32(bool(problem)))):
+        if on_any(problem):
             raise CheckpointError(problem or f"output, {output}, is in use by another run; process 0 says by which")
         yield
 
@@ -214,35 +205,28 @@ class _DamagedError(Exception):
     pass
 
 
-@jax.jit
-def _fingerprints(arrays: dict[str, jax.Array]) -> jax.Array:
-    def one(x: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
-        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-        for axis in reversed(range(x.ndim)):
-            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-            stride *= x.shape[axis]
-        return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
-
-    return jnp.stack([one(x) for x in arrays.values()])
-
-
-def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """A number of 32 bits for each array: its bits, weighted by their places, summed; the same on every mesh.
-
-    Weights are odd, so that every change of one element changes the sum.
-    """
-    values = np.asarray(_fingerprints(arrays).addressable_data(0)) if arrays else []
-    return {path: int(value) for path, value in zip(sorted(arrays), values, strict=True)}
+@contextlib.contextmanager
+def _damage(item: str) -> Iterator[None]:
+    """What is raised in the block becomes a _DamagedError on all processes; there is no barrier in it."""
+    problem = ""
+    try:
+        yield
+    except (_DamagedError, CheckpointError) as error:
+        problem = first_line(error)
+    except Exception as error:  # TensorStore and damaged JSON raise many kinds
+        problem = f"{type(error).__name__}: {first_line(error)}"
+    if on_any(problem):
+        raise _DamagedError(f"{item}: {problem or 'another process cannot read it'}")
 
 
-def _check_same(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    def describe(arrays: dict[str, Any], path: str) -> str:
-        return f"{np.dtype(arrays[path].dtype).name}{list(arrays[path].shape)}" if path in arrays else "absent"
+def _kind(array: Any) -> str:
+    """Such as float32[2, 3]."""
+    return f"{array.dtype.name}{list(array.shape)}"
 
+
+def _check_same(folder: Path, stored: dict[str, str], wanted: dict[str, str]) -> None:
     for path in [*wanted, *stored]:
-        there, asked = describe(stored, path), describe(wanted, path)
+        there, asked = stored.get(path, "absent"), wanted.get(path, "absent")
         if there != asked:
             raise CheckpointError(
                 f"{folder}: {path} is {there} there and {asked} in this run; go on with the configuration that the "

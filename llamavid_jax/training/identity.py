@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Int64
 
 from llamavid_jax.data.records import find_media
@@ -24,6 +23,7 @@ from llamavid_jax.data.shards import MANIFEST, Shards
 from llamavid_jax.errors import InputError, TrainingError
 from llamavid_jax.files import write_files
 from llamavid_jax.models.structure import flat_paths
+from llamavid_jax.parallel.processes import on_any
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.start import Start
 
@@ -105,15 +105,17 @@ def check_same_media(
 
 
 def media_files(records: Sequence, threads: int) -> Int64[np.ndarray, "2 N"]:
-    """Size and time of every record's media file; -1 where it has none."""
+    """Size and time of every record's media file, a film's with its subtitles' added; -1 where it has none."""
 
     def look(index: int) -> tuple[int, int]:
         try:
             record = records[index]
-            status = os.stat(find_media(record)) if record.media else None
+            files = [find_media(record)] * bool(record.media) + [record.subtitles] * bool(record.subtitles)
+            found = [os.stat(file) for file in files]
         except (InputError, OSError, ValueError):
-            status = None
-        return (-1, -1) if status is None else (status.st_size, status.st_mtime_ns)
+            found = []
+        sizes, times = (sum(getattr(status, name) for status in found) for name in ("st_size", "st_mtime_ns"))
+        return (sizes, times) if found else (-1, -1)
 
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         return np.array(list(pool.map(look, range(len(records)))), np.int64).reshape(-1, 2).T
@@ -129,5 +131,5 @@ def _read_media(file: Path) -> np.ndarray | None:
 
 def _agree(problem: str) -> None:
     """Raises TrainingError on all processes where one has a problem: else the others would wait for it."""
-    if np.any(multihost_utils.process_allgather(np.int32(bool(problem)))):
+    if on_any(problem):
         raise TrainingError(problem or "another process found that this is not the run that began; see its output")

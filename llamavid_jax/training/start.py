@@ -23,8 +23,8 @@ from llamavid_jax.models.lora import ADAPTERS, LoraConfig
 from llamavid_jax.models.structure import Params, Structure, params_of
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.text.tokenizer import Tokenizer
-from llamavid_jax.training.checkpoint import fingerprints
 from llamavid_jax.training.config import TrainConfig
+from llamavid_jax.training.fingerprints import fingerprints
 from llamavid_jax.training.layout import lay_out, make_model
 
 

@@ -76,12 +76,16 @@ def _pick(tables: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def beside_visuals(batch: Batch) -> Bool[Array, "B T"]:
-    """The positions of text next to a visual token of their sample, where start and end tokens stand."""
-    visual = jnp.where(batch.visual_index == TEXT, 0, batch.segment_ids)
+    """The positions of text next to a visual token of their sample, where start and end tokens stand.
+
+    In a row of one sample the padding behind a visual counts too; no label hangs on it.
+    """
+    segments = jnp.ones_like(batch.token_ids) if batch.segment_ids is None else batch.segment_ids
+    visual = jnp.where(batch.visual_index == TEXT, 0, segments)
     before = jnp.pad(visual, [(0, 0), (1, 0)])[:, :-1]
     behind = jnp.pad(visual, [(0, 0), (0, 1)])[:, 1:]
-    own = (before == batch.segment_ids) | (behind == batch.segment_ids)
-    return own & (batch.segment_ids > 0) & (batch.visual_index == TEXT)
+    own = (before == segments) | (behind == segments)
+    return own & (segments > 0) & (batch.visual_index == TEXT)
 
 
 def loss_sums(

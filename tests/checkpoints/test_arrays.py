@@ -14,6 +14,7 @@ from converted import CONFIG, ORIGINAL, convert
 from damage import assert_told_or_harmless
 from jax.sharding import NamedSharding, PartitionSpec
 from paths import ROOT
+from training_data import two_processes
 
 from llamavid_jax.checkpoints.arrays import CHUNK_BYTES, Arrays, chunk_shape, nest
 from llamavid_jax.checkpoints.weights import check_params, load_part, load_weights, save_part, save_weights
@@ -115,6 +116,51 @@ def test_a_chunk_is_of_one_device(part, tmp_path):
     files = {str(file.relative_to(tmp_path / "weights")) for file in (tmp_path / "weights").rglob("c/**/*")}
     assert {f"a.kernel/c/{row}/{column}" for row in range(4) for column in range(2)} <= files
     assert {"a.bias/c/0", "scale/c", "zero/c/0/0", "b.0.qvalue/c/3/0"} <= files | {"scale/c"}
+
+
+SAVES = """
+import resource, sys
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from llamavid_jax.checkpoints.weights import save_weights
+from llamavid_jax.errors import CheckpointError
+from llamavid_jax.parallel.mesh import make_mesh
+
+def place(seed, dtype, *axes):
+    value = np.random.default_rng(seed).standard_normal((16, 12)).astype(dtype)
+    sharding = NamedSharding(make_mesh(fsdp=4, tensor=2), PartitionSpec(*axes))
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+params = {"cut": place(0, "float32", "fsdp", "tensor"), "some": place(1, "bfloat16", None, "tensor")}
+save_weights(arguments[0], params | {"whole": place(2, "float32"), "host": np.arange(12, dtype="int8")})
+if process == 1:  # longer files fail, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+try:
+    save_weights(arguments[0] + "-full", params)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.sharding
+def test_two_processes(tmp_path):
+    """Each writes its shards, with sums; where one cannot, both say so and nothing is left."""
+    outputs = two_processes(SAVES, str(tmp_path / "saved"))
+    for output, reason in zip(outputs, ("another process cannot write its part", "File too large"), strict=True):
+        assert "saved-full/weights cannot be written (" in output and reason in output, outputs
+    assert not list((tmp_path / "saved-full").iterdir())
+    for file in (tmp_path / "saved/weights").glob("*/zarr.json"):
+        assert json.loads(file.read_text())["codecs"][-1]["name"] == "crc32c"
+    files = {str(file.relative_to(tmp_path / "saved/weights")) for file in tmp_path.glob("saved/weights/*/c/**/*")}
+    assert {f"cut/c/{row}/{column}" for row in range(4) for column in range(2)} <= files
+
+    def read() -> dict[str, np.ndarray]:
+        arrays = Arrays(tmp_path / "saved/weights")
+        check_params("saved", arrays, {name: (16, 12) for name in ("cut", "some", "whole")} | {"host": (12,)})
+        return {path: arrays.read(path) for path in arrays}
+
+    np.testing.assert_array_equal(read()["cut"], np.random.default_rng(0).standard_normal((16, 12)).astype("float32"))
+    assert_told_or_harmless(tmp_path / "saved", read, least=75)
 
 
 def test_no_room(tmp_path):

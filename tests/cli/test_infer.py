@@ -65,6 +65,21 @@ def test_json(video_answer):
     assert video_answer["sampling"] == [{"video": CLIP, "rule": "stride", "frames": 12}]
 
 
+def test_evidence(ask, tmp_path):
+    file = tmp_path / "looked.png"
+    code, out, err = ask("--video", CLIP, "--question", QUESTION, "--json", "--evidence", str(file))
+    frames = json.loads(out)["evidence"]
+    assert code == 0 and str(file) in err and Image.open(file).height > 200
+    assert len(frames) == 10 and {frame["second"] for frame in frames} <= set(map(float, range(12)))
+    assert [frame["weight"] for frame in frames] == sorted((frame["weight"] for frame in frames), reverse=True)
+
+
+@pytest.mark.parametrize("file", ["looked.jpg", "no/such/folder/looked.png"])
+def test_evidence_that_cannot_be_drawn_is_said_first(ask, file):
+    code, out, err = ask("--video", CLIP, "--question", QUESTION, "--evidence", file)
+    assert (code, out) == (2, "") and f"--evidence is {file}" in err
+
+
 def test_a_video_of_a_varying_rate_says_how_it_was_sampled(ask, tmp_path):
     path = write_clip(tmp_path / "[bold].mkv", [index_frame(i) for i in range(3)], times_ms=[0, 4000, 8000])
     out = json.loads(ask("--video", str(path), "--question", QUESTION, "--json")[1])

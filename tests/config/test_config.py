@@ -8,8 +8,10 @@ import yaml
 from paths import ROOT
 
 from llamavid_jax.checkpoints.weights import abstract_params
+from llamavid_jax.config.parts import CLIP_MEAN
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, grid_stride, projector_depth
 from llamavid_jax.errors import ConfigError, InputError
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.weights import inventory
 
 MODELS = ROOT / "configs" / "models"
@@ -263,6 +265,20 @@ def test_a_path_that_is_no_path(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file cannot be written to .*; give a folder"):
         LLaMAVIDLlavaConfig().save_pretrained(tmp_path / "file")
+
+
+def test_two_files_that_contradict_each_other(tmp_path):
+    """Which of the two the model was trained with, no one can tell."""
+    config = LLaMAVIDLlavaConfig.from_dict(OWN)
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_mean": list(CLIP_MEAN), "image_std": [0.5, 0.5, 0.5]}))
+    said = r"preprocessor_config.json: image_std is \[0.5, 0.5, 0.5\], but config.json beside it says \[0.26862954, "
+    for read in (LLaMAVIDLlavaConfig, LLaMAVIDLlavaImageProcessor):
+        with pytest.raises(ConfigError, match=said):
+            read.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        config.with_pixels_of(tmp_path)
 
 
 def test_missing_configuration(tmp_path):

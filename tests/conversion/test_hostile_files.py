@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from damage import assert_told_or_harmless
 
 from conversion import torch_pickle
 from conversion.read_gguf import read_gguf
 from conversion.read_torch import read_checkpoint
 from conversion.sources import unwrapped
+from conversion.stored_tensor import check_sum
 from conversion.sums import sha256_sums, verify
 from llamavid_jax.errors import CheckpointError
 
@@ -174,6 +177,32 @@ def test_no_flipped_bit_of_the_numbers_is_silent(tmp_path):
             file.write_bytes(damaged)
             with pytest.raises(CheckpointError, match=r"do not have the CRC-32 .*download it again"):
                 read_checkpoint(tmp_path)["w"].read()
+
+
+def test_a_flipped_bit_of_a_bin_file(tmp_path):
+    """Anywhere: in the numbers, the pickle, the names and the directory of the zip."""
+    draw = torch.Generator().manual_seed(0)
+    values = {f"{dtype}": torch.randn(10, 8, generator=draw).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    torch.save(values | {"view": torch.arange(100.0)[20:60].reshape(5, 8).t()}, tmp_path / "pytorch_model.bin")
+
+    def read() -> dict[str, np.ndarray]:
+        check_sum.cache_clear()
+        return {name: tensor.read() for name, tensor in read_checkpoint(tmp_path).items()}
+
+    assert_told_or_harmless(tmp_path, read, least=45)
+
+
+def test_a_damaged_directory_of_a_zip(tmp_path):
+    """Its length, so that entries begin before the file does."""
+    write_zip(tmp_path, one("w", tensor()), data=bytes(16))
+    file = tmp_path / "pytorch_model.bin"
+    content = bytearray(file.read_bytes())
+    for bit in range(32):
+        damaged = bytearray(content)
+        damaged[len(content) - 10 + bit // 8] ^= 1 << (bit % 8)
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is truncated or damaged|without data\.pkl"):
+            read_checkpoint(tmp_path)
 
 
 def test_a_file_without_sums_is_read(tmp_path):

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from converted import CONFIG, GOLDEN, ORIGINAL, convert, save_folder, state_dict
+from converted import (
+    COMPUTED,
+    CONFIG,
+    GOLDEN,
+    ORIGINAL,
+    assert_bit_equal,
+    back,
+    convert,
+    save_folder,
+    state_dict,
+)
 
 from conversion import jax_to_torch
 from conversion.read_torch import read_checkpoint
@@ -17,28 +27,6 @@ from conversion.torch_config import documented_config, original_config
 from llamavid_jax.checkpoints.weights import load_weights, save_weights
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, ConfigError
-
-COMPUTED = ("inv_freq", "position_ids")
-
-
-def back(source, out, layout, **options) -> dict[str, torch.Tensor]:
-    """Writes `out` and reads it with the libraries that users have."""
-    jax_to_torch.convert(source, out, layout=layout, **options)
-    found = {}
-    for file in sorted(out.iterdir()):
-        if file.suffix == ".bin":
-            found |= torch.load(file, weights_only=True)
-        elif file.suffix == ".safetensors":
-            found |= safetensors.torch.load_file(file)
-    return found
-
-
-def assert_bit_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    expected = {name: value for name, value in expected.items() if not name.endswith(COMPUTED)}
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert actual[name].dtype == value.dtype, name
-        assert torch.equal(actual[name].view(torch.uint8), value.contiguous().view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("limit", [None, 400_000], ids=["one file", "shards"])

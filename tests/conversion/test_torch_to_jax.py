@@ -30,6 +30,11 @@ def test_original_layout(tmp_path):
     assert (tmp_path / "out" / vocabulary).read_bytes() == (ORIGINAL / vocabulary).read_bytes()
     settings = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
     assert (settings["size"], settings["resample"]) == ({"shortest_edge": 56}, 3)
+    assert json.loads((tmp_path / "out/video_preprocessor_config.json").read_text())["fps"] == 1
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["LLaMAVIDLlavaForConditionalGeneration"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: llamavid_jax\n") and f"`{ORIGINAL.name}`" in card
 
 
 def test_documented_layout_has_the_same_weights(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import index_frame, write_clip
+from damage import assert_told_or_harmless
 from paths import ROOT
 from PIL import Image
 
@@ -175,10 +176,22 @@ def test_damaged_shard_is_named(shards, tmp_path, damage):
         middle = 400  # of the clip, which has more bytes than that
         content[middle : middle + 8] = bytes(255 - value for value in content[middle : middle + 8])
         file.write_bytes(content)
-    with pytest.raises(DataError, match=f"{file}.*(damaged|absent|instead of).*copy the folder again"):
+    with pytest.raises(DataError, match=f"{file}.*(damaged|absent|says).*copy the folder again"):
         read_shards(tmp_path)[1]
     if damage == "flipped":
         assert read_shards(tmp_path)[0].id == "picture"  # the others are there
+
+
+def test_a_flipped_bit_of_shards(shards, tmp_path):
+    """In any file: samples, their outline, and what describes them.  Most bytes of a small shard are padding."""
+    shutil.copytree(shards, tmp_path / "set")
+
+    def read() -> dict[str, np.ndarray]:
+        found = read_shards(tmp_path / "set")
+        samples = [(found[index], *found.outline(index)) for index in range(len(found))]
+        return {"samples": np.array(repr(samples))}
+
+    assert_told_or_harmless(tmp_path / "set", read, least=20)
 
 
 @pytest.mark.parametrize(

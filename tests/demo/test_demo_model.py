@@ -1,19 +1,26 @@
 """The shipped model: its size, what it answers about held-out clips, and the picture of `make demo`."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import assert_told_or_harmless
 from PIL import Image
 
 from demo import digits, fresh_qformer, questions, show
 from demo.evaluate import answers
-from demo.make_data import sample
+from demo.make_data import generator, sample
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.checkpoints.arrays import Arrays
+from llamavid_jax.checkpoints.weights import abstract_params, check_params
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.inference.draw import TILE
+from llamavid_jax.inference.evidence import draw
+from llamavid_jax.inference.session import Session
 from llamavid_jax.models.llama_vid import attend_frames
 
 DEMO = Path(show.__file__).parent
@@ -42,6 +49,20 @@ def test_held_out_clips(shipped, tmp_path):
     movie = sample(("long_test", 100_000), tmp_path, seed=1)
     asked = {kind: (truth, answer) for _, kind, _, truth, answer in answers(*shipped, [movie], tmp_path, batch=1)}
     assert asked["colour"][0] == asked["colour"][1]
+
+
+def test_a_flipped_bit_of_its_weights(tmp_path):
+    """Once in each file, read as `from_pretrained` does; what else is in the folder has no sums."""
+    shutil.copytree(DEMO / "model/weights", tmp_path / "weights")
+    config = LLaMAVIDLlavaConfig.from_pretrained(DEMO / "model")
+    shapes = {path: value.shape for path, value in abstract_params(config).items()}
+
+    def read() -> dict[str, np.ndarray]:
+        arrays = Arrays(tmp_path / "weights")
+        check_params(tmp_path, arrays, shapes)
+        return {path: arrays.read(path) for path in arrays}
+
+    assert_told_or_harmless(tmp_path, read, least=140)
 
 
 @pytest.mark.parametrize(
@@ -121,3 +142,21 @@ def test_a_fresh_qformer_is_all_that_changes(shipped, tmp_path, monkeypatch):
     processors = shipped[1], LLaMAVIDLlavaProcessor.from_pretrained(tmp_path / "fresh")
     first, second = (processor.image_processor(videos=frame)["pixel_values"][0] for processor in processors)
     np.testing.assert_array_equal(first, second)
+
+
+def test_the_evidence_is_the_right_second(shipped, tmp_path):
+    """Of ten minutes with one event of 5 seconds, it is within the first three seconds named."""
+    model, processor = shipped
+    (tmp_path / "long").mkdir()
+    right = []
+    for number in range(100_000, 100_010):
+        record = sample(("long_test", number), tmp_path, seed=1)
+        (event,) = digits.long_clip(generator("long_test", number, seed=1), test=True, seconds=600).events
+        session = Session(model, processor.image_processor, videos=[tmp_path / record["video"]])
+        question = record["conversations"][0]["value"].removeprefix("<image>\n")
+        frames = session.ask(question, evidence=True, max_new_tokens=16).evidence
+        first = sorted(frames, key=lambda frame: -frame["weight"])[:3]
+        right.append(any(event.start <= frame["second"] < event.start + event.seconds for frame in first))
+    assert np.mean(right) >= 0.8 and len(frames) == 600
+    draw(session, question, session.ask(question, evidence=True)).save(tmp_path / "evidence.png")
+    assert np.asarray(Image.open(tmp_path / "evidence.png")).std() > 20

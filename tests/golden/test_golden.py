@@ -130,8 +130,8 @@ def test_movie(movie, golden):
         start_end, width, name = case["im_start_end"], case["video_token"], case["name"]
         tokenizer = text_tokenizer(movie, golden, start_end)
         cues = [Cue(cue["end"], cue["text"]) for cue in case["subtitles"]]
-        assert case["source"] != "srt" or parse_subtitles(case["srt"]) == cues, name
-        inputs = interleave(case["frame_times"], cues)
+        assert case["source"] != "srt" or parse_subtitles(case["srt"], as_original=True) == cues, name
+        inputs = interleave(case["frame_times"], cues, as_original=True)
         assert inputs == case["inputs"], name
         if "inference" in case:
             turn = long_video_text(inputs, case["question"], width, start_end)

@@ -209,6 +209,10 @@ def test_arrays_of_jax_and_attributes(processor):
     again += [{"role": "assistant", "content": "b"}, user(words("c"))]
     pixels = processor.chat(again, return_tensors="jax").pixel_values[0]
     assert pixels[0] is pixels[2] and pixels[1] is pixels[3]
+    ((first, second),) = inputs.video_metadata
+    assert (
+        first.timestamps.tolist() == second.timestamps.tolist() == [0] and inputs.timestamps[0][0] is first.timestamps
+    )
     with pytest.raises(AttributeError, match="no 'inputs_ids'; they have input_ids"):
         _ = inputs.inputs_ids
     with pytest.raises(ConversationError, match="return_tensors is 'pt'; use 'np' or 'jax'"):

@@ -124,7 +124,7 @@ def test_beyond_the_trained_positions_earlier_turns_lose_their_frames(tiny_model
 
 
 def test_the_newest_question_alone_shows_frames(tiny_model, prompts):
-    session = Session(tiny_model, IMAGES, videos=[clip(3)], newest_alone=True, template="llava_v1")
+    session = Session(tiny_model, IMAGES, videos=[clip(3)], like_original=True, template="llava_v1")
     assert [session.ask(question, **SHORT).visual_tokens for question in QUESTIONS] == [6, 6, 6]
     assert [ids.count(IMAGE_TOKEN) for ids in prompts] == [1, 1, 1]
     text = tiny_model.tokenizer.decode([token for token in prompts[1] if token >= 0])
@@ -146,7 +146,8 @@ def test_a_film_with_subtitles(tiny_model, name):
     case = FILMS[name]
     cues = [Cue(cue["end"], cue["text"]) for cue in case["subtitles"]]
     fps = case["video_fps"] / round(case["video_fps"])
-    session = Session(tiny_model, IMAGES, videos=[clip(case["frames"])], subtitles=cues, fps=fps)
+    media = {"videos": [clip(case["frames"])], "subtitles": cues, "fps": fps}
+    session = Session(tiny_model, IMAGES, **media, like_original=True)
     ids, tokens = session.inputs(case["question"])
     assert ids == case["inference"]["input_ids"]
     assert [array.shape for array in tokens] == [(2 * case["frames"], 64)]
@@ -162,3 +163,28 @@ def test_a_conversation_about_a_film(tiny_model, prompts):
         prompts.clear()
     with pytest.raises(InputError, match="subtitles go with one video alone, not with 2 and 0 images"):
         Session(tiny_model, IMAGES, videos=[clip(4)] * 2, subtitles=cues)
+
+
+def test_evidence_is_a_part_for_every_frame(tiny_model):
+    """In the order of the frames, over all turns of a chat; the attention is that of the row alone."""
+    session = Session(tiny_model, IMAGES, images=[picture(200)], videos=[clip(5)], fps=0.5)
+    for number, question in enumerate(QUESTIONS):
+        frames = session.ask(question, evidence=True, **SHORT).evidence
+        assert [frame["second"] for frame in frames] == [0.0, 0.0, 2.0, 4.0, 6.0, 8.0]
+        assert ["image" in frame for frame in frames] == [True] + 5 * [False]
+        assert np.isclose(sum(frame["weight"] for frame in frames), 1) and min(frame["weight"] for frame in frames) > 0
+        ids, tokens = session._lay_out(session.turns)
+        out = tiny_model.generate([ids[:-1], ids], visual_tokens=[tokens, tokens], evidence=True, **SHORT)
+        assert len(out.evidence[1]) == sum(map(len, tokens)) == 12 * (number + 1)
+    assert session.ask("why?", **SHORT).evidence is None
+
+
+def test_evidence_of_a_row_is_what_it_is_alone(tiny_model):
+    session = Session(tiny_model, IMAGES, videos=[clip(5)])
+    rows = [session.inputs(question) for question in QUESTIONS]
+    ids, tokens = zip(*rows, strict=True)
+    together = tiny_model.generate(ids, visual_tokens=tokens, evidence=True, **SHORT)
+    for number, (own_ids, own_tokens) in enumerate(rows):
+        alone = tiny_model.generate([own_ids], visual_tokens=[own_tokens], evidence=True, **SHORT)
+        np.testing.assert_allclose(together.evidence[number], alone.evidence[0], rtol=1e-4)
+        assert 0 < alone.evidence[0].sum() < 1

@@ -10,7 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llamavid_jax.config.parts import CLIP_MEAN, CLIP_STD
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.media.image_processor import FILE_NAME, LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.image_processor import FILE_NAME, VIDEO_FILE, LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.images import normalize, pad_to_square, resize_and_crop
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.video import read_video
@@ -100,14 +100,57 @@ def test_media_that_cannot_be_used(arguments):
 
 
 def test_settings_are_stored_as_transformers_stores_clips(tmp_path):
-    front = LLaMAVIDLlavaImageProcessor(336, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "crop")
+    front = LLaMAVIDLlavaImageProcessor(336, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "crop", fps=0.5, num_frames=8)
     front.save_pretrained(tmp_path / "new")
     assert LLaMAVIDLlavaImageProcessor.from_pretrained(tmp_path / "new") == front
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [FILE_NAME]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {FILE_NAME, VIDEO_FILE}
+    stored = {"fps": 0.5, "num_frames": 8, "do_sample_frames": True}
+    assert json.loads((tmp_path / "new" / VIDEO_FILE).read_text()) == stored
     theirs = CLIPImageProcessorPil.from_pretrained(tmp_path / "new")(
         images=Image.fromarray(PICTURE), return_tensors="np"
     )
     np.testing.assert_allclose(front(images=PICTURE)["pixel_values"][0], theirs["pixel_values"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "indices"),
+    [
+        ({}, {}, [0, 5]),
+        ({"fps": 2.5}, {}, [0, 2, 4, 6, 8]),
+        ({"fps": 2.5}, {"fps": 1}, [0, 5]),
+        ({"num_frames": 4}, {}, [0, 2, 5, 7]),
+        ({"num_frames": 4}, {"fps": 1}, [0, 5]),
+        ({"num_frames": 4}, {"num_frames": 3}, [0, 3, 6]),
+        ({"do_sample_frames": False}, {}, list(range(10))),
+        ({}, {"do_sample_frames": False}, list(range(10))),
+    ],
+)
+def test_which_frames_are_taken(tmp_path, stored, asked, indices):
+    """Of ten frames, five a second; numbers of frames as transformers spreads them."""
+    LLaMAVIDLlavaImageProcessor().save_pretrained(tmp_path)
+    (tmp_path / VIDEO_FILE).write_text(json.dumps(stored | {"video_processor_type": "of another"}))
+    clip = write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(10)], rate=5)
+    media = LLaMAVIDLlavaImageProcessor.from_pretrained(tmp_path)(videos=clip, **asked)
+    (about,), (pixels,) = media["video_metadata"], media["pixel_values"]
+    assert about.frames_indices.tolist() == indices and len(pixels) == len(indices)
+    assert (about.fps, about.total_num_frames, about.duration) == (5, 10, 2)
+    np.testing.assert_allclose(about.timestamps, np.array(indices) / 5)
+    assert media["timestamps"][0] is about.timestamps
+
+
+@pytest.mark.parametrize("values", [{"fps": 0}, {"fps": "1"}, {"num_frames": 0}, {"do_sample_frames": 1}, "", "[]"])
+def test_bad_settings_of_sampling(tmp_path, values):
+    LLaMAVIDLlavaImageProcessor().save_pretrained(tmp_path)
+    (tmp_path / VIDEO_FILE).write_text(values if isinstance(values, str) else json.dumps(values))
+    with pytest.raises(ConfigError, match=VIDEO_FILE):
+        LLaMAVIDLlavaImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("asked", [{"num_frames": 11}, {"num_frames": 0}, {"fps": 1, "num_frames": 2}])
+def test_frames_that_there_are_not(tmp_path, asked):
+    clip = write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(10)], rate=5)
+    with pytest.raises(MediaError, match="num_frames"):
+        processor(videos=clip, **asked)
 
 
 def test_settings_that_transformers_stored_are_read(tmp_path):

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from torch_models import (
     BAR,
+    BERT,
+    CLIP,
     CONFIG,
     SCALES,
     frame_error,
@@ -33,6 +35,23 @@ VISION, QFORMER, TOKENS, WHOLE = "models.vision", "models.text_decoder", "models
 def unpooled_error(scale: float) -> float:
     """Patches that are not averaged are large enough to tell the projector's GELU from another."""
     return tokens_error(scale, dataclasses.replace(CONFIG, compress_type="none"))
+
+
+def clip_error(scale: float) -> float:
+    return vision_error(scale, CLIP)
+
+
+def bert_error(scale: float) -> float:
+    return qformer_error(scale, BERT)
+
+
+def bert_frame_error(scale: float) -> float:
+    return frame_error(scale, BERT)
+
+
+def cls_patch_error(scale: float) -> float:
+    vision = dataclasses.replace(CONFIG.vision_tower_config, select_feature="cls_patch")
+    return frame_error(scale, dataclasses.replace(CONFIG, vision_tower_config=vision))
 
 
 BUGS: dict[str, tuple[Callable, str, str, str]] = {
@@ -105,6 +124,43 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
     ),
     "rows and columns of a patch swapped": (vision_error, VISION, 'p q c", p=side', 'q p c", p=side'),
     "patches by columns": (vision_error, VISION, "f (y x) p q c", "f (x y) p q c"),
+    "no norm before CLIP's blocks": (
+        clip_error,
+        VISION,
+        "x if self.pre_norm is None else self.pre_norm(x).astype(self.dtype)",
+        "x",
+    ),
+    "CLIP epsilon 1e-6": (clip_error, VISION, "epsilon=config.layer_norm_eps", "epsilon=1e-6"),
+    "GELU for CLIP's": (clip_error, VISION, "x * jax.nn.sigmoid(1.702 * x)", "jax.nn.gelu(x)"),
+    "CLIP's query and key swapped": (clip_error, VISION, "self.q(x), self.k(x)", "self.k(x), self.q(x)"),
+    "all of CLIP's blocks": (clip_error, VISION, "p[: config.blocks_used]", "p"),
+    "a block of CLIP's too few": (clip_error, VISION, "config.blocks_used", "config.blocks_used - 1"),
+    "CLIP's final norm": (
+        clip_error,
+        VISION,
+        "        return x if config.has_cls",
+        "        x = self.post_norm(x)\n        return x if config.has_cls",
+    ),
+    "the last patch dropped for CLIP's CLS": (clip_error, VISION, "x[:, 1:]", "x[:, :-1]"),
+    # BERT
+    "BERT without a causal mask": (bert_error, QFORMER, " & jnp.tri(len(text_ids), dtype=bool)", ""),
+    "BERT's padding seen": (bert_error, QFORMER, "text_mask & jnp.tri", "jnp.tri"),
+    "no type of BERT's tokens": (bert_error, QFORMER, " + self.token_type_embeddings(jnp.zeros_like(text_ids))", ""),
+    "the second type of BERT's tokens": (bert_error, QFORMER, "jnp.zeros_like(text_ids)", "jnp.ones_like(text_ids)"),
+    "BERT without cross-attention": (
+        bert_error,
+        QFORMER,
+        "cross(x, memory, key=key_cross) if index == 0 else x",
+        "x",
+    ),
+    "BERT reads the CLS token": (
+        bert_frame_error,
+        WHOLE,
+        "patches if decoder.is_bert else features",
+        "features",
+    ),
+    "BERT's padding does not ask": (bert_frame_error, WHOLE, "text_ids >= 0 if", "question[0] if"),
+    "the CLS token kept out of cls_patch": (cls_patch_error, WHOLE, " and not visual_tokens.keeps_cls", ""),
     # the Q-Former
     "memory epsilon 1e-6": (qformer_error, QFORMER, "MEMORY_NORM_EPS = 1e-5", "MEMORY_NORM_EPS = 1e-6"),
     "memory epsilon 1e-12": (qformer_error, QFORMER, "MEMORY_NORM_EPS = 1e-5", "MEMORY_NORM_EPS = 1e-12"),

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from torch_models import (
     BAR,
+    BERT,
+    CLIP,
+    CLIP_TOWER,
     CONFIG,
     SCALES,
     features_of,
@@ -65,6 +68,32 @@ def test_a_frame_equals_torch(compress_type, has_cls):
     """Q-Former and token generator, pixels' features with the CLS token and ready ones without; measured 1e-7."""
     for scale in SCALES:
         assert frame_error(scale, configured(compress_type), has_cls) < BAR
+
+
+VARIANTS = {
+    "BERT": BERT,
+    "CLIP without CLS": CLIP,
+    "CLIP, CLS among the patches": dataclasses.replace(
+        CLIP, vision_tower_config=dataclasses.replace(CLIP_TOWER, select_feature="cls_patch"), compress_type="none"
+    ),
+    "EVA, CLS among the patches": dataclasses.replace(
+        CONFIG, vision_tower_config=dataclasses.replace(CONFIG.vision_tower_config, select_feature="cls_patch")
+    ),
+    "CLIP and BERT": dataclasses.replace(BERT, vision_tower_config=CLIP_TOWER),
+    "CLIP and a Q-Former that is not pretrained": dataclasses.replace(
+        CONFIG, bert_type="qformer", vision_tower_config=CLIP_TOWER
+    ),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_a_frame_equals_torch(variant):
+    """The tower's own features, and ready ones without the CLS token; measured: at most 1e-7."""
+    config = VARIANTS[variant]
+    for has_cls in {config.vision_tower_config.has_cls, False}:
+        for scale in SCALES:
+            assert frame_error(scale, config, has_cls) < BAR
 
 
 def test_the_context_token_comes_first():

@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,13 @@ from jax.experimental import topologies
 from training_cases import CONFIG, ROOT, batch, example
 from training_data import write_tokenizers
 
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.parallel.chips import CHIPS, Chip, peak_flops
 from llamavid_jax.parallel.mesh import ShardingError, make_mesh
+from llamavid_jax.precompile import infer, train
 from llamavid_jax.precompile import plan as plans
 from llamavid_jax.precompile import report as reports
-from llamavid_jax.precompile.buffers import read
+from llamavid_jax.precompile.buffers import assign_buffers, read
 from llamavid_jax.precompile.plan import rank
 from llamavid_jax.precompile.roofline import estimate
 from llamavid_jax.precompile.topology import (
@@ -190,6 +193,38 @@ def test_a_program_that_does_not_fit(monkeypatch, message):
     assert json.loads(report.json())["fits"] is False
 
 
+VARIANTS = ("bert", "clip", "short_qformer", "start_end")
+STAGES = [f"{stage}_{kind}" for kind in VARIANTS for stage in ("stage1_align", "stage2_instruct")]
+
+
+def lowered_alone(lowered, *arguments, **known):
+    """A report as of a program that is too large, in place of compiling it."""
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 65.20G of 15.75G hbm. Exceeded"
+    return reports.compile_report(Lowered(message), *arguments, **known)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    monkeypatch.setattr(reports, "versions", dict)
+    for module, axis in ((train, "fsdp"), (infer, "tensor")):
+        monkeypatch.setattr(module, "slice_mesh", lambda *_, axis=axis, **__: make_mesh(**{axis: 8}))
+        monkeypatch.setattr(module, "compile_report", lowered_alone)
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_the_step_of_every_variant_lowers(recipe, uncompiled):
+    """At its full size, rows of one sample and packed ones."""
+    assert train.check_training(read_config(f"configs/{recipe}.yaml"), "v5e:2x4").flops > 1e15
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_the_programs_of_every_variant_lower(kind, uncompiled):
+    model = LLaMAVIDLlavaConfig.from_yaml(f"configs/models/llamavid_7b_224_video_{kind}.yaml")
+    encode, compress, *_ = infer.check_inference(model, "v5e:2x4", "", 300, 32)
+    assert encode.flops > compress.flops > 0
+
+
 def test_a_program_that_the_compiler_refuses():
     with pytest.raises(CompileError, match="the TPU compiler refuses the program: UNIMPLEMENTED: a thing"):
         compile_lowered(Lowered("UNIMPLEMENTED: a\nthing"))
@@ -267,6 +302,48 @@ def test_sums_over_buffers():
     found = read(ASSIGNMENT, "HloModule")
     assert (found.arguments, found.temporaries, found.output) == (1300, 6000, 1040)
     assert found.peak == 1300 + 6000 + 40
+
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[75]) -> f32[] {
+  ROOT %all-reduce = f32[] all-reduce(%x), to_apply=%sum, backend_config={"lists":[]}
+}
+
+"""
+
+
+class Writes(jax.stages.Lowered):
+    """A compiler that writes as a busy machine does: a few letters at a time, long after each other by their times."""
+
+    def __init__(self, program: str, ends: bool):
+        self.program, self.ends = program, ends
+
+    def compile(self, compiler_options: dict) -> None:
+        folder = Path(compiler_options["xla_dump_to"])
+        (folder / "module_0000.jit_f.after_optimizations-buffer-assignment.txt").write_text(ASSIGNMENT)
+        (folder / "module_0000.jit_f.after_optimizations_before_buffer_assignment.txt").write_text(PROGRAM)
+        file = folder / "module_0000.jit_f.after_optimizations_after_buffer_assignment.txt"
+        for end in range(0, len(self.program) + 1, 20):
+            with file.open("a") as stream:
+                stream.write(self.program[end : end + 20])
+            os.utime(file, (0, 0))
+            time.sleep(0.05)
+        while not self.ends:  # machine code
+            time.sleep(1)
+
+
+def test_a_program_that_is_written_slowly():
+    """It is read when its last computation is whole, and the machine code is not waited for."""
+    found = assign_buffers(Writes(PROGRAM, ends=False))
+    assert (found.text, found.arguments) == (PROGRAM, 1300)
+    assert assign_buffers(Writes(PROGRAM, ends=True)).text == PROGRAM
+    with pytest.raises(CompileError, match=r"could not write what it found to .*; free space there"):
+        assign_buffers(Writes(PROGRAM[:-5], ends=True))
 
 
 def test_a_compile_that_takes_too_long():

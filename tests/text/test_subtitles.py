@@ -6,7 +6,7 @@ import pytest
 from paths import GOLDEN
 
 from llamavid_jax.text.conversation import ConversationError
-from llamavid_jax.text.subtitles import Cue, interleave, parse_subtitles, read_subtitles
+from llamavid_jax.text.subtitles import Cue, cues_of_track, interleave, parse_subtitles, read_subtitles
 
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "movie" / "cases.json").read_text(encoding="utf-8"))}
 
@@ -15,9 +15,9 @@ CASES = {case["name"]: case for case in json.loads((GOLDEN / "movie" / "cases.js
 def test_recorded_layout(name):
     case = CASES[name]
     cues = [Cue(cue["end"], cue["text"]) for cue in case["subtitles"]]
-    assert interleave(case["frame_times"], cues) == case["inputs"]
+    assert interleave(case["frame_times"], cues, as_original=True) == case["inputs"]
     if case["source"] == "srt":
-        assert parse_subtitles(case["srt"]) == cues
+        assert parse_subtitles(case["srt"], as_original=True) == cues
 
 
 VTT = """WEBVTT - a film
@@ -48,17 +48,33 @@ intro
 def test_vtt():
     found = parse_subtitles(VTT)
     assert [cue.end for cue in found] == [2.0, 3604.25, 8.0]
-    assert [cue.text.split() for cue in found] == [["First", "line", "second", "line", "&", "more"], ["1984"], ["here"]]
+    assert [cue.text.split() for cue in found] == [
+        ["First", "line", "second", "line", "&", "more"],
+        ["1984"],
+        ["here..."],
+    ]
 
 
 def test_srt():
-    """Lines of digits are numbers; a cue without text is none; what is behind a blank line still belongs to it."""
+    """A cue without text is none; what is behind a blank line still belongs to it; digits are text but for numbers."""
     text = (
         "\r\n7\r\n00:00:01,000 --> 00:00:02,000\r\n\r\n8\r\n0:0:3,5 --> 00:00:04.25 X1:0\r\n{\\an8}<i>Hi</i>  <font\r\n"
         "<im<image>age> 5 < 6\r\n\r\nbehind\r\n1984\r\n...\r\n"
     )
-    assert parse_subtitles(text) == [Cue(4.25, "Hi  <font <im age> 5 < 6 behind")]
+    assert parse_subtitles(text, as_original=True) == [Cue(4.25, "Hi  <font <im age> 5 < 6 behind")]
+    assert parse_subtitles(text) == [Cue(4.25, "Hi  <font <im age> 5 < 6 behind 1984 ...")]
     assert parse_subtitles("no times\n1\n00:00:01,000 ->\n") == []
+
+
+def test_what_is_said_before_the_first_frame_is_its():
+    cues = [Cue(0.0, "Once..."), Cue(1.5, "then")]
+    assert interleave([0.0, 1.0, 2.0], cues) == "<image>Once...<image>then<image>"
+    assert interleave([0.0, 1.0, 2.0], cues, as_original=True) == "<image><image>then<image>Once..."
+
+
+def test_the_marks_of_a_track_are_no_text():
+    events = [(2.0, "{\\i1}Hi{\\r}, you\nthere..."), (3.0, "{\\an8\\p1}m 0 0 l 9 0{\\p0}"), (4.0, "a\\hb <image>")]
+    assert cues_of_track(events) == [Cue(2.0, "Hi, you there..."), Cue(4.0, "a b")]
 
 
 def test_no_text_takes_a_frames_place():

@@ -2,13 +2,12 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 from paths import ROOT
-from training_data import environment
+from training_data import two_processes
 
 from llamavid_jax.training.preemption import Preemption
 
@@ -54,17 +53,14 @@ def test_a_second_signal_ends_the_process(number):
 
 
 TWO_PROCESSES = """
-import os, signal, sys, time
-import jax
-port, process, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+import os, signal, time
 from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.training.preemption import Preemption
 with jax.set_mesh(make_mesh(data=2, fsdp=4)), Preemption() as preemption:
     for step in range(200):
         time.sleep(0.005 * process)  # the two are not in step by themselves
         if step == 20 and process == 1:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), int(arguments[0]))
         if preemption.requested():
             break
     print("stopped after", step, preemption.requested())
@@ -75,16 +71,5 @@ with jax.set_mesh(make_mesh(data=2, fsdp=4)), Preemption() as preemption:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_two_processes_stop_after_the_same_step(number):
     """One is signalled; JAX's own handler, which `initialize` sets, does not get in the way."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, port, str(process), str(int(number))],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=environment(4),
-        )
-        for process in (0, 1)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=1200)[0] for process in processes]
+    outputs = two_processes(TWO_PROCESSES, str(int(number)))
     assert all("stopped after 21 True" in output for output in outputs), "\n".join(outputs)

@@ -1,0 +1,16 @@
+"""What is said in a film, from wherever it stands."""
+
+from pathlib import Path
+
+from llamavid_jax.media.subtitle_track import read_track
+from llamavid_jax.text.subtitles import Cue, cues_of_track, read_subtitles
+
+
+def film_subtitles(given: str, video: str | Path, as_original: bool = False) -> list[Cue]:
+    """The subtitles of `video`: of the file `given`, or of its own track where that is "auto".
+
+    Raises InputErrors.
+    """
+    if given != "auto" and Path(given).suffix.lower() in (".srt", ".vtt", ""):
+        return read_subtitles(given, as_original)
+    return cues_of_track(read_track(video if given == "auto" else given))

@@ -1,0 +1,132 @@
+"""A video with subtitles in the training set: the film's text, the same from a JSON, from shards and at inference."""
+
+import functools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from clips import index_frame, write_clip
+from paths import GOLDEN
+
+from llamavid_jax.data import examples, records, validate
+from llamavid_jax.data.build_shards import build
+from llamavid_jax.data.examples import ExampleReader
+from llamavid_jax.data.record import DataError, Record
+from llamavid_jax.data.records import read_records
+from llamavid_jax.data.sizes import read_sizes
+from llamavid_jax.errors import InputError
+from llamavid_jax.inference.session import Session
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.shapes import END, IMAGE_TOKEN, START
+from llamavid_jax.text.subtitles import interleave, read_subtitles
+from llamavid_jax.text.tokenizer import load_tokenizer
+from llamavid_jax.training.identity import media_files
+
+SRT = """1
+00:00:00,500 --> 00:00:01,500
+Who goes there...
+
+2
+00:00:02,000 --> 00:00:02,900
+a <image> man
+"""
+TURNS = [{"from": "human", "value": "<image>\nWhat is he doing?"}, {"from": "gpt", "value": "He walks."}]
+CASES = [
+    case
+    for case in json.loads((GOLDEN / "movie" / "cases.json").read_text(encoding="utf-8"))
+    if case["source"] == "srt" and "training" in case
+]
+
+
+def reader(tokens_per_frame: int = 2, start_end: bool = False) -> ExampleReader:
+    tokenizer = load_tokenizer(GOLDEN / "text", (START, END) if start_end else ())
+    return ExampleReader(tokenizer, "imgsp_v1", 56, "pad", tokens_per_frame, 1.0, 0, start_end=start_end)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A film of four seconds, its words and a question, in a JSON of one record."""
+    (tmp_path / "films").mkdir()
+    write_clip(tmp_path / "films" / "movie.mp4", [index_frame(i) for i in range(40)], rate=10)
+    (tmp_path / "films" / "movie.srt").write_text(SRT)
+    record = {"id": "film", "video": "films/movie.mp4", "subtitles": "films/movie.srt", "conversations": TURNS}
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    return tmp_path / "data.json"
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_recorded_films(case, tmp_path, monkeypatch):
+    """Ids, labels and the Q-Former's words are those of the original's training on the same subtitles."""
+    (tmp_path / "film.srt").write_text(case["srt"], encoding="utf-8")
+    (tmp_path / "film.mp4").write_bytes(b"frames")
+    times = SimpleNamespace(times=np.array(case["frame_times"]))
+    monkeypatch.setattr(examples, "plan_video", lambda *_: times)
+    for function in (read_subtitles, interleave):  # but for what is an error of the original's (docs/original.md)
+        monkeypatch.setattr(records, function.__name__, functools.partial(function, as_original=True))
+    turns = [{"from": "human", "value": case["human"]}, {"from": "gpt", "value": case["answer"]}]
+    record = Record("film", turns, str(tmp_path / "film.mp4"), "video", subtitles=str(tmp_path / "film.srt"))
+    text = reader(case["video_token"], case["im_start_end"]).text(record, 0)
+    for field in ("input_ids", "labels"):
+        assert getattr(text, field).tolist() == case["training"][field]
+    assert text.prompts == case["training"]["prompts"]
+
+
+def test_the_text_is_that_of_inference(data, tiny_model):
+    """Of the same video and the same file of subtitles, and the frames that are read fit it."""
+    record = read_records(data)[0]
+    images = LLaMAVIDLlavaImageProcessor.of(tiny_model.config)
+    session = Session(tiny_model, images, videos=[record.media], subtitles=read_subtitles(record.subtitles))
+    session.ask("What is he doing?", max_new_tokens=1)
+    header = reader()._header(record)
+    assert header.inputs == session._movie == "<image><image>Who goes there...<image>a   man<image>"
+    example = reader().read(record, 0, max_frames=8)
+    assert example.questions == ["What is he doing?"] and len(example.frames) == 4
+    assert (example.input_ids == IMAGE_TOKEN).sum() == 2 * 4
+
+
+def test_shards_hold_the_subtitles(data, tmp_path):
+    """The sample and its size are those of the files, to the token, also where the film is thinned."""
+    build(data, tmp_path / "shards")
+    own, packed = read_records(data), read_records(tmp_path / "shards")
+    sizes = [read_sizes(data_set, reader()) for data_set in (own, packed)]
+    assert not sizes[0].broken and not sizes[1].broken and sizes[0].fingerprint() == sizes[1].fingerprint()
+    assert (sizes[0].frames[0], sizes[0].questions[0]) == (4, 1)
+    for most in (8, 2):
+        first, second = (reader().read(data_set[0], 0, most) for data_set in (own, packed))
+        np.testing.assert_array_equal(first.input_ids, second.input_ids)
+        np.testing.assert_array_equal(first.frames, second.frames)
+        assert (first.input_ids == IMAGE_TOKEN).sum() == 2 * len(first.frames) == 2 * min(most, 4)
+    assert len(reader().read(own[0], 0, 8).input_ids) == sizes[0].tokens[0]
+
+
+def test_validate(data, capsys):
+    assert validate.main([str(data)]) == 0
+    (data.parent / "films" / "movie.srt").write_text("no times")
+    assert validate.main([str(data)]) == 1
+    assert "holds no subtitles" in " ".join(capsys.readouterr().out.split())
+
+
+def test_changed_subtitles_are_another_medium(data):
+    """A run that goes on looks at them as at the film."""
+    before = media_files(read_records(data), 1)
+    (data.parent / "films" / "movie.srt").write_text(SRT + "\n")
+    assert (media_files(read_records(data), 1) != before).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"subtitles": "films/gone.srt"}, "gone.srt' cannot be read"),
+        ({"subtitles": 3}, "record 'film': subtitles is '3'; give the path of one file"),
+        ({"video": None}, "record 'film' has subtitles, but no video"),
+        ({"video": None, "image": "a.png"}, "record 'film' has subtitles, but no video"),
+        ({"video": "films/movie.npz"}, "has subtitles, but films/movie.npz holds its own in `inputs`"),
+    ],
+)
+def test_subtitles_that_cannot_be_used(data, changes, said):
+    (record,) = json.loads(data.read_text())
+    data.write_text(json.dumps([record | changes]))
+    with pytest.raises(InputError, match=said.replace("'", "['\"]+")):
+        reader().text(read_records(data)[0], 0)
+    assert issubclass(DataError, InputError)

@@ -1,0 +1,63 @@
+"""Tracks of subtitles in files as FFmpeg writes them."""
+
+import av
+import pytest
+from clips import index_frame, write_clip
+
+from llamavid_jax.media.source import MediaError
+from llamavid_jax.media.subtitle_track import read_track
+
+SRT = "1\n00:00:01,000 --> 00:00:02,500\n<i>Hi</i> there,\nyou\n\n2\n00:00:04,000 --> 00:00:05,000\nBye...\n"
+ASS = """[Script Info]
+ScriptType: v4.00+
+[Events]
+Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
+Comment: 0,0:00:00.00,0:00:09.00,Default,,0,0,0,,not said
+Dialogue: 0,0:00:01.00,0:00:02.50,Default,Bob,0,0,0,,{\\i1}Hello{\\i0}, you\\Nthere
+"""
+
+
+def film(folder, *tracks: tuple[str, str], late: float = 0.0):
+    """A clip of ten seconds that begins `late`, with copies of the streams in these files of subtitles."""
+    names = [write_clip(folder / "clip.mkv", [index_frame(i) for i in range(10)], times_ms=range(0, 10_000, 1000))]
+    for number, (kind, content) in enumerate(tracks):
+        names.append(folder / f"{number}.{kind}")
+        names[-1].write_text(content)
+    with av.open(str(folder / "film.mkv"), "w") as out:
+        sources = [av.open(str(name)) for name in names]
+        copies = [out.add_stream_from_template(source.streams[0]) for source in sources]
+        for source, copy in zip(sources, copies, strict=True):
+            for packet in source.demux():
+                if packet.size:
+                    packet.dts = packet.pts if packet.dts is None else packet.dts
+                    shift = round(late / packet.time_base)
+                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                    packet.stream = copy
+                    out.mux(packet)
+            source.close()
+    return folder / "film.mkv"
+
+
+@pytest.mark.parametrize("late", [0.0, 3.0])
+def test_the_first_track_of_text(tmp_path, late):
+    """Times count from the first frame, however late in the file that is."""
+    found = read_track(film(tmp_path, ("srt", SRT), ("ass", ASS), late=late))
+    assert [end for end, _ in found] == pytest.approx([2.5, 5.0])
+    assert [text for _, text in found] == ["{\\i1}Hi{\\i0} there,\nyou", "Bye..."]
+
+
+def test_a_file_of_its_own(tmp_path):
+    (tmp_path / "film.ass").write_text(ASS)
+    assert read_track(tmp_path / "film.ass") == [(2.5, "{\\i1}Hello{\\i0}, you\nthere")]
+
+
+@pytest.mark.parametrize("content", [b"", b"[Script Info]\n[Events]\n", b"RIFF\0\0", b"\x89PNG"])
+def test_files_that_are_refused(tmp_path, content):
+    (tmp_path / "film.ass").write_bytes(content)
+    with pytest.raises(MediaError, match=r"film.ass (is empty|cannot be read|holds no subtitles).*; (save|give|copy) "):
+        read_track(tmp_path / "film.ass")
+
+
+def test_a_video_without_subtitles(tmp_path):
+    with pytest.raises(MediaError, match="holds no subtitles; give them as text"):
+        read_track(film(tmp_path))

@@ -1,0 +1,72 @@
+"""What a run feeds the tower: the pictures as the model was trained on them."""
+
+import dataclasses
+from unittest.mock import Mock
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from paths import CONFIGS
+from PIL import Image
+from training_data import conversation, write_tokenizers
+
+from llamavid_jax.checkpoints.tokenizers import load_tokenizers
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.data.record import Record
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.models.vision import VisionTower
+from llamavid_jax.parallel.mesh import make_mesh
+from llamavid_jax.training.batches import make_loader
+from llamavid_jax.training.config import DataConfig, LoopConfig, TrainConfig
+from llamavid_jax.training.start import Start
+
+TINY = LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "models" / "tiny.yaml")
+OTHER = {"image_mean": (0.2, 0.5, 0.9), "image_std": (0.5, 0.25, 0.125)}
+BUCKET = {"frames": 1, "pairs": 1, "questions": 1, "tokens": 128}
+
+
+def seen_in_training(config: LLaMAVIDLlavaConfig, picture, folder) -> np.ndarray:
+    """The features of the picture in a run's batch."""
+    data = DataConfig(path=str(picture), question_tokens=16, buckets=[BUCKET], threads=1)
+    start = Mock(spec=Start)
+    start.config, start.mesh = config, make_mesh(fsdp=1)
+    start.tokenizer, start.qformer_tokenizer = load_tokenizers(folder, config)
+    turns = conversation("<image>\nWhat is it?", "a park")
+    records = [Record("0", turns, str(picture), "image")]
+    loader = make_loader(records, folder, start, data, LoopConfig(batch_size=1, steps=1), range(1))
+    (frame,) = next(iter(loader)).batch.frames[0]
+    assert frame.dtype == np.uint8
+    return tower(config)(jnp.asarray(frame[None]))
+
+
+def tower(config: LLaMAVIDLlavaConfig) -> VisionTower:
+    return VisionTower(config.vision_tower_config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_another_mean_and_deviation(tmp_path):
+    """Of a picture that is padded, with the mean colour: training sees what inference does, and not the usual."""
+    write_tokenizers(tmp_path)
+    picture = tmp_path / "wide.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8)).save(picture)
+    other = dataclasses.replace(TINY, vision_tower_config=dataclasses.replace(TINY.vision_tower_config, **OTHER))
+    seen = {}
+    for name, config in (("usual", TINY), ("other", other)):
+        folder = tmp_path / name
+        config.save_pretrained(folder)
+        LLaMAVIDLlavaImageProcessor.of(config).save_pretrained(folder)
+        run = TrainConfig(model=str(CONFIGS / "models" / "tiny.yaml"), data=DataConfig(buckets=[BUCKET]))
+        run = dataclasses.replace(run, start=dataclasses.replace(run.start, model=str(folder)))
+        assert run.model_config() == config  # the recipe's model, with the pixels of the weights it starts from
+        seen[name] = seen_in_training(run.model_config(), picture, tmp_path)
+        pixels = LLaMAVIDLlavaImageProcessor.from_pretrained(folder)(images=[str(picture)])["pixel_values"][0]
+        np.testing.assert_allclose(seen[name], tower(config)(jnp.asarray(pixels)), rtol=1e-5, atol=1e-5)
+    assert np.abs(seen["usual"] - seen["other"]).max() > 0.1
+
+
+def test_a_folder_that_lacks_one_of_the_two_files(tmp_path):
+    """`config.json` alone, as `save_pretrained` of a configuration leaves it, says it to a run and to inference."""
+    other = dataclasses.replace(TINY, vision_tower_config=dataclasses.replace(TINY.vision_tower_config, **OTHER))
+    other.save_pretrained(tmp_path)
+    assert TINY.with_pixels_of(tmp_path) == other
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 56}')
+    assert LLaMAVIDLlavaImageProcessor.from_pretrained(tmp_path) == LLaMAVIDLlavaImageProcessor.of(other)
