@@ -41,7 +41,7 @@ def mixed(samples: int, tokens_per_frame: int, seed: int = 0) -> Sizes:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="packing", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="packing", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", default="configs/stage2_instruct.yaml", metavar="FILE")
     parser.add_argument("--samples", type=int, default=10_000, metavar="N")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -21,7 +21,7 @@ from rich.table import Table
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.errors import CheckpointError, InputError, Parser, command
-from llamavid_jax.files import local
+from llamavid_jax.files import find, local
 from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN
 
 TOLERANCES = {"vision_features": 1e-5, "tokens": 1e-5, "logits": 5e-5, "loss": 1e-5, "greedy": 0.0}
@@ -185,8 +185,8 @@ def read_expected(file: Path) -> Recording:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m conversion.check", description=__doc__.split("\n\n")[0])
-    parser.add_argument("directory", metavar="DIR", type=local, help="a converted checkpoint")
+    parser = Parser(prog="python -m conversion.check", description=__doc__)
+    parser.add_argument("directory", metavar="DIR", type=find, help="a converted checkpoint")
     parser.add_argument("--expected", metavar="FILE", type=local, required=True, help="recorded outputs (.npz)")
     options = parser.parse_args(arguments)
     expected = read_expected(options.expected)

@@ -24,7 +24,7 @@ from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, Parser, command
-from llamavid_jax.files import local
+from llamavid_jax.files import find, local
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_torch, weight_table
 
@@ -168,8 +168,8 @@ def _write_json(file: Path, values: dict) -> None:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m conversion.jax_to_torch", description=__doc__.split("\n\n")[0])
-    parser.add_argument("source", metavar="DIR", type=local, help="a converted checkpoint")
+    parser = Parser(prog="python -m conversion.jax_to_torch", description=__doc__)
+    parser.add_argument("source", metavar="DIR", type=find, help="a converted checkpoint")
     parser.add_argument("out", metavar="OUT", type=local, help="the folder to make")
     parser.add_argument("--layout", choices=tuple(SHARD_BYTES), required=True)
     parser.add_argument("--max-shard-bytes", metavar="N", type=int, help="size of one weight file (1 or 5 GiB)")

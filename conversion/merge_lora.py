@@ -29,7 +29,7 @@ from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, Parser, command
-from llamavid_jax.files import check_sums, local
+from llamavid_jax.files import check_sums, find, local
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import EMPTY, Weight, to_jax, to_torch, weight_table
@@ -144,7 +144,8 @@ def merged(
     kernel = base.astype(np.float32)
     if start in REBUILT_STARTS:
         kernel = to_jax(trained_base(to_torch(kernel, weight.pattern), start, lora), weight)
-    return (kernel + to_jax(lora.scale * (b @ a), weight)).astype(base.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at by the caller
+        return (kernel + to_jax(lora.scale * (b @ a), weight)).astype(base.dtype)
 
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
@@ -167,7 +168,10 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
         written = LayerWriter(partial / WEIGHTS, empty, stacked)
         for weight in table:
             start = (own if weight.path in replaced else arrays).read(weight.path, weight.index)
-            value = merged(start.astype(dtypes[weight.path]), weight, lora, how, updates, full)
+            start = start.astype(dtypes[weight.path])
+            value = merged(start, weight, lora, how, updates, full)
+            if value is not start or weight.path in replaced:  # the product of finite numbers may be too large
+                require_finite(value, f"{weight.name}, merged,", adapter)
             written.write(weight.path, weight.index, value)
     count = len(full) + sum(weight.path in replaced for weight in table)
     print(f"{out}: {len(updates) // 2} kernels updated, {count} weights replaced")
@@ -175,8 +179,8 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m conversion.merge_lora", description=__doc__.split("\n\n")[0])
-    parser.add_argument("base", metavar="BASE", type=local, help="a converted checkpoint")
+    parser = Parser(prog="python -m conversion.merge_lora", description=__doc__)
+    parser.add_argument("base", metavar="BASE", type=find, help="a converted checkpoint")
     parser.add_argument("adapter", metavar="ADAPTER", type=local, help="the folder of a LoRA adapter")
     parser.add_argument("out", metavar="OUT", type=local, help="the folder to make")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.errors import CheckpointError, Parser, command
-from llamavid_jax.files import local
+from llamavid_jax.files import find, local
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.quantize import quantize_kernels
 from llamavid_jax.models.structure import flat_paths
@@ -304,17 +304,17 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="SRC", type=local, help="LLaMA-VID or LLaMA folder, weight file or .gguf")
     parser.add_argument("out", metavar="OUT", type=local, help="the folder to make")
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="stored type (keep: bit-exact)")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="LLaMA's kernels, for inference on small chips")
-    parser.add_argument("--tokenizer", metavar="DIR", type=local, help="LLaMA tokenizer, where SRC lacks it")
-    parser.add_argument("--bert-tokenizer", metavar="DIR", type=local, help="folder with bert-base-uncased's vocab.txt")
+    parser.add_argument("--tokenizer", metavar="DIR", type=find, help="LLaMA tokenizer, where SRC lacks it")
+    parser.add_argument("--bert-tokenizer", metavar="DIR", type=find, help="folder with bert-base-uncased's vocab.txt")
     parser.add_argument("--vision", metavar="FILE", type=local, help="eva_vit_g.pth, or a CLIP")
     parser.add_argument("--qformer", metavar="FILE", type=local, help="instruct_blip_*_trimmed.pth, or a BERT")
     parser.add_argument("--projectors", metavar="FILE", type=local, help="stage 1's mm_projector.bin")
-    parser.add_argument("--config", metavar="FILE", type=local, help="sizes that SRC does not state (.yaml or .json)")
+    parser.add_argument("--config", metavar="FILE", type=find, help="sizes that SRC does not state (.yaml or .json)")
     parser.add_argument(
         "--image-size", metavar="N", type=int, help="resize the position table to N pixels, such as 336"
     )

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     import matplotlib.pyplot as plt  # here: it comes with the extra `demo`
 
     plt.switch_backend("agg")
-    parser = Parser(prog="ablation", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="ablation", description=__doc__, allow_abbrev=False)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--limit", type=int, default=400, help="held-out clips")

@@ -48,7 +48,7 @@ def answers(
 @command()
 def main(arguments: list[str] | None = None) -> int:
     """Prints a table, type by type, and writes it with every wrong answer where `--json` says."""
-    parser = Parser(prog="evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", type=Path, help="checkpoint folder, such as runs/demo/stage3/model")
     parser.add_argument("data", type=Path, help="a *_test.json of demo/make_data.py")
     parser.add_argument("--limit", type=int, default=None, help="records; all by default")

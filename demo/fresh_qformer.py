@@ -15,7 +15,7 @@ from llamavid_jax.errors import Parser, command
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="fresh_qformer", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="fresh_qformer", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", type=Path, help="checkpoint folder, such as runs/demo/stage0/model")
     parser.add_argument("out", type=Path)
     options = parser.parse_args(arguments)

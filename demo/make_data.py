@@ -120,7 +120,7 @@ def write_video(path: Path, scene: digits.Scene, fps: int) -> None:
 @command()
 def main(arguments: list[str] | None = None) -> int:
     """Writes everything, with two processes unless told otherwise."""
-    parser = Parser(prog="make_data", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="make_data", description=__doc__, allow_abbrev=False)
     parser.add_argument("out", type=Path)
     parser.add_argument("--pictures", type=int, default=30000, help="pictures of pretrain.json, and of refer.json")
     parser.add_argument("--align", type=int, default=6000, help="pictures of align.json")

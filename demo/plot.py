@@ -15,7 +15,7 @@ RUNS = Path(__file__).parent.parent / "runs" / "demo"
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="plot", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="plot", description=__doc__, allow_abbrev=False)
     parser.add_argument("picture", type=Path)
     options = parser.parse_args(arguments)
     import matplotlib.pyplot as plt  # here: it comes with the extra `demo`

@@ -37,7 +37,13 @@ class TrainingError(InputError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments that cannot be read are bad input as any other: one line, without the usage."""
+    """Arguments that cannot be read are bad input as any other: one line, without the usage.
+
+    Of a `description`, such as a module's docstring, which `python -OO` leaves out, `--help` shows the first paragraph.
+    """
+
+    def __init__(self, *, description: str | None = None, **arguments: Any):
+        super().__init__(description=(description or "").split("\n\n")[0], **arguments)
 
     def error(self, message: str):
         raise InputError(message)

@@ -1,6 +1,11 @@
 """What a command says instead of a traceback."""
 
-from llamavid_jax.errors import command
+import subprocess
+import sys
+
+from paths import ROOT
+
+from llamavid_jax.errors import Parser, command
 
 
 def test_a_package_that_is_not_installed(capsys):
@@ -10,3 +15,10 @@ def test_a_package_that_is_not_installed(capsys):
 
     assert main([]) == 2
     assert capsys.readouterr().err == 'train.py: grains is not installed; pip install "llamavid_jax[train]"\n'
+
+
+def test_help_is_the_first_paragraph_of_a_docstring_which_may_be_left_out():
+    assert Parser(description="What it\ndoes.\n\n    how\n").description == "What it\ndoes."
+    command = [sys.executable, "-OO", "-m", "conversion.check", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: python -m conversion.check"), shown.stderr

@@ -195,7 +195,7 @@ def read_header(record: Record, path: Path) -> MediaHeader:
 
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="build_shards", description=__doc__.split("\n")[0])
+    parser = Parser(prog="build_shards", description=__doc__)
     parser.add_argument("source", metavar="JSON", help="samples in LLaVA's format, .json or .jsonl")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--media", default="", metavar="DIR", help="folder of the media (the JSON's own)")

@@ -13,7 +13,7 @@ placeholder in an answer are errors, where the original trains on something else
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from llamavid_jax.text.conversation import (
     draw_image_sides,
     movie_inputs,
     prompt,
+    speakers_and_turns,
     template_named,
     training_turns,
 )
@@ -202,9 +203,9 @@ class ExampleReader:
 
 
 def check_places(record: Record) -> None:
-    """Raises ConversationError where the placeholders do not fit the media."""
-    turns = [turn for turn in record.conversations if isinstance(turn, Mapping)]
-    speakers = [turn.get("from") for turn in turns if IMAGE in str(turn.get("value"))]
+    """Raises ConversationError for turns that are none, and where the placeholders do not fit the media."""
+    turns = zip(*speakers_and_turns(record.conversations), strict=True)
+    speakers = [speaker for speaker, words in turns if IMAGE in words]
     if record.kind == "text" and speakers:
         raise ConversationError(
             f"a turn holds {IMAGE}, but the record names no image, video or features; add the key or delete {IMAGE}"

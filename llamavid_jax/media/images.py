@@ -17,6 +17,7 @@ and an animation gives its first picture.
 import contextlib
 import math
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from llamavid_jax.media.source import MAX_PIXELS, MediaError, check_size, local_
 # Pillow would start Ghostscript for an EPS, and has readers that nobody's pictures need
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA")
 FORMATS += ("TIFF", "WEBP")
+# Pillow's advice to programmers about pictures: its limit of pixels is not ours, and alpha is dropped
+warnings.filterwarnings("ignore", module=r"PIL\.")
 LARGE, LARGE_PIXELS = threading.Lock(), 2**24  # a process reads one picture of so many pixels at a time
 
 

@@ -51,10 +51,11 @@ def local_file(path: str | Path) -> Path:
     if path == "":  # the current folder to pathlib
         raise MediaError("the path is empty; give the name of a file")
     try:
-        file = find(path).expanduser().resolve()
-        if not file.exists():
+        given = find(path).expanduser()
+        file = given.resolve()
+        if not given.exists():
             raise MediaError(f"{path} does not exist; check the spelling and the folder it is in")
-        if not file.is_file():
+        if not file.is_file():  # a pipe's name in /dev/fd leads to a name that does not exist
             raise MediaError(f"{path} is {'a folder' if file.is_dir() else 'no regular file'}; give one file")
         if file.stat().st_size == 0:
             raise MediaError(f"{path} is empty (0 bytes); copy or download it again")

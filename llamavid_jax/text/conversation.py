@@ -198,7 +198,7 @@ def training_turns(
     Where the template is not guided the original has no prompts; here every user turn that holds a placeholder then
     gives one.
     """
-    speakers, turns = _speakers_and_turns(conversations)
+    speakers, turns = speakers_and_turns(conversations)
     movie_prompt = None
     if movie is not None:
         asked = [turn for turn in turns if IMAGE in turn]
@@ -234,7 +234,8 @@ def draw_image_sides(seed: int, turns: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, 2, turns).tolist()
 
 
-def _speakers_and_turns(conversations: Sequence[Any]) -> tuple[list[str], list[str]]:
+def speakers_and_turns(conversations: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """Who speaks, and the words of each turn of a record.  Raises ConversationError."""
     if isinstance(conversations, str | Mapping) or not isinstance(conversations, Sequence) or not conversations:
         raise ConversationError(f"conversations is {conversations!r}; give a list of turns with 'from' and 'value'")
     for index, turn in enumerate(conversations):

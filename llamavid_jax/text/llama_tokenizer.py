@@ -72,6 +72,12 @@ class LlamaTokenizer:
             pieces = ", ".join(token.content for token in tokens)
             raise ConversationError(f"{path} lacks one of the pieces {pieces}; {remedy} again")
 
+        for number, token in known.items():  # transformers would give the piece's id
+            if (piece := self._model.piece_to_id(token.content)) not in (number, self._model.unk_id()):
+                raise ConversationError(
+                    f"{path} has the id {piece} for the added token {token.content!r}, the files beside it {number}; "
+                    "copy the files of one tokenizer"
+                )
         ids = {token.content: self._model.piece_to_id(token.content) for token in tokens}
         self._added = {number: token for number, token in known.items() if token.content not in ids}
         self._ids = ids | {token.content: number for number, token in self._added.items()}

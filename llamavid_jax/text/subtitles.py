@@ -11,6 +11,7 @@ files a line of digits is a cue's number only in front of its times.  `as_origin
 Tags, such as those for italics, are deleted, and so is `<image>`, which would take a frame's place.
 """
 
+import codecs
 import html
 import itertools
 import re
@@ -22,6 +23,7 @@ from llamavid_jax.text.conversation import IMAGE, ConversationError
 
 CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}[.,]\d{1,3})"
 TIMING = re.compile(rf"\s*{CLOCK}\s*-->\s*{CLOCK}(?:\s|$)")
+MEANT = re.compile(r"[\s\d:.,-]*\d[\s\d:.,-]*-->[\s-]*\d")  # for times: else they would be read as words
 SRT_TAG = re.compile(r"</?(?:i|b|u|s|font)\b[^<>]*>|\{\\[^{}]*\}", re.IGNORECASE)
 ASS_DRAWING = re.compile(r"\{[^{}]*\\p[1-9][^{}]*\}.*?(?:\{[^{}]*\\p0[^{}]*\}|$)", re.DOTALL)
 ASS_TAG = re.compile(r"\{[^{}]*\}")
@@ -49,22 +51,32 @@ def subtitle_text(path: str | Path, as_original: bool = False) -> str:
             raise OSError("no regular file")
         with file.open("rb") as opened:
             content = opened.read(MAX_BYTES + 1)
-        text = content.decode("utf-8-sig")
+        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        text = content.decode(encoding) if len(content) <= MAX_BYTES else ""
+        cues = parse_subtitles(text, as_original)
     except UnicodeDecodeError as error:
-        remedy = "save it as UTF-8, such as with: iconv -f latin1 -t utf-8"
-        raise ConversationError(f"{path} is not UTF-8 (byte {error.start}); {remedy}") from None
+        remedy = "copy it again" if encoding == "utf-16" else "save it as UTF-8, such as with: iconv -f latin1 -t utf-8"
+        raise ConversationError(f"{path} is not {error.encoding.upper()} (byte {error.start}); {remedy}") from None
+    except ConversationError as error:
+        raise ConversationError(f"{path}, {error}") from None
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, no home
         raise ConversationError(f"{str(path)!r} cannot be read ({error}); check its name and permissions") from None
-    if len(content) > MAX_BYTES or not parse_subtitles(text, as_original):
+    if not cues:
         raise ConversationError(f"{path} holds no subtitles, such as 00:01,000 --> 00:02,500; give a .srt or .vtt file")
     return text
 
 
 def parse_subtitles(text: str, as_original: bool = False) -> list[Cue]:
-    """A .vtt's text begins with WEBVTT, and its cues end at a blank line; those of a .srt at the next one's times."""
+    """A .vtt's text begins with WEBVTT, and its cues end at a blank line; those of a .srt at the next one's times.
+
+    Raises ConversationError for a line of times that are written in another way.
+    """
     is_vtt, cues, end, lines = text.startswith("WEBVTT"), [], None, []
-    for line, after in itertools.pairwise([*text.splitlines(), "0:00.0 --> 0:00.0", ""]):
+    followed = itertools.pairwise([*text.splitlines(), "0:00.0 --> 0:00.0", ""])
+    for number, (line, after) in enumerate(followed, 1):
         timing = TIMING.match(line)
+        if not timing and MEANT.match(line):
+            raise ConversationError(f"line {number} is {line[:60]!r}; write times as 00:00:01,000 --> 00:00:02,500")
         words = html.unescape(VTT_TAG.sub("", line)) if is_vtt else SRT_TAG.sub("", line)
         words = words.replace(IMAGE, " ").strip()
         words = words.replace("...", "").strip() if as_original else words

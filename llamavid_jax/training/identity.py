@@ -28,7 +28,8 @@ from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.start import Start
 
 FREE = {  # fields that may change in the middle of a run: neither the order of the data nor the steps depend on them
-    *("output", "mesh", "data.media", "data.evaluation_path", "data.max_broken", "data.threads", "data.processes"),
+    *("output", "mesh", "data.path", "data.media", "data.evaluation_path"),  # the content of data.path counts
+    *("data.max_broken", "data.threads", "data.processes"),
     *("training.log_every", "training.save_every", "training.keep", "training.evaluate_every"),
     *("training.max_bad_steps", "training.remat", "training.compiler_options"),
 }

@@ -113,6 +113,12 @@ def test_our_own_adapter_merges_as_in_memory(base, updates, tmp_path):
         np.testing.assert_allclose(after[path], value, rtol=1e-5, atol=1e-6)
 
 
+def test_the_model_that_comes_with_the_package_is_a_base_in_every_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert merge_lora.main(["demo/model", "nothing", "out"]) == 2
+    assert "nothing holds no adapter_model.safetensors" in capsys.readouterr().err
+
+
 def test_names_that_zero_leaves(base, updates, tmp_path):
     """DeepSpeed's gathered state keeps the adapter's name: `lora_A.default.weight`."""
     renamed = {name.replace(".weight", ".default.weight"): value for name, value in updates.items()}
@@ -122,11 +128,19 @@ def test_names_that_zero_leaves(base, updates, tmp_path):
 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(base, updates, tmp_path, capsys):
     some = dict(list(updates.items())[1:])
+    projector = next(w for w in weight_table(CONFIG, "original") if w.name == "model.vlm_att_projector.weight")
+    projector = np.ones(projector.shape, np.float32)
     wrong = {"base_model.model.model.vlm_att_projector.weight": np.zeros((2, 2), np.float32)}
     cases = {
         "1 tensors missing": original_folder(tmp_path / "missing", some, {}),
         "NaN or infinite": original_folder(
             tmp_path / "nan", {name: value * np.nan for name, value in updates.items()}, {}
+        ),
+        "merged, holds numbers that are NaN or infinite": original_folder(
+            tmp_path / "large", {name: value * 1e25 for name, value in updates.items()}, {}
+        ),
+        "model.vlm_att_projector.weight, merged, holds": original_folder(
+            tmp_path / "nan in full", updates, {"base_model.model.model.vlm_att_projector.weight": projector * np.nan}
         ),
         "init_lora_weights is 'corda'": original_folder(tmp_path / "corda", updates, {}, init_lora_weights="corda"),
         "use_rslora is True": original_folder(tmp_path / "rslora", updates, {}, use_rslora=True),

@@ -91,6 +91,11 @@ BAD = [
     ({"image": "é [b].png", "conversations": talk("<image>", 5)}, "malformed", "is 5"),
     ({"video": "short.npz", "conversations": ASKED}, "unreadable", "2 <image> for 3 frames"),
     ({"conversations": [{"role": "user", "content": "Hi"}]}, "malformed", "turn 0 has 'role' and 'content'"),
+    (
+        {"image": "é [b].png", "conversations": [{"role": "user", "content": "<image>Hi"}]},
+        "malformed",
+        "turn 0 has 'role' and 'content'",
+    ),
     ({"messages": [{"role": "user", "content": "Hi"}]}, "malformed", "has 'messages', as chat templates write them"),
     ({"image": "\ud800.png", "conversations": ASKED}, "missing", r"\ud800.png"),
     ({"image": "é [b].png", "conversations": talk("<image>\ud800", "It.")}, "malformed", "half a surrogate pair"),
@@ -108,7 +113,7 @@ def test_every_kind_of_damage_is_named(tmp_path, media, model, with_model, capsy
     ]
     for check, (_, _, reason) in zip(report["broken"], BAD, strict=True):
         assert reason in check["reason"]
-    assert report["repeated_ids"] == 1 and report["kinds"]["image"]["samples"] == 1 + 8
+    assert report["repeated_ids"] == 1 and report["kinds"]["image"]["samples"] == 1 + 9
     out = capsys.readouterr().out
     assert f"{len(BAD)} samples are broken: 3 missing" in out and "[b]x" in out
     assert "1 ids stand for several samples" in out

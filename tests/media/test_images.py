@@ -3,13 +3,15 @@
 import io
 import random
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from paths import GOLDEN
+from paths import GOLDEN, ROOT
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -67,6 +69,14 @@ def test_other_modes_are_converted_as_pillow_does(tmp_path, mode):
     image.save(path)
     with Image.open(path) as stored:
         np.testing.assert_array_equal(np.asarray(open_image(path)), np.asarray(stored.convert("RGB")))
+
+
+def test_what_pillow_advises_programmers_is_not_printed(tmp_path):
+    picture = Image.fromarray(NOISE).quantize(4)
+    picture.save(tmp_path / "a.png", transparency=bytes(4))
+    read = "import sys; from llamavid_jax.media.images import open_image; open_image(sys.argv[1])"
+    command = [sys.executable, "-c", read, str(tmp_path / "a.png")]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr == ""
 
 
 def test_alpha_is_dropped_and_not_blended(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import http.server
+import os
 import socket
 import threading
 import time
@@ -237,3 +238,12 @@ def test_a_link_to_itself_is_named(tmp_path):
     loop.symlink_to(loop)
     with pytest.raises(MediaError, match=r"loop\.mp4.*; check its name"):
         local_file(loop)
+
+
+def test_a_pipe_that_a_shell_gives_as_a_file_is_named():
+    """`<(command)`: its name is a link to one that does not exist."""
+    ends = os.pipe()
+    with pytest.raises(MediaError, match="is no regular file; give one file"):
+        local_file(f"/dev/fd/{ends[0]}")
+    for end in ends:
+        os.close(end)

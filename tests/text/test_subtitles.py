@@ -88,12 +88,17 @@ def test_no_text_takes_a_frames_place():
         (b"", "holds no subtitles"),
         (b"WEBVTT\n", "holds no subtitles"),
         (b"1\n00:00:01,000 --> 00:00:02,000\ncaf\xe9\n", "is not UTF-8 .byte 35.; save it"),
+        (b"1\n00:00:01,000 --> 00:00:02,000\nHi\n\n2\n00:00:03 --> 00:00:04\nBye\n", "line 6 is '00:00:03 -"),
+        (b"1\n00:00:01:000 --> 00:00:02:000\nHi\n", "line 2 is .*; write times as 00:00:01,000 --> 00:00:02,500"),
+        (b"1\n-00:00:01,000 --> 00:00:02,000\nHi\n", "line 2 is"),
+        (b"1\n00: 00: 01,000 --> 00: 00: 02,000\nHi\n", "line 2 is"),
+        ("1\n0:01.0 --> 0:02.0\nÀ".encode("utf-16")[:-1], "is not UTF-16-.E .byte 42.; copy it"),
         (b"0:01.0 --> 0:02.0\na\n" * 2**20, "holds no subtitles"),
     ],
 )
 def test_files_that_are_refused(tmp_path, content, message):
     (tmp_path / "film.srt").write_bytes(content)
-    with pytest.raises(ConversationError, match=f"film.srt {message}"):
+    with pytest.raises(ConversationError, match=rf"film\.srt,? {message}"):
         read_subtitles(tmp_path / "film.srt")
 
 
@@ -104,6 +109,7 @@ def test_names_that_are_refused(tmp_path, monkeypatch, name):
         read_subtitles(name)
 
 
-def test_a_byte_order_mark(tmp_path):
-    (tmp_path / "film.srt").write_bytes("\ufeff1\n00:00:00,000 --> 00:00:01,000\nÀ\n".encode())
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "film.srt").write_bytes("\ufeff1\n00:00:00,000 --> 00:00:01,000\nÀ\n".encode(encoding))
     assert read_subtitles(str(tmp_path / "film.srt")) == [Cue(1.0, "À")]

@@ -352,6 +352,14 @@ def test_padding_may_lack_an_embedding(tmp_path):
     assert load_tokenizer(tmp_path).vocab_size == 1024
 
 
+def test_an_added_token_that_is_a_piece_has_its_id(tmp_path):
+    write(tmp_path, tokenizer__model=MODEL, added_tokens__json=b'{"ing": 297}')
+    assert load_tokenizer(tmp_path).encode("walking", add_bos=False)[-1] == 297
+    write(tmp_path, added_tokens__json=b'{"ing": 1024}')
+    with pytest.raises(ConversationError, match="the id 297 for the added token 'ing', the files beside it 1024"):
+        load_tokenizer(tmp_path)
+
+
 def test_added_tokens_of_a_json_tokenizer(byte_level):
     write(byte_level, added_tokens__json=b'{"<tag>": 258}')
     tokenizer = load_tokenizer(byte_level)

@@ -47,7 +47,9 @@ def test_what_may_change(folder):
     before = made_of(recipe(folder))
     assert json.loads(json.dumps(before)) == before
     (folder / "data.json").touch()
-    now = made_of(recipe(folder, "training.log_every=3", "data.threads=7", "mesh=fsdp=2", "output=elsewhere"))
+    shutil.copytree(folder, folder / "moved")
+    moved = f"data.path={folder / 'moved' / 'data.json'}"
+    now = made_of(recipe(folder, moved, "training.log_every=3", "data.threads=7", "mesh=fsdp=2", "output=elsewhere"))
     check_same_run(now, before, folder)
 
 
