@@ -42,8 +42,8 @@ def open_sources(
 
 
 def unwrapped(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """The names without what wrappers of a trained module put before every one: DistributedDataParallel, compile."""
-    for prefix in ("module.", "_orig_mod.", "module."):
+    """The names without what wrappers of a trained module put before every one: DDP, compile, PEFT."""
+    for prefix in ("module.", "_orig_mod.", "module.", "base_model.model."):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors

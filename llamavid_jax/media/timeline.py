@@ -79,7 +79,8 @@ def timeline_of(
     times, end = [], 0.0
     for part in parts:  # each begins where the one before it ends
         times.append((part - part[0]) * tick + end)
-        end = times[-1][-1] + step
+        own = np.diff(part)[np.diff(part) > 0] * tick
+        end = times[-1][-1] + (float(np.median(own)) if len(own) else step)
     times = np.concatenate(times)
     # How long the last frame is shown: as its packet says, within reason, where those before it told the truth.
     durations = np.array([packet.duration for packet in packets if packet.is_shown]) * tick

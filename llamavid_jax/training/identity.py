@@ -91,7 +91,8 @@ def check_same_media(
             write_files(output, {MEDIA: content.getvalue()})
             before = now
         sizes, times = now != before
-        copied = times[before[0] >= 0].all() and len(np.unique(before[0])) > 1 and not sizes.any()
+        media = before[0] >= 0  # the others are of text alone
+        copied = times[media].all() and len(np.unique(before[0][media])) > 1 and not sizes.any()
         changed = np.flatnonzero(sizes | times)
         if copied and len(changed):
             report("all media files have other times than when the run began, as copies have, and the same sizes")
