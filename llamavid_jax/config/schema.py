@@ -107,6 +107,7 @@ class LLaMAVIDLlavaConfig:
     bert_type: str = "qformer_pretrain"
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = False
+    model_type = HEAD["model_type"]  # no field: what transformers asks a configuration for
 
     def __post_init__(self):
         check_fields(self, own_range=["image_token_index"])

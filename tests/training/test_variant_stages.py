@@ -14,6 +14,7 @@ from training_data import losses, write_data, write_tokenizers
 from llamavid_jax import LLaMAVIDLlavaConfig, LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.checkpoints.weights import load_weights
 from llamavid_jax.commands import train
+from llamavid_jax.config.schema import HEAD
 from llamavid_jax.text.tokenizer import load_tokenizer
 from llamavid_jax.weights import inventory
 
@@ -71,7 +72,7 @@ def start(request, tmp_path):
     params = {path: jnp.asarray(value + path.endswith("scale")) for path, value in values}
     LLaMAVIDLlavaForConditionalGeneration(config, params).save_pretrained(tmp_path / "start")
     write_tokenizers(tmp_path / "start")
-    model = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    model = {name: value for name, value in config.to_dict().items() if name not in HEAD}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(model))))
     return request.param
 
