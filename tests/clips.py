@@ -39,6 +39,7 @@ def write_clip(
         stream = output.add_stream(codec, rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
+        stream.codec_context.thread_count = 1  # several tests run at once
         stream.options = options or ({"preset": "ultrafast", "g": "10"} if codec == "libx264" else {"g": "10"})
         if rotation is not None:
             stream.set_display_rotation(*rotation)  # degrees counter-clockwise, then mirrored left-right, up-down
