@@ -35,6 +35,7 @@ from llamavid_jax.media.features import is_features
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import fetch, is_url
 from llamavid_jax.media.timeline import Sampling
+from llamavid_jax.media.video import plan_video
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import (
     IMAGE,
@@ -261,7 +262,8 @@ class Session:
                     raise InputError(f"{video} is a film with what is said, and goes alone; give no other visual")
                 yield Shown(self._stored_frames(number, video, known, known.frames(), new_tokens), known.has_cls)
             return
-        if self.cache is None or not isinstance(video, str | Path):
+        # what is left of a damaged file is not kept: it is no answer to who asks about the whole
+        if self.cache is None or self.reading.partial or not isinstance(video, str | Path):
             yield Shown(self._counted(self._video_frames(number, video, new_tokens)))
             return
         has_cls = self.model.config.vision_tower_config.has_cls
@@ -270,6 +272,10 @@ class Session:
             how = {"fast": self.reading.fast, "most": most}
             before, key = version(path), video_key(path, self.fps, self.model, self.image_processor, **how)
             if found := self.cache.find(key):
+                if self.reading != Reading():  # what is given up is said again
+                    self.reading.plan(
+                        plan_video(path, self.fps), self.fps, self._room(number, new_tokens), video, self._say
+                    )
                 known, frames = stored(self.cache.path(key), found), self.cache.frames(key)
                 yield Shown(self._stored_frames(number, video, known, frames, new_tokens), has_cls)
 

@@ -7,6 +7,7 @@ from clips import index_frame, write_clip
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.errors import InputError
+from llamavid_jax.inference.feature_cache import FeatureCache
 from llamavid_jax.inference.film import Reading
 from llamavid_jax.inference.session import Session
 from llamavid_jax.text.subtitles import Cue
@@ -91,3 +92,19 @@ def test_what_is_left_of_a_file(tiny_model, film, tmp_path):
     assert said and all(f"{path} is cut short or damaged: only its first 2." in text for text in said)
     whole, said = ask(tiny_model, [film], Reading(partial=True))
     assert whole.frames == 6 and said == []
+
+
+@pytest.mark.parametrize("reading", [Reading(fast=True), Reading(fit=True), Reading(partial=True)])
+def test_what_a_cache_holds_is_said_as_before(tiny_model, film, positions, tmp_path, reading):
+    """And what is kept of a damaged file is no answer to who did not ask for that."""
+    positions(200)
+    if reading.partial:
+        whole, film = film.read_bytes(), tmp_path / "cut.mkv"
+        film.write_bytes(whole[: len(whole) // 2])
+    cache, rate = FeatureCache(tmp_path / "cache"), {"fps": 1 if reading.partial else 25 if reading.fit else 5}
+    first, *others = (ask(tiny_model, [film], reading, cache=kept, **rate) for kept in (None, cache, cache))
+    told = [(dataclasses.replace(answer, seconds={}), said) for answer, said in others]
+    assert told == [(dataclasses.replace(first[0], seconds={}), first[1])] * 2 and first[1]
+    if reading.partial:
+        with pytest.raises(InputError, match="is cut short or damaged"):
+            ask(tiny_model, [film], cache=cache)
