@@ -99,6 +99,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--stream and --json exclude each other; give one of them")
     check_fps(options)
     options.cache = read_cache(options)
+    ready = next(filter(is_features, options.video), None)
+    if ready and (options.fast_sampling or options.partial or options.fit):
+        parser.error(f"{ready} holds features, whose frames are chosen; --fast-sampling, --partial, --fit read a video")
     if options.subtitles is not None:
         if len(options.video) != 1 or options.image:
             parser.error("--subtitles goes with one --video alone; give that")
@@ -138,11 +141,11 @@ def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
     processor = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
     if options.image_aspect_ratio:
         processor = dataclasses.replace(processor, image_aspect_ratio=options.image_aspect_ratio)
-    options.fps = processor.rate(options.fps) if options.video else None
+    fps = processor.rate(options.fps) if options.video else None
     partial = (lambda _: None) if options.partial else None  # the session says it
     for sources, look in (
         (options.image, processor.image_pixels),
-        (options.video, lambda video: is_features(video) or plan_video(video, options.fps, partial)),
+        (options.video, lambda video: is_features(video) or plan_video(video, fps, partial)),
     ):
         for source in sources:
             if not is_url(source):

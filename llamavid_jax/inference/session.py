@@ -113,7 +113,7 @@ class Session:
             raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
         self.model, self.image_processor, self.template = model, image_processor, template_named(template)
         self.images, self.videos, self.subtitles = images, videos, subtitles
-        self.fps = image_processor.rate(fps) if videos else 1.0
+        self.asked_fps, self.fps = fps, image_processor.rate(fps) if videos else 1.0
         self.reading, self.cache = reading, cache
         self.follow_ups, self.like_original, self.progress, self.notice = follow_ups, like_original, progress, notice
         self.turns: list[Turn] = []
@@ -257,7 +257,7 @@ class Session:
         """Where the frames of a video are to be had: from the cache first, which may turn out to be damaged."""
         if is_features(video):
             with fetch(video) as path:
-                known = read_stored(path, self.fps, self.model, self.image_processor)
+                known = read_stored(path, self.asked_fps, self.model, self.image_processor)
                 if known.inputs is not None and len(self.videos) + len(self.images) > 1:
                     raise InputError(f"{video} is a film with what is said, and goes alone; give no other visual")
                 yield Shown(self._stored_frames(number, video, known, known.frames(), new_tokens), known.has_cls)

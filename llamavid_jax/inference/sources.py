@@ -64,11 +64,11 @@ def _sampling(times: np.ndarray, seconds: float | int, rule: str) -> Sampling:
 
 def read_stored(
     path: str | Path,
-    fps: float | int,
+    fps: float | int | None,
     model: LLaMAVIDLlavaForConditionalGeneration,
     images: LLaMAVIDLlavaImageProcessor,
 ) -> Stored:
-    """A file of features of any kind.  Raises MediaError, also for one that another tower made.
+    """A file of features of any kind.  Raises MediaError, also for one of another tower, or of another rate than `fps`.
 
     Files of other kinds than ours say nothing of themselves: their frames are taken as `fps` a second, and without
     CLS token, as the original reads them.
@@ -85,10 +85,13 @@ def read_stored(
             f"{path}: `inputs` has {header.inputs.count(IMAGE)} {IMAGE} for {header.frames} frames; write one for each"
         )
     if description is None:
-        sampling = _sampling(np.arange(header.frames) / fps, header.frames / fps, "features")
+        rate = images.rate(fps)
+        sampling = _sampling(np.arange(header.frames) / rate, header.frames / rate, "features")
         return Stored(Path(path), False, sampling, header.inputs)
     if description["tower"].get("sha256") != model.tower.rounded():
         raise MediaError(f"{path} was made by another vision tower than this model's; make it again: llamavid-features")
+    if fps not in (None, rate := description["sampling"]["fps"]):
+        raise MediaError(f"{path} holds {rate:g} frames a second, not {fps:g}; leave out --fps, or give the video")
     if description["processing"] != processing(images):
         raise MediaError(
             f"{path} was made of frames that were prepared by {description['processing']}, this model takes "

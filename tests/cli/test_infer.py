@@ -218,6 +218,7 @@ BAD = {
     "max_new_tokens is 0": ["--model", "DIR", "--question", "a", "--max-new-tokens", "0"],
     "--tokens is -5; give the length": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--tokens", "-5"],
     "--subtitles goes with one --video alone": ["--model", "DIR", "--question", "a", "--subtitles", "a.srt"],
+    "a.safetensors holds features": ["--model", "DIR", "--question", "a", "--video", "a.safetensors", "--fit"],
     "'nothing.srt' cannot be read": [
         *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--subtitles", "nothing.srt"]
     ],

@@ -367,6 +367,13 @@ def test_a_feature_file_stands_for_its_video(tiny_model, clip, tmp_path, encoded
     assert session.frames == 17 and encoded == [12, 5, 12]
 
 
+def test_a_feature_file_has_its_rate(tiny_model, clip, tmp_path):
+    path = film(tiny_model, tmp_path / "f.safetensors", clip, fps=0.5)
+    assert asked(tiny_model, path) == asked(tiny_model, path, fps=0.5) == asked(tiny_model, clip, fps=0.5)
+    with pytest.raises(InputError, match=r"f\.safetensors holds 0\.5 frames a second, not 1; leave out --fps"):
+        asked(tiny_model, path, fps=1)
+
+
 def test_a_film_with_what_is_said(tiny_model, clip, tmp_path):
     path = film(tiny_model, tmp_path / "f.safetensors", clip, inputs="<image><image>Hello.<image><image><image>")
     assert asked(tiny_model, path) == asked(tiny_model, clip, subtitles=[Cue(1.5, "Hello.")])
