@@ -4,7 +4,6 @@ It lays rows out on the host (`shapes.py`) and calls the compiled functions of `
 `generate.py`.  `checkpoints/pretrained.py` loads and saves it.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from llamavid_jax.inference.encode import SMALLEST_QUESTION, encode_visuals, fra
 from llamavid_jax.inference.generate import evidence as evidence_of
 from llamavid_jax.inference.generate import generate, prefills_at_once
 from llamavid_jax.inference.generation_config import read_settings
+from llamavid_jax.inference.outputs import ForwardOutput, GenerateOutput
 from llamavid_jax.inference.prompt_cache import PromptCache
 from llamavid_jax.inference.request import (
     Frames,
@@ -35,36 +35,6 @@ from llamavid_jax.models.llama_vid import attend_frames, forward
 from llamavid_jax.models.loss import next_token_loss
 from llamavid_jax.shapes import FRAME_CHUNK, IGNORE_LABEL, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to
 from llamavid_jax.text.qformer_tokenizer import pad_questions
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardOutput:
-    """`logits` `[B, T, V]`, T the longest merged row: a row starts at position 0, behind its end is noise.
-
-    `lengths` `[B]` are the merged lengths.  `loss` is None without labels.
-    """
-
-    logits: jax.Array
-    lengths: np.ndarray
-    loss: jax.Array | None
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateOutput:
-    """New ids of every row, without end token; their text where the model has a tokenizer; what the prompts held.
-
-    `seconds` tells how long decoding and encoding the frames took ("encode") and how long the answer ("generate");
-    `cached_tokens` how many of the prompt a PromptCache had; `evidence`, where it was asked for, how much of the
-    answer's attention falls on each of a row's visual tokens.
-    """
-
-    token_ids: list[list[int]]
-    texts: list[str] | None
-    prompt_tokens: list[int]
-    visual_tokens: list[int]
-    seconds: dict[str, float]
-    cached_tokens: int = 0
-    evidence: list[np.ndarray] | None = None
 
 
 class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):

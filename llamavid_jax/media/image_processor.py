@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,16 @@ from PIL import Image
 from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, stated_pixels
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.files import find, read_object, write_files
+from llamavid_jax.files import find, write_files
 from llamavid_jax.media.images import normalize, open_image, pad_to_square, resize_and_crop, to_rgb
+from llamavid_jax.media.processor_settings import clip_settings, fields, read_settings
 from llamavid_jax.media.source import MediaError, check_size, fetch
 from llamavid_jax.media.timeline import Sampling, check_fps, shown_at
 from llamavid_jax.media.video import Partial, Progress, cores, iter_frames, plan_video, read_timeline
 
 FILE_NAME, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 SAMPLING = ("fps", "num_frames", "do_sample_frames")
-BICUBIC = int(Image.Resampling.BICUBIC)
 FORMS = "give a path, a URL, a picture, an array or a list of them"
-ALWAYS_ON = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 # Checked here with MediaError, arrays of any library among them, so that types would only repeat the checks.
 Picture = Any  # path, URL, Pillow picture or uint8 array [H, W, 3]
@@ -234,11 +233,11 @@ class LLaMAVIDLlavaImageProcessor:
         A mean or deviation that they lack is that of the `config.json` beside them.  Raises ConfigError.
         """
         path = Path(directory) / FILE_NAME
-        values = _read_settings(path)
+        values = read_settings(path)
         try:
-            processor = cls(**_settings(values))
+            processor = cls(**fields(values))
             path = path.with_name(VIDEO_FILE)
-            values = _read_settings(path) if find(path).is_file() else {}
+            values = read_settings(path) if find(path).is_file() else {}
             processor = dataclasses.replace(processor, **{name: values[name] for name in SAMPLING if name in values})
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
@@ -246,29 +245,9 @@ class LLaMAVIDLlavaImageProcessor:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes both files, so that transformers' CLIPImageProcessor reads the first one too."""
-        values = {
-            "image_processor_type": "CLIPImageProcessor",
-            **dict.fromkeys(ALWAYS_ON, True),
-            "do_convert_rgb": True,
-            "size": {"shortest_edge": self.size},
-            "crop_size": {"height": self.size, "width": self.size},
-            "resample": BICUBIC,
-            "rescale_factor": 1 / 255,
-            "image_mean": list(self.image_mean),
-            "image_std": list(self.image_std),
-            "image_aspect_ratio": self.image_aspect_ratio,
-        }
+        values = clip_settings(self.size, self.image_mean, self.image_std, self.image_aspect_ratio)
         files = {FILE_NAME: values, VIDEO_FILE: {name: getattr(self, name) for name in SAMPLING}}
         write_files(directory, {name: (json.dumps(file, indent=1) + "\n").encode() for name, file in files.items()})
-
-
-def _read_settings(path: Path) -> Mapping[str, Any]:
-    try:
-        return read_object(find(path))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from None
 
 
 def _evenly(total: int, count: int, name: object) -> Int[np.ndarray, " F"]:
@@ -310,44 +289,3 @@ def _picture(image: Picture, name: str) -> Image.Image:
         check_size(pixels.shape[1], pixels.shape[0], name)
         image = Image.fromarray(pixels)
     return to_rgb(image, name)
-
-
-def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of this class from a CLIP `preprocessor_config.json`; ConfigError for what is not done here."""
-    for name in ALWAYS_ON:
-        if values.get(name, True) is not True:
-            raise ConfigError(f"{name} is {values[name]!r}; this preprocessing always does it, so set it to true")
-    if values.get("resample", BICUBIC) != BICUBIC:
-        raise ConfigError(f"resample is {values['resample']!r}; only {BICUBIC} (bicubic) is known")
-    factor = values.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
-        raise ConfigError(f"rescale_factor is {factor!r}; only 1/255 is known")
-    size = _pixels("size", values.get("size", 224))
-    crop_size = _pixels("crop_size", values.get("crop_size", size))
-    if crop_size != size:
-        raise ConfigError(f"crop_size is {crop_size} and size {size}; only one number for both is known")
-    settings = {"size": size}
-    for name in ("image_mean", "image_std"):
-        if name in values:
-            settings[name] = _three_numbers(name, values[name])
-    if "image_aspect_ratio" in values:
-        settings["image_aspect_ratio"] = str(values["image_aspect_ratio"])
-    return settings
-
-
-def _pixels(name: str, value: Any) -> int:
-    """224, {"shortest_edge": 224} or {"height": 224, "width": 224} as a number."""
-    keys = set(value) if isinstance(value, dict) else set()
-    if keys == {"shortest_edge"}:
-        value = value["shortest_edge"]
-    elif keys == {"height", "width"} and value["height"] == value["width"]:
-        value = value["height"]
-    if type(value) is not int:
-        raise ConfigError(f"{name} is {value!r}; use a number of pixels or {{'shortest_edge': 224}}")
-    return value
-
-
-def _three_numbers(name: str, values: Any) -> tuple[float, ...]:
-    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-        raise ConfigError(f"{name} is {values!r}; a list of three numbers is needed, for red, green and blue")
-    return tuple(float(value) for value in values)

@@ -1,0 +1,36 @@
+"""What a call of the model gives."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardOutput:
+    """`logits` `[B, T, V]`, T the longest merged row: a row starts at position 0, behind its end is noise.
+
+    `lengths` `[B]` are the merged lengths.  `loss` is None without labels.
+    """
+
+    logits: jax.Array
+    lengths: np.ndarray
+    loss: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOutput:
+    """New ids of every row, without end token; their text where the model has a tokenizer; what the prompts held.
+
+    `seconds` tells how long decoding and encoding the frames took ("encode") and how long the answer ("generate");
+    `cached_tokens` how many of the prompt a PromptCache had; `evidence`, where it was asked for, how much of the
+    answer's attention falls on each of a row's visual tokens.
+    """
+
+    token_ids: list[list[int]]
+    texts: list[str] | None
+    prompt_tokens: list[int]
+    visual_tokens: list[int]
+    seconds: dict[str, float]
+    cached_tokens: int = 0
+    evidence: list[np.ndarray] | None = None
