@@ -135,7 +135,7 @@ class Runner:
             return
         for row in group:
             try:
-                prompt = Prompt(row, *session.inputs(row.question), session.frames)
+                prompt = Prompt(row, *session.inputs(row.question), session.visuals.frames)
             except InputError as error:
                 self.answers.fail([row], error)
             else:
