@@ -9,15 +9,16 @@ part of stage 0.  A variant and seed in runs/ablation that has been evaluated is
 """
 
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from llamavid_jax.errors import InputError, Parser, command
-from llamavid_jax.evaluation.items import Figure, mean
 
 MODEL, STAGES = Path("configs/models/demo.yaml"), Path("configs/demo")
 DATA, RUNS, SHARED = Path("build/demo_data"), Path("runs/ablation"), Path("runs/demo")
@@ -92,12 +93,16 @@ def run_python(*arguments: str) -> None:
         raise InputError(f"{' '.join(arguments[:4])} failed, as it says above; mend that and run the same again")
 
 
-def percent(figure: Figure) -> str:
-    """The mean over seeds and its standard error, which one seed does not have."""
-    return f"{figure.value:.1f}" if figure.error is None else f"{figure.value:.1f} ± {figure.error:.1f}"
+def error(values: Sequence[float]) -> float:
+    """The standard error of a mean over seeds; one seed has none."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def table(found: dict[str, dict[str, Figure]], kinds: list[str]) -> str:
+def percent(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f}" + (f" ± {error(values):.1f}" if len(values) > 1 else "")
+
+
+def table(found: dict[str, dict[str, list[float]]], kinds: list[str]) -> str:
     lines = []
     for title, names in TABLES.items():
         names = [name for name in names if name in found]
@@ -127,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = {}
     for name in options.only:
         runs = [accuracy(name, seed, options.steps, options.limit) for seed in range(options.seeds)]
-        found[name] = {kind: mean([run[kind] for run in runs], 100.0) for kind in runs[0]}
+        found[name] = {kind: [100.0 * run[kind] for run in runs] for kind in runs[0]}
     kinds = sorted(next(iter(found.values())), key=lambda kind: (kind == "all", kind))
     print(table(found, kinds))
 
@@ -135,8 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     width = 0.8 / len(found)
     for number, (name, parts) in enumerate(found.items()):
         places = [place + width * (number - (len(found) - 1) / 2) for place in range(len(kinds))]
-        errors = [parts[kind].error or 0 for kind in kinds]
-        axis.bar(places, [parts[kind].value for kind in kinds], width, yerr=errors, capsize=2, label=name)
+        means, errors = ([of(parts[kind]) for kind in kinds] for of in (statistics.mean, error))
+        axis.bar(places, means, width, yerr=errors, capsize=2, label=name)
     axis.set(xticks=range(len(kinds)), xticklabels=kinds, ylabel="exact answers, %")
     title = f"{options.steps} steps of training, {options.seeds} seeds"
     figure.legend(title=title, ncols=4, loc="outside upper center")

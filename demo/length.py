@@ -157,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("answers", type=Path, help="a .jsonl that is begun or gone on with")
     parser.add_argument("--minutes", type=int, nargs="*", default=[1, 10, 60, 180, 480])
     parser.add_argument("--questions", type=int, default=20, help="of each kind and length")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--beyond", choices=BEYOND, default="extend")
     parser.add_argument("--batch", type=int, default=1, help="films answered together")
     parser.add_argument("--picture", type=Path)
@@ -172,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         named = [
             {"minutes": minutes, "beyond": beyond, "kind": kind, "number": number}
             for number in range(options.questions)
-            for kind in KINDS
+            for kind in options.kinds
         ]
         left = [name for name in named if not any(name.items() <= row.items() for row in rows)]
         for start in range(0, len(left), options.batch):
