@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     config = dataclasses.replace(model.config, bert_type=options.bert_type or model.config.bert_type)
     fresh = LLaMAVIDLlavaForConditionalGeneration(config).params
     parts = "qformer.", "visual_tokens.query_projector.", "visual_tokens.key_projector."
-    params = {path: value if path.startswith(parts) else model.params[path] for path, value in fresh.items()}
+    kept = {path: value for path, value in model.params.items() if path in fresh and not path.startswith(parts)}
+    params = fresh | kept
     tokenizers = {"tokenizer": model.tokenizer, "qformer_tokenizer": model.qformer_tokenizer}
     LLaMAVIDLlavaForConditionalGeneration(config, params, **tokenizers).save_pretrained(options.out)
     LLaMAVIDLlavaProcessor.from_pretrained(options.model).image_processor.save_pretrained(options.out)
