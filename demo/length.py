@@ -143,6 +143,8 @@ def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
                 minutes, values, errors = zip(*points, strict=True)
                 axis.errorbar(minutes, values, errors, marker="o", capsize=3, label=beyond)
         axis.set(title=kind, xlabel="minutes of film", xscale="log", ylim=(-3, 103))
+        axis.set_xticks(ticks := sorted({row["minutes"] for row in rows}), ticks)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("exact answers, %")
     axes[-1].legend(title="beyond the positions")
