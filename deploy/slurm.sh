@@ -17,7 +17,7 @@ srun --kill-on-bad-exit=0 .venv/bin/llamavid-train --distributed --config=config
   data.path="$SHARED/data/chat" start.model="$SHARED/start/vicuna-7b-start" start.adapter="$SHARED/start/adapter" \
   output="$SHARED/runs/stage2" mesh=fsdp=16 training.micro_batches=2 training.save_every=200
 code=$?
-if [ $code -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then  # stopped by a signal, not by bad input
+if [ $code -ne 0 ] && [ $code -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then  # neither through nor bad input
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

@@ -126,7 +126,11 @@ def test_what_ends_a_run_and_what_starts_it_again():
     assert policy["rules"][0]["action"] == "FailJobSet" and policy["maxRestarts"] == RESTARTS
     assert job["backoffLimit"] == 0 and pod()["restartPolicy"] == "Never"
     assert pod()["terminationGracePeriodSeconds"] == GRACE
-    assert {f"--max-restarts={RESTARTS}", f"--termination-grace-period-seconds={GRACE}"} <= set(xpk())
+    assert {
+        "--restart-on-exit-codes=1",
+        f"--max-restarts={RESTARTS}",
+        f"--termination-grace-period-seconds={GRACE}",
+    } <= set(xpk())
     recovery = yaml.safe_load(read("skypilot.yaml"))["resources"]["job_recovery"]
     assert PREEMPTED in recovery["recover_on_exit_codes"] and BAD_INPUT not in recovery["recover_on_exit_codes"]
     assert f"#SBATCH --signal=TERM@{GRACE}\n" in read("slurm.sh")
@@ -134,7 +138,7 @@ def test_what_ends_a_run_and_what_starts_it_again():
 
 @pytest.mark.parametrize(
     ("code", "restarts", "again"),
-    [(0, 0, False), (BAD_INPUT, 0, False), (1, 0, False), (PREEMPTED, 0, True), (137, 3, True), (134, RESTARTS, False)],
+    [(0, 0, False), (BAD_INPUT, 0, False), (1, 0, True), (PREEMPTED, 0, True), (137, 3, True), (134, RESTARTS, False)],
 )
 def test_slurm_queues_what_was_stopped(code, restarts, again):
     done = slurm(code, restarts)
