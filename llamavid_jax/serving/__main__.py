@@ -125,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             timeout_graceful_shutdown=int(options.deadline) + 1,
         )
         socket = config.bind_socket()
+        socket.listen(config.backlog)  # whoever reads the address may connect
         host, port = socket.getsockname()[:2]
         say(f"serving {options.name} at http://{f'[{host}]' if ':' in host else host}:{port}")
         uvicorn.Server(config).run(sockets=[socket])

@@ -58,7 +58,7 @@ class Engine:
         self.model, self.slots, self.max_new_tokens = model, slots, max_new_tokens
         self.sizes = prompt_sizes(model.config.text_config.max_length, CHUNKS[-1])
         self.room = bucket(max_new_tokens + BLOCK_STEPS, SMALLEST_LENGTH)
-        self.blocks = self.steps = 0  # decoded so far; a step gives every running row a token
+        self.steps, self.decoding = 0, 0.0  # decoded so far, and in how many seconds; a step gives each row a token
         self._waiting: collections.deque[Job] = collections.deque()
         self._prefilling: collections.deque[Running] = collections.deque()
         self._running: dict[int, Running] = {}
@@ -207,7 +207,7 @@ class Engine:
         ]
         done = np.array([slot not in self._running for slot in range(self.slots)])
         eos = self.model.config.text_config.eos_token_id
-        steps = HURRIED_STEPS if self._waiting or self._prefilling else BLOCK_STEPS
+        started, steps = time.perf_counter(), HURRIED_STEPS if self._waiting or self._prefilling else BLOCK_STEPS
         self._state, tokens = decode_block(
             self.model.structure,
             self.model.params,
@@ -217,9 +217,9 @@ class Engine:
             _sampling(settings),
             greedy=all(one.temperature == 0 for one in settings),
         )
-        self.blocks += 1
-        self.steps += steps
         tokens = np.asarray(tokens)[:, :steps]
+        self.steps += steps
+        self.decoding += time.perf_counter() - started
         for slot, one in list(self._running.items()):
             if not one.job.cancelled and self._tell(one, tokens[slot].tolist(), eos):
                 with self._changed:

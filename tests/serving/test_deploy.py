@@ -1,4 +1,4 @@
-"""The Kubernetes manifest: its arguments are the command's, its probes the server's, and the docs name what it needs."""
+"""The Kubernetes manifest: its arguments, its probes, and that the docs name what it needs."""
 
 import yaml
 from paths import ROOT

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from clips import index_frame, write_clip
 from paths import ROOT
+from servers import make_server
+from starlette.testclient import TestClient
 
+from llamavid_jax.inference.feature_cache import FeatureCache
 from llamavid_jax.serving.__main__ import main, parse_arguments
 
 
@@ -45,6 +48,14 @@ def test_names_and_keys(monkeypatch):
     assert options.name == "folder" and options.api_key == ["given", "hidden"]
 
 
+JSON = {"Content-Type": "application/json"}
+
+
+def asked(key: str) -> dict:
+    content = [{"type": "video_url", "video_url": {"url": key}}, {"type": "text", "text": "what is it"}]
+    return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 16}
+
+
 class Serving:
     """The command as a process of its own, on a free port."""
 
@@ -65,21 +76,13 @@ class Serving:
         assert response.status == 200, content
         return content
 
-    def ask(self, key: str) -> str:
-        content = [{"type": "video_url", "video_url": {"url": key}}, {"type": "text", "text": "what is it"}]
-        body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 16}
-        answer = self.send(
-            "POST", "/v1/chat/completions", json.dumps(body).encode(), **{"Content-Type": "application/json"}
-        )
-        return json.loads(answer)["choices"][0]["message"]["content"]
-
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
         self.process.stderr.close()
 
 
-def test_a_killed_server_loses_no_upload_and_no_features(checkpoint, tmp_path):
+def test_a_killed_server_loses_no_upload_and_no_features(checkpoint, tiny_model, engine, tmp_path):
     """kill -9 in the middle of another upload: behind it are the whole one, its parts so far, and what was encoded."""
     clip = write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(50)]).read_bytes()
     folders = "--model", checkpoint, "--uploads", tmp_path / "uploads", "--cache", tmp_path / "cache"
@@ -93,9 +96,10 @@ def test_a_killed_server_loses_no_upload_and_no_features(checkpoint, tmp_path):
     try:
         body, headers = form("file", clip)
         key = json.loads(first.send("POST", "/v1/files", body, **headers))["id"]
-        answer = first.ask(key)
+        made = first.send("POST", "/v1/chat/completions", json.dumps(asked(key)).encode(), **JSON)
+        answer = json.loads(made)["choices"][0]["message"]["content"]
         said = json.dumps({"filename": "b.mp4", "purpose": "vision", "bytes": 6}).encode()
-        begun = json.loads(first.send("POST", "/v1/uploads", said, **{"Content-Type": "application/json"}))["id"]
+        begun = json.loads(first.send("POST", "/v1/uploads", said, **JSON))["id"]
         body, headers = form("data", b"abc")
         part = json.loads(first.send("POST", f"/v1/uploads/{begun}/parts", body, **headers))["id"]
         with socket.create_connection(("127.0.0.1", first.port)) as half:
@@ -105,14 +109,10 @@ def test_a_killed_server_loses_no_upload_and_no_features(checkpoint, tmp_path):
             first.kill()
     finally:
         first.kill()
-    second = Serving(*folders)
-    try:
-        assert [file["id"] for file in json.loads(second.send("GET", "/v1/files"))["data"]] == [key]
-        assert second.send("GET", f"/v1/files/{key}/content") == clip
-        assert json.loads(second.send("GET", f"/v1/uploads/{begun}"))["parts"] == [{"id": part, "bytes": 3}]
-        assert second.ask(key) == answer and answer
-        assert b"llamavid_frames_encoded 0.0" in second.send("GET", "/metrics")
-        second.process.terminate()
-        assert second.process.wait() == 0
-    finally:
-        second.kill()
+    server = make_server(tiny_model, engine, tmp_path / "uploads", cache=FeatureCache(tmp_path / "cache"))
+    client = TestClient(server.app)
+    assert [file["id"] for file in client.get("/v1/files").json()["data"]] == [key]
+    assert client.get(f"/v1/files/{key}/content").content == clip
+    assert client.get(f"/v1/uploads/{begun}").json()["parts"] == [{"id": part, "bytes": 3}]
+    again = client.post("/v1/chat/completions", json=asked(key)).json()["choices"][0]["message"]["content"]
+    assert again == answer != "" and server.preparer.frames == 0
