@@ -38,7 +38,7 @@ from llamavid_jax.text.subtitles import interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
 Check = Callable[[], None]  # raises where nobody waits for the row any more
-DECODING = 4  # files that are decoded at a time
+DECODING = 4  # films that are decoded at a time, and pictures, which wait for no film
 
 
 class Prepared(NamedTuple):
@@ -87,7 +87,7 @@ class Preparer:
         self.features, self.tokens = Store(max_bytes), Store(max_bytes // 8)
         self.frames = 0  # encoded so far
         self._device = concurrent.futures.ThreadPoolExecutor(1, "encoder")
-        self._decoding = threading.Semaphore(DECODING)
+        self._decoding = {kind: threading.Semaphore(DECODING) for kind in ("video", "image")}
 
     def __call__(self, asked: Asked, check: Check) -> Prepared:
         """Raises InputErrors for what cannot be asked, and what `check` raises."""
@@ -164,7 +164,7 @@ class Preparer:
                 check_length(path, found["sampling"]["seconds"], len(times), most)
                 with contextlib.suppress(DamagedEntryError):
                     return np.stack(list(self.cache.frames(key))).astype(model.dtype), times
-        while not self._decoding.acquire(timeout=0.1):
+        while not self._decoding[kind].acquire(timeout=0.1):
             check()
         reading = Reading(fps, most, FRAME_CHUNK) if kind == "video" else None
         with contextlib.closing(decoded(self.image_processor, path, reading, self.decoder_bytes, check)) as chunks:
@@ -179,7 +179,7 @@ class Preparer:
                     frames = self.cache.keep(key, frames, lambda: len(plan), said)
                 return np.stack(list(frames)), plan.times if plan else np.zeros(1)
             finally:
-                self._decoding.release()
+                self._decoding[kind].release()
 
     def _on_device(
         self, chunks: Iterable[np.ndarray], check: Check, function: Callable | None = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import threading
 import time
 
@@ -79,6 +80,14 @@ def test_films_take_turns(tiny_model, engine, tmp_path, monkeypatch, clip):
     text_of(ask(client, {"type": "image_url", "image_url": {"url": picture((0, 0, 99))}}))
     film.join()
     assert order.index(1) <= 2 and order.count(2) == 17
+
+
+def test_a_picture_waits_for_no_film(client, server):
+    """While as many films are decoded as may be."""
+    with contextlib.ExitStack() as films:
+        for _ in range(preparing.DECODING):
+            films.enter_context(server.preparer._decoding["video"])
+        text_of(ask(client, {"type": "image_url", "image_url": {"url": picture((0, 99, 0))}}))
 
 
 def evidence_of(tiny_model, clip, *questions, **settings) -> list:

@@ -131,7 +131,7 @@ async function ask(question, asked = show("user", question)) {
   keep();
   running = stopping;
   busy(true);
-  let text = "", rests = null;
+  let text = "", rests = null, ended = false;
   try {
     const fields = { model, messages: body(), stream: true, fps: Number($("fps").value) };
     if (film && !isPicture(film.name)) fields.evidence = true;
@@ -148,9 +148,11 @@ async function ask(question, asked = show("user", question)) {
       const [choice] = event.choices;
       text += choice?.delta.content ?? "";
       words.textContent = text || "…";
+      ended ||= Boolean(choice?.finish_reason);
       if (choice?.evidence) rests = summary(choice.evidence);
       turn.scrollIntoView({ block: "end" });
     }
+    if (!ended) throw new Error("the answer broke off; try again");
     own.push({ role: "assistant", words: text, rests });
   } catch (error) {
     if (leaving) return; // the next page asks again
@@ -197,6 +199,7 @@ $("link").onsubmit = (event) => {
   if ($("url").value) use({ url: $("url").value, name: $("url").value });
 };
 window.onpagehide = () => { leaving = true; };
+window.onpageshow = () => { leaving = false; };
 $("ask").onsubmit = (event) => {
   event.preventDefault();
   const question = $("question").value.trim();
