@@ -74,6 +74,10 @@ class LLaMAVIDLlavaProcessor:
         self.tokenizer = tokenizer
         self.qformer_tokenizer = qformer_tokenizer
 
+    def __repr__(self) -> str:
+        tokens = f"{self.tokenizer.vocab_size} tokens, {self.qformer_tokenizer.vocab_size} of the Q-Former"
+        return f"LLaMAVIDLlavaProcessor({tokens}, {self.image_processor})"
+
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaProcessor":
         """Reads a converted checkpoint folder.  Raises ConversationError or ConfigError, naming the file and remedy."""

@@ -80,7 +80,8 @@ class Turn:
 class Session:
     """One conversation.
 
-    `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video.  Without `follow_ups` every
+    `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video, `fps` in place of the image
+    processor's.  Without `follow_ups` every
     question stands alone and frames are forgotten as they are encoded; with them their features stay in host memory
     (0.7 MB a frame for the 7B models).  `like_original` leaves the visual tokens out of all earlier turns and places
     subtitles as the original's command lines do.  A video may be a file of its features (`media/features.py`); `cache`
@@ -96,7 +97,7 @@ class Session:
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         subtitles: Sequence[Cue] | None = None,
-        fps: float | int = 1.0,
+        fps: float | int | None = None,
         reading: Reading = Reading(),  # noqa: B008
         template: str = "vicuna_v1",
         follow_ups: bool = True,
@@ -110,7 +111,8 @@ class Session:
         if subtitles is not None and (len(videos) != 1 or images):
             raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
         self.model, self.image_processor, self.template = model, image_processor, template_named(template)
-        self.images, self.videos, self.subtitles, self.fps = images, videos, subtitles, fps
+        self.images, self.videos, self.subtitles = images, videos, subtitles
+        self.fps = image_processor.rate(fps) if videos else 1.0
         self.reading, self.cache = reading, cache
         self.follow_ups, self.like_original, self.progress, self.notice = follow_ups, like_original, progress, notice
         self.turns: list[Turn] = []

@@ -105,7 +105,7 @@ def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
     likely = given.get("top_logprobs", 0)
     if type(likely) is not int or not 0 <= likely <= MOST_LIKELY or (likely and not given.get("logprobs")):
         raise InputError(f"top_logprobs is {likely!r}; give a number up to {MOST_LIKELY}, with logprobs true")
-    more = given.get("fps", 1.0), cues, room, given.get("evidence", False), likely if given.get("logprobs") else None
+    more = given.get("fps"), cues, room, given.get("evidence", False), likely if given.get("logprobs") else None
     return Asked(messages, settings, n, stream, include_usage, *more)
 
 
