@@ -2,7 +2,7 @@ import pytest
 from clips import index_frame, write_clip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engine(tiny_model):
     """Warm, with three slots."""
     from llamavid_jax.serving.engine import Engine
@@ -13,7 +13,7 @@ def engine(tiny_model):
     engine.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", [index_frame(i) for i in range(100)])
 

@@ -62,11 +62,13 @@ class Serving:
     def __init__(self, *arguments: str | Path):
         command = [sys.executable, "-m", "llamavid_jax.serving", "--port", "0", "--name", "tiny", "--dtype", "float32"]
         self.process = subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        said = []
         for line in self.process.stderr:
+            said.append(line)
             if address := re.search(r"http://[^/]*:(\d+)$", line):
                 self.port = int(address[1])
                 return
-        raise AssertionError(f"it ended with {self.process.wait()}")
+        raise AssertionError("".join(said))
 
     def send(self, method: str, path: str, body: bytes | None = None, **headers: str) -> bytes:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
