@@ -210,7 +210,10 @@ class Server:
         if request.method == "DELETE":
             self.uploads.delete(key)
             return JSONResponse({"id": key, "object": "file", "deleted": True})
-        return JSONResponse(self.uploads.find(key))
+        about = self.uploads.find(key)
+        if found := self.preparer.encoding.get(key.removeprefix("file-")):
+            about["encoding"] = dict(zip(("frames", "of"), found, strict=True))
+        return JSONResponse(about)
 
     async def content(self, request: Request) -> Response:
         """The bytes, as a download: no browser shows them as a page of ours."""

@@ -86,6 +86,7 @@ class Preparer:
         self.model, self.image_processor, self.sources, self.max_frames = model, image_processor, sources, max_frames
         self.features, self.tokens = Store(max_bytes), Store(max_bytes // 8)
         self.frames = 0  # encoded so far
+        self.encoding: dict[str, tuple[int, int]] = {}  # of films that are encoded now, by SHA-256: frames done, in all
         self._device = concurrent.futures.ThreadPoolExecutor(1, "encoder")
         self._decoding = {kind: threading.Semaphore(DECODING) for kind in ("video", "image")}
 
@@ -150,11 +151,16 @@ class Preparer:
             key = content(path)["sha256"], kind, fps
 
             def make() -> tuple[np.ndarray, ...]:
-                return self._encode(path, kind, fps, new_tokens, check)
+                try:
+                    return self._encode(path, key[0], kind, fps, new_tokens, check)
+                finally:
+                    self.encoding.pop(key[0], None)
 
             return key, used.enter_context(self.features.use(key, make, check))
 
-    def _encode(self, path: Path, kind: str, fps: Any, new_tokens: int, check: Check) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(
+        self, path: Path, digest: str, kind: str, fps: Any, new_tokens: int, check: Check
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Features `[F, P, E]` and times `[F]`: from the disk's cache, or of what a process decodes."""
         config, model = self.model.config, self.model
         most = min((config.text_config.max_length - new_tokens) // config.tokens_per_frame, self.max_frames)
@@ -172,7 +178,7 @@ class Preparer:
         with contextlib.closing(decoded(self.image_processor, path, reading, self.decoder_bytes, check)) as chunks:
             try:
                 plan = next(chunks) if reading else None
-                frames = itertools.chain.from_iterable(self._on_device(chunks, check))
+                frames = self._told(digest, len(plan) if plan else 1, self._on_device(chunks, check))
                 if key is not None:
 
                     def said() -> Description | None:  # of a file that was written to meanwhile nothing
@@ -182,6 +188,13 @@ class Preparer:
                 return np.stack(list(frames)), plan.times if plan else np.zeros(1)
             finally:
                 self._decoding[kind].release()
+
+    def _told(self, digest: str, count: int, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The frames of all chunks, which `encoding` counts."""
+        self.encoding[digest] = 0, count
+        for done, frame in enumerate(itertools.chain.from_iterable(chunks), 1):
+            self.encoding[digest] = done, count
+            yield frame
 
     def _on_device(
         self, chunks: Iterable[np.ndarray], check: Check, function: Callable | None = None

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvicorn
-from clips import read_index
+from clips import index_frame, read_index, write_clip
 from playwright.sync_api import Page, expect, sync_playwright
 from servers import QUESTION, make_server, session
+
+from llamavid_jax.serving import prepare as preparing
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 OTHER = "how many dogs"
@@ -141,6 +143,26 @@ def test_a_conversation_about_a_film(page, clip, blocks, tiny_model, expected):
     film.evaluate("v => { v.pause(); v.currentTime = 0; }")
     last.locator("svg").click(position={"x": 2 * box["width"] / 3, "y": 20})
     page.wait_for_function("() => document.querySelector('#preview video').currentTime >= 1.9")
+
+
+def test_a_film_that_is_encoded(page, tmp_path, server, monkeypatch):
+    """The page says how far it is, until words come."""
+    go_on, vision = threading.Event(), server.preparer._vision
+
+    def slow(pixels):
+        if len(chunks) > 1:
+            assert go_on.wait(60)
+        chunks.append(len(pixels))
+        return vision(pixels)
+
+    chunks = []
+    monkeypatch.setattr(server.preparer, "_vision", slow)
+    monkeypatch.setattr(preparing, "FRAME_CHUNK", 2)
+    upload(page, write_clip(tmp_path / "long.mp4", [index_frame(i) for i in range(200, 425)]))
+    ask(page, QUESTION)
+    expect(words(page)).to_have_text(re.compile(r"^… [24] of 9 frames, \d+ s left$"))
+    go_on.set()
+    expect(words(page)).not_to_have_text(re.compile("^…"))
 
 
 def test_a_reload_in_the_middle(page, clip, blocks, expected):

@@ -132,6 +132,7 @@ async function ask(question, asked = show("user", question)) {
   running = stopping;
   busy(true);
   let text = "", rests = null, ended = false;
+  const told = film?.url.startsWith("file-") ? setInterval(tell, 1000, film.url, words, Date.now()) : 0;
   try {
     const fields = { model, messages: body(), stream: true, fps: Number($("fps").value) };
     if (film && !isPicture(film.name)) fields.evidence = true;
@@ -146,6 +147,7 @@ async function ask(question, asked = show("user", question)) {
     for await (const event of events(reply)) {
       if (event.error) throw new Error(event.error.message);
       const [choice] = event.choices;
+      clearInterval(told);
       text += choice?.delta.content ?? "";
       words.textContent = text || "…";
       ended ||= Boolean(choice?.finish_reason);
@@ -161,12 +163,21 @@ async function ask(question, asked = show("user", question)) {
     words.textContent = error.name === "AbortError" ? `${text} (stopped)` : error.message;
     $("retry").onclick = () => { turn.remove(); ask(question, asked); };
   }
+  clearInterval(told);
   if (own !== messages) return; // another film is asked about by now
   keep();
   busy(false);
   if (rests) turn.append(evidenceOf(rests, video));
   $("retry").hidden = !turn.classList.contains("wrong");
   turn.scrollIntoView({ block: "end" });
+}
+
+// How far the film is encoded, in place of the words that wait for it.
+async function tell(url, words, started) {
+  const { encoding } = await call(`/v1/files/${url}`).then((reply) => reply.json()).catch(() => ({}));
+  if (!encoding?.frames || !words.textContent.startsWith("…")) return;
+  const left = ((Date.now() - started) / 1000) * (encoding.of / encoding.frames - 1);
+  words.textContent = `… ${encoding.frames} of ${encoding.of} frames, ${Math.ceil(left)} s left`;
 }
 
 async function* events(reply) {
