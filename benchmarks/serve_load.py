@@ -105,14 +105,13 @@ def load(url: str, key: str, model: str, pairs, alone: dict, clients: int, secon
             if text != alone[pair]:
                 wrong.append(f"{pair}: {text!r}, alone {alone[pair]!r}")
 
-    own = Client(url, key)
-    started, before = time.perf_counter(), measured(own)
+    started, before = time.perf_counter(), measured(Client(url, key))
     threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    took, after = time.perf_counter() - started, measured(own)
+    took, after = time.perf_counter() - started, measured(Client(url, key))
     steps, decoding = (
         after[f"llamavid_decode_{name}"] - before[f"llamavid_decode_{name}"] for name in ("steps", "seconds")
     )

@@ -63,6 +63,12 @@ function evidenceOf({ curve, strongest }, video) {
   return made("figure", "evidence", made("div", "strip", ...frames.map(({ button }) => button)), svg, ends);
 }
 
+// Once the film has a new frame to draw, which may be after it says that it is there; browsers that do not tell get a moment.
+const painted = (film) => new Promise((resolve) => {
+  film.requestVideoFrameCallback?.(resolve);
+  setTimeout(resolve, 300);
+});
+
 // Draws the frames, one after another, with a film of its own, so that the one that is seen stays where it is.
 async function grab(source, frames) {
   const film = made("video", "");
@@ -73,7 +79,7 @@ async function grab(source, frames) {
   try {
     await begun;
     for (const { second, canvas } of frames) {
-      const there = reached("seeked");
+      const there = Promise.all([reached("seeked"), painted(film)]);
       film.currentTime = second + 0.001; // not the end of the frame before
       await there;
       canvas.width = 160;
