@@ -1,6 +1,7 @@
 "use strict";
 // What an answer rests on: the film's frames with the most attention, and the curve of all of them.
 const STRONGEST = 6, POINTS = 300, WIDTH = 600, HEIGHT = 60;
+let drawing = Promise.resolve(); // of one answer after another: each has a film of its own for it
 
 const made = (name, className, ...inner) => {
   const element = document.createElement(name);
@@ -58,7 +59,7 @@ function evidenceOf({ curve, strongest }, video) {
     const { left, width } = svg.getBoundingClientRect();
     play((end * (clientX - left)) / width);
   };
-  video.then((film) => film && grab(film.src, frames));
+  video.then((film) => { if (film) drawing = drawing.then(() => grab(film.src, frames)); });
   const ends = made("div", "ends", made("span", "", "0:00"), made("span", "", clock(end)));
   return made("figure", "evidence", made("div", "strip", ...frames.map(({ button }) => button)), svg, ends);
 }
