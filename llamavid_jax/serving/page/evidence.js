@@ -64,10 +64,12 @@ function evidenceOf({ curve, strongest }, video) {
   return made("figure", "evidence", made("div", "strip", ...frames.map(({ button }) => button)), svg, ends);
 }
 
-// Once the film has a new frame to draw, which may be after it says that it is there; browsers that do not tell get a moment.
-const painted = (film) => new Promise((resolve) => {
-  film.requestVideoFrameCallback?.(resolve);
-  setTimeout(resolve, 300);
+// Once the frame of that second is there to be drawn: a film that has sought it may show another one for a moment.
+const painted = (film, second) => new Promise((resolve) => {
+  const look = (_, { mediaTime }) => (Math.abs(mediaTime - second) < 0.02 ? resolve() : wait());
+  const wait = () => film.requestVideoFrameCallback?.(look);
+  wait();
+  setTimeout(resolve, 500); // also where a browser does not tell, or the frame began before that second
 });
 
 // Draws the frames, one after another, with a film of its own, so that the one that is seen stays where it is.
@@ -80,7 +82,7 @@ async function grab(source, frames) {
   try {
     await begun;
     for (const { second, canvas } of frames) {
-      const there = Promise.all([reached("seeked"), painted(film)]);
+      const there = Promise.all([reached("seeked"), painted(film, second)]);
       film.currentTime = second + 0.001; // not the end of the frame before
       await there;
       canvas.width = 160;
