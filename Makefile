@@ -45,6 +45,8 @@ demo-model: .venv/ready-test
 	for stage in stage0_refer stage1_align stage2_instruct stage3_long_video; do \
 	  $(BIN)/python train.py --config configs/demo/$$stage.yaml || exit 1; done
 
+# The page is tried in a Chromium: `apt-get install chromium` or `.venv/bin/playwright install chromium`.  Without one
+# its tests are skipped, but where CI is set they fail.
 test: .venv/ready-test .venv/ready-libtpu lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real"
 
