@@ -26,7 +26,6 @@ from llamavid_jax.inference.request import check_row
 from llamavid_jax.inference.sources import content, description, version, video_key
 from llamavid_jax.media.feature_file import Description
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.media.timeline import check_fps
 from llamavid_jax.serving.decoding import Reading, check_length, decoded
 from llamavid_jax.serving.protocol import Asked
 from llamavid_jax.serving.sources import Sources
@@ -105,10 +104,7 @@ class Preparer:
                 kind, source = ("video", video) if image is None else ("image", image)
                 rate = None
                 if kind == "video":
-                    given = asked.fps if fps is None else fps
-                    if given is not None:
-                        check_fps(given, "the video")
-                    rate = self.image_processor.rate(given)
+                    rate = self.image_processor.rate(asked.fps if fps is None else fps)
                 if (name := (kind, str(source), rate)) not in films:
                     films[name] = self._film(kind, source, rate, asked.room, check, used)
                 shown.append(films[name])
