@@ -45,7 +45,7 @@ from llamavid_jax.text.conversation import (
     question_turn,
     template_named,
 )
-from llamavid_jax.text.subtitles import Cue, interleave
+from llamavid_jax.text.subtitles import TIMES, Cue, interleave, with_times
 from llamavid_jax.text.tokenizer import encode_with_images
 
 
@@ -80,7 +80,8 @@ class Turn:
 class Session:
     """One conversation.
 
-    `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video.  Without `follow_ups` every
+    `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video, and `times` put the time of
+    each "frame" or each "minute" of it into the text, for a model that was trained so.  Without `follow_ups` every
     question stands alone and frames are forgotten as they are encoded; with them their features stay in host memory
     (0.7 MB a frame for the 7B models).  `like_original` leaves the visual tokens out of all earlier turns and places
     subtitles as the original's command lines do.  A video may be a file of its features (`media/features.py`); `cache`
@@ -96,6 +97,7 @@ class Session:
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         subtitles: Sequence[Cue] | None = None,
+        times: str | None = None,
         fps: float | int = 1.0,
         reading: Reading = Reading(),  # noqa: B008
         template: str = "vicuna_v1",
@@ -109,6 +111,12 @@ class Session:
             raise InputError("the checkpoint holds no tokenizer; convert again with --tokenizer FOLDER")
         if subtitles is not None and (len(videos) != 1 or images):
             raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
+        if times not in (None, *TIMES):
+            raise InputError(f"times is {times!r}; use one of {', '.join(TIMES)}, or None")
+        if times and (len(videos) > 1 or (videos and images)):
+            raise InputError(f"times go with one video alone, not with {len(videos)} and {len(images)} images")
+        if times and reading.fit:
+            raise InputError("fit does not know the room that times take; give a lower fps, and no fit")
         self.model, self.image_processor, self.template = model, image_processor, template_named(template)
         self.images, self.videos, self.subtitles, self.fps = images, videos, subtitles, fps
         self.reading, self.cache = reading, cache
@@ -116,7 +124,8 @@ class Session:
         self.turns: list[Turn] = []
         self.frames = 0  # encoded
         self.features: list[Shown] | None = None  # of each visual, once they are encoded
-        self._movie: str | None = None  # the frames' placeholders with the subtitles between them
+        self._movie: str | None = None  # the frames' placeholders with subtitles and times between them
+        self._times_of = times
         self.times: dict[int, list[float]] = {}  # seconds of each video's frames
         self.sampled: dict[int, Sampling] = {}  # of each video that has begun: which frames, and by which rule
         self._said: set[str] = set()
@@ -289,10 +298,7 @@ class Session:
         for done, frame in enumerate(self._counted(frames), 1):
             yield frame
             self.progress(video, done, len(times))
-        if self.subtitles is not None:
-            self._movie = interleave(times, self.subtitles, self.like_original)
-        elif known.inputs is not None:
-            self._movie = known.inputs
+        self._movie = self._film(times, known.inputs)
 
     def _counted(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for frame in frames:
@@ -324,8 +330,13 @@ class Session:
                 yield frame
                 times.append(time_)
                 self.progress(video, len(times), expected)
+        self._movie = self._film(times)
+
+    def _film(self, times: Sequence[float], said: str | None = None) -> str | None:
+        """The text of the one video; None where nothing stands between its frames."""
         if self.subtitles is not None:
-            self._movie = interleave(times, self.subtitles, self.like_original)
+            said = interleave(times, self.subtitles, self.like_original)
+        return with_times(said, times, self._times_of)
 
     def _room(self, number: int, new_tokens: int) -> int:
         """Frames of the video that the model has room for beside all else, and a tenth of that for the question."""

@@ -14,7 +14,7 @@ import pytest
 from clips import index_frame, write_clip
 from paths import ROOT
 from PIL import Image
-from training_data import environment
+from training_data import commands_together, environment
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.commands import batch, infer
@@ -183,6 +183,22 @@ def test_shards_share_the_videos(run, media, encoded):
         assert not part.keys() & found.keys()
         found |= part
     assert set(found) == {row["id"] for row in rows()} and sorted(encoded) == [1, 3, 6, 9]
+
+
+def test_two_processes_share_the_videos(run, media, checkpoint):
+    """They find each other, and then work alone: in all the answers of one, also where only one of them goes on."""
+    save(media / "q.jsonl", [row | {"video": str(media / row["video"])} for row in rows()[:9]])
+    run(out="whole.jsonl")
+    command = [sys.executable, "-m", "llamavid_jax.commands.batch", "--in", str(media / "q.jsonl"), "--out"]
+    command += [str(media / "a.jsonl"), "--model", checkpoint, "--dtype", "float32", "--max-new-tokens", "8"]
+    parts = [media / f"a.{index}-of-2.jsonl" for index in range(2)]
+    for lost in (None, parts[1]):
+        if lost:
+            lost.write_text("".join(lost.read_text().splitlines(keepends=True)[:2]))
+        commands_together([*command, "--mesh", "tensor=2"] if lost else command)
+        found = [read(part) for part in parts]
+        assert all(found) and found[0] | found[1] == read(media / "whole.jsonl")
+        assert not found[0].keys() & found[1].keys()
 
 
 def test_the_cache_is_used(run, media):
