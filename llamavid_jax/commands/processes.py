@@ -2,6 +2,9 @@
 
 import argparse
 import socket
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 
 from llamavid_jax.errors import InputError, say
 
@@ -25,10 +28,10 @@ def check_processes(options: argparse.Namespace) -> None:
             raise InputError(f"--process is {options.process} of --processes {options.processes}; count them from 0")
 
 
-def join(options: argparse.Namespace) -> bool:
-    """Makes this process one of several; False where nothing asks for that."""
+def join(options: argparse.Namespace) -> None:
+    """Makes this process one of several, where that is asked for."""
     if not (options.coordinator or options.distributed):
-        return False
+        return
     import jax  # takes seconds
 
     if options.coordinator:
@@ -41,7 +44,6 @@ def join(options: argparse.Namespace) -> bool:
             f"this process does not find the others ({error}); --distributed is for TPU pods and clusters that "
             "JAX knows, elsewhere give --coordinator, --processes and --process"
         ) from None
-    return True
 
 
 def check_coordinator(address: str, process: int) -> None:
@@ -74,12 +76,22 @@ def read_shard(options: argparse.Namespace) -> tuple[int, int]:
 def own_shard(options: argparse.Namespace) -> tuple[int, int]:
     """The part of this process, and of how many: what `read_shard` found, or the process's place among the others.
 
-    They only count themselves: from then on each works alone, so that none waits for another, or ends with it.
+    A process of its own asks for the place, and ends: each works alone then, waits for no other and outlives it.
     """
-    if not join(options):
+    if not (options.coordinator or options.distributed):
         return options.shard
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as asking:
+            return asking.submit(_place, options).result()
+    except BrokenProcessPool:
+        raise InputError("this process does not find the others in time; start all of them together") from None
+
+
+def _place(options: argparse.Namespace) -> tuple[int, int]:
     import jax
 
+    jax.config.update("jax_platforms", "cpu")  # the devices are for the work
+    join(options)
     found = jax.process_index(), jax.process_count()
     jax.distributed.shutdown()
     return found

@@ -102,7 +102,7 @@ class LLaMAVIDLlavaProcessor:
         prompts: Any = None,
         *,
         fps: Any = None,
-        timestamps: bool | str = False,
+        timestamps: bool | str | None = None,
         template: str = "vicuna_v1",
         return_tensors: str = "np",
         progress: Any = None,
@@ -123,7 +123,7 @@ class LLaMAVIDLlavaProcessor:
             raise ConversationError(f"text is {text!r}; give a string, or a list of one or more")
         if return_tensors not in ("np", "jax"):
             raise ConversationError(f"return_tensors is {return_tensors!r}; use 'np' or 'jax'")
-        if timestamps not in (False, True, None, *TIMES):
+        if timestamps not in (None, False, True, *TIMES):
             raise ConversationError(f"timestamps is {timestamps!r}; use True or one of {', '.join(TIMES)}")
         times = TIMES[0] if timestamps in (True,) else timestamps or None
         rates = fps if isinstance(fps, list | tuple) else [fps] * len(text)
@@ -148,7 +148,7 @@ class LLaMAVIDLlavaProcessor:
         add_generation_prompt: bool = True,
         template: str = "vicuna_v1",
         fps: float | int | None = None,
-        timestamps: bool | str = False,
+        timestamps: bool | str | None = None,
         return_tensors: str = "np",
         progress: Any = None,
     ) -> ModelInputs:

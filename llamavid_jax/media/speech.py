@@ -4,7 +4,7 @@ sound ─ 16 kHz, from the video's first frame on, silence where it has none ─
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from llamavid_jax.media.video import cores, read_timeline
 
 RATE = 16_000  # samples a second, which Whisper takes
 PIECE = 600 * RATE  # what Whisper is given at once: 20 minutes take it 0.9 GB, an hour 2.6
+PAUSE = 1.0  # seconds
+STOPS = tuple(".?!。？！")
 
 
 def read_speech(path: str | Path, model: str) -> list[tuple[float, str]]:
@@ -28,17 +30,34 @@ def read_speech(path: str | Path, model: str) -> list[tuple[float, str]]:
     said, at, language = [], 0, None
     while at < len(sound):
         piece = sound[at : at + PIECE].astype(np.float32) / 32768
-        found, about = whisper.transcribe(
-            piece, language=language, vad_filter=True, condition_on_previous_text=False
-        )  # else it makes up words for silence, and repeats a sentence for minutes
-        found, start = list(found), at / RATE
+        segments, about = whisper.transcribe(
+            piece,
+            language=language,
+            word_timestamps=True,  # two sentences with a minute of silence between them may be one segment
+            vad_filter=True,  # else it makes up words for silence
+            condition_on_previous_text=False,  # else it may repeat a sentence for minutes
+        )
+        found, start = _sentences(word for segment in segments for word in segment.words), at / RATE
         at += len(piece)
         if at < len(sound) and len(found) > 1:  # the last one may be cut: the next piece begins with it
-            at = round((start + found[-2].end) * RATE)
+            at = round((start + found[-2][0]) * RATE)
             del found[-1]
         language = about.language if found else language
-        said += [(start + segment.end, segment.text) for segment in found]
+        said += [(start + end, text) for end, text in found]
     return said
+
+
+def _sentences(words: Iterable[Any]) -> list[tuple[float, str]]:
+    """(end, text) of the words up to a full stop or a pause."""
+    found: list[tuple[float, str]] = []
+    is_open = False
+    for word in words:
+        if is_open and word.start - found[-1][0] < PAUSE:
+            found[-1] = float(word.end), found[-1][1] + word.word
+        else:
+            found.append((float(word.end), word.word))
+        is_open = not word.word.endswith(STOPS)
+    return found
 
 
 def _load(model: str) -> Any:

@@ -16,7 +16,7 @@ RATE = 8000
 
 
 class Whisper:
-    """Stands for faster-whisper's: hears each stretch that is loud as a sentence, its length in seconds."""
+    """Stands for faster-whisper's: hears each stretch that is loud as two words, and all of them as one segment."""
 
     def __init__(self, model: str, **settings: object):
         if model == "nothing":
@@ -27,8 +27,12 @@ class Whisper:
         sound = np.pad(sound, (0, -len(sound) % 160)).reshape(-1, 160)
         loud = np.abs(sound).max(1) > 0.1  # of each hundredth of a second
         edges = np.flatnonzero(np.diff(loud, prepend=False, append=False)).reshape(-1, 2) / 100
-        segments = (SimpleNamespace(end=end, text=f" {end - start:.1f} seconds.") for start, end in edges)
-        return segments, SimpleNamespace(language="en")
+        words = [
+            SimpleNamespace(start=start, end=end, word=f" {end - start:.1f}")
+            for first, last in edges
+            for start, end in ((first, (first + last) / 2), ((first + last) / 2, last))
+        ]
+        return iter([SimpleNamespace(words=words)] if words else []), SimpleNamespace(language="en")
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +78,7 @@ def test_sentences_end_where_they_end_in_the_video(tmp_path, monkeypatch, silent
     """However late the sound begins, where some of it is missing, and in pieces, of which none cuts a sentence."""
     monkeypatch.setattr(speech, "PIECE", round(piece * speech.RATE))
     found = speech.read_speech(film(tmp_path / "film.mkv", TONES, **silent), "a")
-    assert [text for _, text in found] == [" 1.0 seconds.", " 1.5 seconds.", " 1.0 seconds."]
+    assert [text for _, text in found] == [" 0.5 0.5", " 0.8 0.8", " 0.5 0.5"]
     assert [end for end, _ in found] == pytest.approx([2.0, 4.5, 9.0], abs=0.03)
 
 
@@ -105,3 +109,9 @@ def test_a_damaged_stretch_is_silence(tmp_path):
         data[start:end] = bytes(end - start)
     path.write_bytes(data)
     assert [end for end, _ in speech.read_speech(path, "a")] == pytest.approx([2.0, 9.0], abs=0.03)
+
+
+def test_sentences_end_at_a_full_stop_and_at_a_pause():
+    words = [(0.0, 0.5, " Who"), (0.5, 1.0, " goes?"), (1.1, 1.5, " I"), (2.6, 3.0, " do"), (3.9, 4.0, " so")]
+    found = speech._sentences(SimpleNamespace(start=start, end=end, word=word) for start, end, word in words)
+    assert found == [(1.0, " Who goes?"), (1.5, " I"), (4.0, " do so")]
