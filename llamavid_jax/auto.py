@@ -69,4 +69,5 @@ def install() -> None:
     for name in MODULES:
         if name in sys.modules:
             register(sys.modules[name])
-    sys.meta_path.insert(0, Finder)
+    if Finder not in sys.meta_path:
+        sys.meta_path.insert(0, Finder)

@@ -89,6 +89,7 @@ class Extractor:
 
     def __init__(self, options: argparse.Namespace, model: Any, images: LLaMAVIDLlavaImageProcessor):
         self.options, self.model, self.images = options, model, images
+        self.fps = images.rate(options.fps)
         self.dtype = "I8" if options.int8 else "F16" if model.dtype == "float32" else name_of(model.dtype)
 
     def __call__(self, video: Path, file: Path) -> int:
@@ -96,12 +97,12 @@ class Extractor:
         from llamavid_jax.inference.sources import description, version, video_key  # JAX takes seconds to import
 
         path, cues = local_file(video), self._cues(video)
-        before, key = version(path), video_key(path, self.options.fps, self.model, self.images)
+        before, key = version(path), video_key(path, self.fps, self.model, self.images)
         made_as = {"key": key, "stored": self.dtype, "said": [list(cue) for cue in cues or ()]}
         if self._is_there(file, made_as):
             return 0
         plans: list[Any] = []
-        pieces = self.images.stream_video(video, self.options.fps, progress=lambda plan, _: plans.append(plan))
+        pieces = self.images.stream_video(video, self.fps, progress=lambda plan, _: plans.append(plan))
         frames = itertools.chain.from_iterable(pixels for pixels, _ in pieces)
         writer = None
         try:

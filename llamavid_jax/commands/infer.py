@@ -143,6 +143,7 @@ def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
     processor = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
     if options.image_aspect_ratio:
         processor = dataclasses.replace(processor, image_aspect_ratio=options.image_aspect_ratio)
+    options.fps = processor.rate(options.fps) if options.video else None
     partial = (lambda _: None) if options.partial else None  # the session says it
     for sources, look in (
         (options.image, processor.image_pixels),

@@ -53,11 +53,11 @@ def read_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_fps(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
+    parser.add_argument("--fps", type=float, help="frames sampled a second of video (what the checkpoint says: 1)")
 
 
 def check_fps(options: argparse.Namespace) -> None:
-    if not 0 < options.fps < math.inf:
+    if options.fps is not None and not 0 < options.fps < math.inf:
         raise InputError(f"--fps is {options.fps}; give a number above 0, such as 1")
 
 

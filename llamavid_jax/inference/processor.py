@@ -78,6 +78,10 @@ class LLaMAVIDLlavaProcessor:
         self.tokenizer = tokenizer
         self.qformer_tokenizer = qformer_tokenizer
 
+    def __repr__(self) -> str:
+        tokens = f"{self.tokenizer.vocab_size} tokens, {self.qformer_tokenizer.vocab_size} of the Q-Former"
+        return f"LLaMAVIDLlavaProcessor({tokens}, {self.image_processor})"
+
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaProcessor":
         """Reads a converted checkpoint folder.  Raises ConversationError or ConfigError, naming the file and remedy."""
@@ -243,11 +247,9 @@ class LLaMAVIDLlavaProcessor:
         before, *rest = text.split(IMAGE)
         for place, words in enumerate(rest):
             about = found[id(pixels[place if len(pixels) > 1 else 0])]
-            if about.duration:
-                film = with_times(None, about.timestamps, times)
-                before += movie_text(film, self.tokens_per_frame, start_end) + words
-            else:
-                before += marked(IMAGE * self.tokens_per_frame, start_end) + words
+            film, image = with_times(None, about.timestamps, times), IMAGE * self.tokens_per_frame
+            shown = movie_text(film, self.tokens_per_frame, start_end) if about.duration else marked(image, start_end)
+            before += shown + words
         return before
 
     def _media(self, images: Any, videos: Any, fps, progress) -> tuple[list[np.ndarray], list[VideoMetadata]]:

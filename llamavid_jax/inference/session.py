@@ -81,7 +81,8 @@ class Session:
     """One conversation.
 
     `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video, and `times` put the time of
-    each "frame" or each "minute" of it into the text, for a model that was trained so.  Without `follow_ups` every
+    each "frame" or each "minute" of it into the text, for a model that was trained so.  `fps` holds in place of the
+    image processor's.  Without `follow_ups` every
     question stands alone and frames are forgotten as they are encoded; with them their features stay in host memory
     (0.7 MB a frame for the 7B models).  `like_original` leaves the visual tokens out of all earlier turns and places
     subtitles as the original's command lines do.  A video may be a file of its features (`media/features.py`); `cache`
@@ -98,7 +99,7 @@ class Session:
         videos: Sequence[Any] = (),
         subtitles: Sequence[Cue] | None = None,
         times: str | None = None,
-        fps: float | int = 1.0,
+        fps: float | int | None = None,
         reading: Reading = Reading(),  # noqa: B008
         template: str = "vicuna_v1",
         follow_ups: bool = True,
@@ -118,7 +119,8 @@ class Session:
         if times and reading.fit:
             raise InputError("fit does not know the room that times take; give a lower fps, and no fit")
         self.model, self.image_processor, self.template = model, image_processor, template_named(template)
-        self.images, self.videos, self.subtitles, self.fps = images, videos, subtitles, fps
+        self.images, self.videos, self.subtitles = images, videos, subtitles
+        self.fps = image_processor.rate(fps) if videos else 1.0
         self.reading, self.cache = reading, cache
         self.follow_ups, self.like_original, self.progress, self.notice = follow_ups, like_original, progress, notice
         self.turns: list[Turn] = []

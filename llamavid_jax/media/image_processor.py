@@ -131,6 +131,17 @@ class LLaMAVIDLlavaImageProcessor:
         pixels, about = self._sampling(fps)._read(video, progress)
         return pixels, about.timestamps
 
+    def rate(self, fps: float | int | None = None) -> float | int:
+        """Frames a second to take of a video that is read as a stream: `fps`, or the processor's own.
+
+        Raises MediaError for no such number, and without one where the processor samples in another way.
+        """
+        if fps is None and (self.num_frames is not None or not self.do_sample_frames):
+            own = {"num_frames": self.num_frames, "do_sample_frames": self.do_sample_frames}
+            raise MediaError(f"{VIDEO_FILE} has {own}, and videos are read at a rate here; give --fps")
+        check_fps(self.fps if fps is None else fps, "the video")
+        return self.fps if fps is None else fps
+
     def _sampling(
         self, fps: float | int | None = None, num_frames: int | None = None, do_sample_frames: bool | None = None
     ) -> "LLaMAVIDLlavaImageProcessor":
@@ -174,7 +185,7 @@ class LLaMAVIDLlavaImageProcessor:
     def stream_video(
         self,
         video: str | Path,
-        fps: float | int = 1.0,
+        fps: float | int | None = None,
         chunk: int = 16,
         progress: Progress | None = None,
         adapt: Callable[[Sampling], Sampling] | None = None,
@@ -187,7 +198,7 @@ class LLaMAVIDLlavaImageProcessor:
         far as it can be, which is told the seconds of that.
         """
         with fetch(video) as path:
-            sampling = plan_video(path, fps, partial)
+            sampling = plan_video(path, self.rate(fps), partial)
             sampling = adapt(sampling) if adapt else sampling
             frames = iter_frames(path, sampling, self._crop, progress, cores(), partial)
             with contextlib.closing(frames):

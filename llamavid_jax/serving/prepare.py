@@ -24,7 +24,7 @@ from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import check_row
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.timeline import Sampling, check_fps
+from llamavid_jax.media.timeline import Sampling
 from llamavid_jax.serving.protocol import Asked
 from llamavid_jax.serving.sources import Sources
 from llamavid_jax.serving.store import Store
@@ -68,8 +68,7 @@ class Preparer:
                 kind, source = ("video", video) if image is None else ("image", image)
                 rate = None
                 if kind == "video":
-                    rate = asked.fps if fps is None else fps
-                    check_fps(rate, "the video")
+                    rate = self.image_processor.rate(asked.fps if fps is None else fps)
                 if (name := (kind, str(source), rate)) not in films:
                     films[name] = self._film(kind, source, rate, asked.room, check, used)
                 shown.append(films[name])

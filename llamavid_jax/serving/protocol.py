@@ -98,7 +98,7 @@ def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
             )
     include_usage = options.get("include_usage", False)
     room = tokens if {"max_tokens", "max_completion_tokens"} & given.keys() else 1
-    return Asked(messages, settings, n, stream, include_usage, given.get("fps", 1.0), cues, room)
+    return Asked(messages, settings, n, stream, include_usage, given.get("fps"), cues, room)
 
 
 class Reply:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -72,6 +73,19 @@ def test_evidence(ask, tmp_path):
 def test_evidence_that_cannot_be_drawn_is_said_first(ask, file):
     code, out, err = ask("--video", CLIP, "--question", QUESTION, "--evidence", file)
     assert (code, out) == (2, "") and f"--evidence is {file}" in err
+
+
+def test_the_rate_is_the_checkpoints_own(checkpoint, capsys, tmp_path):
+    """Of video_preprocessor_config.json, unless --fps says another; a number of frames is no rate."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    file, most = tmp_path / "model" / "video_preprocessor_config.json", ("--max-new-tokens", "1", "--json")
+    command = ["--model", str(tmp_path / "model"), "--video", CLIP, "--question", QUESTION, *most]
+    for values, more, frames in (({"fps": 2}, [], 25), ({"fps": 2}, ["--fps", "0.5"], 6), ({"num_frames": 5}, [], 0)):
+        file.write_text(json.dumps(values))
+        code = infer.main(command + more)
+        out, err = capsys.readouterr()
+        assert code == (0 if frames else 2) and (json.loads(out)["frames"] if out else 0) == frames, err
+    assert "num_frames" in err and "--fps" in err
 
 
 def test_a_video_of_a_varying_rate_says_how_it_was_sampled(ask, tmp_path):

@@ -17,7 +17,9 @@ from paths import ROOT
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaImageProcessor
 from llamavid_jax.errors import InputError
 from llamavid_jax.inference import sources
+from llamavid_jax.inference.evidence import draw
 from llamavid_jax.inference.feature_cache import FeatureCache
+from llamavid_jax.inference.film import Reading
 from llamavid_jax.inference.session import Session
 from llamavid_jax.inference.sources import video_key
 from llamavid_jax.media import feature_file
@@ -76,10 +78,23 @@ def test_the_second_question_needs_no_tower(tiny_model, encoded, tmp_path, follo
     assert encoded == [12] and len(entries(tmp_path / "cache")) == 1
     assert seen == [(CLIP, number, 12) for number in range(1, 13)] * 2
     first, second = ({**vars(answer), "seconds": None} for answer in answers)
-    assert first == second and second["sampling"] == [{"video": CLIP, "rule": "stride", "frames": 12}]
+    assert first == second and second["sampling"] == [
+        {"video": CLIP, "rule": "stride", "frames": 12, "times": list(range(12))}
+    ]
     plain = Session(tiny_model, IMAGES, videos=[CLIP]).ask("what is in the video?", **SHORT)
     assert {**vars(plain), "seconds": None} == second
     assert asked(tiny_model, CLIP, cache) == asked(tiny_model, CLIP)
+
+
+@pytest.mark.parametrize("reading", [Reading(), Reading(fast=True)])
+def test_the_evidence_of_kept_frames_shows_the_same_picture(tiny_model, encoded, tmp_path, reading):
+    """The file is read again for it, at the seconds that were sampled then."""
+    cache, pictures = FeatureCache(tmp_path / "cache"), []
+    for kept in (None, cache, cache):
+        session = Session(tiny_model, IMAGES, videos=[CLIP], fps=0.7, reading=reading, cache=kept)
+        pictures.append(np.asarray(draw(session, "who?", session.ask("who?", evidence=True, **SHORT))))
+    assert encoded == [9, 8, 9, 8, 8]  # the frames, and those drawn
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
 
 
 def test_subtitles_stand_between_the_kept_frames(tiny_model, clip, encoded, tmp_path):

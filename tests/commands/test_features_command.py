@@ -151,7 +151,8 @@ def test_infer_and_validate_read_it(write, clips, checkpoint, tmp_path, capsys):
         answers.append(json.loads(capsys.readouterr().out))
     video, file = ({**answer, "seconds": None, "sampling": None} for answer in answers)
     assert video == file and file["frames"] == 5
-    assert answers[1]["sampling"] == [{"video": str(path), "rule": "stride", "frames": 5}]
+    times = [0, 1, 2, 3, 4]
+    assert answers[1]["sampling"] == [{"video": str(path), "rule": "stride", "frames": 5, "times": times}]
     talk = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Nobody."}]
     (tmp_path / "chat.json").write_text(json.dumps([{"id": "1", "features": path.name, "conversations": talk}]))
     assert validate.main([str(tmp_path / "chat.json"), "--model", checkpoint, "--decode"]) == 0
