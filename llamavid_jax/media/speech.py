@@ -64,7 +64,7 @@ def _load(model: str) -> Any:
     import faster_whisper  # whoever has not installed it is told so
 
     folder = local(model)
-    if folder.is_dir() and not (folder / "model.bin").is_file():
+    if (folder.is_dir() or model[:1] in "/.~") and not (folder / "model.bin").is_file():
         raise MediaError(f"{model} holds no model.bin; give a folder of faster-whisper's, or a name such as small")
     try:
         return faster_whisper.WhisperModel(

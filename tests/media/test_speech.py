@@ -93,6 +93,7 @@ def test_what_cannot_be_heard(tmp_path):
     for path, model, message in (
         (mute, "a", r"mute.mp4 holds no sound that is known; give what is said with --subtitles"),
         (mute, str(tmp_path / "model"), r"model holds no model.bin; give a folder of faster-whisper's, or a name"),
+        (mute, str(tmp_path / "none"), r"none holds no model.bin; give a folder of faster-whisper's, or a name"),
         (mute, "nothing", r"the speech model nothing cannot be loaded \(Invalid model size\); give a folder, or"),
     ):
         with pytest.raises(MediaError, match=message):
