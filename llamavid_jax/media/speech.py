@@ -39,7 +39,7 @@ def read_speech(path: str | Path, model: str) -> list[tuple[float, str]]:
         )
         found, start = _sentences(word for segment in segments for word in segment.words), at / RATE
         at += len(piece)
-        if at < len(sound) and len(found) > 1:  # the last one may be cut: the next piece begins with it
+        if at < len(sound) and len(found) > 1 and found[-2][0]:  # the last may be cut: the next piece begins with it
             at = round((start + found[-2][0]) * RATE)
             del found[-1]
         language = about.language if found else language
