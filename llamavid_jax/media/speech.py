@@ -17,7 +17,7 @@ from llamavid_jax.media.video import cores, read_timeline
 
 RATE = 16_000  # samples a second, which Whisper takes
 PIECE = 600 * RATE  # what Whisper is given at once: 20 minutes take it 0.9 GB, an hour 2.6
-PAUSE = 1.0  # seconds
+PAUSE = 0.7  # seconds
 STOPS = tuple(".?!。？！")
 
 

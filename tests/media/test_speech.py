@@ -113,6 +113,6 @@ def test_a_damaged_stretch_is_silence(tmp_path):
 
 
 def test_sentences_end_at_a_full_stop_and_at_a_pause():
-    words = [(0.0, 0.5, " Who"), (0.5, 1.0, " goes?"), (1.1, 1.5, " I"), (2.6, 3.0, " do"), (3.9, 4.0, " so")]
+    words = [(0.0, 0.5, " Who"), (0.5, 1.0, " goes?"), (1.1, 1.5, " I"), (2.6, 3.0, " do"), (3.4, 4.0, " so")]
     found = speech._sentences(SimpleNamespace(start=start, end=end, word=word) for start, end, word in words)
     assert found == [(1.0, " Who goes?"), (1.5, " I"), (4.0, " do so")]
