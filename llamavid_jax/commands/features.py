@@ -21,7 +21,6 @@ from typing import Any
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import add_fps, add_model, check_fps, load_model
 from llamavid_jax.commands.processes import add_shard, own_shard, read_shard
-from llamavid_jax.data.build_shards import LOCAL_BEAM, beam_options
 from llamavid_jax.errors import InputError, Parser, command, printable, say
 from llamavid_jax.files import local
 from llamavid_jax.inference.film_text import film_subtitles
@@ -49,9 +48,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="with what is said: the .srt, .vtt or .ass beside a video, of the same name",
     )
     add_shard(parser)
-    parser.add_argument(
-        "--beam", nargs="?", const=LOCAL_BEAM, metavar="OPTIONS", help="by an Apache Beam pipeline of these options"
-    )
     options = parser.parse_args(arguments)
     check_fps(options)
     options.shard = read_shard(options)
@@ -133,70 +129,34 @@ class Extractor:
             return False  # damaged: made again
 
 
-def attempt(extract: Extractor, video: Path, file: Path, place: str = "") -> list[dict[str, str]]:
-    """Writes the file and says so; the line of the log where it fails, else nothing."""
-    started = time.perf_counter()
-    try:
-        frames = extract(video, file)
-    except InputError as error:
-        say(f"{place}{video}: {error}")
-        return [{"video": printable(video), "error": str(error)}]
-    seconds = time.perf_counter() - started
-    done = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.0f} a second" if frames else "there already"
-    say(f"{place}{video}: {done}")
-    return []
-
-
-def extract_all(options: argparse.Namespace, videos: Sequence[tuple[str, Path]], out: Path, log: Path) -> int:
-    """The number of failures, which `log` names."""
-    images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
-    program.keep_programs()
-    extract, failures = Extractor(options, load_model(options), images), 0
-    for number, (name, video) in enumerate(videos, 1):
-        for failure in attempt(extract, video, out / name, f"{number}/{len(videos)} "):
-            failures += 1
-            with log.open("a", encoding="utf-8") as file:
-                print(json.dumps(failure), file=file)
-    return failures
-
-
-def extract_on_beam(options: argparse.Namespace, videos: Sequence[tuple[str, Path]], out: Path, log: Path) -> int:
-    """`extract_all` by the workers of a Beam pipeline, each with a model of its own and the same folders."""
-    settings = beam_options(options.beam)
-    import apache_beam as beam
-
-    class Extract(beam.DoFn):
-        def setup(self):
-            images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
-            self.extract = Extractor(options, load_model(options), images)
-
-        def process(self, named):
-            name, video = named
-            yield from attempt(self.extract, Path(video), out / name)
-
-    with beam.Pipeline(options=settings) as pipeline:
-        named = pipeline | beam.Create([(name, str(video)) for name, video in videos]) | beam.Reshuffle()
-        lines = named | beam.ParDo(Extract()) | beam.Map(json.dumps)
-        lines | beam.io.WriteToText(str(log), shard_name_template="")
-    failures = len(log.read_text().splitlines())
-    if not failures:
-        log.unlink()
-    return failures
-
-
 @command("llamavid-features")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     index, count = own_shard(options)
     videos = list(find_videos(options.videos).items())[index::count]
+    images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
     out = local(options.out)
     log = out / ("failures.jsonl" if count == 1 else f"failures.{index}-of-{count}.jsonl")
+    program.keep_programs()
+    extract, failures = Extractor(options, load_model(options), images), 0
     try:
         out.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be written to ({error.strerror}); give a folder that can") from None
-    failures = (extract_on_beam if options.beam else extract_all)(options, videos, out, log)
+    for number, (name, video) in enumerate(videos, 1):
+        started = time.perf_counter()
+        try:
+            frames = extract(video, out / name)
+        except InputError as error:
+            failures += 1
+            say(f"{number}/{len(videos)} {video}: {error}")
+            with log.open("a", encoding="utf-8") as file:
+                print(json.dumps({"video": printable(video), "error": str(error)}), file=file)
+            continue
+        seconds = time.perf_counter() - started
+        done = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.0f} a second" if frames else "there already"
+        say(f"{number}/{len(videos)} {video}: {done}")
     if failures:
         say(f"{failures} of {len(videos)} videos failed; {log} names them")
     return int(failures > 0)

@@ -120,24 +120,6 @@ def test_two_processes_share_the_work(write, clips, checkpoint, tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
 
 
-def test_beam_writes_the_same(write, clips, tmp_path):
-    """The files, and the log of failures."""
-    pytest.importorskip("apache_beam")
-    assert write(clips, "--out", tmp_path / "plain")[0] == write(clips, "--out", tmp_path / "beam", "--beam")[0] == 1
-    for path in (tmp_path / "plain").rglob("*.*"):
-        assert path.read_bytes() == (tmp_path / "beam" / path.relative_to(tmp_path / "plain")).read_bytes()
-    (clips / "b.mp4").unlink()
-    code, err = write(clips, "--out", tmp_path / "beam", "--beam")
-    assert code == 0 and err.count("there already") == 2 and not (tmp_path / "beam" / "failures.jsonl").exists()
-
-
-def test_beam_absent_is_one_line(write, clips, tmp_path, monkeypatch):
-    for name in ("apache_beam", "apache_beam.options.pipeline_options"):
-        monkeypatch.setitem(sys.modules, name, None)
-    code, err = write(clips, "--out", tmp_path, "--beam")
-    assert (code, err) == (2, "llamavid-features: --beam needs Apache Beam; install it with: pip install apache-beam\n")
-
-
 def test_infer_and_validate_read_it(write, clips, checkpoint, tmp_path, capsys):
     """The answer is the video's own."""
     write(clips / "a.mp4", "--out", tmp_path, "--dtype", "float32")
