@@ -26,6 +26,7 @@ export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, as they are impo
 	touch $@
 
 .venv/ready-real: .venv/ready-test tests/real/install.sh
+	$(INSTALL) --editable ".[speech]"
 	sh tests/real/install.sh $(BIN)/pip
 	touch $@
 
@@ -60,7 +61,7 @@ lint: .venv/ready-test
 # One version of each package for every Python, from the ranges; torch, whose CPU and CUDA builds differ, stays free.
 lock:
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest --no-annotate \
-	  --extra tpu --extra cuda --extra train --extra serve --extra demo --extra eval --extra test \
+	  --extra tpu --extra cuda --extra train --extra serve --extra demo --extra eval --extra speech --extra test \
 	  --custom-compile-command "make lock" \
 	  pyproject.toml --output-file requirements.lock
 
