@@ -20,6 +20,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="one of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="put over the file")
     parser.add_argument("--profile", action="store_true", help="write a trace of three steps to OUTPUT/profile")
+    parser.add_argument(
+        "--simulate-fault", metavar="KIND@STEP", help="kill, hang, slow, nan or disk: see what becomes of the run"
+    )
     parser.add_argument("--compile-only", action="store_true", help="compile the step for --topology and stop")
     compile_check.add_arguments(parser)
     parser.add_argument("--distributed", action="store_true", help="a TPU pod: find the other hosts by themselves")
@@ -63,9 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     keep_programs()
     if options.coordinator or options.distributed:
         join(options)
+    from llamavid_jax.training.faults import Fault
     from llamavid_jax.training.loop import train
 
-    return train(config, say, profile=options.profile)
+    fault = Fault.parse(options.simulate_fault) if options.simulate_fault else None
+    return train(config, say, options.profile, fault)
 
 
 def join(options: argparse.Namespace) -> None:
