@@ -1,6 +1,6 @@
 """Faults that a run is made to have, to see what becomes of it: `--simulate-fault KIND@STEP`.
 
-They happen before that step, on the last process (`nan`: on all), each time the step is reached.
+They happen before that step, each time it is reached, on the last process; `nan` and `disk` on all, which share both.
 """
 
 import os
@@ -44,7 +44,7 @@ class Fault(NamedTuple):
         if self.kind == "nan":
             return _poisoned(frozen) if step == self.step else frozen
         due = step == self.step or (self.kind == "slow" and step > self.step)
-        if due and jax.process_index() == jax.process_count() - 1:
+        if due and (self.kind == "disk" or jax.process_index() == jax.process_count() - 1):
             match self.kind:
                 case "kill":
                     os.kill(os.getpid(), signal.SIGKILL)

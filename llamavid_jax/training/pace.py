@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,14 +69,14 @@ class Pace:
             self._paused, self._before = True, []
             self._goodput.turn("compile")
 
-    def sent(self, result: jax.Array) -> None:
-        """The step is under way; `result` is one of its own."""
+    def sent(self, result: Any) -> None:
+        """The step is under way; `result` is an array of its own."""
         self._goodput.turn("steps")
         self._silent, self._paused = 0.0, False
         before, self._before = self._before, []
         threading.Thread(target=self._done, args=(result, before, self._before), daemon=True).start()
 
-    def _done(self, result: jax.Array, before: list[float], own: list[float]) -> None:
+    def _done(self, result: Any, before: list[float], own: list[float]) -> None:
         with contextlib.suppress(Exception):  # which the run raises itself
             result.block_until_ready()
             own.append(time.perf_counter())

@@ -17,7 +17,7 @@ from llamavid_jax.training.log import JsonLines
 from llamavid_jax.training.pace import HUNG
 
 pytestmark = pytest.mark.pods
-STEPS, SAVE_EVERY, FAULTS = 48, 2, 20
+FAULTS, SAVE_EVERY = 20, 2  # each fault is behind at most one save more
 CODES = {"kill": -signal.SIGKILL, "hang": HUNG, "disk": 2}  # of the process that has it
 KINDS = tuple(CODES)
 
@@ -53,7 +53,11 @@ def test_many_faults_change_nothing(tmp_path):
     data, tokenizers = write_data(tmp_path / "data"), write_tokenizers(tmp_path / "tokenizers")
 
     def run_in(name: str, *extra: str) -> list[str]:
-        settings = f"training.steps={STEPS}", f"training.save_every={SAVE_EVERY}", "training.hang_after=5"
+        settings = (
+            f"training.steps={FAULTS * SAVE_EVERY + 4}",
+            f"training.save_every={SAVE_EVERY}",
+            "training.hang_after=5",
+        )
         return command("tiny/stage2_instruct.yaml", data, tokenizers, tmp_path / name, *settings, *extra)
 
     codes, text = both(run_in("undisturbed"))

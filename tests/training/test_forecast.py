@@ -1,6 +1,5 @@
 """What a run says before its first step."""
 
-import dataclasses
 from unittest.mock import Mock
 
 import jax
@@ -38,7 +37,7 @@ def lines(trained: dict[str, tuple], frozen: dict[str, tuple], done: int = 0, *o
     loader.steps, loader.schedule = 100, Mock(spec=Schedule)
     loader.schedule.shapes = config.data.shapes
     loader.schedule.epoch.return_value = [PlannedBatch(FRAMES, "pixels", []), PlannedBatch(TEXT, "text", [])] * 3
-    return forecast(config, start, dataclasses.replace(state, step=jnp.int32(done)), loader).splitlines()
+    return forecast(config, start, state._replace(step=jnp.int32(done)), loader).splitlines()
 
 
 @pytest.mark.parametrize(
