@@ -129,10 +129,11 @@ def clip(rng: np.random.Generator, test: bool, count: int) -> Scene:
             return _crossings(rng, test, starts.tolist(), lengths.tolist(), CLIP_SECONDS)
 
 
-def long_clip(rng: np.random.Generator, test: bool, seconds: int) -> Scene:
-    """Minutes of an empty frame that one digit crosses once, in 5 s."""
+def long_clip(rng: np.random.Generator, test: bool, seconds: int, count: int = 1) -> Scene:
+    """Minutes of an empty frame that `count` digits cross, each once, in 5 s."""
     length = CROSSING[-1]
-    return _crossings(rng, test, [int(rng.integers(0, seconds - length + 1))], [length], seconds)
+    starts = np.sort(rng.integers(0, seconds - count * length + 1, count)) + length * np.arange(count)
+    return _crossings(rng, test, starts.tolist(), [length] * count, seconds)
 
 
 def _crossings(rng, test: bool, starts: Sequence[int], lengths: Sequence[int], seconds: int) -> Scene:

@@ -83,6 +83,7 @@ BELOW["precompile"] = set(BELOW)
 BELOW["commands"] = set(BELOW)
 BELOW["evaluation"] = BELOW["inference"] | {"inference", "commands"}
 BELOW["serving"] = set(BELOW) - {"data", "training", "precompile", "evaluation"}
+BELOW["harness"] = BELOW["evaluation"] | {"evaluation"}
 WITHOUT_JAX = {*GROUND, "config", "media", "text", "weights", "data"}
 
 

@@ -135,7 +135,7 @@ class Runner:
             return
         for row in group:
             try:
-                prompt = Prompt(row, *session.inputs(row.question), session.frames)
+                prompt = Prompt(row, *session.inputs(row.question), session.visuals.frames)
             except InputError as error:
                 self.answers.fail([row], error)
             else:
@@ -205,12 +205,12 @@ def _run(
             )
 
         for _ in runner.run(left):
-            if time.perf_counter() - said > SECONDS:
+            if time.perf_counter() - said > SECONDS and len(answers.done) < len(rows):
                 said = time.perf_counter()
                 progress()
         progress()
     if answers.failed:
-        say(f"{answers.failed} rows failed; their lines in {answers.path} say why")
+        say(f"failed: {answers.failed} of {len(rows)} rows; their lines in {answers.path} say why")
     return int(answers.failed > 0)
 
 

@@ -193,7 +193,9 @@ def progress_bar(console: Console, session: Any) -> Iterator[Callable[[Any, int,
             if done == 1 or name not in tasks:
                 tasks[name] = bar.add_task(f"decoding and encoding {name}", total=total, speed="")
             task = bar.tasks[bar.task_ids.index(tasks[name])]
-            seconds = next((session.times.get(n) for n, one in enumerate(session.videos) if one is video), None)
+            seconds = next(
+                (session.visuals.times.get(n) for n, one in enumerate(session.visuals.videos) if one is video), None
+            )
             speed = f"{seconds[-1] / task.elapsed:.0f}x" if seconds and task.elapsed else ""
             bar.update(task.id, completed=done, total=total, speed=speed)
             if done == total:
@@ -259,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     for question in questions(options):
         try:
             checked(question, "the question on stdin")
-            with progress_bar(console, session) as session.progress:
+            with progress_bar(console, session) as session.visuals.progress:
                 evidence = options.evidence is not None
                 answer = session.ask(question, write if options.stream else None, evidence, **options.settings)
         except InputError as error:

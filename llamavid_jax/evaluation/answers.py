@@ -1,16 +1,18 @@
 """The answers half: items → rows.  Every picture and video is decoded and encoded once, for all its questions.
 
     items of one video ─ frames, 1 a second ─▶ visual tokens of every question ─┐
-    ... of the next ────────────────────────▶ ...                               ├─ full buckets ─▶ generate ─▶ rows
+    ... of the next ─ read meanwhile ───────▶ ...                               ├─ full buckets ─▶ generate ─▶ rows
                                                                                 ┘
 A row whose picture cannot be read, or whose prompt does not fit the model, costs itself: it is written as broken.
 """
 
 import dataclasses
+import itertools
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,9 @@ from llamavid_jax.text.subtitles import Cue, interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
 SAMPLING = "temperature", "top_p", "top_k", "max_new_tokens"
+PIECES_AHEAD = 16  # of the next video that are read before their turn: 256 frames, 154 MB of 224 px
+
+Pieces = Iterator[tuple[np.ndarray, np.ndarray]]  # some frames' pixels [f, 3, H, W], and their seconds [f]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Ready:
     ids: list[int]
     tokens: list[np.ndarray]
     frames: int
-    seconds: float  # of decoding and encoding, shared out over the questions of one video
+    seconds: float  # of waiting for frames and encoding them, shared out over the questions of one video
 
     @property
     def length(self) -> int:
@@ -96,14 +101,23 @@ class Asker:
         self.batch = 1 if self.is_sampled else batch
         self.pending: dict[int, list[Ready]] = defaultdict(list)  # by the bucket of their lengths
 
-    def ask(self, items: Sequence[tuple[int, Item]]) -> None:
-        """Asks the items of one picture or video, with their places in the set."""
+    def ask(self, groups: Sequence[Sequence[tuple[int, Item]]]) -> None:
+        """Asks the items of each picture or video, with their places in the set; the next one is read meanwhile."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for group, following in itertools.zip_longest(groups, groups[1:]):
+                begun = ahead or pool.submit(self._begin, group[0][1])
+                ahead = following and pool.submit(self._begin, following[0][1])
+                self._ask(group, begun.result)
+        self._finish()
+
+    def _ask(self, items: Sequence[tuple[int, Item]], begun: Callable[[], Pieces]) -> None:
         items = [pair for pair in items if self._is_text(*pair)]
         if not items:
             return
         started = time.perf_counter()
         try:
-            tokens, texts, frames = self._encode([item for _, item in items])
+            tokens, texts, frames = self._encode([item for _, item in items], begun())
         except InputError as error:
             self.write([broken(item, index, error) for index, item in items])
             return
@@ -133,7 +147,7 @@ class Asker:
             return False
         return True
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Asks what has not filled its bucket."""
         for size in sorted(self.pending):
             waiting = self.pending.pop(size)
@@ -142,14 +156,14 @@ class Asker:
 
     # ---- frames → visual tokens
 
-    def _encode(self, items: Sequence[Item]) -> tuple[list[list[np.ndarray]], list[str], int]:
+    def _encode(self, items: Sequence[Item], pieces: Pieces) -> tuple[list[list[np.ndarray]], list[str], int]:
         """Visual tokens and prompt of every item, and the number of frames."""
         first, config = items[0], self.model.config
         template, start_end = self.settings["template"], config.mm_use_im_start_end
         if first.media is None:
             return [[]] * len(items), [llm_prompt(item.text, template, 0) for item in items], 0
         times: list[float] = []
-        frames = self._frames(first, times)
+        frames = _frames(pieces, times)
         tokens = self.model.visual_tokens(frames, [item.question for item in items])
         if first.subtitles is None:
             texts = [llm_prompt(item.text, template, 1, start_end) for item in items]
@@ -159,14 +173,14 @@ class Asker:
             texts = [prompt(template_named(template), [turn]) for turn in turns]
         return [[own] for own in tokens], texts, len(times)
 
-    def _frames(self, item: Item, times: list[float]) -> Iterator[np.ndarray]:
+    def _begin(self, item: Item) -> Pieces:
+        """The item's frames, the first of which are read."""
+        if item.media is None:
+            return iter(())
         if not item.is_video:
-            pieces = iter([(self.images.image_pixels(item.media), np.zeros(1))])
-        else:
-            pieces = self.images.stream_video(item.media, self.settings["fps"], progress=self._check_length)
-        for pixels, seconds in pieces:
-            times += seconds.tolist()
-            yield from pixels
+            return iter([(self.images.image_pixels(item.media), np.zeros(1))])
+        pieces = self.images.stream_video(item.media, self.settings["fps"], progress=self._check_length)
+        return itertools.chain(list(itertools.islice(pieces, PIECES_AHEAD)), pieces)
 
     def _check_length(self, sampling: Any, done: int) -> None:
         """A film that does not fit is said at its first frame."""
@@ -199,6 +213,12 @@ class Asker:
                 for row, text in zip(rows, output.texts, strict=True)
             ]
         )
+
+
+def _frames(pieces: Pieces, times: list[float]) -> Iterator[np.ndarray]:
+    for pixels, seconds in pieces:
+        times += seconds.tolist()
+        yield from pixels
 
 
 def as_row(item: Item, index: int, text: str, **more: Any) -> Row:

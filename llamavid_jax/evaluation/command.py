@@ -189,10 +189,7 @@ def answer(
                 said, left = now, (now - started) / done * (total - done)
                 say(f"{done} of {total} questions, {store.broken} broken, {left / 60:.0f} min left")
 
-        asker = Asker(model, images, asked, options.batch, write)
-        for group in groups:
-            asker.ask(group)
-        asker.finish()
+        Asker(model, images, asked, options.batch, write).ask(groups)
 
 
 def merge(out: Path, count: int) -> bool:

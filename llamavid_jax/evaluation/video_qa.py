@@ -43,10 +43,10 @@ def read_qa(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     file = need(folder, ("test_qa.json",), QA_SOURCE)
     lines = checked(file, read_json(file), "id", "question", "answer", "video_id")
     videos = need(folder, ("video", "videos"), QA_SOURCE)
-    return _items([(one["id"], one, _video(videos, one["video_id"], original), {}) for one in lines]), []
+    return _items([(one["id"], one, numbered_video(videos, one["video_id"], original), {}) for one in lines]), []
 
 
-def _video(videos: Path, name: object, original: bool) -> Path:
+def numbered_video(videos: Path, name: object, original: bool = False) -> Path:
     """By its number the sets' authors call a video vid7 (MSVD) or video7 (MSR-VTT)."""
     names = [f"{name}"] if original else [f"{name}", f"vid{name}", f"video{name}"]
     files = [video_file(videos, one) for one in names]

@@ -18,14 +18,15 @@ def draw(session: Session, question: str, answer: Answer) -> Image.Image:
 
     Only these frames are read again.  Raises InputError for a conversation about anything but one video file.
     """
-    if len(session.videos) != 1 or session.images or not isinstance(session.videos[0], str | Path):
+    visuals = session.visuals
+    if len(visuals.videos) != 1 or visuals.images or not isinstance(visuals.videos[0], str | Path):
         raise InputError("evidence is drawn of one video file; give one --video and no --image")
     seconds, weights = zip(*((frame["second"], frame["weight"]) for frame in answer.evidence), strict=True)
     strongest = np.argsort(weights)[-STRONGEST:]
     places = [place for place in sorted(strongest.tolist()) if weights[place] > max(weights) / 10]
-    processor = session.image_processor
-    partial = (lambda _: None) if session.reading.partial else None  # the session has said it
-    frames = processor.video_frames(session.videos[0], [seconds[place] for place in places], partial)
+    processor = visuals.image_processor
+    partial = (lambda _: None) if visuals.reading.partial else None  # the session has said it
+    frames = processor.video_frames(visuals.videos[0], [seconds[place] for place in places], partial)
     pixels = normalize(frames, processor.image_mean, processor.image_std)
     attention = session.model.context_attention(pixels, question)
     return draw_evidence(f"{question}  {answer.text}", seconds, weights, frames, attention, places)

@@ -13,29 +13,22 @@ their visual tokens: every turn of an hour of video would bring 7,200 more.  Bey
 half of the turns is left out.
 """
 
-import contextlib
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from llamavid_jax.errors import InputError
-from llamavid_jax.inference.feature_cache import DamagedEntryError, FeatureCache
+from llamavid_jax.inference.feature_cache import FeatureCache
 from llamavid_jax.inference.film import Reading
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.prompt_cache import PromptCache
 from llamavid_jax.inference.request import Settings
-from llamavid_jax.inference.sources import Shown, Stored, description, gathered, read_stored, stored, version, video_key
-from llamavid_jax.media.feature_file import Description
-from llamavid_jax.media.features import is_features
+from llamavid_jax.inference.sources import Shown, gathered
+from llamavid_jax.inference.visuals import Visuals
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.media.source import fetch, is_url
-from llamavid_jax.media.timeline import Sampling
-from llamavid_jax.media.video import plan_video
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import (
     IMAGE,
@@ -46,7 +39,7 @@ from llamavid_jax.text.conversation import (
     question_turn,
     template_named,
 )
-from llamavid_jax.text.subtitles import Cue, interleave
+from llamavid_jax.text.subtitles import Cue
 from llamavid_jax.text.tokenizer import encode_with_images
 
 
@@ -81,13 +74,12 @@ class Turn:
 class Session:
     """One conversation.
 
-    `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video, `fps` in place of the image
-    processor's.  Without `follow_ups` every
-    question stands alone and frames are forgotten as they are encoded; with them their features stay in host memory
-    (0.7 MB a frame for the 7B models).  `like_original` leaves the visual tokens out of all earlier turns and places
-    subtitles as the original's command lines do.  A video may be a file of its features (`media/features.py`); `cache`
-    keeps those of all others for the next session.  `progress(video, frames done, frames in all or None)` and
-    `notice(text)` are told what happens.
+    `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video; `fps` in place of the image
+    processor's.  Without `follow_ups` every question stands alone and frames are forgotten as they are encoded; with
+    them their features stay in host memory (0.7 MB a frame for the 7B models).  `like_original` leaves the visual
+    tokens out of all earlier turns and places subtitles as the original's command lines do.  A video may be a file of
+    its features (`media/features.py`); `cache` keeps those of all others for the next session.  `progress(video, frames
+    done, frames in all or None)` and `notice(text)` are told what happens, each text once.
     """
 
     def __init__(
@@ -109,20 +101,31 @@ class Session:
     ):
         if model.tokenizer is None:
             raise InputError("the checkpoint holds no tokenizer; convert again with --tokenizer FOLDER")
-        if subtitles is not None and (len(videos) != 1 or images):
-            raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
-        self.model, self.image_processor, self.template = model, image_processor, template_named(template)
-        self.images, self.videos, self.subtitles = images, videos, subtitles
-        self.asked_fps, self.fps = fps, image_processor.rate(fps) if videos else 1.0
-        self.reading, self.cache = reading, cache
-        self.follow_ups, self.like_original, self.progress, self.notice = follow_ups, like_original, progress, notice
+        said: set[str] = set()
+
+        def say(text: str) -> None:
+            if text not in said:
+                said.add(text)
+                notice(text)
+
+        self.model, self.template, self.say = model, template_named(template), say
+        self.visuals = Visuals(
+            model,
+            image_processor,
+            images,
+            videos,
+            subtitles=subtitles,
+            fps=fps,
+            reading=reading,
+            template=self.template,
+            like_original=like_original,
+            cache=cache,
+            progress=progress,
+            say=say,
+        )
+        self.follow_ups, self.like_original = follow_ups, like_original
         self.turns: list[Turn] = []
-        self.frames = 0  # encoded
         self.features: list[Shown] | None = None  # of each visual, once they are encoded
-        self._movie: str | None = None  # the frames' placeholders with the subtitles between them
-        self.times: dict[int, list[float]] = {}  # seconds of each video's frames
-        self.sampled: dict[int, Sampling] = {}  # of each video that has begun: which frames, and by which rule
-        self._said: set[str] = set()
         self._cache = PromptCache()
 
     def ask(
@@ -154,13 +157,8 @@ class Session:
         self.turns = [*earlier, dataclasses.replace(turn, answer=text.replace(IMAGE, ""))]
         seconds = {"encode": encoded + out.seconds["encode"], "generate": out.seconds["generate"]}
         counts = out.visual_tokens[0], out.prompt_tokens[0], out.cached_tokens, len(out.token_ids[0])
-        sampling = [
-            {"video": str(self.videos[number]), "rule": plan.rule, "frames": len(times), "times": times}
-            for number, plan in self.sampled.items()
-            if (times := [round(time_, 3) for time_ in self.times[number]])
-        ]
         looked_at = self._evidence(out.evidence[0]) if evidence else None
-        return Answer(text, self.frames, *counts, seconds, sampling, looked_at)
+        return Answer(text, self.visuals.frames, *counts, seconds, self.visuals.sampling(), looked_at)
 
     def inputs(self, question: str) -> tuple[list[int], list[np.ndarray]]:
         """Ids and visual tokens of the question as the first of a conversation: a row of a batch for `generate`."""
@@ -169,18 +167,12 @@ class Session:
     def encode(self, new_tokens: int = 1) -> int:
         """Decodes and encodes all frames, which the first question does otherwise; returns their number."""
         if self.features is None:
-            self.frames = 0
-            self.features = self._each(new_tokens, lambda visual: gathered(visual, self.model))
-        return self.frames
+            self.features = self.visuals.each(new_tokens, lambda visual: gathered(visual, self.model))
+        return self.visuals.frames
 
     def _evidence(self, weights: np.ndarray) -> list[dict[str, Any]]:
         """Every frame with the attention `weights` `[n]` to its tokens in all turns, as a part of their sum."""
-        found = []
-        for number in range(len(self.images) + len(self.videos)):
-            video = number - len(self.images)
-            seconds = self.times[video] if video >= 0 else [0.0]
-            name = {"video": str(self.videos[video])} if video >= 0 else {"image": str(self.images[number])}
-            found += [{**name, "second": second, "weight": 0.0} for second in seconds]
+        found = [frame | {"weight": 0.0} for frame in self.visuals.each_frame()]
         width = self.model.config.tokens_per_frame
         parts = weights.reshape(-1, len(found), width).sum((0, 2)) / (weights.sum() or 1.0)
         return [frame | {"weight": weight} for frame, weight in zip(found, parts.tolist(), strict=True)]
@@ -199,8 +191,7 @@ class Session:
         if self.follow_ups:
             self.encode(new_tokens)
             return Turn(question, [tokens(one) for one in self.features])
-        self.frames = 0
-        return Turn(question, self._each(new_tokens, tokens))
+        return Turn(question, self.visuals.each(new_tokens, tokens))
 
     def _that_fit(self, newest: Turn, new_tokens: int) -> list[Turn]:
         """The earlier turns that go before the newest one, with their visual tokens or without."""
@@ -212,10 +203,10 @@ class Session:
         if any(turn.tokens for turn in turns) and (self.like_original or self._length([*turns, newest]) > short):
             turns = [dataclasses.replace(turn, tokens=[]) for turn in turns]
             if not self.like_original:
-                self._say(f"with more than {short} tokens in all, earlier questions keep their words but no frames")
+                self.say(f"with more than {short} tokens in all, earlier questions keep their words but no frames")
         while self._length([*turns, newest]) > room:
             turns = turns[(len(turns) + 1) // 2 :]
-            self._say(f"the conversation is longer than the {room} tokens of its room: the oldest turns are left out")
+            self.say(f"the conversation is longer than the {room} tokens of its room: the oldest turns are left out")
         return turns
 
     def _lay_out(self, turns: Sequence[Turn]) -> tuple[list[int], list[np.ndarray]]:
@@ -226,137 +217,12 @@ class Session:
 
     def _words(self, turn: Turn) -> str:
         config = self.model.config
-        if self._movie is not None and turn.tokens:
-            return long_video_text(self._movie, turn.question, config.tokens_per_frame, config.mm_use_im_start_end)
+        if self.visuals.movie is not None and turn.tokens:
+            return long_video_text(
+                self.visuals.movie, turn.question, config.tokens_per_frame, config.mm_use_im_start_end
+            )
         return question_turn(len(turn.tokens), turn.question).replace(IMAGE, marked(IMAGE, config.mm_use_im_start_end))
 
     def _length(self, turns: Sequence[Turn]) -> int:
         ids, tokens = self._lay_out(turns)
         return len(ids) - ids.count(IMAGE_TOKEN) + sum(map(len, tokens))
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self.notice(text)
-
-    # ---- frames
-
-    def _each(self, new_tokens: int, use: Callable[[Shown], Any]) -> list[Any]:
-        """What `use` makes of every image and video; the frames of a video are decoded as it asks for them."""
-        made = [use(Shown(self._counted(self.image_processor.image_pixels(image)))) for image in self.images]
-        for number, video in enumerate(self.videos):
-            before = self.frames
-            for source in self._sources(number, video, new_tokens):
-                self.frames = before
-                with contextlib.suppress(DamagedEntryError):  # then there is another source
-                    made.append(use(source))
-                    break
-        return made
-
-    def _sources(self, number: int, video: Any, new_tokens: int) -> Iterator[Shown]:
-        """Where the frames of a video are to be had: from the cache first, which may turn out to be damaged."""
-        if is_features(video):
-            with fetch(video) as path:
-                known = read_stored(path, self.asked_fps, self.model, self.image_processor)
-                if known.inputs is not None and len(self.videos) + len(self.images) > 1:
-                    raise InputError(f"{video} is a film with what is said, and goes alone; give no other visual")
-                yield Shown(self._stored_frames(number, video, known, known.frames(), new_tokens), known.has_cls)
-            return
-        # what is left of a damaged file is not kept: it is no answer to who asks about the whole
-        if self.cache is None or self.reading.partial or not isinstance(video, str | Path):
-            yield Shown(self._counted(self._video_frames(number, video, new_tokens)))
-            return
-        has_cls = self.model.config.vision_tower_config.has_cls
-        with fetch(video) as path:
-            most = self._room(number, new_tokens) if self.reading.fit else None
-            how = {"fast": self.reading.fast, "most": most}
-            before, key = version(path), video_key(path, self.fps, self.model, self.image_processor, **how)
-            if found := self.cache.find(key):
-                if self.reading != Reading():  # what is given up is said again
-                    self.reading.plan(
-                        plan_video(path, self.fps), self.fps, self._room(number, new_tokens), video, self._say
-                    )
-                known, frames = stored(self.cache.path(key), found), self.cache.frames(key)
-                yield Shown(self._stored_frames(number, video, known, frames, new_tokens), has_cls)
-
-            def described() -> Description | None:
-                same = version(path) == before  # else it was written to meanwhile, and is not what `key` says
-                return description(video, key, self.sampled[number], self.model) if same else None
-
-            pixels = self._counted(self._video_frames(number, path if is_url(video) else video, new_tokens))
-            frames = itertools.chain.from_iterable(self.model.feature_chunks(pixels))
-            yield Shown(self.cache.keep(key, frames, lambda: len(self.sampled[number]), described), has_cls)
-
-    def _stored_frames(
-        self, number: int, video: Any, known: Stored, frames: Iterator[np.ndarray], new_tokens: int
-    ) -> Iterator[np.ndarray]:
-        """`_video_frames` of features that a file holds."""
-        self.sampled[number], times = known.sampling, known.sampling.times.tolist()
-        self.times[number] = times
-        self._check_length(video, new_tokens)
-        for done, frame in enumerate(self._counted(frames), 1):
-            yield frame
-            self.progress(video, done, len(times))
-        if self.subtitles is not None:
-            self._movie = interleave(times, self.subtitles, self.like_original)
-        elif known.inputs is not None:
-            self._movie = known.inputs
-
-    def _counted(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        for frame in frames:
-            self.frames += 1
-            yield frame
-
-    def _video_frames(self, number: int, video: Any, new_tokens: int) -> Iterator[np.ndarray]:
-        expected = None
-        times = self.times[number] = []
-
-        def on_read(sampling: Sampling, done: int) -> None:
-            nonlocal expected
-            if done == 1:
-                self.sampled[number], expected = sampling, len(sampling)
-                self._check_length(video, new_tokens)
-
-        if isinstance(video, str | Path):
-            pieces = self.image_processor.stream_video(
-                video,
-                self.fps,
-                progress=on_read,
-                adapt=lambda plan: self.reading.plan(plan, self.fps, self._room(number, new_tokens), video, self._say),
-                partial=self.reading.damage(video, self._say),
-            )
-        else:
-            pieces = [self.image_processor.video_pixels(video, self.fps)]
-        for frames, seconds in pieces:
-            for frame, time_ in zip(frames, seconds.tolist(), strict=True):
-                yield frame
-                times.append(time_)
-                self.progress(video, len(times), expected)
-        if self.subtitles is not None:
-            self._movie = interleave(times, self.subtitles, self.like_original)
-
-    def _room(self, number: int, new_tokens: int) -> int:
-        """Frames of the video that the model has room for beside all else, and a tenth of that for the question."""
-        config, words = self.model.config, ""
-        if self.subtitles is not None:  # as they stand between frames
-            movie = interleave([cue.end for cue in self.subtitles], self.subtitles, self.like_original)
-            words = long_video_text(movie, words, config.tokens_per_frame, config.mm_use_im_start_end)
-        ids = encode_with_images(self.model.tokenizer, prompt(self.template, [words]))
-        taken = new_tokens + len(ids) - ids.count(IMAGE_TOKEN)
-        frames = len(self.images) + sum(len(plan) for other, plan in self.sampled.items() if other < number)
-        room = 0.9 * (config.text_config.max_length - taken) - frames * config.tokens_per_frame
-        return int(room / config.tokens_per_frame / (len(self.videos) - number))
-
-    def _check_length(self, video: Any, new_tokens: int) -> None:
-        """Says that the videos are too long at the first frame of the one too many, not after its last."""
-        config, total = self.model.config, sum(plan.timeline.seconds for plan in self.sampled.values())
-        tokens = sum(map(len, self.sampled.values())) * config.tokens_per_frame
-        room = config.text_config.max_length - new_tokens
-        if tokens <= room:
-            return
-        fps = 0.9 * room / config.tokens_per_frame / total
-        remedy = f"--fps {fps:.2g}" if fps >= 0.001 else "a smaller --max-new-tokens"
-        raise InputError(
-            f"with {video} the videos last {total:.0f} s, at {self.fps:g} frames a second {tokens} visual tokens; "
-            f"this model has room for {max(room, 0)}: use {remedy}, --fit or a long-video checkpoint"
-        )

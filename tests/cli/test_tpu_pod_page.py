@@ -19,6 +19,13 @@ from llamavid_jax.training.config import TrainConfig, read_config
 
 BLOCKS = re.findall(r"```bash( runs-here)?\n(.*?)```", (ROOT / "docs" / "tpu-pod.md").read_text("utf-8"), re.DOTALL)
 ELSEWHERE = [block for mark, block in BLOCKS if not mark]
+STUBS = """
+say() { printf '%s\\n' "$@"; }
+python() { :; }
+kubectl() { say "$@"; if [ "${@: -1}" = - ]; then cat; fi; }
+for name in gcloud docker xpk sky sbatch; do eval "$name() { say \\"\\$@\\"; }"; done
+export -f say xpk
+"""
 
 
 def bash(script: str, *options: str, **settings) -> subprocess.CompletedProcess:
@@ -69,9 +76,9 @@ def test_compile_check_understands_its_lines(monkeypatch):
 
 
 def test_what_reaches_the_hosts(monkeypatch):
-    """The commands for all hosts, through a stand-in for gcloud: every quote is in its place."""
+    """The commands for all hosts, through stand-ins for what Google Cloud needs: every quote is in its place."""
     monkeypatch.chdir(ROOT)
-    said = bash("python() { :; }\ngcloud() { printf '%s\\n' \"$@\"; }\n" + "".join(ELSEWHERE))
+    said = bash(STUBS + "".join(ELSEWHERE))
     assert said.returncode == 0, said.stderr
     commands = re.findall(r"^--command=(.*)$", said.stdout, re.MULTILINE)
     jobs = [command for command in commands if "nohup" in command]
@@ -84,3 +91,7 @@ def test_what_reaches_the_hosts(monkeypatch):
         assert options.distributed and config.mesh == mesh and config.training.save_every == 200
         assert config.output.endswith("/bucket/runs/stage2") and rows_divide(config, mesh)
     assert "gcsfuse --metadata-cache-ttl-secs=0 my-llama-vid bucket" in said.stdout
+    image = "europe-west4-docker.pkg.dev/my-project/llamavid/train"
+    assert f"image: {image}\n" in said.stdout and "bucketName: my-llama-vid, " in said.stdout  # jobset.yaml, filled in
+    assert f"--docker-image={image}\n" in said.stdout and "--cluster=stage2\n" in said.stdout  # xpk.sh
+    assert f"build\n-t\n{image}\n--build-arg\nEXTRA=tpu,train\n" in said.stdout

@@ -78,7 +78,7 @@ def test_a_run_leaves_a_model_that_answers(whole, env):
 
 
 def test_faults_change_nothing(folder, env, whole):
-    """A full disk, a hang and kill -9 at the save of step 3 or behind it, each in a process of its own, then the end."""
+    """A full disk, a hang and kill -9 at the save of step 3 or behind it, each in its process, then the end."""
     output = folder / "faults"
 
     def struck(fault: str, code: int) -> str:

@@ -127,7 +127,7 @@ def test_rows_that_fail_cost_themselves_alone(run, media, monkeypatch):
         "10": "q.jsonl is not readable JSON",
     }.items():
         assert message in failed.pop(name) and f"llamavid-batch: {name}: " in err
-    assert not failed and "9 rows failed" in err
+    assert not failed and "failed: 9 of " in err
 
     lines[1]["video"] = "2.mp4"  # mended, and its line deleted
     save(media / "q.jsonl", lines)

@@ -79,7 +79,7 @@ def test_the_text_is_that_of_inference(data, tiny_model):
     session = Session(tiny_model, images, videos=[record.media], subtitles=read_subtitles(record.subtitles))
     session.ask("What is he doing?", max_new_tokens=1)
     header = reader()._header(record)
-    assert header.inputs == session._movie == "<image><image>Who goes there...<image>a   man<image>"
+    assert header.inputs == session.visuals.movie == "<image><image>Who goes there...<image>a   man<image>"
     example = reader().read(record, 0, max_frames=8)
     assert example.questions == ["What is he doing?"] and len(example.frames) == 4
     assert (example.input_ids == IMAGE_TOKEN).sum() == 2 * 4

@@ -138,10 +138,21 @@ def test_a_fresh_qformer_is_all_that_changes(shipped, tmp_path, monkeypatch):
         "visual_tokens.query_projector",
         "visual_tokens.key_projector",
     }
+    assert before.keys() == after.keys()
     frame = np.random.default_rng(0).integers(0, 256, (1, 60, 80, 3)).astype(np.uint8)
     processors = shipped[1], LLaMAVIDLlavaProcessor.from_pretrained(tmp_path / "fresh")
     first, second = (processor.image_processor(videos=frame)["pixel_values"][0] for processor in processors)
     np.testing.assert_array_equal(first, second)
+
+
+def test_a_fresh_bert_in_the_qformer_s_place(shipped, tmp_path):
+    """It has a layer that the Q-Former lacks; all that both have is the model's, their own parts aside."""
+    fresh_qformer.main([str(DEMO / "model"), str(tmp_path / "fresh"), "--bert-type", "raw_bert"])
+    fresh = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(tmp_path / "fresh", dtype="float32")
+    assert fresh.config.bert_type == "raw_bert"
+    same = {path for path, value in fresh.params.items() if np.array_equal(value, shipped[0].params.get(path))}
+    expected = {path for path in shipped[0].params if path.startswith(("llama.", "vision."))}
+    assert same >= expected and "visual_tokens.to_memory.kernel" in fresh.params.keys() - same
 
 
 def test_the_evidence_is_the_right_second(shipped, tmp_path):

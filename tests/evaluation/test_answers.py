@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -44,9 +45,7 @@ def ask(tiny_model, items, batch: int, original: bool = False) -> list[dict]:
     found: list[dict] = []
     asked = settings(SETS["msvd"], Path("absent"), original, "float32", None) | {"max_new_tokens": 4}
     asker = Asker(tiny_model, LLaMAVIDLlavaImageProcessor(56), asked, batch, found.extend)
-    for group in by_media(items):
-        asker.ask([(place, items[place]) for place in group])
-    asker.finish()
+    asker.ask([[(place, items[place]) for place in group] for group in by_media(items)])
     return sorted(found, key=lambda row: row["index"])
 
 
@@ -73,6 +72,29 @@ def test_each_video_once_and_full_buckets(tiny_model, official, monkeypatch):
     alone = ask(tiny_model, items, 1)
     assert [row["text"] for row in together] == [row["text"] for row in alone]
     assert len({row["text"] for row in alone}) > 1
+
+
+def test_the_next_video_is_read_meanwhile(tiny_model, official, monkeypatch):
+    """The first answer is not given before the second video is begun; the third waits for its turn."""
+    items, _ = SETS["msvd"].read(official("msvd"), False)
+    begun, second, answered = [], threading.Event(), []
+    stream, generate = LLaMAVIDLlavaImageProcessor.stream_video, type(tiny_model).generate
+
+    def count_begun(self, video, *arguments, **more):
+        begun.append(video)
+        if len(begun) == 2:
+            second.set()
+        return stream(self, video, *arguments, **more)
+
+    def wait(self, ids, **more):
+        assert second.wait(60)
+        answered.append(len(begun))
+        return generate(self, ids, **more)
+
+    monkeypatch.setattr(LLaMAVIDLlavaImageProcessor, "stream_video", count_begun)
+    monkeypatch.setattr(type(tiny_model), "generate", wait)
+    assert [row["frames"] for row in ask(tiny_model, items, 1)] == [2] * 9
+    assert answered[0] == 2 and begun == list(dict.fromkeys(item.media for item in items))
 
 
 def test_sampled_answers_do_not_depend_on_their_neighbours(tiny_model, official):

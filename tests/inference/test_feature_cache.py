@@ -364,7 +364,7 @@ def test_a_feature_file_stands_for_its_video(tiny_model, clip, tmp_path, encoded
     both = Session(tiny_model, IMAGES, videos=[clip, CLIP])
     for question in ("what?", "who?"):
         assert session.ask(question, **SHORT).text == both.ask(question, **SHORT).text
-    assert session.frames == 17 and encoded == [12, 5, 12]
+    assert session.visuals.frames == 17 and encoded == [12, 5, 12]
 
 
 def test_a_feature_file_has_its_rate(tiny_model, clip, tmp_path):

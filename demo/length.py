@@ -1,0 +1,195 @@
+"""How long a film the demo model answers about: needles of 5 s in an empty film of a minute to eight hours.
+
+    python -m demo.length MODEL ANSWERS.jsonl [--minutes 1 10 60 180 480] [--questions N] [--beyond HOW] [--picture OUT]
+
+A needle is a digit that crosses the frame.  Three kinds of questions: `locate` (one needle: which digit, what colour,
+which way), `order` (two: which comes before or after) and `count` (one to three).  A film's frames without a needle are
+all alike, so each of its different frames is encoded once and its visual tokens are repeated.  The answers are added to
+the file as they come, and what it holds is not asked again; the table and the picture are made of all of it.
+
+Beyond the positions that the model was trained for there are three ways:
+
+    extend    the positions go on
+    stretch   they are divided, as the long-video checkpoints' are (and without training for it)
+    thin      fewer frames a second, as `infer.py --fit` takes them
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
+from llamavid_jax.commands.program import keep_programs
+from llamavid_jax.errors import Parser, command
+from llamavid_jax.evaluation.answers import llm_prompt
+from llamavid_jax.evaluation.items import mean
+from llamavid_jax.text.tokenizer import encode_with_images
+
+from . import digits, questions
+from .make_data import generator
+
+KINDS, BEYOND = ("locate", "order", "count"), ("extend", "stretch", "thin")
+WORDS = 64  # positions kept for the question and its answer
+MAX_NEW_TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """A question about a film that nobody has to write to disk."""
+
+    scene: digits.Scene
+    question: str
+    answer: str
+
+
+def needle(kind: str, seconds: int, number: int, seed: int = 0) -> Needle:
+    """Question `number` of a kind; the film follows from the seed, the length and the number."""
+    rng = generator(f"{kind} {seconds}", number, seed)
+    scene = digits.long_clip(rng, True, seconds, {"locate": 1, "order": 2, "count": 1 + number % 3}[kind])
+    if kind == "locate":
+        asked = questions.long_questions(rng, scene)
+    else:
+        wanted = ("before", "after") if kind == "order" else ("count",)
+        asked = [one for one in questions.clip_questions(rng, scene) if one[0] in wanted]
+    return Needle(scene, *asked[number % len(asked)][1:])
+
+
+def film_tokens(model, images, needle: Needle, stride: int) -> np.ndarray:
+    """Visual tokens `[F·(n+1), D]` of every `stride`-th second's frame."""
+    scene, taken = needle.scene, range(0, needle.scene.seconds, stride)
+    shown = [second for second in taken if any(event.centre(second) for event in scene.events)]
+    empty = next(second for second in taken if second not in shown)
+    frames = np.stack([digits.frame(scene, second) for second in (empty, *shown)])
+    (pixels,) = images(videos=frames)["pixel_values"]
+    tokens = model.visual_tokens(pixels, [needle.question])[0].reshape(len(frames), model.config.tokens_per_frame, -1)
+    index = {second: place for place, second in enumerate(shown, 1)}
+    return tokens[[index.get(second, 0) for second in taken]].reshape(-1, tokens.shape[-1])
+
+
+def answers(model, images, needles: Sequence[Needle], stride: int) -> Iterator[dict[str, Any]]:
+    """A row for each, asked together."""
+    started = time.perf_counter()
+    tokens = [film_tokens(model, images, one, stride) for one in needles]
+    ids = [encode_with_images(model.tokenizer, llm_prompt(one.question, "vicuna_v1", 1)) for one in needles]
+    output = model.generate(ids, visual_tokens=[[own] for own in tokens], max_new_tokens=MAX_NEW_TOKENS)
+    seconds = (time.perf_counter() - started) / len(needles)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    for one, text, count in zip(needles, output.texts, output.visual_tokens, strict=True):
+        said = {"question": one.question, "truth": one.answer, "answer": text.strip()}
+        yield {**said, "tokens": count, "seconds": round(seconds, 3), "peak_mb": peak}
+
+
+def fitted(model, seconds: int, beyond: str) -> tuple[Any, int]:
+    """The model with room for a film of so many seconds, and the seconds from one frame to the next."""
+    text, needed = model.config.text_config, seconds * model.config.tokens_per_frame + WORDS
+    if needed <= text.max_length:
+        return model, 1
+    if beyond == "thin":
+        return model, math.ceil(needed / (0.9 * text.max_length))
+    if beyond == "stretch":
+        text = dataclasses.replace(text, rope_factor=float(math.ceil(needed / text.max_position_embeddings)))
+    else:
+        text = dataclasses.replace(text, max_position_embeddings=needed)
+    config = dataclasses.replace(model.config, text_config=text)
+    tokenizers = {"tokenizer": model.tokenizer, "qformer_tokenizer": model.qformer_tokenizer}
+    return type(model)(config, model.params, dtype=model.dtype, **tokenizers), 1
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line for each length and way, longest last; accuracy with its standard error."""
+    lines = ["| film | beyond 2,048 positions | tokens | " + " | ".join(KINDS) + " | s a question | memory, GB |"]
+    lines.append("|---" * (len(KINDS) + 5) + "|")
+    for (minutes, beyond), own in sorted(grouped(rows, "minutes", "beyond").items()):
+        kinds = grouped(own, "kind")
+        cells = [f"{minutes} min", beyond or "–", f"{own[0]['tokens']:,}"]
+        cells += [percent(kinds[kind,]) if (kind,) in kinds else "–" for kind in KINDS]
+        seconds = float(np.median([row["seconds"] for row in own]))
+        lines.append(f"| {' | '.join(cells)} | {seconds:.3g} | {max(row['peak_mb'] for row in own) / 1024:.1f} |")
+    return "\n".join(lines)
+
+
+def percent(rows: Sequence[dict[str, Any]]) -> str:
+    found = mean([float(row["answer"] == row["truth"]) for row in rows], 100.0)
+    return f"{found.value:.0f} % ± {found.error or 0:.0f} ({found.count})"
+
+
+def grouped(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple, list[dict[str, Any]]]:
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in names)].append(row)
+    return groups
+
+
+def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
+    import matplotlib.pyplot as plt  # here: it comes with the extra `demo`
+
+    plt.switch_backend("agg")
+    figure, axes = plt.subplots(1, len(KINDS), figsize=(11, 3.2), sharey=True, layout="constrained")
+    for axis, kind in zip(axes, KINDS, strict=True):
+        for beyond in BEYOND:
+            lengths = grouped([row for row in rows if row["kind"] == kind and row["beyond"] in ("", beyond)], "minutes")
+            found = [mean([float(row["answer"] == row["truth"]) for row in lengths[key]], 100.0) for key in lengths]
+            points = sorted((key[0], one.value, one.error or 0) for key, one in zip(lengths, found, strict=True))
+            if points:
+                minutes, values, errors = zip(*points, strict=True)
+                axis.errorbar(minutes, values, errors, marker="o", capsize=3, label=beyond)
+        axis.set(title=kind, xlabel="minutes of film", xscale="log", ylim=(-3, 103))
+        axis.set_xticks(ticks := sorted({row["minutes"] for row in rows}), ticks)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("exact answers, %")
+    axes[-1].legend(title="beyond the positions")
+    figure.savefig(picture, dpi=110)
+
+
+@command()
+def main(arguments: list[str] | None = None) -> int:
+    """Asks what the file lacks and prints the table."""
+    parser = Parser(prog="length", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("answers", type=Path, help="a .jsonl that is begun or gone on with")
+    parser.add_argument("--minutes", type=int, nargs="*", default=[1, 10, 60, 180, 480])
+    parser.add_argument("--questions", type=int, default=20, help="of each kind and length")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--beyond", choices=BEYOND, default="extend")
+    parser.add_argument("--batch", type=int, default=1, help="films answered together")
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args(arguments)
+    keep_programs()
+    options.answers.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in options.answers.read_text().splitlines()] if options.answers.exists() else []
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32")
+    images = LLaMAVIDLlavaProcessor.from_pretrained(options.model).image_processor
+    for minutes in sorted(options.minutes):
+        roomy, stride = fitted(model, 60 * minutes, options.beyond)
+        beyond = "" if roomy is model and stride == 1 else options.beyond
+        named = [
+            {"minutes": minutes, "beyond": beyond, "kind": kind, "number": number}
+            for number in range(options.questions)
+            for kind in options.kinds
+        ]
+        left = [name for name in named if not any(name.items() <= row.items() for row in rows)]
+        for start in range(0, len(left), options.batch):
+            names = left[start : start + options.batch]
+            asked = [needle(name["kind"], 60 * minutes, name["number"]) for name in names]
+            found = [name | row for name, row in zip(names, answers(roomy, images, asked, stride), strict=True)]
+            with options.answers.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in found))
+            rows += found
+    print(table(rows))
+    if options.picture:
+        draw(rows, options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The images and videos of a session, frame by frame, from wherever they are to be had.
+
+video file ── in the cache? ─▶ its features there
+    │   └──── decode ─▶ pixels ─▶ with a cache: features, which it keeps on the way
+feature file ─▶ its features
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.inference.feature_cache import DamagedEntryError, FeatureCache
+from llamavid_jax.inference.film import Notice, Reading
+from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
+from llamavid_jax.inference.sources import Shown, Stored, description, read_stored, stored, version, video_key
+from llamavid_jax.media.feature_file import Description
+from llamavid_jax.media.features import is_features
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.source import fetch, is_url
+from llamavid_jax.media.timeline import Sampling
+from llamavid_jax.media.video import plan_video
+from llamavid_jax.shapes import IMAGE_TOKEN
+from llamavid_jax.text.conversation import Template, long_video_text, prompt
+from llamavid_jax.text.subtitles import Cue, interleave
+from llamavid_jax.text.tokenizer import encode_with_images
+
+
+class Visuals:
+    """What `each` has read is told: `frames` in all, of each video which were `sampled` and their `times`, and `movie`,
+    the placeholders of its frames with what is said between them."""
+
+    def __init__(
+        self,
+        model: LLaMAVIDLlavaForConditionalGeneration,
+        image_processor: LLaMAVIDLlavaImageProcessor,
+        images: Sequence[Any],
+        videos: Sequence[Any],
+        *,
+        subtitles: Sequence[Cue] | None,
+        fps: float | int | None,
+        reading: Reading,
+        template: Template,
+        like_original: bool,
+        cache: FeatureCache | None,
+        progress: Callable[[Any, int, int | None], None],
+        say: Notice,
+    ):
+        """As those of `Session`."""
+        if subtitles is not None and (len(videos) != 1 or images):
+            raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
+        self.model, self.image_processor, self.template = model, image_processor, template
+        self.images, self.videos, self.subtitles = images, videos, subtitles
+        self.asked_fps, self.fps = fps, image_processor.rate(fps) if videos else 1.0
+        self.reading, self.like_original, self.cache = reading, like_original, cache
+        self.progress, self.say = progress, say
+        self.frames = 0
+        self.sampled: dict[int, Sampling] = {}  # by the number of the video
+        self.times: dict[int, list[float]] = {}  # seconds
+        self.movie: str | None = None
+
+    def sampling(self) -> list[dict[str, Any]]:
+        """Of each video that was read: its name, the rule that chose its frames, how many, and their seconds."""
+        return [
+            {"video": str(self.videos[number]), "rule": plan.rule, "frames": len(times), "times": times}
+            for number, plan in self.sampled.items()
+            if (times := [round(time, 3) for time in self.times[number]])
+        ]
+
+    def each_frame(self) -> Iterator[dict[str, Any]]:
+        """All frames in order: the image or video of each, and its second in that."""
+        for image in self.images:
+            yield {"image": str(image), "second": 0.0}
+        for number, video in enumerate(self.videos):
+            for second in self.times[number]:
+                yield {"video": str(video), "second": second}
+
+    def each(self, new_tokens: int, use: Callable[[Shown], Any]) -> list[Any]:
+        """What `use` makes of every image and video; the frames of a video are decoded as it asks for them."""
+        self.frames = 0
+        made = [use(Shown(self._counted(self.image_processor.image_pixels(image)))) for image in self.images]
+        for number, video in enumerate(self.videos):
+            before = self.frames
+            for source in self._sources(number, video, new_tokens):
+                self.frames = before
+                with contextlib.suppress(DamagedEntryError):  # then there is another source
+                    made.append(use(source))
+                    break
+        return made
+
+    def _sources(self, number: int, video: Any, new_tokens: int) -> Iterator[Shown]:
+        """Where the frames of a video are to be had: from the cache first, which may turn out to be damaged."""
+        if is_features(video):
+            with fetch(video) as path:
+                known = read_stored(path, self.asked_fps, self.model, self.image_processor)
+                if known.inputs is not None and len(self.videos) + len(self.images) > 1:
+                    raise InputError(f"{video} is a film with what is said, and goes alone; give no other visual")
+                yield Shown(self._stored_frames(number, video, known, known.frames(), new_tokens), known.has_cls)
+            return
+        # what is left of a damaged file is not kept: it is no answer to who asks about the whole
+        if self.cache is None or self.reading.partial or not isinstance(video, str | Path):
+            yield Shown(self._counted(self._video_frames(number, video, new_tokens)))
+            return
+        has_cls = self.model.config.vision_tower_config.has_cls
+        with fetch(video) as path:
+            most = self._room(number, new_tokens) if self.reading.fit else None
+            how = {"fast": self.reading.fast, "most": most}
+            before, key = version(path), video_key(path, self.fps, self.model, self.image_processor, **how)
+            if found := self.cache.find(key):
+                if self.reading != Reading():  # what is given up is said again
+                    self.reading.plan(
+                        plan_video(path, self.fps), self.fps, self._room(number, new_tokens), video, self.say
+                    )
+                known, frames = stored(self.cache.path(key), found), self.cache.frames(key)
+                yield Shown(self._stored_frames(number, video, known, frames, new_tokens), has_cls)
+
+            def described() -> Description | None:
+                same = version(path) == before  # else it was written to meanwhile, and is not what `key` says
+                return description(video, key, self.sampled[number], self.model) if same else None
+
+            pixels = self._counted(self._video_frames(number, path if is_url(video) else video, new_tokens))
+            frames = itertools.chain.from_iterable(self.model.feature_chunks(pixels))
+            yield Shown(self.cache.keep(key, frames, lambda: len(self.sampled[number]), described), has_cls)
+
+    def _stored_frames(
+        self, number: int, video: Any, known: Stored, frames: Iterator[np.ndarray], new_tokens: int
+    ) -> Iterator[np.ndarray]:
+        """`_video_frames` of features that a file holds."""
+        self.sampled[number], times = known.sampling, known.sampling.times.tolist()
+        self.times[number] = times
+        self._check_length(video, new_tokens)
+        for done, frame in enumerate(self._counted(frames), 1):
+            yield frame
+            self.progress(video, done, len(times))
+        if self.subtitles is not None:
+            self.movie = interleave(times, self.subtitles, self.like_original)
+        elif known.inputs is not None:
+            self.movie = known.inputs
+
+    def _counted(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for frame in frames:
+            self.frames += 1
+            yield frame
+
+    def _video_frames(self, number: int, video: Any, new_tokens: int) -> Iterator[np.ndarray]:
+        expected = None
+        times = self.times[number] = []
+
+        def on_read(sampling: Sampling, done: int) -> None:
+            nonlocal expected
+            if done == 1:
+                self.sampled[number], expected = sampling, len(sampling)
+                self._check_length(video, new_tokens)
+
+        if isinstance(video, str | Path):
+            pieces = self.image_processor.stream_video(
+                video,
+                self.fps,
+                progress=on_read,
+                adapt=lambda plan: self.reading.plan(plan, self.fps, self._room(number, new_tokens), video, self.say),
+                partial=self.reading.damage(video, self.say),
+            )
+        else:
+            pieces = [self.image_processor.video_pixels(video, self.fps)]
+        for frames, seconds in pieces:
+            for frame, time_ in zip(frames, seconds.tolist(), strict=True):
+                yield frame
+                times.append(time_)
+                self.progress(video, len(times), expected)
+        if self.subtitles is not None:
+            self.movie = interleave(times, self.subtitles, self.like_original)
+
+    def _room(self, number: int, new_tokens: int) -> int:
+        """Frames of the video that the model has room for beside all else, and a tenth of that for the question."""
+        config, words = self.model.config, ""
+        if self.subtitles is not None:  # as they stand between frames
+            movie = interleave([cue.end for cue in self.subtitles], self.subtitles, self.like_original)
+            words = long_video_text(movie, words, config.tokens_per_frame, config.mm_use_im_start_end)
+        ids = encode_with_images(self.model.tokenizer, prompt(self.template, [words]))
+        taken = new_tokens + len(ids) - ids.count(IMAGE_TOKEN)
+        frames = len(self.images) + sum(len(plan) for other, plan in self.sampled.items() if other < number)
+        room = 0.9 * (config.text_config.max_length - taken) - frames * config.tokens_per_frame
+        return int(room / config.tokens_per_frame / (len(self.videos) - number))
+
+    def _check_length(self, video: Any, new_tokens: int) -> None:
+        """Says that the videos are too long at the first frame of the one too many, not after its last."""
+        config, total = self.model.config, sum(plan.timeline.seconds for plan in self.sampled.values())
+        tokens = sum(map(len, self.sampled.values())) * config.tokens_per_frame
+        room = config.text_config.max_length - new_tokens
+        if tokens <= room:
+            return
+        fps = 0.9 * room / config.tokens_per_frame / total
+        remedy = f"--fps {fps:.2g}" if fps >= 0.001 else "a smaller --max-new-tokens"
+        raise InputError(
+            f"with {video} the videos last {total:.0f} s, at {self.fps:g} frames a second {tokens} visual tokens; "
+            f"this model has room for {max(room, 0)}: use {remedy}, --fit or a long-video checkpoint"
+        )
