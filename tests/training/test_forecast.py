@@ -86,4 +86,4 @@ def test_updates_are_less_work_than_kernels(monkeypatch):
         float(lines({path: (4, 2)}, {"vision.kernel": (2, 1)})[-1].split()[2].rstrip(","))
         for path in ("llama.layers.attn.q.kernel", "llama.layers.attn.q.lora.a")
     )
-    assert updates < 0.8 * whole
+    assert updates < 0.9 * whole
