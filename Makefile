@@ -26,6 +26,7 @@ export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, as they are impo
 	touch $@
 
 .venv/ready-real: .venv/ready-test tests/real/install.sh
+	$(INSTALL) --editable ".[speech]"
 	sh tests/real/install.sh $(BIN)/pip
 	touch $@
 
@@ -45,6 +46,8 @@ demo-model: .venv/ready-test
 	for stage in stage0_refer stage1_align stage2_instruct stage3_long_video; do \
 	  $(BIN)/python train.py --config configs/demo/$$stage.yaml || exit 1; done
 
+# The page is tried in a Chromium: `apt-get install chromium` or `.venv/bin/playwright install chromium`.  Without one
+# its tests are skipped, but where CI is set they fail.
 test: .venv/ready-test .venv/ready-libtpu lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real and not pods"
 
@@ -61,7 +64,7 @@ lint: .venv/ready-test
 # One version of each package for every Python, from the ranges; torch, whose CPU and CUDA builds differ, stays free.
 lock:
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest --no-annotate \
-	  --extra tpu --extra cuda --extra train --extra serve --extra demo --extra eval --extra test \
+	  --extra tpu --extra cuda --extra train --extra serve --extra demo --extra eval --extra speech --extra test \
 	  --custom-compile-command "make lock" \
 	  pyproject.toml --output-file requirements.lock
 

@@ -1,11 +1,12 @@
 """Load for a running server: answers under load compared with those given alone, throughput and latencies.
 
     llamavid-serve --model demo/model &
-    python -m benchmarks.serve_load --url http://127.0.0.1:8000 --video demo/held_out.mp4 --video demo/space.mp4
+    python -m benchmarks.serve_load --url http://127.0.0.1:8000 --films 8
 
 Every question is first asked alone, which also encodes the films; then each number of clients asks, in an order of
-its own, for `--seconds`.  Prints a table, as it stands in docs/serving.md; exit code 1 where an answer was lost
-or another one than alone.
+its own, for `--seconds`.  Prints a table, as it stands in docs/serving.md, with what the server says of itself: how
+many tokens a second its slots could give while they decode, and its memory.  Exit code 1 where an answer was lost or
+another one than alone.  The films are drawn with the demo's digits.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import http.client
 import json
 import os
 import random
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -20,10 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
+from demo.digits import long_clip
+from demo.make_data import write_video
 from demo.questions import PHRASINGS
 
 COLOURS, DIGITS = ("red", "white", "purple", "green"), ("0", "7", "8")
 QUESTIONS = sorted({text.format(who=who) for text in PHRASINGS for who in (*COLOURS, *DIGITS)})
+
+
+def chosen_questions(count: int) -> list[str]:
+    return random.Random(0).sample(QUESTIONS, min(count, len(QUESTIONS)))
 
 
 class Client:
@@ -65,6 +73,20 @@ class Client:
         return text, [*moments, time.perf_counter() - started], tokens
 
 
+def measured(client: Client) -> dict[str, float]:
+    """The server's own numbers."""
+    lines = client.send("GET", "/metrics").read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def drawn(folder: Path, count: int) -> list[Path]:
+    """Films of half a minute to four."""
+    paths = [folder / f"film-{number}.mp4" for number in range(count)]
+    for number, path in enumerate(paths):
+        write_video(path, long_clip(np.random.default_rng(number), True, 30 * (1 + number % 8)), 1)
+    return paths
+
+
 def load(url: str, key: str, model: str, pairs, alone: dict, clients: int, seconds: float) -> tuple[str, int]:
     """A row of the table, and how many answers were lost or wrong."""
     done, wrong, end = [], [], time.perf_counter() + seconds
@@ -83,13 +105,18 @@ def load(url: str, key: str, model: str, pairs, alone: dict, clients: int, secon
             if text != alone[pair]:
                 wrong.append(f"{pair}: {text!r}, alone {alone[pair]!r}")
 
-    started = time.perf_counter()
+    started, before = time.perf_counter(), measured(Client(url, key))
     threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    took = time.perf_counter() - started
+    took, after = time.perf_counter() - started, measured(Client(url, key))
+    steps, decoding = (
+        after[f"llamavid_decode_{name}"] - before[f"llamavid_decode_{name}"] for name in ("steps", "seconds")
+    )
+    most = after["llamavid_slots"] * steps / max(decoding, 1e-9)
+    memory = " → ".join(f"{one['process_resident_memory_bytes'] / 1e6:.0f}" for one in (before, after))
     for line in wrong[:5]:
         print(line)
     first, whole = ([moments[place] for moments, _ in done] for place in (0, -1))
@@ -99,29 +126,29 @@ def load(url: str, key: str, model: str, pairs, alone: dict, clients: int, secon
     ]
     tokens = sum(tokens for _, tokens in done)
     row = f"| {clients} | {len(done)} | {len(done) / took:.1f} | {tokens / took:.0f} | {shown[0]} | {shown[1]} |"
-    return f"{row} {len(wrong)} |", len(wrong)
+    return f"{row} {most:.0f} | {memory} | {len(wrong)} |", len(wrong)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--key", default="none", metavar="KEY")
-    parser.add_argument("--video", action="append", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], metavar="N")
+    parser.add_argument("--films", type=int, default=8, metavar="N", help="that are drawn (8)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N")
     parser.add_argument("--seconds", type=float, default=20, metavar="S")
     parser.add_argument("--questions", type=int, default=40, metavar="N", help="of each film (40)")
     options = parser.parse_args()
     client = Client(options.url, options.key)
     model = json.load(client.send("GET", "/v1/models"))["data"][0]["id"]
-    films = [client.upload(path) for path in options.video]
-    chosen = random.Random(0).sample(QUESTIONS, min(options.questions, len(QUESTIONS)))
-    pairs = [(film, question) for film in films for question in chosen]
+    with tempfile.TemporaryDirectory() as folder:
+        films = [client.upload(path) for path in drawn(Path(folder), options.films)]
+    pairs = [(film, question) for film in films for question in chosen_questions(options.questions)]
     alone = {pair: client.ask(model, *pair)[0] for pair in pairs}
     print(f"{len(pairs)} questions about {len(films)} films, {len(set(alone.values()))} different answers\n")
     print(
-        "| clients | answers | answers/s | tokens/s | first words, s: p50 / p95 / p99 | all: p50 / p95 / p99 | wrong |"
+        "| clients | answers | answers/s | tokens/s | first words, s: p50 / p95 / p99 | all: p50 / p95 / p99 ", end=""
     )
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("| slots' tokens/s | memory, MB | wrong |\n|---|---|---|---|---|---|---|---|---|", flush=True)
     failed = 0
     for number in options.clients:
         row, wrong = load(options.url, options.key, model, pairs, alone, number, options.seconds)

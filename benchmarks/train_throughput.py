@@ -2,16 +2,13 @@
 
     python -m benchmarks.train_throughput --model configs/models/llamavid_7b_224_video.yaml --layers 4 --llama-only
 
-The step is the one that train.py runs, with stage 2's trained parameters, AdamW and clipping.  With --llama-only, and
-where PyTorch sees a CUDA GPU, the same LLaMA (transformers, SDPA, bfloat16 autocast, torch.compile, fused AdamW) runs
-first, in a process of its own so that its memory is free again, and a ratio is printed.  --torch runs it on a CPU too.
+The step is the one that train.py runs, with stage 2's trained parameters, AdamW and clipping.  `benchmarks.device`
+runs it beside PyTorch's.
 """
 
 import dataclasses
-import multiprocessing
 import sys
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -20,7 +17,6 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.timing import WARM_UP, seconds
-from benchmarks.torch_llama import torch_seconds
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import Parser, command
 from llamavid_jax.models.flops import PARTS, flops_per_step
@@ -33,7 +29,7 @@ from llamavid_jax.shapes import TEXT, Batch, RowShape
 from llamavid_jax.training.config import LoopConfig, OptimizerConfig
 from llamavid_jax.training.layout import batch_sharding, run_mesh
 from llamavid_jax.training.optimizer import make_optimizer
-from llamavid_jax.training.step import TrainState, make_train_step
+from llamavid_jax.training.step import StepMetrics, TrainState, make_train_step
 
 QUESTION_TOKENS = 64
 
@@ -63,12 +59,17 @@ def random_batch(config: LLaMAVIDLlavaConfig, rows: int, shape: RowShape) -> Bat
     )
 
 
-def jax_seconds(config: LLaMAVIDLlavaConfig, shape: RowShape, options: Namespace) -> tuple[float, int]:
-    """Seconds of one step, and the number of devices that share it."""
+def trained_model(config: LLaMAVIDLlavaConfig, remat: str = "none") -> LlamaVid:
+    """The model of the step, float32 parameters that are always the same."""
+    return LlamaVid(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, remat=remat)
+
+
+def jax_seconds(config: LLaMAVIDLlavaConfig, shape: RowShape, options: Namespace) -> tuple[float, int, StepMetrics]:
+    """Seconds of one step, the number of devices that share it, and what the first one said."""
     dtype, mesh = jnp.bfloat16, run_mesh(options.mesh)
 
     def make() -> LlamaVid:
-        return LlamaVid(config, rngs=nnx.Rngs(0), dtype=dtype, remat=options.remat)
+        return trained_model(config, options.remat)
 
     def init() -> dict[str, jax.Array]:
         params = params_of(make())
@@ -86,13 +87,14 @@ def jax_seconds(config: LLaMAVIDLlavaConfig, shape: RowShape, options: Namespace
             dict.fromkeys(trained, 1.0), WARM_UP + options.steps,
         )  # fmt: skip
         batch = jax.device_put(random_batch(config, options.rows, shape), batch_sharding(mesh))
-        state = TrainState(jnp.int32(0), trained, make_optimizer(optimizer).init(trained))
+        state, said = TrainState(jnp.int32(0), trained, make_optimizer(optimizer).init(trained)), []
 
         def run() -> None:
             nonlocal state
-            state, _ = step(state, params, batch)
+            state, metrics = step(state, params, batch)
+            said.append(metrics)
 
-        return seconds(run, lambda: jax.block_until_ready(state), options.steps), mesh.size
+        return seconds(run, lambda: jax.block_until_ready(state), options.steps), mesh.size, said[0]
 
 
 def trained_parts(llama_only: bool) -> dict[str, bool]:
@@ -108,10 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="of a row")
     parser.add_argument("--frames", type=int, default=64, metavar="N", help="of a row")
     parser.add_argument("--steps", type=int, default=10, metavar="N")
-    parser.add_argument("--remat", choices=REMAT, default="full", help="of ours; PyTorch checkpoints layers or nothing")
+    parser.add_argument("--remat", choices=REMAT, default="full")
     parser.add_argument("--mesh", default="", help="such as fsdp=4,tensor=2; all devices on fsdp by default")
     parser.add_argument("--llama-only", action="store_true", help="text alone, and only LLaMA trains")
-    parser.add_argument("--torch", action="store_true", help="run PyTorch beside it without a GPU too")
     options = parser.parse_args(arguments)
     config = LLaMAVIDLlavaConfig.from_yaml(options.model)
     if options.layers:
@@ -122,22 +123,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{frames} frames are {frames * config.tokens_per_frame} tokens; --tokens must hold them")
     tokens = options.rows * options.tokens
 
-    theirs = None
-    if options.llama_only:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            theirs = process.submit(torch_seconds, config.text_config, options).result()
-    ours, devices = jax_seconds(config, RowShape(frames, frames, min(frames, 1), options.tokens), options)
+    took, devices, _ = jax_seconds(config, RowShape(frames, frames, min(frames, 1), options.tokens), options)
 
     kind = jax.devices()[0].device_kind
     sizes = {"pairs": options.rows * frames, "question_tokens": QUESTION_TOKENS, "row_tokens": options.tokens}
     trains = trained_parts(options.llama_only)
     flops = flops_per_step(config, trains, frames=options.rows * frames, rows=options.rows, **sizes)
     peak = peak_flops(kind)
-    used = f"{flops / ours / (peak * devices):.1%} of the peak" if peak else f"{flops / ours / 1e12:.3g} TFLOP/s"
+    used = f"{flops / took / (peak * devices):.1%} of the peak" if peak else f"{flops / took / 1e12:.3g} TFLOP/s"
     print(f"{options.model}, {devices} × {kind}, {options.rows} rows of {frames} frames and {options.tokens} tokens")
-    print(f"JAX      {ours * 1e3:9.1f} ms a step  {tokens / ours:11,.0f} tokens/s  {used}")
-    if theirs:
-        print(f"PyTorch  {theirs * 1e3:9.1f} ms a step  {tokens / theirs:11,.0f} tokens/s  JAX × {theirs / ours:.2f}")
+    print(f"{took * 1e3:.1f} ms a step, {tokens / took:,.0f} tokens/s, {used}")
     return 0
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 EXTRAS = {"torch": "convert", "gguf": "convert", "sklearn": "demo", "matplotlib": "demo"}  # the others are of `train`
-EXTRAS |= {"requests": "eval", "openpyxl": "eval", "pyarrow": "eval"}
+EXTRAS |= {"requests": "eval", "openpyxl": "eval", "pyarrow": "eval", "faster_whisper": "speech"}
 LONGEST = 3000  # characters of an error that a command says; names and values from files may have any number
 
 

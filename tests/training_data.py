@@ -99,6 +99,20 @@ def two_processes(code: str, *arguments: str) -> list[str]:
     return [process.communicate(timeout=1200)[0] for process in both]
 
 
+def commands_together(command: list[str]) -> list[str]:
+    """What two processes of a command print, which find each other by --coordinator; both end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [
+        start([*command, "--coordinator", address, "--processes", "2", "--process", process], environment(2))
+        for process in "01"
+    ]
+    said = [process.communicate(timeout=1200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    return said
+
+
 def losses(output: Path) -> list[float]:
     """Of the steps in order."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

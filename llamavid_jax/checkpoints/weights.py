@@ -14,7 +14,7 @@ from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, ConfigError
 from llamavid_jax.files import find
 from llamavid_jax.models.structure import flat_paths
-from llamavid_jax.parallel.mesh import host_mesh, make_mesh
+from llamavid_jax.parallel.mesh import host_mesh, local_mesh
 from llamavid_jax.parallel.sharding import param_shardings
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.llama import QUANTISED
@@ -96,7 +96,7 @@ def abstract_params(
         kind = jnp.float32 if path in float32 else parse_dtype(dtype)
         kind = jnp.dtype(config.quantization) if path.endswith(".qvalue") else kind
         found[path] = jax.ShapeDtypeStruct(shape, kind)
-    places = param_shardings(found, config, mesh or make_mesh())
+    places = param_shardings(found, config, mesh or local_mesh())
     return {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in found.items()}
 
 

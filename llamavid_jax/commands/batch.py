@@ -25,13 +25,13 @@ from llamavid_jax.commands.options import (
     add_fps,
     add_model,
     add_settings,
-    add_shard,
+    add_times,
     check_fps,
     load_model,
     read_cache,
     read_settings,
-    read_shard,
 )
+from llamavid_jax.commands.processes import add_shard, own_shard, read_shard
 from llamavid_jax.commands.rows import Answers, Row, read_questions
 from llamavid_jax.errors import InputError, Parser, command, say
 from llamavid_jax.files import local, locked
@@ -61,6 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="JSONL", help="where the answers go, a line each")
     add_model(parser)
     add_fps(parser)
+    add_times(parser)
     add_settings(parser)
     add_cache(parser)
     parser.add_argument(
@@ -118,17 +119,18 @@ class Runner:
         from llamavid_jax.inference.session import Session  # JAX takes seconds to import
 
         first, options = group[0], self.options
-        session = Session(
-            self.model,
-            self.images,
-            images=first.images,
-            videos=first.videos,
-            fps=options.fps,
-            template=options.template,
-            cache=options.cache,
-            notice=say,
-        )
         try:
+            session = Session(
+                self.model,
+                self.images,
+                images=first.images,
+                videos=first.videos,
+                times=options.times,
+                fps=options.fps,
+                template=options.template,
+                cache=options.cache,
+                notice=say,
+            )
             self.frames += session.encode(options.max_new_tokens)
         except InputError as error:
             self.answers.fail(group, error)
@@ -175,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
     rows = read_questions(options.questions)
-    index, count = options.shard
+    index, count = own_shard(options)
     out = local(options.out)
     if count > 1:
         out = out.with_name(f"{out.stem}.{index}-of-{count}{out.suffix}")

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llamavid_jax.commands import program
-from llamavid_jax.commands.options import add_fps, add_model, add_shard, check_fps, load_model, read_shard
+from llamavid_jax.commands.options import add_fps, add_model, check_fps, load_model
+from llamavid_jax.commands.processes import add_shard, own_shard, read_shard
 from llamavid_jax.errors import InputError, Parser, command, printable, say
 from llamavid_jax.files import local
 from llamavid_jax.inference.film_text import film_subtitles
@@ -131,7 +132,7 @@ class Extractor:
 @command("llamavid-features")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    index, count = options.shard
+    index, count = own_shard(options)
     videos = list(find_videos(options.videos).items())[index::count]
     images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
     out = local(options.out)

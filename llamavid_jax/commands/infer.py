@@ -26,6 +26,7 @@ from rich.text import Text
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import (
     add_cache,
+    add_film,
     add_fps,
     add_model,
     add_settings,
@@ -36,7 +37,7 @@ from llamavid_jax.commands.options import (
     read_settings,
 )
 from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
-from llamavid_jax.inference.film_text import film_subtitles
+from llamavid_jax.inference.film_text import film_speech, film_subtitles
 from llamavid_jax.media.features import is_features
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import is_url, local_file
@@ -55,9 +56,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--video", action="append", default=[], metavar="FILE|URL", help="may be given several times; or its features"
     )
     parser.add_argument("--image", action="append", default=[], metavar="FILE|URL", help="may be given several times")
-    parser.add_argument(
-        "--subtitles", metavar="FILE|auto", help="what is said in the one video: .srt, .vtt, .ass; auto: its own track"
-    )
+    add_film(parser)
     parser.add_argument("--question", help="what to ask; with --chat the first question")
     parser.add_argument("--chat", action="store_true", help="go on asking: one question a line on stdin")
     add_fps(parser)
@@ -108,6 +107,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if options.subtitles == "auto" and "://" in options.video[0]:
             parser.error("--subtitles auto reads the track in a file; give a --video that is one")
         options.subtitles = film_subtitles(options.subtitles, options.video[0], options.like_original)
+    if options.transcribe is not None and (len(options.video) != 1 or options.image or options.subtitles):
+        parser.error("--transcribe goes with one --video alone, without --subtitles; give that")
+    if options.transcribe is not None and ("://" in options.video[0] or is_features(options.video[0])):
+        parser.error(f"--transcribe hears the sound in a file, and --video is {options.video[0]}; give a video file")
+    if options.times and (len(options.video) != 1 or options.image or options.fit):
+        parser.error("--times goes with one --video alone, without --fit; give that, and --fps where it is too long")
     if options.evidence is not None:
         folder = os.path.dirname(options.evidence) or "."
         if len(options.video) != 1 or options.image or not options.evidence.endswith(".png"):
@@ -157,6 +162,11 @@ def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
 def start_session(options: argparse.Namespace, console: Console) -> Any:
     """The conversation, with its model loaded."""
     images = image_processor(options)  # before minutes of loading, and before JAX is imported
+    if options.transcribe:
+        with console.status(Text(printable(f"listening to {options.video[0]}"))):
+            options.subtitles = film_speech(options.video[0], options.transcribe)
+        if not options.subtitles:
+            say(f"{options.video[0]}: nothing is said that {options.transcribe} could hear")
     from llamavid_jax.inference.film import Reading
     from llamavid_jax.inference.session import Session
 
@@ -168,6 +178,7 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
         images=options.image,
         videos=options.video,
         subtitles=options.subtitles,
+        times=options.times,
         fps=options.fps,
         reading=Reading(options.fast_sampling, options.partial, options.fit),
         template=options.template,

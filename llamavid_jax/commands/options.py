@@ -9,6 +9,7 @@ from typing import Any
 from llamavid_jax.errors import InputError, say
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.text.conversation import TEMPLATES
+from llamavid_jax.text.subtitles import TIMES
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +25,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def load_model(options: argparse.Namespace) -> Any:
     """The model of `add_model`."""
     from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration  # JAX takes seconds to import
-    from llamavid_jax.parallel.mesh import make_mesh, parse_mesh
+    from llamavid_jax.parallel.mesh import local_mesh, parse_mesh
 
-    mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
+    mesh = local_mesh(**parse_mesh(options.mesh)) if options.mesh else None
     return LLaMAVIDLlavaForConditionalGeneration.from_pretrained(
         options.model, dtype=options.dtype, mesh=mesh, quantize=options.quantize, kv_cache=options.kv_cache
     )
@@ -60,6 +61,31 @@ def check_fps(options: argparse.Namespace) -> None:
         raise InputError(f"--fps is {options.fps}; give a number above 0, such as 1")
 
 
+def add_film(parser: argparse.ArgumentParser) -> None:
+    """What stands between the frames of a video."""
+    parser.add_argument(
+        "--subtitles", metavar="FILE|auto", help="what is said in the one video: .srt, .vtt, .ass; auto: its own track"
+    )
+    parser.add_argument(
+        "--transcribe",
+        nargs="?",
+        const="small",
+        metavar="MODEL",
+        help="subtitles from the sound of the one video, by a model of faster-whisper: a folder or a name (small)",
+    )
+    add_times(parser)
+
+
+def add_times(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--times",
+        nargs="?",
+        const=TIMES[0],
+        choices=TIMES,
+        help="the time of each frame (or minute) of a video in the text, for a model that was trained so",
+    )
+
+
 def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
@@ -79,20 +105,6 @@ def read_cache(options: argparse.Namespace) -> Any:
     from llamavid_jax.inference.feature_cache import FeatureCache
 
     return FeatureCache(options.cache, math.ceil(options.cache_size * 1e9), say)
-
-
-def add_shard(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shard", default="0/1", metavar="I/N", help="the part I, from 0, of N that processes share (0/1: all)"
-    )
-
-
-def read_shard(options: argparse.Namespace) -> tuple[int, int]:
-    """ "2/8" as (2, 8)."""
-    index, _, count = options.shard.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise InputError(f"--shard is {options.shard!r}; give I/N with I from 0 to N - 1, such as 0/4")
-    return int(index), int(count)
 
 
 def checked(text: str, name: str) -> str:

@@ -161,6 +161,7 @@ def look_up(records: Sequence, index: int, media: Path) -> dict[str, Any]:
         record = records[index]
         name = record.id
         example = {"id": name, "kind": record.kind, "conversations": json.dumps(record.conversations), "media": ""}
+        example["times"] = record.times or ""
         if record.kind == "text":
             return {"path": "", "bytes": 0, "example": example | _example_header(MediaHeader(0))}
         with media_file(record) as path:
@@ -177,7 +178,9 @@ def look_up(records: Sequence, index: int, media: Path) -> dict[str, Any]:
 
 
 def _example_header(header: MediaHeader) -> dict[str, Any]:
-    return header._asdict() | {"inputs": json.dumps(header.inputs)}
+    fields = header._asdict()
+    del fields["times"]  # of frames that are sampled later
+    return fields | {"inputs": json.dumps(header.inputs)}
 
 
 def read_header(record: Record, path: Path) -> MediaHeader:

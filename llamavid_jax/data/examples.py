@@ -42,6 +42,7 @@ from llamavid_jax.text.conversation import (
     template_named,
     training_turns,
 )
+from llamavid_jax.text.subtitles import with_times
 from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images
 
 NO_LIMIT = 10**30  # tokens: rows are cut after expansion
@@ -99,8 +100,7 @@ class ExampleReader:
 
     def text(self, record: Record, index: int) -> TextExample:
         """Ids, labels and prompts of all frames; `index` is the record's place in the data set."""
-        has_film = record.kind == "features" or record.subtitles is not None
-        return self._text(record, index, self._header(record) if has_film else MediaHeader(0))
+        return self._text(record, index, self._header(record) if record.is_film else MediaHeader(0))
 
     def size(self, record: Record, index: int, header: MediaHeader | None = None) -> SampleSize:
         """The size of `read(record, index, max_frames)` with enough `max_frames`, without decoding the media file.
@@ -150,7 +150,9 @@ class ExampleReader:
         movie = None
         if header.inputs is not None:
             kept = thinned(header.frames, max_frames or header.frames)
-            movie = movie_inputs(thinned_inputs(record.media, header, kept), self.tokens_per_frame, training=True)
+            film = thinned_inputs(record.media, header, kept)
+            film = with_times(film, [header.times[place] for place in kept] if record.times else (), record.times)
+            movie = movie_inputs(film, self.tokens_per_frame, training=True)
         text = training_example(
             self.template,
             record.conversations,
@@ -175,19 +177,25 @@ class ExampleReader:
         """The header of the media file, with the frames sampled at `fps`."""
         if record.kind == "image" and record.data is None:  # nothing in it matters here, but it must exist
             local_file(find_media(record))
-        if record.kind != "features" and record.subtitles is None:
+        if not record.is_film:
             return MediaHeader(media_size(record, self.fps))
         with media_file(record) as path:
             return self._film_header(record, path)
 
     def _film_header(self, record: Record, path: Path) -> MediaHeader:
-        """The frames and the text of a file of features, or of a video with subtitles; of others neither."""
-        if record.kind == "features":
-            return file_header(path)
-        if record.subtitles is None:
+        """The frames, their times and the text of a film; of others nothing."""
+        if not record.is_film:
             return MediaHeader(0)
+        if record.kind == "features":
+            header = file_header(path)
+            if record.times is None:
+                return header
+            if (said := features.describe(path)) is None:
+                raise MediaError(f"{record.media} does not say when its frames are; make it with llamavid-features")
+            times = said["timestamps"]
+            return header._replace(inputs=header.inputs or film_text(record, times), times=times)
         times = plan_video(path, self.fps).times.tolist()
-        return MediaHeader(len(times), inputs=film_text(record, times))
+        return MediaHeader(len(times), inputs=film_text(record, times), times=times)
 
     def _sides(self, record: Record, index: int) -> list[int]:
         if record.kind == "text" or not self._template.image_every_turn:

@@ -19,7 +19,8 @@ class Record:
     """One sample before it is tokenised or decoded.
 
     `media` is the path of its media file, not yet looked up; with `data`, the encoded file itself, its name.
-    `subtitles` is the path of a film's .srt or .vtt file; with `data`, the text of that file.
+    `subtitles` is the path of a film's .srt or .vtt file; with `data`, the text of that file.  `times`: whether the
+    text says the time of each "frame" or "minute".
     """
 
     id: str
@@ -28,3 +29,9 @@ class Record:
     kind: str  # "text", "image", "video" or "features"
     data: bytes | None = None
     subtitles: str | None = None
+    times: str | None = None
+
+    @property
+    def is_film(self) -> bool:
+        """Whether text may stand between its frames."""
+        return self.kind == "features" or self.subtitles is not None or self.times is not None

@@ -30,7 +30,7 @@ from llamavid_jax.media import features
 from llamavid_jax.media.images import open_image
 from llamavid_jax.media.source import MediaError, local_file
 from llamavid_jax.media.video import iter_frames, plan_video
-from llamavid_jax.text.subtitles import interleave, parse_subtitles, read_subtitles
+from llamavid_jax.text.subtitles import TIMES, interleave, parse_subtitles, read_subtitles
 
 MEDIA_KEYS = ("image", "video", "features")
 PICKLES = (".pt", ".pth", ".bin")
@@ -141,6 +141,11 @@ class Records(Sequence):
                 f"record {name!r} has subtitles, but no video; they go with one, and a file of features holds its own "
                 "in `inputs`"
             )
+        times = row.get("times")
+        if times is not None and times not in TIMES:
+            raise DataError(f"record {name!r}: times is {str(times)[:60]!r}; use one of {', '.join(TIMES)}")
+        if times is not None and keys not in (["video"], ["features"]):
+            raise DataError(f"record {name!r} has times, but no video or features; they go with one of these")
         if not keys:
             return Record(name, conversations, None, "text")
         value = row[keys[0]]
@@ -156,7 +161,7 @@ class Records(Sequence):
         if subtitles is not None and kind == "features":
             raise DataError(f"record {name!r} has subtitles, but {value} holds its own in `inputs`; write them there")
         subtitles = None if subtitles is None else os.path.join(self.media, subtitles)
-        return Record(name, conversations, os.path.join(self.media, value), kind, subtitles=subtitles)
+        return Record(name, conversations, os.path.join(self.media, value), kind, None, subtitles, times)
 
 
 def read_records(path: str | Path, media: str | Path = "") -> Sequence:
@@ -186,12 +191,12 @@ def find_media(record: Record) -> str:
 
 
 def film_text(record: Record, times: Iterable[float]) -> str | None:
-    """`<image>` for each frame of `times`, and what is said between them; None for what has no subtitles.
+    """`<image>` for each frame of `times`, and what is said between them; None for what is no film.
 
     Raises ConversationError for subtitles that cannot be read.
     """
     if record.subtitles is None:
-        return None
+        return interleave(times, ()) if record.times else None
     is_text = record.data is not None
     return interleave(times, (parse_subtitles if is_text else read_subtitles)(record.subtitles))
 

@@ -60,6 +60,7 @@ class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
                 "average_fps": tfds.features.Scalar(np.float64),
                 "seconds": tfds.features.Scalar(np.float64),
                 "inputs": tfds.features.Text(),  # JSON: a film's text, of its file of features or of subtitles
+                "times": tfds.features.Text(),  # whether a film's text says those of each frame or minute; or empty
             }
         )
         return LocalInfo(builder=self, features=features, disable_shuffling=True)

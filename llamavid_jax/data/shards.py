@@ -29,7 +29,7 @@ def _features() -> dict[str, Any]:
         return {"pythonClassName": home + kind, "tensor": {"dtype": dtype, "encoding": "none", "shape": {}}}
 
     integer, real = (tensor("scalar.Scalar", dtype) for dtype in ("int64", "float64"))
-    fields = dict.fromkeys(("id", "kind", "conversations", "media", "inputs"), text)
+    fields = dict.fromkeys(("id", "kind", "conversations", "media", "inputs", "times"), text)
     fields |= {"data": tensor("tensor_feature.Tensor", "string"), "frames": integer}
     fields |= dict.fromkeys(("average_fps", "seconds"), real)
     return {"featuresDict": {"features": fields}, "pythonClassName": f"{home}features_dict.FeaturesDict"}
@@ -42,6 +42,7 @@ class MediaHeader(NamedTuple):
     average_fps: float = 0.0  # of a video whose frames keep a rate
     inputs: str | None = None  # a film's text: of a file of features, or of a video with subtitles
     seconds: float = 0.0  # of a video whose frames do not
+    times: list[float] | None = None  # of a film's frames; not in shards
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -166,6 +167,7 @@ def _to_record(sample: dict[str, Any], data: bytes | None) -> Record:
         kind=sample["kind"].decode(),
         data=data,
         subtitles=json.loads(sample["inputs"]) if sample["kind"] == b"video" else None,
+        times=sample["times"].decode() or None,
     )
 
 

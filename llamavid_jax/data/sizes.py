@@ -97,7 +97,7 @@ def _measure(records: Sequence, reader: ExampleReader, indices: Sequence[int]) -
         try:
             if isinstance(records, Shards):  # without reading the media's bytes
                 record, header = records.outline(index)
-                if record.subtitles is not None:  # where they stand is told by the times of all frames
+                if record.subtitles is not None or record.times:  # where they stand is told by all frames' times
                     record, header = records[index], None
             else:
                 record, header = records[index], None

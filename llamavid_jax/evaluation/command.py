@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from llamavid_jax.commands import program
+from llamavid_jax.commands.processes import add_processes, check_processes, own_shard
 from llamavid_jax.errors import InputError, Parser, command, printable, say
 from llamavid_jax.evaluation.compare import compare
 from llamavid_jax.evaluation.folder import opened
@@ -47,6 +48,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for answers, scores and submission files")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N questions alone")
     parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="the I-th of N parts, as 1/4")
+    add_processes(parser)
     parser.add_argument("--retry", action="store_true", help="ask the broken questions again")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="questions answered together (8)")
     parser.add_argument(
@@ -57,6 +59,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--like-original", action="store_true", help="with the original's sampling, rules and bugs")
     add_judge(parser)
     options = parser.parse_args(arguments)
+    check_processes(options)
+    if options.shard != (1, 1) and (options.distributed or options.coordinator):
+        parser.error("--shard names the part that --distributed finds out; give one of them")
     for name in ("limit", "batch"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; give a whole number of 1 or more")
@@ -95,6 +100,9 @@ def judge_of(options: argparse.Namespace, out: Path) -> Any:
 def evaluate(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     one, out = SETS[options.name], local(options.out)
+    if options.distributed or options.coordinator:
+        index, count = own_shard(options)
+        options.shard = index + 1, count
     items, rest = read(options)
     header = {
         "set": options.name,
@@ -164,10 +172,10 @@ def answer(
 ) -> None:
     from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaImageProcessor
     from llamavid_jax.evaluation.answers import Asker
-    from llamavid_jax.parallel.mesh import make_mesh, parse_mesh
+    from llamavid_jax.parallel.mesh import local_mesh, parse_mesh
 
     program.keep_programs()
-    mesh = make_mesh(**parse_mesh(options.mesh)) if options.mesh else None
+    mesh = local_mesh(**parse_mesh(options.mesh)) if options.mesh else None
     images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
     console, total = Console(stderr=True), sum(map(len, groups))
     with console.status(Text(printable(f"loading {options.model}"))):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from llamavid_jax.media.speech import read_speech
 from llamavid_jax.media.subtitle_track import read_track
 from llamavid_jax.text.subtitles import Cue, cues_of_track, read_subtitles
 
@@ -14,3 +15,11 @@ def film_subtitles(given: str, video: str | Path, as_original: bool = False) -> 
     if given != "auto" and Path(given).suffix.lower() in (".srt", ".vtt", ""):
         return read_subtitles(given, as_original)
     return cues_of_track(read_track(video if given == "auto" else given))
+
+
+def film_speech(video: str | Path, model: str = "small") -> list[Cue]:
+    """The subtitles of `video` by its sound: what faster-whisper's `model`, a folder or a name, hears.
+
+    Raises InputErrors.
+    """
+    return cues_of_track(read_speech(video, model))

@@ -188,14 +188,16 @@ def evidence(
     rows: Sequence[Row],
     answers: Sequence[Sequence[int]],
     prompt: KeysValues,
+    smallest: int = SMALLEST_EVIDENCE,
 ) -> list[Float[np.ndarray, " n"]]:
     """How much of an answer's attention falls on each of its row's visual tokens: mean over layers, heads and places.
 
     The places are those that gave the answer's ids: the end of the prompt and the ids before the last, of which the
-    first EVIDENCE_TOKENS count.  `prompt` is what `generate` returned for the rows.
+    first EVIDENCE_TOKENS count.  `prompt` is what `generate` returned for the rows.  There is a program for each bucket
+    of lengths from `smallest` on.
     """
     given = [[int(row.token_ids[-1]), *ids][:EVIDENCE_TOKENS] for row, ids in zip(rows, answers, strict=True)]
-    batch, length = jax.tree.leaves(prompt)[0].shape[1], bucket(max(map(len, given)), SMALLEST_EVIDENCE)
+    batch, length = jax.tree.leaves(prompt)[0].shape[1], bucket(max(map(len, given)), smallest)
     start, asked = np.ones(batch, np.int32), np.zeros((batch, length), np.float32)
     for number, (row, ids) in enumerate(zip(rows, given, strict=True)):
         places = max(1, len(ids) - 1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamavid_jax.checkpoints.pretrained import PretrainedModel
+from llamavid_jax.checkpoints.tower import TowerHash
 from llamavid_jax.inference.encode import SMALLEST_QUESTION, encode_visuals, frame_features, table_of, token_places
 from llamavid_jax.inference.generate import evidence as evidence_of
 from llamavid_jax.inference.generate import generate, prefills_at_once
@@ -30,7 +31,6 @@ from llamavid_jax.inference.request import (
 )
 from llamavid_jax.inference.sampling import Sampling
 from llamavid_jax.inference.stopping import RowText
-from llamavid_jax.inference.tower import TowerHash
 from llamavid_jax.models.llama_vid import attend_frames, forward
 from llamavid_jax.models.loss import next_token_loss
 from llamavid_jax.shapes import FRAME_CHUNK, IGNORE_LABEL, TEXT, Row, bucket, chunk_size, merge_row, pad_rows, pad_to

@@ -27,17 +27,19 @@ from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.files import find
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor, VideoMetadata
 from llamavid_jax.shapes import START
-from llamavid_jax.text.chat import Chat, read_messages
+from llamavid_jax.text.chat import read_chats
 from llamavid_jax.text.chat_template import save_chat_template
 from llamavid_jax.text.conversation import (
     IMAGE,
     ConversationError,
     check_text,
     marked,
+    movie_text,
     question_per_image,
     template_named,
 )
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
+from llamavid_jax.text.subtitles import TIMES, with_times
 from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images, load_tokenizer, pad_with_mask
 
 
@@ -68,9 +70,11 @@ class LLaMAVIDLlavaProcessor:
         tokenizer: Tokenizer,
         qformer_tokenizer: QFormerTokenizer,
         start_end: bool = False,
+        tokens_per_frame: int = 2,
     ):
         """`start_end`: the model has tokens for the start and the end of a visual (`mm_use_im_start_end`)."""
         self.image_processor, self.start_end = image_processor, start_end
+        self.tokens_per_frame = tokens_per_frame
         self.tokenizer = tokenizer
         self.qformer_tokenizer = qformer_tokenizer
 
@@ -85,7 +89,8 @@ class LLaMAVIDLlavaProcessor:
         has_config = (find(path) / "config.json").is_file()
         config = LLaMAVIDLlavaConfig.from_pretrained(find(path)) if has_config else LLaMAVIDLlavaConfig()
         tokenizer = load_tokenizer(directory, config.added_tokens)
-        return cls(images, tokenizer, QFormerTokenizer(path / QFormerTokenizer.FOLDER), config.mm_use_im_start_end)
+        qformer_tokenizer = QFormerTokenizer(path / QFormerTokenizer.FOLDER)
+        return cls(images, tokenizer, qformer_tokenizer, config.mm_use_im_start_end, config.tokens_per_frame)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes preprocessor_config.json, the tokenizer's files, qformer_tokenizer/vocab.txt, chat_template.jinja."""
@@ -101,6 +106,7 @@ class LLaMAVIDLlavaProcessor:
         prompts: Any = None,
         *,
         fps: Any = None,
+        timestamps: bool | str | None = None,
         template: str = "vicuna_v1",
         return_tensors: str = "np",
         progress: Any = None,
@@ -111,7 +117,9 @@ class LLaMAVIDLlavaProcessor:
         long as its placeholders, None where the other list has the visual.  `prompts`: one string per placeholder, or
         one for all; by default the words of the `template`'s user turn around the placeholder.  `fps`: a number, or a
         sample each a number or a list as long as its images and videos; None: as the image processor says.
-        `return_tensors`: "np" or "jax".  Raises ConversationError for text and counts, MediaError for media.
+        `timestamps`: the time of each frame of a video stands in the text, or with "minute" of each minute, as in a
+        `Session` with `times`: for models that were trained so.  `return_tensors`: "np" or "jax".
+        Raises ConversationError for text and counts, MediaError for media.
         """
         if isinstance(text, str):
             text, images, videos, prompts = [text], [images], [videos], [prompts]
@@ -119,6 +127,9 @@ class LLaMAVIDLlavaProcessor:
             raise ConversationError(f"text is {text!r}; give a string, or a list of one or more")
         if return_tensors not in ("np", "jax"):
             raise ConversationError(f"return_tensors is {return_tensors!r}; use 'np' or 'jax'")
+        if timestamps not in (None, False, True, *TIMES):
+            raise ConversationError(f"timestamps is {timestamps!r}; use True or one of {', '.join(TIMES)}")
+        times = TIMES[0] if timestamps in (True,) else timestamps or None
         rates = fps if isinstance(fps, list | tuple) else [fps] * len(text)
         given = {"images": images, "videos": videos, "prompts": prompts, "fps": rates}
         for name, values in given.items():
@@ -126,7 +137,9 @@ class LLaMAVIDLlavaProcessor:
                 given[name] = [None] * len(text)
             elif not isinstance(values, list | tuple) or len(values) != len(text):
                 raise ConversationError(f"text is a list of {len(text)}; give {name} as a list of that length too")
-        samples = [self._sample(*sample, template, progress) for sample in zip(text, *given.values(), strict=True)]
+        samples = [
+            self._sample(*sample, times, template, progress) for sample in zip(text, *given.values(), strict=True)
+        ]
         input_ids, attention_mask = pad_with_mask([sample.pop("ids") for sample in samples], self.tokenizer.pad_id)
         columns = {name: [sample[name] for sample in samples] for name in samples[0]}
         inputs = ModelInputs(input_ids=input_ids, attention_mask=attention_mask, **columns)
@@ -139,6 +152,7 @@ class LLaMAVIDLlavaProcessor:
         add_generation_prompt: bool = True,
         template: str = "vicuna_v1",
         fps: float | int | None = None,
+        timestamps: bool | str | None = None,
         return_tensors: str = "np",
         progress: Any = None,
     ) -> ModelInputs:
@@ -148,13 +162,14 @@ class LLaMAVIDLlavaProcessor:
         training and in a `Session`.  `add_generation_prompt` asks for the answer to the last message, which must be
         the user's.  `fps` holds for the parts that name none.
         """
-        chats = _read_chats(messages, add_generation_prompt)
+        chats = read_chats(messages, add_generation_prompt)
         return self(
             [chat.text(template, add_generation_prompt) for chat in chats],
             images=[chat.images for chat in chats],
             videos=[chat.videos for chat in chats],
             prompts=[chat.prompts for chat in chats],
             fps=[[fps if rate is None else rate for rate in chat.fps] for chat in chats],
+            timestamps=timestamps,
             template=template,
             return_tensors=return_tensors,
             progress=progress,
@@ -176,7 +191,7 @@ class LLaMAVIDLlavaProcessor:
         """
         if tokenize and return_dict:
             return self.chat(messages, add_generation_prompt=add_generation_prompt, template=template, **settings)
-        chats = _read_chats(messages, add_generation_prompt, need_sources=False)
+        chats = read_chats(messages, add_generation_prompt, need_sources=False)
         texts = [chat.text(template, add_generation_prompt) for chat in chats]
         if tokenize:
             return pad_with_mask([encode_with_images(self.tokenizer, text) for text in texts], self.tokenizer.pad_id)[0]
@@ -192,7 +207,7 @@ class LLaMAVIDLlavaProcessor:
         """The text of each row."""
         return [self.decode(row, skip_special_tokens) for row in rows]
 
-    def _sample(self, text, images, videos, prompts, fps, template: str, progress) -> dict[str, Any]:
+    def _sample(self, text, images, videos, prompts, fps, times: str | None, template: str, progress) -> dict[str, Any]:
         check_text(text)
         slots = text.count(IMAGE)
         pixels, metadata = self._media(images, videos, fps, progress)
@@ -212,14 +227,30 @@ class LLaMAVIDLlavaProcessor:
             raise ConversationError(f"the text has {slots} {IMAGE} placeholders, but {len(prompts)} prompts were given")
         for index, question in enumerate(prompts):
             check_text(question, f"prompt {index}")
-        if START not in text:
-            text = text.replace(IMAGE, marked(IMAGE, self.start_end))
+        start_end = self.start_end and START not in text
+        if times and any(about.duration for about in metadata):
+            text = self._with_times(text, pixels, metadata, times, start_end)
+        else:
+            text = text.replace(IMAGE, marked(IMAGE, start_end))
         return {
             "ids": encode_with_images(self.tokenizer, text),
             "pixel_values": pixels[0] if len(pixels) == 1 else pixels or None,
             "prompts": prompts,
             "video_metadata": metadata,
         }
+
+    def _with_times(
+        self, text: str, pixels: list[np.ndarray], metadata: list[VideoMetadata], times: str, start_end: bool
+    ) -> str:
+        """One placeholder for each visual token, and between those of a video the times."""
+        found = dict(zip(dict.fromkeys(map(id, pixels)), metadata, strict=True))
+        before, *rest = text.split(IMAGE)
+        for place, words in enumerate(rest):
+            about = found[id(pixels[place if len(pixels) > 1 else 0])]
+            film, image = with_times(None, about.timestamps, times), IMAGE * self.tokens_per_frame
+            shown = movie_text(film, self.tokens_per_frame, start_end) if about.duration else marked(image, start_end)
+            before += shown + words
+        return before
 
     def _media(self, images: Any, videos: Any, fps, progress) -> tuple[list[np.ndarray], list[VideoMetadata]]:
         """Pixels and metadata of one sample's visuals, in the placeholders' order."""
@@ -252,21 +283,6 @@ class LLaMAVIDLlavaProcessor:
             pixels.append(read[source])
             metadata += media["video_metadata"]
         return pixels, metadata
-
-
-def _read_chats(messages: Any, add_generation_prompt: bool, need_sources: bool = True) -> list[Chat]:
-    """One conversation or a list of them."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise ConversationError(f"messages is {messages!r}; give a list of messages with 'role' and 'content'")
-    conversations = messages if isinstance(messages[0], list | tuple) else [messages]
-    chats = [read_messages(conversation, need_sources) for conversation in conversations]
-    for number, chat in enumerate(chats):
-        if add_generation_prompt and len(chat.turns) % 2 == 0:
-            raise ConversationError(
-                f"conversation {number} ends with the assistant's message; end it with the user's, or set "
-                "add_generation_prompt=False"
-            )
-    return chats
 
 
 def _on_device(inputs: ModelInputs) -> ModelInputs:

@@ -74,7 +74,8 @@ class Turn:
 class Session:
     """One conversation.
 
-    `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video; `fps` in place of the image
+    `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video; `times` put the time of each
+    "frame" or each "minute" of it into the text, for a model that was trained so; `fps` holds in place of the image
     processor's.  Without `follow_ups` every question stands alone and frames are forgotten as they are encoded; with
     them their features stay in host memory (0.7 MB a frame for the 7B models).  `like_original` leaves the visual
     tokens out of all earlier turns and places subtitles as the original's command lines do.  A video may be a file of
@@ -90,6 +91,7 @@ class Session:
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         subtitles: Sequence[Cue] | None = None,
+        times: str | None = None,
         fps: float | int | None = None,
         reading: Reading = Reading(),  # noqa: B008
         template: str = "vicuna_v1",
@@ -115,6 +117,7 @@ class Session:
             images,
             videos,
             subtitles=subtitles,
+            times=times,
             fps=fps,
             reading=reading,
             template=self.template,

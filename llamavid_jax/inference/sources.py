@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
-from llamavid_jax.inference.tower import processing
 from llamavid_jax.media.feature_file import Description
-from llamavid_jax.media.features import describe, iter_features, read_header
+from llamavid_jax.media.features import check_made_by, describe, iter_features, processing, read_header
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.timeline import Sampling, Timeline
@@ -88,16 +87,15 @@ def read_stored(
         rate = images.rate(fps)
         sampling = _sampling(np.arange(header.frames) / rate, header.frames / rate, "features")
         return Stored(Path(path), False, sampling, header.inputs)
-    if description["tower"].get("sha256") != model.tower.rounded():
-        raise MediaError(f"{path} was made by another vision tower than this model's; make it again: llamavid-features")
+    check_made_by(path, description, model.tower.rounded(), prepared(images))
     if fps not in (None, rate := description["sampling"]["fps"]):
         raise MediaError(f"{path} holds {rate:g} frames a second, not {fps:g}; leave out --fps, or give the video")
-    if description["processing"] != processing(images):
-        raise MediaError(
-            f"{path} was made of frames that were prepared by {description['processing']}, this model takes "
-            f"{processing(images)}; make it again: llamavid-features"
-        )
     return stored(Path(path), description)
+
+
+def prepared(images: LLaMAVIDLlavaImageProcessor) -> dict[str, Any]:
+    """What a video's frames go through before the tower."""
+    return processing(images.size, images.image_mean, images.image_std)
 
 
 def video_key(
@@ -116,7 +114,7 @@ def video_key(
         "fps": float(fps),
         "fast": fast,
         "most": most,
-        "processing": processing(images),
+        "processing": prepared(images),
         "tower": model.tower.exact(),
         "dtype": model.dtype.name,
     }

@@ -26,13 +26,13 @@ from llamavid_jax.media.timeline import Sampling
 from llamavid_jax.media.video import plan_video
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import Template, long_video_text, prompt
-from llamavid_jax.text.subtitles import Cue, interleave
+from llamavid_jax.text.subtitles import TIMES, Cue, interleave, with_times
 from llamavid_jax.text.tokenizer import encode_with_images
 
 
 class Visuals:
     """What `each` has read is told: `frames` in all, of each video which were `sampled` and their `times`, and `movie`,
-    the placeholders of its frames with what is said between them."""
+    the placeholders of its frames with what is said, and times, between them."""
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class Visuals:
         videos: Sequence[Any],
         *,
         subtitles: Sequence[Cue] | None,
+        times: str | None,
         fps: float | int | None,
         reading: Reading,
         template: Template,
@@ -53,8 +54,14 @@ class Visuals:
         """As those of `Session`."""
         if subtitles is not None and (len(videos) != 1 or images):
             raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
+        if times not in (None, *TIMES):
+            raise InputError(f"times is {times!r}; use one of {', '.join(TIMES)}, or None")
+        if times and (len(videos) > 1 or (videos and images)):
+            raise InputError(f"times go with one video alone, not with {len(videos)} and {len(images)} images")
+        if times and reading.fit:
+            raise InputError("fit does not know the room that times take; give a lower fps, and no fit")
         self.model, self.image_processor, self.template = model, image_processor, template
-        self.images, self.videos, self.subtitles = images, videos, subtitles
+        self.images, self.videos, self.subtitles, self.times_of = images, videos, subtitles, times
         self.asked_fps, self.fps = fps, image_processor.rate(fps) if videos else 1.0
         self.reading, self.like_original, self.cache = reading, like_original, cache
         self.progress, self.say = progress, say
@@ -136,10 +143,7 @@ class Visuals:
         for done, frame in enumerate(self._counted(frames), 1):
             yield frame
             self.progress(video, done, len(times))
-        if self.subtitles is not None:
-            self.movie = interleave(times, self.subtitles, self.like_original)
-        elif known.inputs is not None:
-            self.movie = known.inputs
+        self.movie = self._film(times, known.inputs)
 
     def _counted(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for frame in frames:
@@ -171,8 +175,13 @@ class Visuals:
                 yield frame
                 times.append(time_)
                 self.progress(video, len(times), expected)
+        self.movie = self._film(times)
+
+    def _film(self, times: Sequence[float], said: str | None = None) -> str | None:
+        """The text of the one video; None where nothing stands between its frames."""
         if self.subtitles is not None:
-            self.movie = interleave(times, self.subtitles, self.like_original)
+            said = interleave(times, self.subtitles, self.like_original)
+        return with_times(said, times, self.times_of)
 
     def _room(self, number: int, new_tokens: int) -> int:
         """Frames of the video that the model has room for beside all else, and a tenth of that for the question."""

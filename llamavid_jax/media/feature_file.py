@@ -6,12 +6,15 @@
                   sha256              of that JSON's bytes
 
 The JSON holds a SHA-256 of every `FRAMES_A_SUM` frames, so that damage anywhere is told, and before a frame that it
-touched is used.  The file is written aside and renamed: it is whole or not there.
+touched is used.  The file is written aside and renamed: it is whole or not there; what a process that was
+killed left aside goes when the file is written again.
 """
 
 import collections
 import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -89,7 +92,14 @@ class FeatureWriter:
         self._sum, self._squares, self._worst = hashlib.sha256(), np.zeros(2), 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
         self.aside = path.with_name(f".{path.name}.{os.getpid()}.{id(self):x}.part")
-        self._file = self.aside.open("xb")
+        _sweep(path)
+        while True:
+            self._file = self.aside.open("xb")
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+            if os.fstat(self._file.fileno()).st_nlink:
+                break
+            self._file.close()  # another process took it for one of those
         with self._discarded_on_error():
             self._file.seek(self.room)
 
@@ -172,6 +182,14 @@ class FeatureWriter:
         except BaseException:
             self.discard()
             raise
+
+
+def _sweep(path: Path) -> None:
+    """Takes away what processes that were killed have left of `path`: nobody holds it any more."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def quantized(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ import contextlib
 import math
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +67,22 @@ def describe(path: str | Path) -> dict[str, Any] | None:
     """What a feature file says of itself (docs/features.md); None of files of other kinds.  Raises MediaError."""
     with _open(path) as opened:
         return opened.description
+
+
+def processing(size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """What frames go through before the tower, for a feature file and for the key of a stored one."""
+    return {"size": size, "mean": list(mean), "std": list(std), "aspect": "crop"}
+
+
+def check_made_by(path: object, description: Mapping[str, Any], tower: str, prepared: Mapping[str, Any]) -> None:
+    """Raises MediaError unless the model's tower, of this SHA-256, made a feature file of frames `prepared` so."""
+    if description["tower"].get("sha256") != tower:
+        raise MediaError(f"{path} was made by another vision tower than this model's; make it again: llamavid-features")
+    if description["processing"] != prepared:
+        raise MediaError(
+            f"{path} was made of frames that were prepared by {description['processing']}, this model takes "
+            f"{prepared}; make it again: llamavid-features"
+        )
 
 
 def iter_features(path: str | Path, keep_cls: bool = False) -> Iterator[Float[np.ndarray, "P E"]]:

@@ -130,7 +130,7 @@ class LLaMAVIDLlavaImageProcessor:
         pixels, about = self._sampling(fps)._read(video, progress)
         return pixels, about.timestamps
 
-    def rate(self, fps: float | int | None = None) -> float | int:
+    def rate(self, fps: Any = None) -> float | int:
         """Frames a second to take of a video that is read as a stream: `fps`, or the processor's own.
 
         Raises MediaError for no such number, and without one where the processor samples in another way.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llamavid_jax.media.container import PLAYLISTS
 from llamavid_jax.media.source import MediaError, local_file
+from llamavid_jax.media.video import read_timeline
 
 PICTURES = ("dvdsub", "pgssub", "dvbsub", "xsub")  # FFmpeg's names of subtitles that hold no text
 
@@ -24,8 +25,8 @@ def read_track(path: str | Path) -> list[tuple[float, str]]:
                 held = "subtitles that are pictures" if tracks else "no subtitles"
                 raise MediaError(f"{path} holds {held}; give them as text with --subtitles FILE.srt")
             track = next((one for one in texts if one.disposition & av.stream.Disposition.default), texts[0])
-            video = container.streams.best("video")
-            start = float((video.start_time or 0) * video.time_base) if video else 0.0
+            video = container.streams.best("video")  # whose start FFmpeg may take from another stream
+            start = float(int(read_timeline(path, lambda _: None).pts[0]) * video.time_base) if video else 0.0
             found = []
             for packet in container.demux(track):
                 if packet.pts is not None and packet.size:

@@ -20,6 +20,7 @@ from llamavid_jax.attention.reference import reference_attention
 from llamavid_jax.config.parts import LLaMAVIDLlavaQFormerConfig
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.models import stack
+from llamavid_jax.models.activation import gelu
 from llamavid_jax.parallel.sharding import constrain
 
 MEMORY_NORM_EPS = 1e-5  # InstructBLIP's ln_vision keeps torch's default, unlike every other norm here
@@ -79,7 +80,7 @@ class Mlp(nnx.Module):
         self.dropout_rate = config.dropout
 
     def __call__(self, x: Float[Array, "T C"], key: Key[Array, ""] | None = None) -> Float[Array, "T C"]:
-        hidden = jax.nn.gelu(self.fc1(x), approximate=False)
+        hidden = gelu(self.fc1(x))
         return self.norm(x + dropout(self.fc2(hidden), self.dropout_rate, key)).astype(x.dtype)
 
 

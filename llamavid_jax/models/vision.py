@@ -16,15 +16,11 @@ from jaxtyping import Array, Float, UInt8
 from llamavid_jax.attention.attention import attention
 from llamavid_jax.config.parts import LLaMAVIDLlavaVisionConfig
 from llamavid_jax.models import stack
+from llamavid_jax.models.activation import gelu, quick_gelu
 from llamavid_jax.models.spread import spread
 
 FRAMES_AT_A_TIME = 32  # of a device, in one block of the tower
-
-
-ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
 def pixels(frames: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, grid_stride, projector_depth
+from llamavid_jax.models.activation import gelu
 
 
 def pool_patches(patches: Float[Array, "P E"], stride: int) -> Float[Array, "n E"]:
@@ -80,6 +81,6 @@ class VisualTokens(nnx.Module):
         if "content" in self.kinds:
             content = pool_patches(patches, self.stride).astype(self.dtype)
             for index, linear in enumerate(self.projector):
-                content = linear(jax.nn.gelu(content, approximate=False) if index else content)
+                content = linear(gelu(content) if index else content)
             tokens.append(content)
         return jnp.concatenate(tokens)

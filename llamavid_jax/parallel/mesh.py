@@ -83,6 +83,11 @@ def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=types)
 
 
+def local_mesh(**sizes: int) -> Mesh:
+    """A mesh of this process's own devices."""
+    return make_mesh(jax.local_devices(), **sizes)
+
+
 def closed_rings(devices: list, length: int) -> np.ndarray | None:
     """`[rings, length]`: the chips of a flat TPU slice in rings of neighbours, out along a line, back along the next.
 

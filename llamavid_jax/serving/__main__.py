@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 from llamavid_jax.commands import program
+from llamavid_jax.commands.options import add_cache, read_cache
 from llamavid_jax.errors import InputError, Parser, command, say
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -40,6 +41,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-body", type=float, default=128, metavar="MB", help="of one request (128)")
     parser.add_argument("--max-frames", type=int, default=20_000, metavar="N", help="of one film (20,000)")
     parser.add_argument("--feature-memory", type=float, default=4, metavar="GB", help="films kept encoded (4)")
+    add_cache(parser)
+    parser.add_argument("--decoder-memory", type=float, default=4, metavar="GB", help="of each decoding process (4)")
     parser.add_argument("--media-root", type=Path, metavar="DIR", help="requests may name files below it (none)")
     parser.add_argument("--allow-private", action="store_true", help="fetch URLs of this machine and private networks")
     parser.add_argument(
@@ -54,7 +57,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; give a whole number from {least} on")
     if options.port > 65535:
         parser.error(f"--port is {options.port}; give a number up to 65535")
-    for name in ("deadline", "max_uploads", "max_upload", "max_body", "feature_memory"):
+    for name in ("deadline", "max_uploads", "max_upload", "max_body", "feature_memory", "decoder_memory"):
         if not 0 < getattr(options, name) < 1e9:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; give a number above 0")
     if options.media_root is not None and not options.media_root.is_dir():
@@ -62,6 +65,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.api_key += [key] if (key := os.environ.get("LLAMAVID_API_KEY")) else []
     if not all(options.api_key):
         parser.error("--api-key is empty; give a key, or leave it out")
+    options.cache = read_cache(options)
     options.name = options.name or Path(os.path.abspath(options.model)).name
     return options
 
@@ -90,7 +94,8 @@ def make_server(options: argparse.Namespace, uploads: str):
             f"--max-new-tokens is {options.max_new_tokens}, and this model has {longest} positions; give less"
         )
     sources = Sources(kept, options.media_root, options.allow_private, int(options.max_upload * 1e9))
-    preparer = Preparer(model, images, sources, int(options.feature_memory * 1e9), options.max_frames)
+    sizes = int(options.feature_memory * 1e9), options.max_frames, int(options.decoder_memory * 1e9)
+    preparer = Preparer(model, images, sources, *sizes, options.cache)
     engine = Engine(model, options.slots, options.max_new_tokens)
     say("making the programs")
     say(f"the programs took {engine.start() + preparer.warm():.0f} s")
@@ -120,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             timeout_graceful_shutdown=int(options.deadline) + 1,
         )
         socket = config.bind_socket()
+        socket.listen(config.backlog)  # whoever reads the address may connect
         host, port = socket.getsockname()[:2]
         say(f"serving {options.name} at http://{f'[{host}]' if ':' in host else host}:{port}")
         uvicorn.Server(config).run(sockets=[socket])

@@ -10,10 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from llamavid_jax.serving.engine import Engine, Job, Piece
+from llamavid_jax.serving.engine import Engine
+from llamavid_jax.serving.jobs import Job, Piece
 from llamavid_jax.serving.metrics import Metrics
-from llamavid_jax.serving.prepare import Preparer
-from llamavid_jax.serving.protocol import ApiError, Asked, Reply, error_object, usage
+from llamavid_jax.serving.prepare import Prepared, Preparer
+from llamavid_jax.serving.protocol import ApiError, Asked, Reply, error_object, logprobs, usage
 
 
 class GoneError(Exception):
@@ -39,6 +40,7 @@ class Answers:
     """The `n` answers of one request, from its admission, as one answer for now, to its end."""
 
     asked: Asked
+    prepared: Prepared
 
     def __init__(self, server: Shared, started: float):
         self.server, self.started, self.places = server, started, 1
@@ -55,16 +57,18 @@ class Answers:
     async def begin(self, asked: Asked) -> int:
         """Makes the row and queues the jobs; returns how many tokens the prompt has."""
         self.asked, loop = asked, asyncio.get_running_loop()
-        row, table = await loop.run_in_executor(self.server.threads, self.server.preparer, self.asked, self._check)
+        made = await loop.run_in_executor(self.server.threads, self.server.preparer, self.asked, self._check)
+        self.prepared = made
 
         def told(index: int):
             return lambda piece: loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
 
-        for index in range(self.asked.n):
-            self.jobs.append(Job(row, table, self.asked.settings_of(index), told(index)))
+        wanted = asked.evidence, asked.likely is not None
+        for index in range(asked.n):
+            self.jobs.append(Job(made.row, made.table, asked.settings_of(index), told(index), *wanted))
             self.server.engine.submit(self.jobs[-1])
-        self.server.metrics.prompt_tokens.inc(len(row.token_ids))
-        return len(row.token_ids)
+        self.server.metrics.prompt_tokens.inc(len(made.row.token_ids))
+        return len(made.row.token_ids)
 
     def _check(self) -> None:
         if self._gone.is_set():
@@ -89,11 +93,11 @@ class Answers:
             yield index, new, piece
 
     async def whole(self, prompt: int) -> dict[str, Any]:
-        texts, finish, tokens = [""] * self.asked.n, [""] * self.asked.n, [0] * self.asked.n
-        async for index, new, piece in self.parts():
+        texts, last = [""] * self.asked.n, {}
+        async for index, new, last[index] in self.parts():
             texts[index] += new
-            finish[index], tokens[index] = piece.finish or "", piece.tokens
-        return self.reply.whole(list(zip(texts, finish, strict=True)), usage(prompt, sum(tokens)))
+        choices = [(text, self._end(last[index])) for index, text in enumerate(texts)]
+        return self.reply.whole(choices, usage(prompt, sum(piece.tokens for piece in last.values())))
 
     async def events(self, prompt: int, seconds: float) -> AsyncIterator[str]:
         """The lines of the stream; an error in the middle of it is an event."""
@@ -107,7 +111,7 @@ class Answers:
                     if new:
                         yield _event(self.reply.chunk(index, {"content": new}))
                     if piece.finish:
-                        yield _event(self.reply.chunk(index, {}, piece.finish))
+                        yield _event(self.reply.chunk(index, {}, self._end(piece)))
             if self.asked.include_usage:
                 yield _event(self.reply.usage_chunk(usage(prompt, sum(tokens))))
         except TimeoutError:
@@ -116,6 +120,16 @@ class Answers:
         except ApiError as error:
             yield _event(error_object(error.message, error.status, error.code))
         yield "data: [DONE]\n\n"
+
+    def _end(self, piece: Piece) -> dict[str, Any]:
+        """The fields of a choice: `evidence`, which OpenAI's has not, and `logprobs` where they were asked for."""
+        fields: dict[str, Any] = {"finish_reason": piece.finish}
+        if piece.evidence is not None:
+            fields["evidence"] = self.prepared.rests_on(piece.evidence)
+        if piece.scores is not None:
+            tokenizer = self.server.engine.model.tokenizer
+            fields["logprobs"] = logprobs(tokenizer, piece.ids, piece.scores, self.asked.likely or 0)
+        return fields
 
     def end(self) -> None:
         """Whatever still runs for it ends within a block; its places in the queue are free."""

@@ -1,7 +1,7 @@
 """The routes: OpenAI's protocol over HTTP, as an ASGI application.
 
 POST /v1/chat/completions   admitted? ─ prepare, in a thread ─▶ row ─ engine ─▶ pieces ─▶ one object, or SSE
-GET  /v1/models             POST, GET, DELETE /v1/files
+GET  /v1/models             POST, GET, DELETE /v1/files; /v1/uploads for those in parts
 GET  /health /ready         whether the process lives, whether it answers; GET /metrics; GET / the page
 """
 
@@ -12,7 +12,7 @@ import dataclasses
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,18 @@ from llamavid_jax.serving.answers import Answers, Events, late, while_connected
 from llamavid_jax.serving.engine import Engine
 from llamavid_jax.serving.guard import Guard
 from llamavid_jax.serving.metrics import Metrics
+from llamavid_jax.serving.parts import Parts
 from llamavid_jax.serving.prepare import Preparer
 from llamavid_jax.serving.protocol import ApiError, error_object, read_asked
 from llamavid_jax.serving.uploads import FullError, NoFileError
 
 PAGE = Path(__file__).with_name("page")
-KINDS = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+KINDS = {
+    "index.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "evidence.js": "text/javascript",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Server:
     ):
         self.name, self.engine, self.preparer, self.limits = name, engine, preparer, limits
         self.uploads = preparer.sources.uploads
+        self.parts = Parts(self.uploads)
         self.metrics = Metrics(engine, preparer)
         self.deadline = limits.deadline
         self.answers, self.created = 0, int(time.time())  # admitted and not yet ended
@@ -76,6 +83,10 @@ class Server:
             Route("/v1/files", self.files),
             Route("/v1/files/{key}", self.file, methods=["GET", "DELETE"]),
             Route("/v1/files/{key}/content", self.content),
+            Route("/v1/uploads", self.begin_upload, methods=["POST"]),
+            Route("/v1/uploads/{key}", self.unfinished),
+            Route("/v1/uploads/{key}/parts", self.part, methods=["POST"]),
+            Route("/v1/uploads/{key}/{end}", self.end_upload, methods=["POST"]),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/metrics", self.metrics.route),
@@ -109,7 +120,7 @@ class Server:
         answers, response = Answers(self, started), None
         try:
             async with asyncio.timeout(self.deadline):
-                asked = read_asked(await self._body(request), self.engine.max_new_tokens)
+                asked = read_asked(await self._asked(request), self.engine.max_new_tokens)
                 answers.admit(asked.n)
                 prompt = await while_connected(request, answers.begin(asked))
                 if not asked.stream:
@@ -128,17 +139,20 @@ class Server:
             raise ApiError(429, "the server is busy; try again", "queue_full", {"Retry-After": "2"})
         self.answers += answers
 
+    async def _asked(self, request: Request) -> dict[str, Any]:
+        body = await self._body(request)
+        if (name := body.get("model")) != self.name:
+            raise ApiError(404, f"there is no model {str(name)[:100]!r}; this is {self.name!r}", "model_not_found")
+        return body
+
     async def _body(self, request: Request) -> dict[str, Any]:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the body's content type is not application/json; send JSON")
         content = await request.body()
         try:
-            body = await anyio.to_thread.run_sync(parse_object, content)
+            return await anyio.to_thread.run_sync(parse_object, content)
         except ValueError as error:
             raise InputError(f"the body is not readable JSON: {error}") from None
-        if (name := body.get("model")) != self.name:
-            raise ApiError(404, f"there is no model {str(name)[:100]!r}; this is {self.name!r}", "model_not_found")
-        return body
 
     # ---- models and files
 
@@ -159,9 +173,33 @@ class Server:
             file, purpose = form.get("file"), form.get("purpose", "user_data")
             if not hasattr(file, "file") or not isinstance(purpose, str):
                 raise InputError("the form has no file; send one as 'file', and a 'purpose' such as user_data")
-            blocks = iter(lambda: file.file.read(1 << 20), b"")
             name = file.filename or "upload"
-            return JSONResponse(await anyio.to_thread.run_sync(self.uploads.add, blocks, name, purpose))
+            return JSONResponse(await anyio.to_thread.run_sync(self.uploads.add, _blocks(file), name, purpose))
+
+    async def begin_upload(self, request: Request) -> Response:
+        body = await self._body(request)
+        if type(size := body.get("bytes")) is int and size > self.limits.max_upload:
+            raise ApiError(413, f"the file has {size} bytes, and this server takes up to {self.limits.max_upload}")
+        return JSONResponse(await anyio.to_thread.run_sync(self.parts.create, body))
+
+    async def unfinished(self, request: Request) -> Response:
+        return JSONResponse(await anyio.to_thread.run_sync(self.parts.find, request.path_params["key"]))
+
+    async def part(self, request: Request) -> Response:
+        async with request.form(max_files=1, max_fields=8) as form:
+            if not hasattr(data := form.get("data"), "file"):
+                raise InputError("the form has no file; send the part's bytes as 'data'")
+            key = request.path_params["key"]
+            return JSONResponse(await anyio.to_thread.run_sync(self.parts.add, key, _blocks(data)))
+
+    async def end_upload(self, request: Request) -> Response:
+        key, end = request.path_params["key"], request.path_params["end"]
+        if end == "cancel":
+            return JSONResponse(await anyio.to_thread.run_sync(self.parts.cancel, key))
+        if end != "complete":
+            raise HTTPException(404)
+        order = (await self._body(request)).get("part_ids")
+        return JSONResponse(await anyio.to_thread.run_sync(self.parts.complete, key, order))
 
     async def files(self, _: Request) -> Response:
         found = await anyio.to_thread.run_sync(self.uploads.all)
@@ -172,7 +210,10 @@ class Server:
         if request.method == "DELETE":
             self.uploads.delete(key)
             return JSONResponse({"id": key, "object": "file", "deleted": True})
-        return JSONResponse(self.uploads.find(key))
+        about = self.uploads.find(key)
+        if found := self.preparer.encoding.get(key.removeprefix("file-")):
+            about["encoding"] = dict(zip(("frames", "of"), found, strict=True))
+        return JSONResponse(about)
 
     async def content(self, request: Request) -> Response:
         """The bytes, as a download: no browser shows them as a page of ours."""
@@ -190,6 +231,10 @@ class Server:
     async def page(self, request: Request) -> Response:
         name = request.url.path[1:] or "index.html"
         return FileResponse(PAGE / name, media_type=KINDS[name])
+
+
+def _blocks(file: Any) -> Iterator[bytes]:
+    return iter(lambda: file.file.read(1 << 20), b"")
 
 
 def _respond(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> Response:

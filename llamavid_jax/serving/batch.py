@@ -10,13 +10,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from llamavid_jax.inference.generate import DecodeState
 from llamavid_jax.models.kv_cache import AXES, KeysValues, KVCache
 from llamavid_jax.models.llama_vid import LlamaVid
 from llamavid_jax.models.structure import Params, Structure
 from llamavid_jax.parallel.sharding import constrain
+
+SCORED, MOST_LIKELY = 64, 20  # tokens of an answer that are scored at a time, and the alternatives to each
 
 
 def prompt_sizes(longest: int, chunk: int) -> list[int]:
@@ -83,9 +85,33 @@ def join(
 
 
 @functools.partial(jax.jit, static_argnames="slots")
+def prompt_of(state: DecodeState, slot: Int[Array, ""], *, slots: int) -> KeysValues:
+    """What `join` put into `slot`: the prompt of one row, `slots` positions of it."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 1)[:, :, :slots], state.cache.prompt)
+
+
+@functools.partial(jax.jit, static_argnames="slots")
 def resized(state: DecodeState, *, slots: int) -> DecodeState:
     """The same with prompts of `slots` positions, which must hold those of all rows."""
     prompt = state.cache.prompt
     if slots < prompt.slots:
         prompt = jax.tree.map(lambda x: x[:, :, :slots], prompt)
     return state._replace(cache=state.cache._replace(prompt=prompt.grown(slots)))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="prompt")
+def score(
+    structure: Structure,
+    params: Params,
+    prompt: KeysValues,
+    before: Int[Array, "1 SCORED"],
+    ids: Int[Array, "1 SCORED"],
+    start: Int[Array, ""],
+) -> tuple[Float[Array, "1 SCORED"], Int[Array, "1 SCORED K"], Float[Array, "1 SCORED K"], KeysValues]:
+    """The log-probabilities of `ids`, each behind that of `before`, whose first one stands at `start`; and the
+    MOST_LIKELY ids in their places with theirs.  The prompt grows by `before`."""
+    model: LlamaVid = structure.model(params)
+    hidden, prompt = model.llama.extend(model.llama.embed(before), start, prompt)
+    every = jax.nn.log_softmax(model.llama.logits(hidden))
+    values, best = jax.lax.top_k(every, min(MOST_LIKELY, every.shape[-1]))
+    return jnp.take_along_axis(every, ids[..., None], -1)[..., 0], best, values, prompt

@@ -8,67 +8,47 @@ what they are alone, and with a seed so are those that are drawn.
 """
 
 import collections
-import dataclasses
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamavid_jax.inference.generate import BLOCK_STEPS, SMALLEST_LENGTH, decode_block, extend
+from llamavid_jax.inference.generate import (
+    BLOCK_STEPS,
+    EVIDENCE_TOKENS,
+    SMALLEST_LENGTH,
+    decode_block,
+    evidence,
+    extend,
+    longer,
+)
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.inference.sampling import Sampling
 from llamavid_jax.inference.stopping import RowText
 from llamavid_jax.models.kv_cache import KeysValues
-from llamavid_jax.serving.batch import empty_batch, empty_prompts, join, prompt_sizes, resized
+from llamavid_jax.serving.batch import (
+    SCORED,
+    empty_batch,
+    empty_prompts,
+    join,
+    prompt_of,
+    prompt_sizes,
+    resized,
+    score,
+)
+from llamavid_jax.serving.jobs import Job, Piece, Running, Scores
 from llamavid_jax.shapes import TEXT, Row, bucket, pad_rows
 
 CHUNKS = (128, 512)  # positions of a prompt that are run at a time
 PREFILL_POSITIONS = 1024  # between two blocks of decode steps
 HURRIED_STEPS = 4  # of a block while others wait: a slot that gets free is filled sooner
 PREFILLING = 4  # prompts at a time: each holds keys and values beside the batch's
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """What is new of an answer.  `finish` is None before its end, then "stop", "length" or "error"."""
-
-    text: str
-    tokens: int  # so far
-    finish: str | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """One answer that is wanted.  `on_piece` is called in the engine's thread and must return at once.
-
-    Whoever no longer wants it sets `cancelled`: its slot is then free within a block.
-    """
-
-    row: Row
-    table: np.ndarray  # [N, D], which the row's visual_index points into
-    settings: Settings
-    on_piece: Callable[[Piece], None]
-    cancelled: bool = False
-
-
-@dataclasses.dataclass(eq=False)
-class _Running:
-    """A job with a slot: its prompt up to `start` while it is prefilled, its text after that."""
-
-    job: Job
-    slot: int
-    text: RowText
-    size: int  # of the prompt as the batch keeps it
-    prompt: KeysValues | None = None
-    token: jax.Array | None = None
-    start: int = 0
-    new: int = 0
 
 
 class Engine:
@@ -78,10 +58,10 @@ class Engine:
         self.model, self.slots, self.max_new_tokens = model, slots, max_new_tokens
         self.sizes = prompt_sizes(model.config.text_config.max_length, CHUNKS[-1])
         self.room = bucket(max_new_tokens + BLOCK_STEPS, SMALLEST_LENGTH)
-        self.blocks = self.steps = 0  # decoded so far; a step gives every running row a token
+        self.steps, self.decoding = 0, 0.0  # decoded so far, and in how many seconds; a step gives each row a token
         self._waiting: collections.deque[Job] = collections.deque()
-        self._prefilling: collections.deque[_Running] = collections.deque()
-        self._running: dict[int, _Running] = {}
+        self._prefilling: collections.deque[Running] = collections.deque()
+        self._running: dict[int, Running] = {}
         self._changed, self._stopping = threading.Condition(), False
         self._state = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -168,7 +148,7 @@ class Engine:
                 job = self._waiting.popleft()
             size = next(size for size in self.sizes if len(job.row.token_ids) <= size)
             text = RowText(self.model.tokenizer, job.settings.stop)
-            self._prefilling.append(_Running(job, free.pop(0), text, size))
+            self._prefilling.append(Running(job, free.pop(0), text, size))
 
     def _prefill(self) -> None:
         """Runs chunks of prompts, in turn; a row whose prompt is done joins the batch."""
@@ -182,7 +162,7 @@ class Engine:
                 self._prefilling.remove(one)
             self._admit()
 
-    def _chunk(self, one: _Running) -> int:
+    def _chunk(self, one: Running) -> int:
         """The next chunk of a prompt, after the last one the row joins; returns how many positions were run."""
         row, length = one.job.row, len(one.job.row.token_ids)
         if one.prompt is None:
@@ -227,7 +207,7 @@ class Engine:
         ]
         done = np.array([slot not in self._running for slot in range(self.slots)])
         eos = self.model.config.text_config.eos_token_id
-        steps = HURRIED_STEPS if self._waiting or self._prefilling else BLOCK_STEPS
+        started, steps = time.perf_counter(), HURRIED_STEPS if self._waiting or self._prefilling else BLOCK_STEPS
         self._state, tokens = decode_block(
             self.model.structure,
             self.model.params,
@@ -237,15 +217,15 @@ class Engine:
             _sampling(settings),
             greedy=all(one.temperature == 0 for one in settings),
         )
-        self.blocks += 1
-        self.steps += steps
         tokens = np.asarray(tokens)[:, :steps]
+        self.steps += steps
+        self.decoding += time.perf_counter() - started
         for slot, one in list(self._running.items()):
             if not one.job.cancelled and self._tell(one, tokens[slot].tolist(), eos):
                 with self._changed:
                     del self._running[slot]
 
-    def _tell(self, one: _Running, ids: list[int], eos: int) -> bool:
+    def _tell(self, one: Running, ids: list[int], eos: int) -> bool:
         """Hands on the text of a block's ids; whether it was the answer's last."""
         length, positions = len(one.job.row.token_ids), self.model.config.text_config.max_length
         left = min(one.job.settings.max_new_tokens, positions - length) - one.new
@@ -256,11 +236,33 @@ class Engine:
         text = one.text.push(ids)
         finish = "stop" if ended or one.text.stopped else "length" if len(ids) == left else None
         text += one.text.finish() if finish else ""
-        one.job.on_piece(Piece(text, len(one.text.ids), finish))
+        own = one.job.row, one.text.ids
+        looked_at = self._evidence(*own, self._prompt(one)) if finish and one.job.evidence else None
+        scores = self._scores(*own, self._prompt(one)) if finish and one.job.scores else None
+        one.job.on_piece(Piece(text, len(one.text.ids), finish, looked_at, one.text.ids, scores))
         return finish is not None
 
+    def _prompt(self, one: Running) -> KeysValues:
+        """The row's, which is in its slot until another joins there."""
+        return prompt_of(self._state, np.int32(one.slot), slots=one.size)
+
+    def _evidence(self, row: Row, ids: list[int], prompt: KeysValues) -> np.ndarray:
+        """One program for answers of all lengths."""
+        return evidence(self.model.structure, self.model.params, [row], [ids], prompt, EVIDENCE_TOKENS)[0]
+
+    def _scores(self, row: Row, ids: list[int], prompt: KeysValues) -> Scores:
+        """Of a pass over the answer, behind its prompt, whose last position is run again."""
+        prompt = longer(prompt, slots=prompt.slots + self.room + SCORED)
+        before, made = [int(row.token_ids[-1]), *ids], []
+        for at in range(0, max(len(ids), 1), SCORED):
+            columns = (pad_rows([given[at : at + SCORED]], 1, SCORED, 0) for given in (before, ids))
+            start = np.int32(len(row.token_ids) - 1 + at)
+            *of_chunk, prompt = score(self.model.structure, self.model.params, prompt, *columns, start)
+            made.append([np.asarray(array)[0] for array in of_chunk])
+        return Scores(*(np.concatenate(arrays)[: len(ids)].tolist() for arrays in zip(*made, strict=True)))
+
     def _warm(self) -> None:
-        """Runs every program once: each chunk behind each size of prompt, joins, resizes and blocks of each size."""
+        """Runs every program once: chunks behind each size of prompt, joins, resizes, blocks and evidence of each."""
         eos, width = np.int32(self.model.config.text_config.eos_token_id), self.model.config.text_config.hidden_size
         weights, rows, state = (self.model.structure, self.model.params), {}, None
         for size in self.sizes:
@@ -277,6 +279,10 @@ class Engine:
                 if other <= size:
                     token, keys, prompt = rows[other]
                     state = join(state, np.int32(0), prompt, token, keys, np.int32(1))
+                    prompt = prompt_of(state, np.int32(0), slots=other)
+            row = Row(np.zeros(1, np.int32), np.full(1, TEXT, np.int32), None)
+            self._evidence(row, [], prompt)
+            self._scores(row, [0], prompt)
             for greedy in (True, False):
                 sampling, done = _sampling([Settings()] * self.slots), np.ones(self.slots, bool)
                 state, _ = decode_block(*weights, state._replace(done=done), np.int32(0), eos, sampling, greedy=greedy)

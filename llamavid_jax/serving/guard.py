@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamavid_jax.serving.metrics import Metrics
 from llamavid_jax.serving.protocol import ApiError, error_object
 
-OPEN = ("/", "/index.html", "/page.css", "/page.js", "/health", "/ready")  # without a key
+OPEN = ("/", "/index.html", "/page.css", "/page.js", "/evidence.js", "/health", "/ready")  # without a key
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -87,5 +87,5 @@ class Guard:
 
     def _route(self, path: str) -> str:
         """A few names, whatever paths are tried."""
-        known = (*OPEN, "/metrics", "/v1/chat/completions", "/v1/models", "/v1/files")
+        known = (*OPEN, "/metrics", "/v1/chat/completions", "/v1/models", "/v1/files", "/v1/uploads")
         return path if path in known else "other"

@@ -1,6 +1,6 @@
 """What Prometheus reads at /metrics."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,6 +16,7 @@ class Metrics:
 
     def __init__(self, engine: Engine, preparer: Preparer):
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, processor time, open files
         named = {"registry": self.registry, "namespace": "llamavid"}
         self.requests = Counter("requests", "Requests by route and status.", ["route", "status"], **named)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts, visual ones among them.", **named)
@@ -29,6 +30,7 @@ class Metrics:
         for name, text, value in (
             ("slots", "Answers that can run at once.", lambda: engine.slots),
             ("decode_steps", "Steps of the batch so far.", lambda: engine.steps),
+            ("decode_seconds", "Seconds that these took.", lambda: engine.decoding),
             ("frames_encoded", "Frames that the vision tower has seen.", lambda: preparer.frames),
             ("feature_bytes", "Features of films in memory.", lambda: preparer.features.nbytes),
         ):

@@ -9,22 +9,24 @@ request has two at most at a time.  So chunks of different requests take turns, 
 
 import concurrent.futures
 import contextlib
-import hashlib
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.inference.encode import table_of
+from llamavid_jax.inference.feature_cache import DamagedEntryError, FeatureCache
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import check_row
+from llamavid_jax.inference.sources import content, description, version, video_key
+from llamavid_jax.media.feature_file import Description
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.timeline import Sampling
+from llamavid_jax.serving.decoding import Reading, check_length, decoded
 from llamavid_jax.serving.protocol import Asked
 from llamavid_jax.serving.sources import Sources
 from llamavid_jax.serving.store import Store
@@ -35,11 +37,39 @@ from llamavid_jax.text.subtitles import interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
 Check = Callable[[], None]  # raises where nobody waits for the row any more
-DECODING = 4  # videos that are decoded at a time
+DECODING = 4  # films that are decoded at a time, and pictures, which wait for no film
+
+
+class Prepared(NamedTuple):
+    """A row, the table `[N, D]` of its visual tokens, and of each visual in it which part of the messages it is, the
+    times `[F]` of its frames and how many tokens it has."""
+
+    row: Row
+    table: np.ndarray
+    visuals: list[tuple[int, np.ndarray, int]]
+
+    def rests_on(self, weights: np.ndarray) -> list[dict[str, Any]]:
+        """Attention `[N]` to the row's visual tokens -> of each part that shows something its frames' shares.
+
+        The turns of a chat that show the same part count together; all shares sum to 1.
+        """
+        parts: dict[int, np.ndarray] = {}
+        times = {}
+        for part, times[part], size in self.visuals:
+            own, weights = weights[:size].reshape(len(times[part]), -1).sum(1), weights[size:]
+            parts[part] = parts.get(part, 0) + own
+        total = sum(float(own.sum()) for own in parts.values()) or 1.0
+        return [
+            {"part": part, "seconds": times[part].round(3).tolist(), "weights": (own / total).round(6).tolist()}
+            for part, own in sorted(parts.items())
+        ]
 
 
 class Preparer:
-    """Called in any number of threads.  `max_bytes` are kept of features, and an eighth of that of visual tokens."""
+    """Called in any number of threads.  `max_bytes` are kept of features, and an eighth of that of visual tokens.
+
+    A process that decodes a file has `decoder_bytes` of memory.  `cache` keeps the features of films on disk.
+    """
 
     def __init__(
         self,
@@ -48,22 +78,28 @@ class Preparer:
         sources: Sources,
         max_bytes: int = 4 << 30,
         max_frames: int = 20_000,
+        decoder_bytes: int = 4 << 30,
+        cache: FeatureCache | None = None,
     ):
+        self.decoder_bytes, self.cache = decoder_bytes, cache
         self.model, self.image_processor, self.sources, self.max_frames = model, image_processor, sources, max_frames
         self.features, self.tokens = Store(max_bytes), Store(max_bytes // 8)
         self.frames = 0  # encoded so far
+        self.encoding: dict[str, tuple[int, int]] = {}  # of films that are encoded now, by SHA-256: frames done, in all
         self._device = concurrent.futures.ThreadPoolExecutor(1, "encoder")
-        self._decoding = threading.Semaphore(DECODING)
+        self._decoding = {kind: threading.Semaphore(DECODING) for kind in ("video", "image")}
 
-    def __call__(self, asked: Asked, check: Check) -> tuple[Row, np.ndarray]:
+    def __call__(self, asked: Asked, check: Check) -> Prepared:
         """Raises InputErrors for what cannot be asked, and what `check` raises."""
         chat = read_messages(asked.messages)
         if len(chat.turns) % 2 == 0:
             raise InputError("the last message is the assistant's; end the messages with the user's")
+        if asked.evidence and not chat.prompts:
+            raise InputError("evidence is asked of messages that show nothing; show a video, or leave it out")
         config = self.model.config
         with contextlib.ExitStack() as used:
             films: dict[tuple, tuple[tuple, tuple[np.ndarray, ...]]] = {}
-            shown = []
+            shown, parts = [], []
             for image, video, fps in zip(chat.images, chat.videos, chat.fps, strict=True):
                 kind, source = ("video", video) if image is None else ("image", image)
                 rate = None
@@ -72,6 +108,7 @@ class Preparer:
                 if (name := (kind, str(source), rate)) not in films:
                     films[name] = self._film(kind, source, rate, asked.room, check, used)
                 shown.append(films[name])
+                parts.append(list(films).index(name))
             width = config.tokens_of(config.vision_tower_config.has_cls)
             chat, first = self._that_fits(chat, [width * len(arrays[0]) for _, arrays in shown], asked)
             blocks = [
@@ -81,7 +118,10 @@ class Preparer:
             ids = np.array(self._ids(chat, shown, asked))
         check_row(config, 0, ids, len(blocks), sum(map(len, blocks)), asked.room)
         table, places = table_of([blocks], config.text_config.hidden_size, self.model.dtype)
-        return merge_row(ids, places[0]), table
+        times = [arrays[1] for _, arrays in shown[first:]]
+        return Prepared(
+            merge_row(ids, places[0]), table, list(zip(parts[first:], times, map(len, blocks), strict=True))
+        )
 
     def warm(self) -> float:
         """Compiles what frames and questions of all sizes need; returns the seconds that took."""
@@ -104,60 +144,71 @@ class Preparer:
     def _film(self, kind: str, source: Any, fps: Any, new_tokens: int, check: Check, used: contextlib.ExitStack):
         """The key, and features `[F, P, E]` and times `[F]`, of an image or a video; they stay until `used` ends."""
         with self.sources.open(source) as path:
-            with path.open("rb") as file:
-                key = hashlib.file_digest(file, "sha256").hexdigest(), kind, fps
+            key = content(path)["sha256"], kind, fps
 
             def make() -> tuple[np.ndarray, ...]:
-                return self._encode(path, kind, fps, new_tokens, check)
+                try:
+                    return self._encode(path, key[0], kind, fps, new_tokens, check)
+                finally:
+                    self.encoding.pop(key[0], None)
 
             return key, used.enter_context(self.features.use(key, make, check))
 
-    def _encode(self, path: Path, kind: str, fps: Any, new_tokens: int, check: Check) -> tuple[np.ndarray, np.ndarray]:
-        if kind == "image":
-            return self._on_device([self.image_processor.image_pixels(path)], check)[0], np.zeros(1)
-        times = []
-
-        def pixels() -> Iterable[np.ndarray]:
-            def on_read(sampling: Sampling, done: int) -> None:
-                self._check(path, new_tokens, sampling, done)
-
-            for chunk, seconds in self.image_processor.stream_video(path, fps, FRAME_CHUNK, on_read):
-                times.append(seconds)
-                yield chunk
-
-        while not self._decoding.acquire(timeout=0.1):
+    def _encode(
+        self, path: Path, digest: str, kind: str, fps: Any, new_tokens: int, check: Check
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features `[F, P, E]` and times `[F]`: from the disk's cache, or of what a process decodes."""
+        config, model = self.model.config, self.model
+        most = min((config.text_config.max_length - new_tokens) // config.tokens_per_frame, self.max_frames)
+        key, before = None, version(path)
+        if self.cache is not None and kind == "video":
+            key = video_key(path, fps, model, self.image_processor)
+            if found := self.cache.find(key):
+                times = np.array(found["timestamps"])
+                check_length(path, found["sampling"]["seconds"], len(times), most)
+                with contextlib.suppress(DamagedEntryError):
+                    return np.stack(list(self.cache.frames(key))).astype(model.dtype), times
+        while not self._decoding[kind].acquire(timeout=0.1):
             check()
-        try:
-            return np.concatenate(self._on_device(pixels(), check)), np.concatenate(times)
-        finally:
-            self._decoding.release()
+        reading = Reading(fps, most, FRAME_CHUNK) if kind == "video" else None
+        with contextlib.closing(decoded(self.image_processor, path, reading, self.decoder_bytes, check)) as chunks:
+            try:
+                plan = next(chunks) if reading else None
+                frames = self._told(digest, len(plan) if plan else 1, self._on_device(chunks, check))
+                if key is not None:
 
-    def _on_device(self, chunks: Iterable[np.ndarray], check: Check, function: Callable | None = None) -> list:
+                    def said() -> Description | None:  # of a file that was written to meanwhile nothing
+                        return description(path, key, plan, model) if version(path) == before else None
+
+                    frames = self.cache.keep(key, frames, lambda: len(plan), said)
+                return np.stack(list(frames)), plan.times if plan else np.zeros(1)
+            finally:
+                self._decoding[kind].release()
+
+    def _told(self, digest: str, count: int, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The frames of all chunks, which `encoding` counts."""
+        self.encoding[digest] = 0, count
+        for done, frame in enumerate(itertools.chain.from_iterable(chunks), 1):
+            self.encoding[digest] = done, count
+            yield frame
+
+    def _on_device(
+        self, chunks: Iterable[np.ndarray], check: Check, function: Callable | None = None
+    ) -> Iterator[np.ndarray]:
         """`function`, by default the vision tower, of each chunk, while the next one is made."""
-        done, pending = [], None
+        pending = None
         for chunk in chunks:
             check()
             ahead = self._device.submit(function or self._vision, chunk)
-            done += [pending.result()] if pending else []
+            if pending:
+                yield pending.result()
             pending = ahead
-        return done + ([pending.result()] if pending else [])
+        if pending:
+            yield pending.result()
 
     def _vision(self, pixels: np.ndarray) -> np.ndarray:
         self.frames += len(pixels)
         return self.model.vision_features(pixels)
-
-    def _check(self, path: Path, new_tokens: int, sampling: Sampling, done: int) -> None:
-        """At the first frame: too many for the server, or for the model."""
-        if done > 1:
-            return
-        config, frames = self.model.config, len(sampling)
-        room = (config.text_config.max_length - new_tokens) // config.tokens_per_frame
-        if frames > min(room, self.max_frames):
-            seconds = sampling.timeline.seconds
-            raise MediaError(
-                f"{path} lasts {seconds:.0f} s, which are {frames} frames, and {min(room, self.max_frames)} fit; "
-                f"ask with fps {0.9 * min(room, self.max_frames) / max(seconds, 1e-3):.2g}"
-            )
 
     # ---- text
 
@@ -170,7 +221,7 @@ class Preparer:
                 return self.model.visual_tokens(features=chunk, features_have_cls=has_cls, prompts=[question])[0]
 
             chunks = (features[start : start + FRAME_CHUNK] for start in range(0, len(features), FRAME_CHUNK))
-            return (np.concatenate(self._on_device(chunks, check, ask)),)
+            return (np.concatenate(list(self._on_device(chunks, check, ask))),)
 
         with self.tokens.use((key, question), make, check) as (tokens,):
             return tokens

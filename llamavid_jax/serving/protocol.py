@@ -3,13 +3,16 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.inference.request import Settings
+from llamavid_jax.serving.batch import MOST_LIKELY
+from llamavid_jax.serving.jobs import Scores
 from llamavid_jax.text.conversation import check_text
 from llamavid_jax.text.subtitles import Cue, parse_subtitles
+from llamavid_jax.text.tokenizer import Tokenizer
 
 LARGEST_N = 16
 # of no meaning for the answer, or right at these values alone
@@ -17,8 +20,6 @@ IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "pr
 AT_REST = {
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "logit_bias": (None, {}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -27,7 +28,7 @@ AT_REST = {
     "modalities": (None, ["text"]),
 }
 OWN = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n"}
-OWN |= {"stream", "stream_options", "fps", "subtitles"}
+OWN |= {"stream", "stream_options", "fps", "subtitles", "evidence", "logprobs", "top_logprobs"}
 
 
 class ApiError(Exception):
@@ -50,6 +51,8 @@ class Asked:
     fps: Any
     subtitles: list[Cue] | None
     room: int  # tokens that an answer must have room for: those asked for, or one
+    evidence: bool = False  # whether the frames that the answer rests on are wanted
+    likely: int | None = None  # alternatives to each token that are wanted with its log-probability
 
     def settings_of(self, choice: int) -> Settings:
         """Each answer has a seed of its own."""
@@ -84,8 +87,9 @@ def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
     n, stream, options = given.get("n", 1), given.get("stream", False), given.get("stream_options", {})
     if type(n) is not int or not 1 <= n <= LARGEST_N:
         raise InputError(f"n is {n!r}; give a whole number from 1 to {LARGEST_N}")
-    if type(stream) is not bool:
-        raise InputError(f"stream is {stream!r}; give true or false")
+    for name in ("stream", "evidence", "logprobs"):
+        if type(given.get(name, False)) is not bool:
+            raise InputError(f"{name} is {given[name]!r}; give true or false")
     if not isinstance(options, dict) or type(options.get("include_usage", False)) is not bool:
         raise InputError(f"stream_options is {options!r}; give {{'include_usage': true}}")
     cues = None
@@ -98,7 +102,29 @@ def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
             )
     include_usage = options.get("include_usage", False)
     room = tokens if {"max_tokens", "max_completion_tokens"} & given.keys() else 1
-    return Asked(messages, settings, n, stream, include_usage, given.get("fps"), cues, room)
+    likely = given.get("top_logprobs", 0)
+    if type(likely) is not int or not 0 <= likely <= MOST_LIKELY or (likely and not given.get("logprobs")):
+        raise InputError(f"top_logprobs is {likely!r}; give a number up to {MOST_LIKELY}, with logprobs true")
+    more = given.get("fps"), cues, room, given.get("evidence", False), likely if given.get("logprobs") else None
+    return Asked(messages, settings, n, stream, include_usage, *more)
+
+
+NOT_ENDED = {"finish_reason": None}
+
+
+def logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, likely: int) -> dict[str, Any]:
+    """Of an answer's tokens, and of the `likely` most probable ones in place of each."""
+
+    def token(place: int, chosen: int, value: float) -> dict[str, Any]:
+        before = ids[max(0, place - 4) : place]  # a character may have so many tokens
+        text = tokenizer.decode([*before, chosen])[len(tokenizer.decode(before)) :]
+        return {"token": text, "logprob": value, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+    content = []
+    for place, (chosen, value, others, values) in enumerate(zip(ids, *scores, strict=True)):
+        others = [token(place, *pair) for pair in zip(others[:likely], values[:likely], strict=True)]
+        content.append({**token(place, chosen, value), "top_logprobs": others})
+    return {"content": content, "refusal": None}
 
 
 class Reply:
@@ -107,22 +133,22 @@ class Reply:
     def __init__(self, model: str):
         self.common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
-    def whole(self, choices: list[tuple[str, str]], usage: dict[str, Any]) -> dict[str, Any]:
-        """`choices` are texts and why they ended."""
+    def whole(self, choices: list[tuple[str, dict[str, Any]]], usage: dict[str, Any]) -> dict[str, Any]:
+        """`choices` are texts and the fields of their ends."""
         made = [
             {
                 "index": index,
                 "message": {"role": "assistant", "content": text, "refusal": None},
-                "finish_reason": finish,
                 "logprobs": None,
+                **end,
             }
-            for index, (text, finish) in enumerate(choices)
+            for index, (text, end) in enumerate(choices)
         ]
         return {**self.common, "object": "chat.completion", "choices": made, "usage": usage}
 
-    def chunk(self, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        """A piece of an answer."""
-        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}
+    def chunk(self, index: int, delta: dict[str, Any], end: Mapping[str, Any] = NOT_ENDED) -> dict[str, Any]:
+        """A piece of an answer; the last one has the fields of its end."""
+        choice = {"index": index, "delta": delta, "logprobs": None, **end}
         return {**self.common, "object": "chat.completion.chunk", "choices": [choice]}
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 The name is the content's: a film that is uploaded twice is kept once, and an upload is whole or not there.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -43,9 +44,18 @@ class Uploads:
         except OSError as error:
             raise InputError(f"{folder} cannot be written to ({error.strerror}); give another --uploads") from None
 
-    def add(self, blocks: Iterable[bytes], name: str, purpose: str) -> dict[str, Any]:
-        """Writes a file; returns its object.  FullError where it does not fit."""
-        room = self.max_bytes - sum(one["bytes"] for one in self.all())
+    def room(self) -> int:
+        """Bytes that files and unfinished uploads leave."""
+        begun = []
+        for about in self.folder.glob("upload_*/about.json"):
+            with contextlib.suppress(OSError):  # it has just been completed
+                begun.append(read_object(about))
+        return self.max_bytes - sum(one["bytes"] for one in [*self.all(), *begun])
+
+    def add(self, blocks: Iterable[bytes], name: str, purpose: str, reserved: int = 0) -> dict[str, Any]:
+        """Writes a file, for which `reserved` bytes were kept free; returns its object.  FullError where it does not
+        fit."""
+        room = self.room() + reserved
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="upload-", delete=False) as file:
             try:
                 digest, size = hashlib.sha256(), 0

@@ -44,6 +44,21 @@ class Chat:
         return prompt(form, self.turns, open_answer)
 
 
+def read_chats(messages: Any, add_generation_prompt: bool, need_sources: bool = True) -> list[Chat]:
+    """One conversation or a list of them."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ConversationError(f"messages is {messages!r}; give a list of messages with 'role' and 'content'")
+    conversations = messages if isinstance(messages[0], list | tuple) else [messages]
+    chats = [read_messages(conversation, need_sources) for conversation in conversations]
+    for number, chat in enumerate(chats):
+        if add_generation_prompt and len(chat.turns) % 2 == 0:
+            raise ConversationError(
+                f"conversation {number} ends with the assistant's message; end it with the user's, or set "
+                "add_generation_prompt=False"
+            )
+    return chats
+
+
 def read_messages(messages: Sequence[Any], need_sources: bool = True) -> Chat:
     """Raises ConversationError for wrong roles, contents and parts, naming the message.
 

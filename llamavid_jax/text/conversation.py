@@ -167,8 +167,12 @@ def long_video_text(frames_and_subtitles: str, question: str, tokens_per_frame: 
     `frames_and_subtitles` holds one `<image>` per frame with the subtitles between them; each becomes
     `tokens_per_frame` placeholders.
     """
-    movie = MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END
-    return marked(movie, start_end) + "\n" + question
+    return movie_text(frames_and_subtitles, tokens_per_frame, start_end) + "\n" + question
+
+
+def movie_text(frames_and_subtitles: str, tokens_per_frame: int, start_end: bool = False) -> str:
+    """`long_video_text` in front of the question."""
+    return marked(MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END, start_end)
 
 
 def marked(text: str, start_end: bool) -> str:

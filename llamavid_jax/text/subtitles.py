@@ -8,6 +8,8 @@ it; several texts of one frame are joined by a blank, and so are the lines of a 
 
 Deviations: a text that ends before the first frame stands behind that one, not behind the last; `...` stays; of .srt
 files a line of digits is a cue's number only in front of its times.  `as_original` has these three as the original.
+With times, "[0:59]" or "[1:02:03]" stands in front of each frame, or of the first one of each minute.
+
 Tags, such as those for italics, are deleted, and so is `<image>`, which would take a frame's place.
 """
 
@@ -28,6 +30,7 @@ SRT_TAG = re.compile(r"</?(?:i|b|u|s|font)\b[^<>]*>|\{\\[^{}]*\}", re.IGNORECASE
 ASS_DRAWING = re.compile(r"\{[^{}]*\\p[1-9][^{}]*\}.*?(?:\{[^{}]*\\p0[^{}]*\}|$)", re.DOTALL)
 ASS_TAG = re.compile(r"\{[^{}]*\}")
 VTT_TAG = re.compile(r"<[^<>]*>")
+TIMES = ("frame", "minute")  # of which the text may say the time
 MAX_BYTES = 16 * 2**20  # a film's are 100 kB
 
 
@@ -109,6 +112,27 @@ def interleave(times: Iterable[float], cues: Iterable[Cue], as_original: bool = 
             reached += 1
         texts[reached - 1 if reached or as_original else 0].append(text)
     return "".join(IMAGE + " ".join(own) for own in texts)
+
+
+def with_times(film: str | None, times: Iterable[float], of: str | None) -> str | None:
+    """`film` with the time in front of each frame, or of the first one in each minute (`of`, one of TIMES or None).
+
+    `film` None stands for frames alone.
+    """
+    if of is None:
+        return film
+    times = [int(time + 0.5) for time in times]  # the frame that is shown at 60 s may have come at 59.98
+    before, *texts = (film or IMAGE * len(times)).split(IMAGE)
+    minutes = [None, *(time // 60 for time in times)]
+    marks = [
+        _clock(time) if of == "frame" or time // 60 != last else "" for time, last in zip(times, minutes, strict=False)
+    ]
+    return before + "".join(mark + IMAGE + text for mark, text in zip(marks, texts, strict=True))
+
+
+def _clock(time: int) -> str:
+    minutes, seconds = divmod(time, 60)
+    return f"[{minutes}:{seconds:02d}]" if minutes < 60 else f"[{minutes // 60}:{minutes % 60:02d}:{seconds:02d}]"
 
 
 def _seconds(hours: str | None, minutes: str, seconds: str) -> float:

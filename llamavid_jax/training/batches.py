@@ -3,6 +3,7 @@
 records ─ make_loader ─▶ Loader, this process's rows ─ upcoming ─▶ Batch, sharded over the mesh
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -16,12 +17,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from llamavid_jax.checkpoints.tower import TowerHash
 from llamavid_jax.data.examples import ExampleReader
 from llamavid_jax.data.loader import FrameLayout, LoadedBatch, Loader
 from llamavid_jax.data.record import DataError
-from llamavid_jax.data.records import read_records
-from llamavid_jax.data.sizes import read_sizes
+from llamavid_jax.data.records import media_file, read_records
+from llamavid_jax.data.shards import Shards
+from llamavid_jax.data.sizes import KINDS, Sizes, read_sizes
 from llamavid_jax.errors import ConfigError, TrainingError
+from llamavid_jax.media.features import check_made_by, describe, processing
+from llamavid_jax.media.source import MediaError
 from llamavid_jax.parallel.mesh import ShardingError, row_shards
 from llamavid_jax.shapes import Batch
 from llamavid_jax.training.config import DataConfig, LoopConfig
@@ -98,6 +103,7 @@ def make_loader(
         frames["features"] = FrameLayout((vision.num_patches, vision.hidden_size), jnp.dtype(loop.dtype))
     path, table = (data.evaluation_path, "sizes-evaluation.npz") if held_out else (data.path, "sizes.npz")
     sizes = read_sizes(records, reader, path, output / table, max(data.threads, data.processes), retry=not resumed)
+    check_towers(records, sizes, start)
     return Loader(
         records,
         sizes,
@@ -117,6 +123,24 @@ def make_loader(
         rows=rows,
         shares=row_shards(start.mesh),
     )
+
+
+def check_towers(records: Sequence, sizes: Sizes, start: Start) -> None:
+    """Raises MediaError for a feature file that another tower than the model's made; of shards the first one is read.
+
+    Other kinds of files say nothing of their tower, and those that cannot be read are left out later.
+    """
+    places = np.flatnonzero(sizes.kind == KINDS.index("features"))[: 1 if isinstance(records, Shards) else None]
+    if not len(places):
+        return
+    vision, tower = start.config.vision_tower_config, TowerHash(start).rounded()
+    prepared = processing(vision.image_size, vision.image_mean, vision.image_std)
+    for record in (records[place] for place in places.tolist()):
+        found = None
+        with contextlib.suppress(MediaError), media_file(record) as path:
+            found = describe(path)
+        if found:
+            check_made_by(record.media, found, tower, prepared)
 
 
 def check_same_data(identity: Mapping[str, Any], *loaders: Loader | None) -> None:

@@ -44,6 +44,10 @@ class Start:
     mesh: Mesh
     read: dict[str, int]
 
+    @property
+    def params(self) -> Params:
+        return self.trained | self.frozen
+
 
 def with_adapter(params: Params, adapter: str) -> Params:
     """`params` with those of a run's `adapter` folder in their places; LoRA's updates are not among them."""

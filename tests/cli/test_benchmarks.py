@@ -1,10 +1,12 @@
 """The benchmarks run; their numbers are for machines that nobody else uses."""
 
+import json
 import re
 
+import pytest
 from paths import ROOT
 
-from benchmarks import decode, packing, timing, train_throughput
+from benchmarks import decode, device, film, packing, timing, train_throughput
 
 
 def test_the_train_step_is_measured(monkeypatch, capsys):
@@ -31,3 +33,41 @@ def test_readers_of_a_film_are_compared(capsys):
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row[0] for row in rows] == ["| in order", "| parts", "| key frames"]
     assert [row[-1] for row in rows[:2]] == ["equal |"] * 2 and "off by" in rows[2][-1]
+
+
+def test_a_film_and_its_stages(capsys):
+    """Their frames are equal, which `measure` asserts."""
+    assert film.main([str(ROOT / "demo" / "space.mp4"), "--fps", "0.5"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| 0.5"] * 8
+    assert {"plain: file to first word", "session: file to first word"} < {row[1] for row in rows}
+
+
+@pytest.mark.parity
+def test_a_device_beside_pytorch(tmp_path, monkeypatch, capsys):
+    """Both compute the same, in every row that has both; what is measured already is not measured again."""
+    monkeypatch.setattr(timing, "WARM_UP", 1)
+    kept, parts = tmp_path / "kept.jsonl", [part for part in device.PARTS if part != "film"]
+    command = ["--rehearse", "--kept", str(kept)]
+    assert device.main(command) == 0
+    table = capsys.readouterr().out
+    found = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [part["part"] for part in found] == parts
+    errors = {row["work"]: row["error"] for part in found for row in part["rows"]}
+    bars = {"int8": 0.05, "train": 0.02, "": 1e-5}  # kernels rounded in other blocks; bfloat16; float32
+    assert len(errors) == 6
+    for work, error in errors.items():
+        assert error < next(bar for name, bar in bars.items() if name in work), work
+
+    def again(_):
+        raise AssertionError("measured a second time")
+
+    for part in parts:
+        monkeypatch.setitem(device.PARTS, part, again)
+    assert device.main(command) == 0
+    assert capsys.readouterr().out == table
+    kept.write_text(kept.read_text()[:-20])  # cut off in the middle of a line
+    monkeypatch.setitem(device.PARTS, parts[-1], lambda _: found[-1]["rows"])
+    assert device.main(command) == 0
+    assert capsys.readouterr().out == table
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == found

@@ -11,6 +11,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from clips import index_frame, write_clip
@@ -18,6 +19,7 @@ from paths import ROOT
 from PIL import Image
 
 from llamavid_jax.commands import infer
+from llamavid_jax.text.subtitles import Cue
 
 CLIP = str(ROOT / "demo" / "space.mp4")
 QUESTION = "what is in the video?"
@@ -219,6 +221,12 @@ BAD = {
     "--tokens is -5; give the length": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--tokens", "-5"],
     "--subtitles goes with one --video alone": ["--model", "DIR", "--question", "a", "--subtitles", "a.srt"],
     "a.safetensors holds features": ["--model", "DIR", "--question", "a", "--video", "a.safetensors", "--fit"],
+    "--transcribe goes with one --video alone": ["--model", "DIR", "--question", "a", "--transcribe"],
+    "--transcribe hears the sound in a file, and --video is f.npz; give a video file": [
+        *["--model", "DIR", "--question", "a", "--video", "f.npz", "--transcribe", "tiny.en"]
+    ],
+    "--times goes with one --video alone, without --fit": ["--model", "DIR", "--question", "a", "--times"],
+    "argument --times: invalid choice: 'hour'": ["--model", "DIR", "--question", "a", "--times", "hour"],
     "'nothing.srt' cannot be read": [
         *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--subtitles", "nothing.srt"]
     ],
@@ -299,6 +307,32 @@ def test_subtitles(ask, tmp_path):
     )
     assert with_words["visual_tokens"] == without["visual_tokens"] == 24
     assert with_words["prompt_tokens"] > without["prompt_tokens"] + 40  # "Below is a movie. ..."
+
+
+def test_transcribe(ask, monkeypatch):
+    """What is heard stands where subtitles do; without the extra, or the sound, that is said."""
+    asked = ["--video", CLIP, "--question", QUESTION, "--json"]
+    heard = {"small": [Cue(4.0, "Who goes there?")], "tiny": []}
+    monkeypatch.setattr(infer, "film_speech", lambda video, model: heard[model])
+    found, silent, plain = (ask(*asked, *more) for more in (["--transcribe"], ["--transcribe", "tiny"], []))
+    lengths = [json.loads(out)["prompt_tokens"] for _, out, _ in (found, silent, plain)]
+    assert lengths[0] > lengths[1] > lengths[2] + 30 and found[2] == ""
+    assert silent[2] == f"{CLIP}: nothing is said that tiny could hear\n"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    assert ask(*asked, "--transcribe")[::2] == (
+        2, 'infer.py: faster_whisper is not installed; pip install "llamavid_jax[speech]"\n'
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=lambda *_, **__: None))
+    assert f"{CLIP} holds no sound that is known; give what is said" in ask(*asked, "--transcribe")[2]
+
+
+def test_times(ask):
+    """ "[0:00]" to "[0:11]", or once."""
+    asked = ["--video", CLIP, "--question", QUESTION, "--json"]
+    frame, minute = (json.loads(ask(*asked, "--times", *of)[1]) for of in ([], ["minute"]))
+    assert frame["visual_tokens"] == minute["visual_tokens"] == 24
+    assert frame["prompt_tokens"] > minute["prompt_tokens"] + 11 * 4
 
 
 @pytest.mark.parametrize(

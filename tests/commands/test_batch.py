@@ -14,7 +14,7 @@ import pytest
 from clips import index_frame, write_clip
 from paths import ROOT
 from PIL import Image
-from training_data import environment
+from training_data import commands_together, environment
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.commands import batch, infer
@@ -183,6 +183,19 @@ def test_shards_share_the_videos(run, media, encoded):
         assert not part.keys() & found.keys()
         found |= part
     assert set(found) == {row["id"] for row in rows()} and sorted(encoded) == [1, 3, 6, 9]
+
+
+def test_two_processes_share_the_videos(run, media, checkpoint):
+    """They find each other, and then work alone: the first, whose part is there, has ended when the second begins."""
+    save(media / "q.jsonl", [row | {"video": str(media / row["video"])} for row in rows()[:9]])
+    run(out="whole.jsonl")
+    parts, whole = [media / f"a.{index}-of-2.jsonl" for index in range(2)], read(media / "whole.jsonl")
+    save(parts[0], [answer for answer in whole.values() if answer["id"][0] in "13"])
+    command = [sys.executable, "-m", "llamavid_jax.commands.batch", "--in", str(media / "q.jsonl"), "--out"]
+    command += [str(media / "a.jsonl"), "--model", checkpoint, "--dtype", "float32", "--max-new-tokens", "8"]
+    said = commands_together([*command, "--mesh", "tensor=2"])
+    assert "6 of 6 rows are answered already" in said[0] and "3 of 3 rows" in said[1]
+    assert read(parts[0]) | read(parts[1]) == whole and len(read(parts[1])) == 3
 
 
 def test_the_cache_is_used(run, media):

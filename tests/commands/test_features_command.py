@@ -2,14 +2,17 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from clips import index_frame, write_clip
 from paths import ROOT
+from training_data import commands_together, environment
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaImageProcessor
 from llamavid_jax.commands import features, infer
@@ -106,6 +109,17 @@ def test_shards_share_the_work(write, clips, tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["a.mp4.safetensors", "deep", "failures.1-of-2.jsonl"]
 
 
+def test_two_processes_share_the_work(write, clips, checkpoint, tmp_path):
+    """The files of one process."""
+    (clips / "b.mp4").unlink()
+    write(clips, "--out", tmp_path / "one")
+    command = [sys.executable, "-m", "llamavid_jax.commands.features", str(clips), "--out", str(tmp_path / "two")]
+    said = commands_together([*command, "--model", checkpoint])
+    assert all("1/1 " in text for text in said)
+    for path in (tmp_path / "one").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+
+
 def test_infer_and_validate_read_it(write, clips, checkpoint, tmp_path, capsys):
     """The answer is the video's own."""
     write(clips / "a.mp4", "--out", tmp_path, "--dtype", "float32")
@@ -133,6 +147,8 @@ BAD = {
     "--fps is 0.0; give a number above 0": ["clips", "--fps", "0"],
     "--shard is '2/2'; give I/N": ["clips", "--shard", "2/2"],
     "--shard is 'a'; give I/N": ["clips", "--shard", "a"],
+    "--shard names the part that --distributed finds out": ["clips", "--shard", "0/2", "--distributed"],
+    "--coordinator, --processes and --process go together": ["clips", "--processes", "2"],
     "cannot be written to": ["clips/a.mp4", "--out", "clips/notes.txt"],
 }
 
@@ -163,6 +179,30 @@ def test_a_run_that_is_broken_off_leaves_whole_files_alone(write, clips, tmp_pat
     monkeypatch.setattr(FeatureWriter, "commit", stop)
     assert write(clips / "a.mp4", "--out", tmp_path / "out")[0] == 130
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_killed_at_random_moments(write, clips, checkpoint, tmp_path):
+    """kill -9: what is there is whole and is not made again, and nothing else stays in the end."""
+    (clips / "b.mp4").unlink()
+    shutil.copy(clips / "deep" / "a.mkv", clips / "c.mkv")
+    write(clips, "--out", tmp_path / "whole")
+    out, rng, seen = tmp_path / "out", random.Random(5), {}
+    command = [sys.executable, "-m", "llamavid_jax.commands.features", str(clips), "--out", str(out)]
+    command += ["--model", checkpoint]
+    for wanted in (".*.part", "a*.safetensors", "nothing"):
+        process = subprocess.Popen(command, env=environment(1), cwd=ROOT, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(out.rglob(wanted)):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        process.wait()
+        assert all(path.stat().st_mtime_ns == time_ for path, time_ in seen.items())
+        seen = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+        for path in seen:
+            assert path.read_bytes() == (tmp_path / "whole" / path.relative_to(out)).read_bytes()
+    assert sorted(file.name for file in out.rglob("*.*")) == [
+        f"{name}.safetensors" for name in ("a.mkv", "a.mp4", "c.mkv")
+    ]
 
 
 def test_help_needs_no_model():

@@ -12,13 +12,16 @@ from paths import GOLDEN
 from llamavid_jax.data import examples, records, validate
 from llamavid_jax.data.build_shards import build
 from llamavid_jax.data.examples import ExampleReader
+from llamavid_jax.data.labels import training_example
 from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.data.records import read_records
 from llamavid_jax.data.sizes import read_sizes
 from llamavid_jax.errors import InputError
 from llamavid_jax.inference.session import Session
+from llamavid_jax.media.feature_file import Description, FeatureWriter
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.shapes import END, IMAGE_TOKEN, START
+from llamavid_jax.text.conversation import movie_inputs
 from llamavid_jax.text.subtitles import interleave, read_subtitles
 from llamavid_jax.text.tokenizer import load_tokenizer
 from llamavid_jax.training.identity import media_files
@@ -130,3 +133,62 @@ def test_subtitles_that_cannot_be_used(data, changes, said):
     with pytest.raises(InputError, match=said.replace("'", "['\"]+")):
         reader().text(read_records(data)[0], 0)
     assert issubclass(DataError, InputError)
+
+
+@pytest.mark.parametrize("times", ["frame", "minute"])
+def test_times(data, tmp_path, tiny_model, times):
+    """As at inference, the same from files and shards, and of the kept frames alone where the film is thinned."""
+    (record,) = json.loads(data.read_text())
+    films = [record | {"times": times}, {**record, "subtitles": None, "times": times}]
+    data.write_text(json.dumps(films))
+    build(data, tmp_path / "shards")
+    own, packed = read_records(data), read_records(tmp_path / "shards")
+    assert read_sizes(own, reader()).fingerprint() == read_sizes(packed, reader()).fingerprint()
+    images, marks = LLaMAVIDLlavaImageProcessor.of(tiny_model.config), "[0:03]" if times == "frame" else ""
+    for number, cues in enumerate((read_subtitles(own[0].subtitles), None)):
+        session = Session(tiny_model, images, videos=[own[0].media], subtitles=cues, times=times)
+        session.ask("What?", max_new_tokens=1)
+        for most, film in ((8, session.visuals.movie), (2, f"[0:00]<image>{marks}<image>")):
+            movie = movie_inputs(film, 2, training=True)
+            expected = training_example("imgsp_v1", TURNS, reader().tokenizer, True, movie=movie, max_length=2048)
+            for record in (own[number], packed[number]):
+                example = reader().read(record, number, most)
+                assert len(example.frames) == min(most, 4)
+                if cues is None or most == 8:
+                    np.testing.assert_array_equal(example.input_ids, expected.input_ids)
+
+
+def test_times_of_features(data):
+    """A feature file says when its frames are, and what is said between them."""
+    for inputs in (None, "<image><image>Hi.<image>"):
+        writer = FeatureWriter(data.parent / "film.safetensors", 3, "BF16", inputs or "")
+        for frame in np.ones((3, 17, 8), np.float32):
+            writer.add(frame)
+        sampling = {"fps": 1.0, "rule": "stride", "seconds": 3.0}
+        writer.commit(Description(True, [0.0, 1.0, 2.0], {}, sampling, {}, {"sha256": "ab"}, inputs))
+        row = {"id": "film", "features": "film.safetensors", "times": "frame", "conversations": TURNS}
+        data.write_text(json.dumps([row]))
+        film = "[0:00]<image>[0:01]<image>Hi.[0:02]<image>" if inputs else "[0:00]<image>[0:01]<image>[0:02]<image>"
+        expected = training_example(
+            "imgsp_v1", TURNS, reader().tokenizer, True, movie=movie_inputs(film, 2), max_length=2048
+        )
+        found = reader().read(read_records(data)[0], 0, 8)
+        np.testing.assert_array_equal(found.input_ids, expected.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"times": "hour"}, "times is 'hour'; use one of frame, minute"),
+        ({"times": ["frame"]}, "times is .*; use one of frame, minute"),
+        ({"times": "frame", "video": None, "subtitles": None}, "has times, but no video or features"),
+        ({"times": "frame", "video": None, "subtitles": None, "image": "a.png"}, "has times, but no video or features"),
+        ({"times": "frame", "video": None, "subtitles": None, "features": "f.npz"}, "does not say when its frames are"),
+    ],
+)
+def test_times_that_cannot_be_told(data, changes, said):
+    (record,) = json.loads(data.read_text())
+    np.savez(data.parent / "f.npz", feats=np.zeros((2, 16, 8), np.float16))
+    data.write_text(json.dumps([record | changes]))
+    with pytest.raises(InputError, match=said.replace("'", "['\"]+")):
+        reader().text(read_records(data)[0], 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from training_data import commands_together
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.evaluation import command
@@ -164,6 +165,17 @@ def test_two_parts_are_the_whole(checkpoint, official, tmp_path, short, capsys):
     names = ("answers-1-of-2.jsonl", "answers-2-of-2.jsonl")
     both = [row for name in names for row in rows(tmp_path / "parts", name)]
     assert {row["id"]: row["text"] for row in both} == texts(tmp_path / "whole") and len(both) == 9
+
+
+def test_two_processes_are_the_whole(checkpoint, official, tmp_path):
+    """They find each other and share the pictures; the last one scores all."""
+    arguments = ["--model", checkpoint, "--set", "gqa", "--data", str(official("gqa")), "--dtype", "float32"]
+    assert command.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    code = [sys.executable, "-m", "llamavid_jax.evaluation", *arguments]
+    commands_together([*code, "--out", str(tmp_path / "parts")])
+    whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
+    assert parts["answered"] == 12 and parts["items"] == whole["items"] and parts["figures"] == whole["figures"]
+    assert all(rows(tmp_path / "parts", f"answers-{part}-of-2.jsonl") for part in (1, 2))
 
 
 @pytest.mark.sharding

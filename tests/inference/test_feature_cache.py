@@ -99,8 +99,9 @@ def test_the_evidence_of_kept_frames_shows_the_same_picture(tiny_model, encoded,
 
 def test_subtitles_stand_between_the_kept_frames(tiny_model, clip, encoded, tmp_path):
     cache, cues = FeatureCache(tmp_path / "cache"), [Cue(1.5, "Hello."), Cue(3.0, "Bye.")]
-    plain = asked(tiny_model, clip, subtitles=cues)
-    assert [asked(tiny_model, clip, cache, subtitles=cues) for _ in range(2)] == [plain] * 2
+    for more in ({}, {"times": "frame"}):
+        plain = asked(tiny_model, clip, subtitles=cues, **more)
+        assert [asked(tiny_model, clip, cache, subtitles=cues, **more) for _ in range(2)] == [plain] * 2
     assert encoded == [5]
 
 
@@ -180,11 +181,14 @@ def test_a_flipped_byte_costs_the_entry_and_nothing_else(tiny_model, encoded, tm
     assert asked(tiny_model, clip, cache) == first and encoded == [32, 8] * 2
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"PK\3\4", b"\0" * 5000, pickle.dumps({"feats": 1})])
+@pytest.mark.parametrize("content", [0.3, 0.9, b"", b"x", b"PK\3\4", b"\0" * 5000, pickle.dumps({"feats": 1})])
 def test_a_torn_entry_is_made_again(tiny_model, clip, encoded, tmp_path, content):
+    """A part of it, or something else."""
     cache = FeatureCache(tmp_path / "cache")
     first = asked(tiny_model, clip, cache)
-    (tmp_path / "cache" / entries(tmp_path / "cache")[0]).write_bytes(content)
+    path = tmp_path / "cache" / entries(tmp_path / "cache")[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(content * len(whole))] if isinstance(content, float) else content)
     assert asked(tiny_model, clip, cache) == first == asked(tiny_model, clip, cache) and encoded == [5, 5]
 
 

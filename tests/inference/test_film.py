@@ -1,15 +1,18 @@
 """What a session gives up when it is told to, and that it says so."""
 
 import dataclasses
+import threading
 
 import pytest
 from clips import index_frame, write_clip
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.errors import InputError
+from llamavid_jax.inference import encode
 from llamavid_jax.inference.feature_cache import FeatureCache
 from llamavid_jax.inference.film import Reading
 from llamavid_jax.inference.session import Session
+from llamavid_jax.media import video
 from llamavid_jax.text.subtitles import Cue
 
 IMAGES = LLaMAVIDLlavaImageProcessor(56)
@@ -108,3 +111,29 @@ def test_what_a_cache_holds_is_said_as_before(tiny_model, film, positions, tmp_p
     if reading.partial:
         with pytest.raises(InputError, match="is cut short or damaged"):
             ask(tiny_model, [film], cache=cache)
+
+
+@pytest.mark.parametrize("follow_ups", [True, False])
+def test_stages_run_side_by_side(tiny_model, film, monkeypatch, follow_ups):
+    """While the tower has a chunk the next frames are decoded: those that may wait, and one in the decoder's hand."""
+    decoded, begun, changed = [], [], threading.Condition()
+    crop, encode_frames = LLaMAVIDLlavaImageProcessor._crop, encode.encode_frames
+    monkeypatch.setattr(video, "AHEAD", 2 * 20 * 56 * 56 * 3)  # two parts' shares, where this film has one
+
+    def crop_one(self, frame):
+        with changed:
+            decoded.append(frame.shape)
+            changed.notify_all()
+        return crop(self, frame)
+
+    def encode_chunk(structure, params, pixels):
+        due = min(150, 32 * (len(begun) + 1) + 20 + 1)
+        with changed:
+            assert changed.wait_for(lambda: len(decoded) >= due, timeout=600)  # though nobody asks for them
+        begun.append(len(decoded))
+        return encode_frames(structure, params, pixels)
+
+    monkeypatch.setattr(LLaMAVIDLlavaImageProcessor, "_crop", crop_one)
+    monkeypatch.setattr(encode, "encode_frames", encode_chunk)
+    answer, _ = ask(tiny_model, [film], fps=25, follow_ups=follow_ups)
+    assert answer.frames == 150 and begun == [53, 85, 117, 149, 150]

@@ -18,6 +18,7 @@ from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import ConversationError
+from llamavid_jax.text.tokenizer import encode_with_images
 
 SIZE = 28
 
@@ -94,6 +95,20 @@ def test_images_and_videos_take_their_places(processor):
     first, second = inputs["pixel_values"][0]
     assert first.shape[0] == 4 and second.shape[0] == 1
     assert first.max() < 0 < second.max()
+
+
+def test_times_stand_between_the_frames_of_videos(processor):
+    """One placeholder for each visual token then, of images too; without a video nothing changes."""
+    given = {"images": [image(), None], "videos": [None, video(2)], "fps": 0.5}
+    inputs = processor("USER: <image> or <image>\nWhat? ASSISTANT:", timestamps=True, **given)
+    text = "USER: <image><image> or Below is a movie. Memorize the content and answer my question after watching this "
+    text += "movie.[0:00]<image><image>[0:02]<image><image>Now the movie end.\nWhat? ASSISTANT:"
+    assert inputs["input_ids"][0].tolist() == encode_with_images(processor.tokenizer, text)
+    assert len(inputs["pixel_values"][0]) == len(inputs["prompts"][0]) == 2
+    for given in ({"images": image()}, {}):
+        text = "USER: <image> ASSISTANT:" if given else "USER: Who? ASSISTANT:"
+        timed, plain = (processor(text, timestamps=times, **given)["input_ids"] for times in ("minute", False))
+        np.testing.assert_array_equal(timed, plain)
 
 
 def test_chat_equals_the_prompt_written_out(processor):
@@ -319,6 +334,7 @@ MALFORMED_CALLS = {
     "visual 0 is an image and a video": {"text": "<image>", "images": [image()], "videos": [video(1)]},
     "visual 0 is neither an image nor a video": {"text": "<image>", "images": [None], "videos": [None]},
     "no conversation template 'nope'": {"text": "<image>", "images": image(), "template": "nope"},
+    "timestamps is 'hour'; use True or one of frame, minute": {"text": "a", "timestamps": "hour"},
     "half a surrogate pair": {"text": "\udfff"},
 }
 

@@ -9,6 +9,7 @@ from paths import GOLDEN, ROOT
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor, LLaMAVIDLlavaProcessor
 from llamavid_jax.errors import InputError
+from llamavid_jax.inference.film import Reading
 from llamavid_jax.inference.session import Session
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.subtitles import Cue
@@ -35,7 +36,17 @@ def prompts(tiny_model, monkeypatch) -> list[list[int]]:
     return asked
 
 
-@pytest.mark.parametrize("media", [{}, {"videos": [CLIP]}, {"images": [picture(9), picture(200)], "videos": [clip(3)]}])
+@pytest.mark.parametrize(
+    "media",
+    [
+        {},
+        {"videos": [CLIP]},
+        {"images": [picture(9), picture(200)], "videos": [clip(3)]},
+        {"videos": [CLIP], "times": "frame"},
+        {"videos": [clip(5)], "times": "minute", "fps": 0.05},
+        {"images": [picture(9)], "times": "frame"},
+    ],
+)
 def test_the_processor_lays_the_conversation_out_alike(tiny_model, prompts, media):
     """Same ids, the visual tokens of each turn for its own question, and so the same answers."""
     session = Session(tiny_model, IMAGES, **media)
@@ -47,7 +58,7 @@ def test_the_processor_lays_the_conversation_out_alike(tiny_model, prompts, medi
         answer = session.ask(question, **SHORT)
         words = {"type": "text", "text": question}
         messages.append({"role": "user", "content": [words] if number else [*shown, words]})
-        inputs = processor.chat(messages)
+        inputs = processor.chat(messages, timestamps=media.get("times"), fps=media.get("fps"))
         assert inputs["prompts"] == [[asked for asked in QUESTIONS[: number + 1] for _ in shown]]
         assert inputs["input_ids"][0].tolist() == prompts[-1]
         alone = type(tiny_model).generate(tiny_model, **inputs, max_new_tokens=8)
@@ -163,6 +174,30 @@ def test_a_conversation_about_a_film(tiny_model, prompts):
         prompts.clear()
     with pytest.raises(InputError, match="subtitles go with one video alone, not with 2 and 0 images"):
         Session(tiny_model, IMAGES, videos=[clip(4)] * 2, subtitles=cues)
+
+
+@pytest.mark.parametrize(
+    ("times", "film"),
+    [
+        ("frame", "[0:00]<image>[0:20]<image>Hello.[0:40]<image>[1:00]<image>Bye.[1:20]<image>"),
+        ("minute", "[0:00]<image><image>Hello.<image>[1:00]<image>Bye.<image>"),
+    ],
+)
+def test_times_stand_in_the_text(tiny_model, times, film):
+    """In front of the frames, with what is said behind them."""
+    cues = [Cue(21.0, "Hello."), Cue(63.0, "Bye.")]
+    session = Session(tiny_model, IMAGES, videos=[clip(5)], subtitles=cues, times=times, fps=0.05)
+    assert session.ask("Who?", **SHORT).visual_tokens == 10 and session.visuals.movie == film
+
+
+def test_times_that_cannot_be_said(tiny_model):
+    for media, message in (
+        ({"videos": [clip(4)] * 2, "times": "frame"}, "times go with one video alone, not with 2 and 0 images"),
+        ({"videos": [clip(4)], "times": "hour"}, "times is 'hour'; use one of frame, minute"),
+        ({"videos": [CLIP], "times": "frame", "reading": Reading(fit=True)}, "fit does not know the room"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Session(tiny_model, IMAGES, **media)
 
 
 def test_evidence_is_a_part_for_every_frame(tiny_model):

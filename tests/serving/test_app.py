@@ -2,72 +2,14 @@
 
 import asyncio
 import base64
-import io
 import json
 import threading
-import time
 
-import numpy as np
 import pytest
-from clips import index_frame, write_clip
-from PIL import Image
-from servers import make_server
+from servers import QUESTION, ask, call, events, make_server, picture, session, text_of, video
 from starlette.testclient import TestClient
 
-from llamavid_jax.inference.session import Session
-from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.serving import prepare as preparing
 from llamavid_jax.serving.app import Limits
-from llamavid_jax.text.subtitles import parse_subtitles
-
-QUESTION = "what is the man doing?"
-SUBTITLES = "1\n00:00:00,500 --> 00:00:01,500\nHello there\n"
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", [index_frame(i) for i in range(100)])
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model, engine, tmp_path_factory, clip):
-    return make_server(tiny_model, engine, tmp_path_factory.mktemp("uploads"), media_root=clip.parent)
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return TestClient(server.app, raise_server_exceptions=False)
-
-
-def video(url: str) -> dict:
-    return {"type": "video_url", "video_url": {"url": url}}
-
-
-def ask(client, *content, **fields):
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
-    body = {"model": "tiny", "messages": messages, "max_tokens": 12, "temperature": 0} | fields
-    return client.post("/v1/chat/completions", json=body)
-
-
-def text_of(response) -> str:
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["message"]["content"]
-
-
-def events(response) -> list[dict]:
-    lines = [line[6:] for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def session(tiny_model, **visuals) -> Session:
-    return Session(tiny_model, LLaMAVIDLlavaImageProcessor.of(tiny_model.config), **visuals)
-
-
-def picture(colour=(200, 30, 30), kind="PNG") -> str:
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), colour).save(file, kind)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def test_answers_are_those_of_a_session(tiny_model, client, clip):
@@ -91,23 +33,6 @@ def test_answers_are_those_of_a_session(tiny_model, client, clip):
     assert text_of(ask(client, messages=messages)) == second
     image = {"type": "image_url", "image_url": {"url": picture()}}
     assert text_of(ask(client, image)) != text_of(ask(client))
-
-
-def test_subtitles(tiny_model, client, clip):
-    cues = parse_subtitles(SUBTITLES)
-    expected = session(tiny_model, videos=[clip], subtitles=cues).ask(QUESTION, max_new_tokens=12).text
-    assert text_of(ask(client, video("clip.mp4"), subtitles=SUBTITLES)) == expected
-    assert expected != text_of(ask(client, video("clip.mp4")))
-    for fields in ({"subtitles": "none"}, {"subtitles": 3}):
-        assert ask(client, video("clip.mp4"), **fields).status_code == 400
-    assert ask(client, subtitles=SUBTITLES).status_code == 400
-
-
-def test_a_film_is_encoded_once(client, server, clip):
-    before = server.preparer.frames
-    for source in ("clip.mp4", f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}"):
-        text_of(ask(client, video(source), fps=2.0))
-    assert server.preparer.frames - before == 9
 
 
 def test_streams_are_the_whole_answer(client):
@@ -154,7 +79,9 @@ def test_streams_are_the_whole_answer(client):
         ({"stream_options": {"include_usage": 1}}, 400, "stream_options"),
         ({"temprature": 1}, 400, "'temprature'"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
-        ({"logprobs": True}, 400, "logprobs"),
+        ({"logprobs": 1}, 400, "logprobs is 1"),
+        ({"top_logprobs": 2}, 400, "with logprobs true"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "up to 20"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
         ({"messages": [{"role": "user", "content": "a" * 20_000}]}, 400, "positions"),
         ({"messages": [{"role": "user", "content": [video("clip.mp4")]}], "fps": 0}, 400, "fps"),
@@ -245,28 +172,6 @@ def test_a_deadline(tiny_model, engine, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "submit", submit)
 
 
-async def call(server, body: dict, leave_after) -> list[dict]:
-    """One request of a client that goes away once `leave_after(messages)` is true."""
-    content, sent, messages = json.dumps(body).encode(), False, []
-
-    async def receive():
-        nonlocal sent
-        if not sent:
-            sent = True
-            return {"type": "http.request", "body": content}
-        while not leave_after(messages):
-            await asyncio.sleep(0.01)
-        return {"type": "http.disconnect"}
-
-    async def send(message):
-        messages.append(message)
-
-    headers = [(b"content-type", b"application/json"), (b"host", b"x")]
-    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
-    await server.app({**scope, "http_version": "1.1", "scheme": "http", "server": ("x", 80)}, receive, send)
-    return messages
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_frees_its_places(server, engine, monkeypatch, stream):
     """While it waits for its first word, or in the middle of a stream."""
@@ -275,53 +180,6 @@ def test_a_client_that_goes_frees_its_places(server, engine, monkeypatch, stream
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "n": 2, "stream": stream}
     asyncio.run(call(server, body, lambda messages: len(jobs) == 2 and (messages or not stream)))
     assert all(job.cancelled for job in jobs) and server.answers == 0
-
-
-def test_a_client_that_goes_ends_the_encoding(server, engine, monkeypatch, clip):
-    """Of its film: the device does not work on for nobody."""
-    chunks = []
-
-    def vision(pixels):
-        chunks.append(len(pixels))
-        time.sleep(0.05)
-        return np.zeros((len(pixels), 1, 1), np.float32)
-
-    monkeypatch.setattr(server.preparer, "_vision", vision)
-    monkeypatch.setattr(preparing, "FRAME_CHUNK", 1)
-    content = [video("clip.mp4"), {"type": "text", "text": QUESTION}]
-    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "fps": 9.0}
-    asyncio.run(call(server, body, lambda _: chunks))
-    server.threads.submit(lambda: None).result()
-    assert len(chunks) < 30 and server.answers == 0
-
-
-def test_films_take_turns(tiny_model, engine, tmp_path, monkeypatch, clip):
-    """A picture that comes after a film of many chunks waits for the two that are queued, and not for the film."""
-    server = make_server(tiny_model, engine, tmp_path, media_root=clip.parent)
-    client, order, begun, queued = TestClient(server.app), [], threading.Event(), threading.Event()
-    vision, submit = server.preparer._vision, server.preparer._device.submit
-
-    def put(function, chunk):
-        made = submit(function, chunk)
-        if len(chunk) == 1:
-            queued.set()
-        return made
-
-    def first_waits(pixels):
-        order.append(len(pixels))
-        begun.set()
-        queued.wait()
-        return vision(pixels)
-
-    monkeypatch.setattr(server.preparer, "_vision", first_waits)
-    monkeypatch.setattr(server.preparer._device, "submit", put)
-    monkeypatch.setattr(preparing, "FRAME_CHUNK", 2)
-    film = threading.Thread(target=lambda: text_of(ask(client, video("clip.mp4"), fps=9.0)))
-    film.start()
-    begun.wait()
-    text_of(ask(client, {"type": "image_url", "image_url": {"url": picture((0, 0, 99))}}))
-    film.join()
-    assert order.index(1) <= 2 and order.count(2) == 17
 
 
 def test_many_at_once_are_not_mixed_up(client, clip):

@@ -7,7 +7,7 @@ import pytest
 
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.serving import engine as module
-from llamavid_jax.serving.engine import Job
+from llamavid_jax.serving.jobs import Job
 from llamavid_jax.shapes import TEXT, Row
 
 

@@ -6,7 +6,7 @@ import pytest
 from paths import GOLDEN
 
 from llamavid_jax.text.conversation import ConversationError
-from llamavid_jax.text.subtitles import Cue, cues_of_track, interleave, parse_subtitles, read_subtitles
+from llamavid_jax.text.subtitles import Cue, cues_of_track, interleave, parse_subtitles, read_subtitles, with_times
 
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "movie" / "cases.json").read_text(encoding="utf-8"))}
 
@@ -113,3 +113,16 @@ def test_names_that_are_refused(tmp_path, monkeypatch, name):
 def test_a_byte_order_mark(tmp_path, encoding):
     (tmp_path / "film.srt").write_bytes("\ufeff1\n00:00:00,000 --> 00:00:01,000\nÀ\n".encode(encoding))
     assert read_subtitles(str(tmp_path / "film.srt")) == [Cue(1.0, "À")]
+
+
+def test_times_of_frames_and_minutes():
+    """To the nearest second, in front of the frames; a minute's stands once, also where a frame comes just before."""
+    film = "<image>Hi.<image><image><image>"
+    assert with_times(film, [0.0, 59.98, 61.0, 3723.4], "frame") == (
+        "[0:00]<image>Hi.[1:00]<image>[1:01]<image>[1:02:03]<image>"
+    )
+    assert with_times(film, [0.0, 59.98, 61.0, 3723.4], "minute") == (
+        "[0:00]<image>Hi.[1:00]<image><image>[1:02:03]<image>"
+    )
+    assert with_times(None, [0.2, 0.7], "frame") == "[0:00]<image>[0:01]<image>"
+    assert with_times(film, [], None) == film and with_times(None, [], None) is None

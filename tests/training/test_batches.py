@@ -5,14 +5,19 @@ from unittest.mock import Mock
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from paths import CONFIGS
 from PIL import Image
 from training_data import conversation, write_tokenizers
 
 from llamavid_jax.checkpoints.tokenizers import load_tokenizers
+from llamavid_jax.checkpoints.tower import TowerHash
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.record import Record
+from llamavid_jax.errors import InputError
+from llamavid_jax.media.feature_file import Description, FeatureWriter
+from llamavid_jax.media.features import processing
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.vision import VisionTower
 from llamavid_jax.parallel.mesh import make_mesh
@@ -70,3 +75,39 @@ def test_a_folder_that_lacks_one_of_the_two_files(tmp_path):
     assert TINY.with_pixels_of(tmp_path) == other
     (tmp_path / "preprocessor_config.json").write_text('{"size": 56}')
     assert LLaMAVIDLlavaImageProcessor.from_pretrained(tmp_path) == LLaMAVIDLlavaImageProcessor.of(other)
+
+
+def test_features_of_another_tower_are_refused(tiny_model, tmp_path):
+    """Before the first step, in one sentence; files of other kinds say nothing of theirs."""
+    write_tokenizers(tmp_path)
+    config = tiny_model.config
+    start = Mock(spec=Start, config=config, mesh=make_mesh(fsdp=1), params=tiny_model.params)
+    start.tokenizer, start.qformer_tokenizer = load_tokenizers(tmp_path, config)
+    shape = (2, config.vision_tower_config.num_patches + 1, config.vision_tower_config.hidden_size)
+    pixels = LLaMAVIDLlavaImageProcessor.of(config)
+    vision = {"sha256": TowerHash(tiny_model).rounded(), "dtype": "float32"}
+    usual = processing(pixels.size, pixels.image_mean, pixels.image_std)
+    made = {
+        "ours": (vision, usual),
+        "another": (vision | {"sha256": "ab"}, usual),
+        "paler": (vision, usual | {"mean": [0.0] * 3}),
+    }
+    for name, (tower, prepared) in made.items():
+        writer = FeatureWriter(tmp_path / f"{name}.safetensors", 2, "BF16")
+        for frame in np.ones(shape, np.float32):
+            writer.add(frame)
+        said = {"name": name}, {"fps": 1.0, "rule": "stride", "seconds": 2.0}
+        writer.commit(Description(True, [0.0, 1.0], *said, prepared, tower))
+    np.savez(tmp_path / "theirs.npz", feats=np.ones(shape, np.float16))
+    talk = conversation("<image>\nWhat is it?", "a park")
+    data = DataConfig(path="", question_tokens=16, buckets=[BUCKET | {"frames": 2, "pairs": 2}], threads=1)
+
+    def loader(*names: str):
+        records = [Record(name, talk, str(tmp_path / name), "features") for name in names]
+        (tmp_path / "sizes.npz").unlink(missing_ok=True)
+        return make_loader(records, tmp_path, start, data, LoopConfig(batch_size=1, steps=1), range(1))
+
+    assert loader("ours.safetensors", "theirs.npz").steps == 1
+    for name, message in (("another", "was made by another vision tower"), ("paler", "that were prepared by")):
+        with pytest.raises(InputError, match=rf"{name}\.safetensors .*{message}"):
+            loader("ours.safetensors", f"{name}.safetensors")

@@ -2,7 +2,7 @@
 // A chat about one film at a time.  All that comes from elsewhere is put in as text, never as markup.
 const $ = (id) => document.getElementById(id);
 const stored = (name, value) => (value === undefined ? sessionStorage.getItem(name) : sessionStorage.setItem(name, value));
-let model = "", film = null, messages = [], running = null;
+let model = "", film = null, messages = [], running = null, video = Promise.resolve(null), leaving = false;
 
 const headers = () => (stored("key") ? { Authorization: `Bearer ${stored("key")}` } : {});
 
@@ -39,6 +39,7 @@ async function list() {
   $("films").replaceChildren(...files.map((file) => {
     const item = document.createElement("li"), button = document.createElement("button");
     button.textContent = file.filename;
+    button.dataset.url = file.id;
     button.setAttribute("aria-pressed", film?.url === file.id);
     button.onclick = () => use({ url: file.id, name: file.filename });
     item.append(button);
@@ -50,27 +51,35 @@ const isPicture = (name) => /\.(png|jpe?g|gif|webp|bmp|avif|tiff?)$/i.test(name)
 
 async function use(chosen, before = []) {
   running?.abort();
+  busy(false);
   film = chosen;
   messages = before;
   stored("film", JSON.stringify(film));
   keep();
-  $("chat").replaceChildren();
-  for (const turn of messages) show(turn.role, turn.words);
   say(film.name);
-  for (const button of $("films").querySelectorAll("button")) button.setAttribute("aria-pressed", button.textContent === film.name);
-  $("preview").replaceChildren();
+  for (const button of $("films").querySelectorAll("button")) button.setAttribute("aria-pressed", button.dataset.url === film.url);
+  video = preview(film);
+  $("retry").hidden = true;
+  $("chat").replaceChildren();
+  for (const turn of messages) show(turn.role, turn.words, turn.rests);
   $("question").focus();
-  if (!film.url.startsWith("file-")) return;
-  try {
-    const content = await (await call(`/v1/files/${film.url}/content`)).blob();
-    const media = document.createElement(isPicture(film.name) ? "img" : "video");
-    media.src = URL.createObjectURL(content);
-    media.alt = film.name;
-    media.controls = true;
-    $("preview").replaceChildren(media);
+  if (messages.at(-1)?.role === "user") await ask(messages.pop().words, $("chat").lastChild); // the page was left before its answer
+}
+
+// The film's element, once its address is known; null where it is a picture or a link.
+async function preview({ url, name }) {
+  $("preview").replaceChildren();
+  if (!url.startsWith("file-")) return null;
+  const media = document.createElement(isPicture(name) ? "img" : "video"), content = `/v1/files/${url}/content`;
+  media.alt = name;
+  media.controls = true;
+  $("preview").replaceChildren(media);
+  try { // an element sends no key
+    media.src = stored("key") ? URL.createObjectURL(await (await call(content)).blob()) : content;
   } catch (error) {
     say(error.message, true);
   }
+  return isPicture(name) ? null : media;
 }
 
 const keep = () => stored("messages", JSON.stringify(messages));
@@ -99,10 +108,9 @@ function upload(file) {
   request.send(form);
 }
 
-function show(role, text) {
-  const turn = document.createElement("div");
-  turn.className = `turn ${role}`;
-  turn.textContent = text;
+function show(role, text, rests = null) {
+  const turn = made("div", `turn ${role}`, made("p", "words", text));
+  if (rests) turn.append(evidenceOf(rests, video));
   $("chat").append(turn);
   turn.scrollIntoView({ block: "end" });
   return turn;
@@ -117,39 +125,59 @@ function body() {
   }));
 }
 
-async function ask(question) {
-  messages.push({ role: "user", words: question });
-  show("user", question);
-  const turn = show("assistant", "…");
-  running = new AbortController();
+async function ask(question, asked = show("user", question)) {
+  const own = messages, turn = show("assistant", "…"), words = turn.querySelector(".words"), stopping = new AbortController();
+  own.push({ role: "user", words: question });
+  keep();
+  running = stopping;
   busy(true);
-  let text = "";
+  let text = "", rests = null, ended = false;
+  const told = film?.url.startsWith("file-") ? setInterval(tell, 1000, film.url, words, Date.now()) : 0;
   try {
     const fields = { model, messages: body(), stream: true, fps: Number($("fps").value) };
+    if (film && !isPicture(film.name)) fields.evidence = true;
     const [subtitles] = $("subtitles").files;
     if (subtitles) fields.subtitles = await subtitles.text();
     const reply = await call("/v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(fields),
-      signal: running.signal,
+      signal: stopping.signal,
     });
     for await (const event of events(reply)) {
       if (event.error) throw new Error(event.error.message);
-      text += event.choices[0]?.delta.content ?? "";
-      turn.textContent = text || "…";
+      const [choice] = event.choices;
+      clearInterval(told);
+      text += choice?.delta.content ?? "";
+      words.textContent = text || "…";
+      ended ||= Boolean(choice?.finish_reason);
+      if (choice?.evidence) rests = summary(choice.evidence);
       turn.scrollIntoView({ block: "end" });
     }
-    messages.push({ role: "assistant", words: text });
+    if (!ended) throw new Error("the answer broke off; try again");
+    own.push({ role: "assistant", words: text, rests });
   } catch (error) {
-    messages.pop();
+    if (leaving) return; // the next page asks again
+    own.pop();
     turn.classList.add("wrong");
-    turn.textContent = error.name === "AbortError" ? `${text} (stopped)` : error.message;
-    $("retry").onclick = () => ask(question);
-    $("retry").hidden = false;
+    words.textContent = error.name === "AbortError" ? `${text} (stopped)` : error.message;
+    $("retry").onclick = () => { turn.remove(); ask(question, asked); };
   }
+  clearInterval(told);
+  if (own !== messages) return; // another film is asked about by now
   keep();
   busy(false);
+  if (rests) turn.append(evidenceOf(rests, video));
+  $("retry").hidden = !turn.classList.contains("wrong");
+  turn.scrollIntoView({ block: "end" });
+}
+
+// How far the film is encoded, in place of the words that wait for it.
+async function tell(url, words, started) {
+  const { encoding } = await call(`/v1/files/${url}`).then((reply) => reply.json()).catch(() => ({}));
+  if (!encoding?.frames || !words.textContent.startsWith("…")) return;
+  const left = ((Date.now() - started) / 1000) * (encoding.of / encoding.frames - 1);
+  words.textContent = `… ${encoding.frames} of ${encoding.of} frames, ${Math.ceil(left)} s left`;
 }
 
 async function* events(reply) {
@@ -164,8 +192,8 @@ async function* events(reply) {
 function busy(on) {
   $("stop").hidden = !on;
   $("send").hidden = on;
-  if (on) $("retry").hidden = true;
-  else $("question").focus();
+  $("retry").hidden = true;
+  if (!on) $("question").focus();
 }
 
 $("file").onchange = () => $("file").files[0] && upload($("file").files[0]);
@@ -181,6 +209,8 @@ $("link").onsubmit = (event) => {
   event.preventDefault();
   if ($("url").value) use({ url: $("url").value, name: $("url").value });
 };
+window.onpagehide = () => { leaving = true; };
+window.onpageshow = () => { leaving = false; };
 $("ask").onsubmit = (event) => {
   event.preventDefault();
   const question = $("question").value.trim();

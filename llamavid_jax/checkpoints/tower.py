@@ -1,4 +1,4 @@
-"""Which vision tower features are of: a hash of its weights, and what its pixels went through."""
+"""Which vision tower features are of: a hash of its weights."""
 
 import dataclasses
 import hashlib
@@ -6,16 +6,19 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-
-from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from jax.experimental import multihost_utils
 
 PREFIX = "vision."  # of the tower's parameters
 
 
 class TowerHash:
-    """SHA-256 of a model's tower, configuration and weights; worked out once for the same arrays."""
+    """SHA-256 of a model's tower, configuration and weights; worked out once for the same arrays.
+
+    `model` has `params` and a `config`.  Where several processes share the weights all of them ask for it.
+    """
 
     def __init__(self, model: Any):
         self._model, self._arrays = model, []
@@ -40,10 +43,15 @@ class TowerHash:
             whole = hashlib.sha256(json.dumps(vision, sort_keys=True).encode())
             for name, array in zip(names, arrays, strict=True):
                 whole.update(f"{name} {array.shape} {dtype or array.dtype}".encode())
-                for digest in _digests(np.asarray(array), dtype or array.dtype):
+                for digest in _digests(_whole(array), dtype or array.dtype):
                     whole.update(digest)
             self._known[dtype] = whole.hexdigest()
         return self._known[dtype]
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    is_here = array.is_fully_addressable or array.is_fully_replicated
+    return np.asarray(array if is_here else multihost_utils.process_allgather(array, tiled=True))
 
 
 def _digests(array: np.ndarray, dtype: Any) -> list[bytes]:
@@ -54,8 +62,3 @@ def _digests(array: np.ndarray, dtype: Any) -> list[bytes]:
 
     with ThreadPoolExecutor() as threads:
         return list(threads.map(digest, array if array.ndim > 1 else [array]))
-
-
-def processing(images: LLaMAVIDLlavaImageProcessor) -> dict[str, Any]:
-    """What a video's frames go through before the tower, for a feature file and for the key of a stored one."""
-    return {"size": images.size, "mean": list(images.image_mean), "std": list(images.image_std), "aspect": "crop"}

@@ -1,0 +1,113 @@
+"""Pictures and films are decoded in a process of their own, with a memory limit: a file that crashes FFmpeg's or
+Pillow's libraries, or blows them up, costs its own request and not the server.
+
+    path ─ a process forked from one that holds no more than the readers ─▶ Sampling, then pixels [f, 3, S, S]
+"""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llamavid_jax.errors import InputError, printable
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.source import MediaError
+from llamavid_jax.media.timeline import Sampling
+
+PROCESSES = multiprocessing.get_context("forkserver")  # neither JAX's threads nor its memory are forked
+PROCESSES.set_forkserver_preload([__name__])
+
+
+class Reading(NamedTuple):
+    """How a film is read: `fps`, up to `most` frames, `chunk` at a time."""
+
+    fps: float | int
+    most: int
+    chunk: int
+
+
+def check_length(path: Path, seconds: float, frames: int, most: int) -> None:
+    """Raises MediaError for more frames than fit."""
+    if frames > most:
+        raise MediaError(
+            f"{path} lasts {seconds:.0f} s, which are {frames} frames, and {most} fit; "
+            f"ask with fps {0.9 * most / max(seconds, 1e-3):.2g}"
+        )
+
+
+def decoded(
+    images: LLaMAVIDLlavaImageProcessor,
+    path: Path,
+    reading: Reading | None,
+    max_bytes: int,
+    check: Callable[[], None],
+) -> Iterator[Any]:
+    """Of a film its Sampling and then its pixels, of a picture (`reading` None) its pixels alone.
+
+    The process has `max_bytes` of memory.  `check`, called while it works, raises where nobody waits any more.  Raises
+    InputErrors, and MediaError where the process died.
+    """
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_work, args=(sender, images, path, reading, max_bytes), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        while True:
+            while not receiver.poll(0.1):
+                check()
+            got = receiver.recv()
+            if isinstance(got, Exception):
+                raise got
+            if got is None:
+                return
+            yield got
+    except (EOFError, OSError):
+        process.join()
+        raise MediaError(
+            f"{printable(path)} ended the process that decodes it (exit code {process.exitcode}); it may be damaged: "
+            "convert it, for example to H.264 in MP4"
+        ) from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _work(
+    sender: Connection,
+    images: LLaMAVIDLlavaImageProcessor,
+    path: Path,
+    reading: Reading | None,
+    max_bytes: int,
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which answers what it has begun
+    with contextlib.suppress(ImportError, ValueError, OSError):  # a system without such limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
+
+    def on_read(sampling: Sampling, done: int) -> None:
+        if done == 1:
+            timeline = sampling.timeline
+            check_length(path, timeline.seconds, len(sampling), reading.most)
+            sender.send(dataclasses.replace(sampling, timeline=dataclasses.replace(timeline, index=None)))
+
+    try:
+        if reading is None:
+            sender.send(images.image_pixels(path))
+        else:
+            for pixels, _ in images.stream_video(path, reading.fps, reading.chunk, on_read):
+                sender.send(np.ascontiguousarray(pixels))
+        sender.send(None)
+    except BrokenPipeError:  # nobody waits any more
+        pass
+    except InputError as error:
+        sender.send(error)
+    except MemoryError:
+        sender.send(MediaError(f"{path} takes more than {max_bytes / 1e9:g} GB to decode; make it smaller"))

@@ -1,0 +1,95 @@
+"use strict";
+// What an answer rests on: the film's frames with the most attention, and the curve of all of them.
+const STRONGEST = 6, POINTS = 300, WIDTH = 600, HEIGHT = 60;
+let drawing = Promise.resolve(); // of one answer after another: each has a film of its own for it
+
+const made = (name, className, ...inner) => {
+  const element = document.createElement(name);
+  element.className = className;
+  element.append(...inner);
+  return element;
+};
+
+function clock(seconds) {
+  const [hours, minutes, rest] = [seconds / 3600, (seconds / 60) % 60, seconds % 60].map(Math.floor);
+  const two = (number) => String(number).padStart(2, "0");
+  return hours ? `${hours}:${two(minutes)}:${two(rest)}` : `${minutes}:${two(rest)}`;
+}
+
+// Few enough points to be kept with the conversation; null for what has no course of time.
+function summary([part]) {
+  if (!part || part.seconds.length < 2) return null;
+  const { seconds, weights } = part, size = Math.ceil(seconds.length / POINTS), curve = [];
+  for (let start = 0; start < seconds.length; start += size) {
+    const own = weights.slice(start, start + size), most = Math.max(...own);
+    curve.push([seconds[start + own.indexOf(most)], most]);
+  }
+  const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, STRONGEST);
+  const shown = order.filter((place) => weights[place] > weights[order[0]] / 10).sort((a, b) => a - b);
+  return { curve, strongest: shown.map((place) => [seconds[place], weights[place]]) };
+}
+
+// `video`: a promise of the film's element, or of null where the browser has none.
+function evidenceOf({ curve, strongest }, video) {
+  const play = async (second) => {
+    const film = await video;
+    if (!film) return;
+    film.currentTime = second;
+    film.scrollIntoView({ block: "nearest" });
+    film.play().catch(() => {}); // a film that this browser cannot play
+  };
+  const frames = strongest.map(([second, weight]) => {
+    const canvas = made("canvas", ""), share = `${(100 * weight).toFixed(1)} %`;
+    const button = made("button", "frame", canvas, made("span", "", `${clock(second)} · ${share}`));
+    button.setAttribute("aria-label", `Play from ${clock(second)}, where ${share} of the attention is`);
+    button.onclick = () => play(second);
+    return { second, canvas, button };
+  });
+  const end = curve.at(-1)[0], top = Math.max(...curve.map(([, weight]) => weight)) || 1;
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `Attention over the film, from 0:00 to ${clock(end)}`);
+  const line = document.createElementNS(svg.namespaceURI, "polyline");
+  const point = ([second, weight]) => `${(WIDTH * second) / end},${HEIGHT - 2 - ((HEIGHT - 4) * weight) / top}`;
+  line.setAttribute("points", curve.map(point).join(" "));
+  svg.append(line);
+  svg.onclick = ({ clientX }) => {
+    const { left, width } = svg.getBoundingClientRect();
+    play((end * (clientX - left)) / width);
+  };
+  video.then((film) => { if (film) drawing = drawing.then(() => grab(film.src, frames)); });
+  const ends = made("div", "ends", made("span", "", "0:00"), made("span", "", clock(end)));
+  return made("figure", "evidence", made("div", "strip", ...frames.map(({ button }) => button)), svg, ends);
+}
+
+// Once the frame of that second is there to be drawn: a film that has sought it may show another one for a moment.
+const painted = (film, second) => new Promise((resolve) => {
+  const look = (_, { mediaTime }) => (Math.abs(mediaTime - second) < 0.02 ? resolve() : wait());
+  const wait = () => film.requestVideoFrameCallback?.(look);
+  wait();
+  setTimeout(resolve, 500); // also where a browser does not tell, or the frame began before that second
+});
+
+// Draws the frames, one after another, with a film of its own, so that the one that is seen stays where it is.
+async function grab(source, frames) {
+  const film = made("video", "");
+  const reached = (name) => new Promise((resolve, reject) => { film[`on${name}`] = resolve; film.onerror = reject; });
+  film.muted = true;
+  const begun = reached("loadedmetadata");
+  film.src = source;
+  try {
+    await begun;
+    for (const { second, canvas } of frames) {
+      const there = Promise.all([reached("seeked"), painted(film, second)]);
+      film.currentTime = second + 0.001; // not the end of the frame before
+      await there;
+      canvas.width = 160;
+      canvas.height = Math.round((160 * film.videoHeight) / film.videoWidth);
+      canvas.getContext("2d").drawImage(film, 0, 0, canvas.width, canvas.height);
+    }
+  } catch { /* it is not a film that this browser plays: the times stay */ }
+  film.removeAttribute("src");
+  film.load();
+}

@@ -1,0 +1,73 @@
+"""Decoding in a process that may die: what its request gets, and that others go on."""
+
+import multiprocessing
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+from clips import write_clip
+from servers import ask, text_of, video
+
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
+from llamavid_jax.media.source import MediaError
+from llamavid_jax.serving.decoding import Reading, decoded
+
+IMAGES = LLaMAVIDLlavaImageProcessor(56)
+
+
+def nothing() -> None:
+    pass
+
+
+def test_frames_are_those_of_the_image_processor(clip):
+    plan, *chunks = decoded(IMAGES, clip, Reading(2.0, 40, 3), 4 << 30, nothing)
+    pixels, times = IMAGES.video_pixels(clip, 2.0)
+    assert [len(chunk) for chunk in chunks] == [3, 3, 3]
+    assert np.array_equal(np.concatenate(chunks), pixels) and np.array_equal(plan.times, times)
+
+
+def test_errors_come_over(clip, tmp_path):
+    with pytest.raises(MediaError, match="which are 9 frames, and 7 fit"):
+        list(decoded(IMAGES, clip, Reading(2.0, 7, 3), 4 << 30, nothing))
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(MediaError, match=r"a\.png"):
+        list(decoded(IMAGES, tmp_path / "a.png", None, 4 << 30, nothing))
+
+
+def test_a_memory_limit(tmp_path):
+    """Frames of 100 megabytes, in a process that may have 300."""
+    large = write_clip(
+        tmp_path / "large.mp4", [np.zeros((4096, 4096, 3), np.uint8)] * 3, options={"preset": "ultrafast"}
+    )
+    assert len(list(decoded(IMAGES, large, Reading(25.0, 9, 1), 8 << 30, nothing))) == 4
+    with pytest.raises(MediaError, match=r"large\.mp4"):
+        list(decoded(IMAGES, large, Reading(25.0, 9, 1), 300 << 20, nothing))
+
+
+def test_a_process_that_is_killed_costs_its_own_request(client, server, clip, monkeypatch):
+    """In the middle of a film: its client gets a sentence, another's picture its answer, the film the next time too."""
+    begun, killed = threading.Event(), threading.Event()
+    vision = server.preparer._vision
+
+    def waits(pixels):
+        begun.set()
+        assert killed.wait(60)
+        return vision(pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.preparer, "_vision", waits)
+        patch.setattr("llamavid_jax.serving.prepare.FRAME_CHUNK", 1)
+        found = []
+        asking = threading.Thread(target=lambda: found.append(ask(client, video("clip.mp4"), fps=9.0)))
+        asking.start()
+        assert begun.wait(60)
+        (process,) = multiprocessing.active_children()
+        os.kill(process.pid, signal.SIGKILL)
+        killed.set()
+        asking.join()
+    error = found[0].json()["error"]["message"]
+    assert found[0].status_code == 400 and "clip.mp4 ended the process that decodes it (exit code -9)" in error
+    text_of(ask(client))
+    text_of(ask(client, video("clip.mp4"), fps=9.0))

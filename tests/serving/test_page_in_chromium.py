@@ -1,0 +1,255 @@
+"""The page in a real Chromium: `apt-get install chromium`, or `playwright install chromium`."""
+
+import os
+import re
+import shutil
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from clips import index_frame, read_index, write_clip
+from playwright.sync_api import Page, expect, sync_playwright
+from servers import QUESTION, make_server, session
+
+from llamavid_jax.serving import prepare as preparing
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+OTHER = "how many dogs"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        found = next(filter(None, map(shutil.which, NAMES)), own if Path(own).exists() else None)
+        if found is None:
+            said = "no Chromium is found; apt-get install chromium, or playwright install chromium"
+            pytest.fail(said) if os.environ.get("CI") else pytest.skip(said)
+        browser = playwright.chromium.launch(executable_path=found)
+        yield browser
+        browser.close()
+
+
+class Blocks:
+    """Lets an engine run its blocks freely, or only so many."""
+
+    def __init__(self, engine):
+        self.engine, self.decode, self.free, self.left = engine, engine._decode, True, threading.Semaphore(0)
+
+    def __call__(self) -> None:
+        if self.engine._running and not self.free:
+            self.left.acquire()
+        self.decode()
+
+    def go_on(self) -> None:
+        self.free = True
+        self.left.release()
+
+
+@pytest.fixture
+def blocks(engine, monkeypatch):
+    blocks = Blocks(engine)
+    monkeypatch.setattr(engine, "_decode", blocks)
+    yield blocks
+    blocks.go_on()
+
+
+def listening(server):
+    """The address of `server` on a socket, until the block ends."""
+    place = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [place]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{place.getsockname()[1]}"
+    running.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    yield from listening(server)
+
+
+@pytest.fixture
+def page(browser, address):
+    """Open; nothing in it may fail or be refused by its own policy."""
+    page = browser.new_context().new_page()
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+    page.goto(address)
+    yield page
+    page.context.close()
+    assert not [text for text in wrong if "the server responded with a status of 400" not in text]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model, clip):
+    """The answers to both questions, each as the first."""
+    films = session(tiny_model, videos=[clip], follow_ups=False)
+    return {text: films.ask(text, max_new_tokens=48) for text in (QUESTION, OTHER)}
+
+
+def upload(page: Page, path: Path) -> None:
+    page.set_input_files("#file", path)
+    expect(page.locator("#state")).to_have_text(path.name)
+
+
+def ask(page: Page, question: str) -> None:
+    page.fill("#question", question)
+    page.press("#question", "Enter")
+
+
+def words(page: Page, number: int = 0):
+    return page.locator(".assistant .words").nth(number)
+
+
+def test_a_conversation_about_a_film(page, clip, blocks, tiny_model, expected):
+    """Words come as they are made, the evidence at their end; a click plays the film there; then a second question."""
+    whole = session(tiny_model, videos=[clip])
+    answers = [whole.ask(question, max_new_tokens=48, evidence=True) for question in (QUESTION, OTHER)]
+    upload(page, clip)
+    blocks.free = False
+    ask(page, QUESTION)
+    expect(words(page)).to_have_text("…")
+    blocks.left.release()
+    expect(words(page)).not_to_have_text("…")
+    part = words(page).text_content()
+    assert part and answers[0].text.startswith(part) and part != answers[0].text
+    expect(page.locator(".frame")).to_have_count(0)
+    blocks.go_on()
+    expect(words(page)).to_have_text(answers[0].text)
+    for place, answer in enumerate(answers):
+        if place:
+            ask(page, OTHER)
+            expect(words(page, 1)).to_have_text(answer.text)
+        frames = page.locator(".evidence").nth(place).locator(".frame")
+        most = max(frame["weight"] for frame in answer.evidence)
+        strong = [frame for frame in answer.evidence if frame["weight"] > most / 10]
+        shown = [f"0:{int(frame['second']):02} · {100 * frame['weight']:.1f} %" for frame in strong]
+        expect(frames).to_have_text(shown)
+    last = page.locator(".evidence").nth(1)
+    expect(last.locator("canvas").last).to_have_js_property("width", 160)  # as a drawn one is
+    for canvas, frame in zip(last.locator("canvas").all(), strong, strict=True):
+        pixels = canvas.evaluate("c => [...c.getContext('2d').getImageData(0, 0, 160, c.height).data]")
+        assert read_index(np.array(pixels).reshape(-1, 160, 4)[..., :3]) == round(25 * frame["second"])
+    last.locator(".frame").last.click()
+    film = page.locator("#preview video")
+    page.wait_for_function("s => document.querySelector('#preview video').currentTime > s", arg=strong[-1]["second"])
+    box = last.locator("svg").bounding_box()
+    film.evaluate("v => { v.pause(); v.currentTime = 0; }")
+    last.locator("svg").click(position={"x": 2 * box["width"] / 3, "y": 20})
+    page.wait_for_function("() => document.querySelector('#preview video').currentTime >= 1.9")
+
+
+def test_a_film_that_is_encoded(page, tmp_path, server, monkeypatch):
+    """The page says how far it is, until words come."""
+    go_on, vision = threading.Event(), server.preparer._vision
+
+    def slow(pixels):
+        if len(chunks) > 1:
+            assert go_on.wait(60)
+        chunks.append(len(pixels))
+        return vision(pixels)
+
+    chunks = []
+    monkeypatch.setattr(server.preparer, "_vision", slow)
+    monkeypatch.setattr(preparing, "FRAME_CHUNK", 2)
+    upload(page, write_clip(tmp_path / "long.mp4", [index_frame(i) for i in range(200, 425)]))
+    ask(page, QUESTION)
+    expect(words(page)).to_have_text(re.compile(r"^… [24] of 9 frames, \d+ s left$"))
+    go_on.set()
+    expect(words(page)).not_to_have_text(re.compile("^…"))
+
+
+def test_a_reload_in_the_middle(page, clip, blocks, expected):
+    """What was asked is asked again, what was answered stays with its evidence."""
+    upload(page, clip)
+    blocks.free = False
+    ask(page, QUESTION)
+    blocks.left.release()
+    expect(words(page)).not_to_have_text("…")
+    page.reload()
+    expect(words(page)).to_have_text("…")
+    blocks.go_on()
+    for _ in range(2):
+        expect(words(page)).to_have_text(expected[QUESTION].text)
+        expect(page.locator(".turn")).to_have_count(2)
+        expect(page.locator(".evidence canvas").first).to_have_js_property("width", 160)
+        page.reload()
+
+
+def test_stop_and_retry(page, clip, blocks, server, expected):
+    upload(page, clip)
+    blocks.free = False
+    ask(page, QUESTION)
+    blocks.left.release()
+    expect(words(page)).not_to_have_text("…")
+    page.get_by_role("button", name="Stop").click()
+    expect(words(page)).to_have_text(re.compile(r"\(stopped\)$"))
+    blocks.go_on()
+    page.get_by_role("button", name="Retry").click()
+    expect(words(page)).to_have_text(expected[QUESTION].text)
+    expect(page.locator(".turn")).to_have_count(2)
+    expect(page.get_by_role("button", name="Retry")).to_be_hidden()
+
+
+def test_an_error_is_shown(page, tmp_path, clip, expected):
+    """And the next film is asked about as ever."""
+    (tmp_path / "notes.mp4").write_text("no film")
+    upload(page, tmp_path / "notes.mp4")
+    ask(page, QUESTION)
+    expect(page.locator(".assistant.wrong .words")).to_contain_text("file-")
+    expect(page.get_by_role("button", name="Retry")).to_be_visible()
+    upload(page, clip)
+    expect(page.locator(".turn")).to_have_count(0)
+    ask(page, QUESTION)
+    expect(words(page)).to_have_text(expected[QUESTION].text)
+
+
+def test_two_tabs(page, address, clip, expected):
+    """Of one browser, with a film each has chosen: two conversations, whose answers are not mixed up."""
+    upload(page, clip)
+    other = page.context.new_page()
+    other.goto(address)
+    expect(other.locator(".turn")).to_have_count(0)
+    other.get_by_role("button", name=clip.name).click()
+    ask(page, QUESTION)
+    ask(other, OTHER)
+    expect(words(page)).to_have_text(expected[QUESTION].text)
+    expect(words(other)).to_have_text(expected[OTHER].text)
+
+
+def test_keyboard_phone_and_dark(page, clip, expected):
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 360, "height": 700})
+    upload(page, clip)
+    page.keyboard.type(QUESTION)  # the question has the focus
+    page.keyboard.press("Enter")
+    expect(words(page)).to_have_text(expected[QUESTION].text)
+    page.locator(".frame").last.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelector('#preview video').currentTime > 2")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    colours = [page.evaluate("getComputedStyle(document.body).backgroundColor")]
+    page.emulate_media(color_scheme="light")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") not in colours
+    for name in ("Ask", re.compile("Play from 0:03")):
+        expect(page.get_by_role("button", name=name).first).to_be_visible()
+
+
+def test_a_key(browser, tiny_model, engine, tmp_path, clip, expected):
+    for address in listening(make_server(tiny_model, engine, tmp_path, keys=("secret",))):
+        page = browser.new_page()
+        page.goto(address)
+        page.get_by_label("API key").fill("secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("tiny")
+        upload(page, clip)
+        ask(page, QUESTION)
+        expect(words(page)).to_have_text(expected[QUESTION].text)
+        expect(page.locator(".evidence canvas").first).to_have_js_property("width", 160)
+        page.close()
