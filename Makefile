@@ -30,7 +30,7 @@ export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, as they are impo
 	sh tests/real/install.sh $(BIN)/pip
 	touch $@
 
-.PHONY: demo serve demo-model test test-real lint lock clean
+.PHONY: demo serve demo-model test test-real test-pods lint lock clean
 demo: .venv/ready
 	$(BIN)/python -m demo.show build/demo.png
 
@@ -49,10 +49,13 @@ demo-model: .venv/ready-test
 # The page is tried in a Chromium: `apt-get install chromium` or `.venv/bin/playwright install chromium`.  Without one
 # its tests are skipped, but where CI is set they fail.
 test: .venv/ready-test .venv/ready-libtpu lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real and not pods"
 
 test-real: .venv/ready-real
 	$(BIN)/python -m pytest tests/real
+
+test-pods: .venv/ready-test
+	$(BIN)/python -m pytest -s tests/cli/test_pods.py
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

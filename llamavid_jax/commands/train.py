@@ -20,6 +20,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="one of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="put over the file")
     parser.add_argument("--profile", action="store_true", help="write a trace of three steps to OUTPUT/profile")
+    parser.add_argument(
+        "--simulate-fault", metavar="KIND@STEP", help="kill, hang, slow, nan or disk: see what becomes of the run"
+    )
     parser.add_argument("--compile-only", action="store_true", help="compile the step for --topology and stop")
     compile_check.add_arguments(parser)
     add_processes(parser)
@@ -40,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         return compile_check.check(config, options)
     keep_programs()
     join(options)
+    from llamavid_jax.training.faults import Fault
     from llamavid_jax.training.loop import train
 
-    return train(config, say, profile=options.profile)
+    fault = Fault.parse(options.simulate_fault) if options.simulate_fault else None
+    return train(config, say, options.profile, fault)

@@ -24,6 +24,7 @@ from llamavid_jax.precompile.topology import CompileError, chip_of, in_own_proce
 from llamavid_jax.precompile.train import check_training, largest, recomputed_flops, step_flops
 from llamavid_jax.shapes import RowShape
 from llamavid_jax.training.config import TrainConfig
+from llamavid_jax.training.forecast import kept_bytes
 from llamavid_jax.training.layout import Layout, lay_out
 from llamavid_jax.weights import inventory
 
@@ -138,7 +139,7 @@ def _try(
         hbm_bytes=0,
         ici_bytes=micro_batches * (gathered + _exchanged(text, mesh, rows, shape.tokens)),
     )
-    return Try(mesh, remat, micro_batches, (state + _kept(text, mesh, tokens, remat)) / 2**30, best.seconds)
+    return Try(mesh, remat, micro_batches, (state + kept_bytes(text, mesh, tokens, remat)) / 2**30, best.seconds)
 
 
 def _parameters(layout: Layout, mesh: dict[str, int]) -> tuple[float, float]:
@@ -156,16 +157,6 @@ def _parameters(layout: Layout, mesh: dict[str, int]) -> tuple[float, float]:
         gathered = leaf.size * (1 - tensor / parts) / tensor  # of what this device computes with, what others hold
         received += gathered * (2 * 2 + 4 * trains)  # forwards and backwards in 16 bits, the gradient in 32
     return held, received
-
-
-def _kept(text: LlamaConfig, mesh: dict[str, int], tokens: int, remat: str) -> float:
-    """Bytes that LLaMA's layers keep for the gradient, in 16 bits."""
-    hidden = text.hidden_size
-    matmuls = 2 * hidden + (
-        (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim + 2 * text.intermediate_size
-    ) / mesh[TENSOR]  # fmt: skip
-    kept = {"full": hidden, "dots": hidden + matmuls, "none": hidden + 1.5 * matmuls}[remat]
-    return 2.0 * text.num_hidden_layers * tokens * kept
 
 
 def _exchanged(text: LlamaConfig, mesh: dict[str, int], rows: int, row_tokens: int) -> float:

@@ -125,8 +125,8 @@ class LoopConfig:
     A step adds up `micro_batches` gradients; `loss_weighting` "tokens" gives each labelled token the same weight,
     "micro_batch" is the original's mean of means.  `dtype` is that of matmuls and of frozen parameters;
     trained ones are float32.  `remat`: what a layer keeps for the gradient.  A step whose loss or gradient is not
-    finite is skipped; `max_bad_steps` of them in a row end the run.  `compiler_options` are what the compiler of a TPU
-    generation is told beside its own defaults (docs/tpu.md).
+    finite is skipped; `max_bad_steps` in a row end the run, as do `hang_after` seconds without a step (`pace.py`).
+    `compiler_options` are what the compiler of a TPU generation is told beside its own defaults (docs/tpu.md).
     """
 
     epochs: int = 1
@@ -142,6 +142,7 @@ class LoopConfig:
     keep: int = 2
     evaluate_every: int = 0
     max_bad_steps: int = 10
+    hang_after: float = 600.0
     compiler_options: dict = dataclasses.field(default_factory=COMPILER_OPTIONS.copy)
 
     def __post_init__(self):

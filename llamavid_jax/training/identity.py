@@ -31,7 +31,7 @@ FREE = {  # fields that may change in the middle of a run: neither the order of 
     *("output", "mesh", "data.path", "data.media", "data.evaluation_path"),  # the content of data.path counts
     *("data.max_broken", "data.threads", "data.processes"),
     *("training.log_every", "training.save_every", "training.keep", "training.evaluate_every"),
-    *("training.max_bad_steps", "training.remat", "training.compiler_options"),
+    *("training.max_bad_steps", "training.hang_after", "training.remat", "training.compiler_options"),
 }
 MEDIA = "media.npy"
 

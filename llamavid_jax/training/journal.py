@@ -1,7 +1,6 @@
 """What a run has seen: speed and loss to the log, samples and steps left out, and the reasons to stop it."""
 
 import contextlib
-import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,12 +11,14 @@ from jax.experimental import multihost_utils
 from llamavid_jax.data.loader import Loader
 from llamavid_jax.data.record import DataError
 from llamavid_jax.errors import TrainingError
-from llamavid_jax.models.flops import PARTS, flops_per_step
-from llamavid_jax.models.lora import ADAPTERS
+from llamavid_jax.models.flops import flops_per_step
 from llamavid_jax.training.batches import Upcoming
 from llamavid_jax.training.config import LoopConfig
+from llamavid_jax.training.forecast import work_of
+from llamavid_jax.training.goodput import Goodput
 from llamavid_jax.training.log import JsonLines
 from llamavid_jax.training.metrics import Metrics, Throughput
+from llamavid_jax.training.pace import Pace
 from llamavid_jax.training.start import Start
 from llamavid_jax.training.step import StepMetrics
 
@@ -34,14 +35,14 @@ class Journal:
         max_broken: float,
         first_step: int,
         report: Callable[[str], None],
+        goodput: Goodput,
     ):
         self.output, self.loop, self.max_broken, self.report = output, loop, max_broken, report
         self.steps, self.first_step, self.config = loader.steps, first_step, start.config
+        self.done, self.goodput, self.pace = first_step, goodput, Pace(loop.hang_after, goodput, report)
         self.allowed = max_broken * len(loader.schedule.sizes.kind)
         self.throughput = Throughput(start.mesh.size)
-        updates = {path for path in start.trained if fnmatch.fnmatchcase(path, ADAPTERS)}
-        self.updates = sum(start.trained[path].size for path in updates)
-        self.trains = {part: any(path.startswith(part) for path in start.trained.keys() - updates) for part in PARTS}
+        self.trains, self.updates = work_of(start.trained)
         self.pending: list[tuple[int, StepMetrics, Upcoming]] = []
         self.since_log: list[dict[str, float]] = []  # the steps that the next line of the log is the mean of
         self.bad_steps = self.bad_in_a_row = self.truncated = self.samples = 0
@@ -61,9 +62,13 @@ class Journal:
         self.metrics = Metrics(output, first_step + 1, report)  # last: nothing raises with it open
 
     def __enter__(self) -> "Journal":
+        self.pace.__enter__()
+        self.goodput.begin(self.first_step)
         return self
 
     def __exit__(self, *_) -> None:
+        self.pace.__exit__()
+        self.goodput.write(self.done)
         self.metrics.close()
 
     def finished(self, step: int, metrics: StepMetrics, current: Upcoming) -> None:
@@ -78,10 +83,11 @@ class Journal:
             self._look(*self.pending.pop(0))
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Looks at every step so far; what runs inside takes none of the steps' time."""
+    def pause(self, part: str) -> Iterator[None]:
+        """Looks at every step so far; what runs inside takes none of the steps' time, but is a `part` of the run's."""
         self.flush()
-        with self.throughput.pause():
+        self.goodput.write(self.done)
+        with self.throughput.pause(), self.pace.pause(), self.goodput.of(part):
             yield
 
     def _look(self, step: int, metrics: StepMetrics, seen: Upcoming) -> None:
@@ -94,12 +100,15 @@ class Journal:
         else:
             self._note_bad(step, values, seen.loaded.ids)
         self._count(seen)
+        self.done = step + 1
         if (step + 1) % self.loop.log_every == 0 or step + 1 == self.steps:
             means = {name: float(np.mean([one[name] for one in self.since_log or [values]])) for name in values}
             values, self.since_log = means | {"learning_rate": values["learning_rate"]}, []
             _, truncated, unreadable = self._totals()
             counts = {"skipped_steps": self.bad_steps, "skipped_samples": unreadable, "truncated": truncated}
-            self.metrics.log(step + 1, values | {k: n for k, n in counts.items() if n} | self.throughput.read())
+            self.goodput.write(step + 1)
+            values |= {k: n for k, n in counts.items() if n} | self.throughput.read()
+            self.metrics.log(step + 1, values | {"goodput": self.goodput.share} | self.pace.spread())
 
     def _count(self, seen: Upcoming) -> None:
         """Adds one step's work, over all processes."""
@@ -174,11 +183,11 @@ class Journal:
             )
 
     def summary(self) -> str:
-        """What was left out or cut, in a sentence."""
+        """What was left out or cut, and what the hours went into, in two sentences."""
         samples, truncated, unreadable = self._totals()
         return (
             f"{samples} samples; {unreadable} unreadable ones skipped, {truncated} cut to fit their row, "
-            f"{self.bad_steps} steps without a finite loss"
+            f"{self.bad_steps} steps without a finite loss. {self.goodput}"
         )
 
 

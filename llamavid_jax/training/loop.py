@@ -1,6 +1,6 @@
 """The training loop: restore, step, log, save, evaluate; it stops when it is done, told to (SIGTERM) or going wrong.
 
-    output/config.yaml  checkpoints/  metrics.jsonl  tensorboard/  skipped.jsonl     while it runs
+    output/config.yaml  checkpoints/  metrics.jsonl  goodput.jsonl  tensorboard/  skipped.jsonl     while it runs
     output/model/       a complete checkpoint, which infer.py and the next stage read   at its end
     output/adapter/     the trained parameters alone, or LoRA's in PEFT's layout
 
@@ -34,6 +34,9 @@ from llamavid_jax.training.batches import (
 )
 from llamavid_jax.training.checkpoint import RunCheckpoints, only_run
 from llamavid_jax.training.config import TrainConfig
+from llamavid_jax.training.faults import Fault
+from llamavid_jax.training.forecast import forecast
+from llamavid_jax.training.goodput import Goodput
 from llamavid_jax.training.identity import check_same_media, check_same_run, identity
 from llamavid_jax.training.journal import Journal
 from llamavid_jax.training.layout import check_rows, initial_state, run_mesh
@@ -46,11 +49,12 @@ from llamavid_jax.training.step import make_evaluate_step, make_train_step
 PREEMPTED = 143  # the exit code of a run that SIGTERM stopped: started again, it goes on
 
 
-def train(config: TrainConfig, report: Callable[[str], None], profile: bool = False) -> int:
+def train(config: TrainConfig, report: Callable[[str], None], profile: bool = False, fault: Fault | None = None) -> int:
     """Runs or resumes the run of `config.output`; returns the exit code, 0 at its end and PREEMPTED before.
 
-    `report` is told what happens, line by line.  `profile` writes a trace of steps 3 to 5 to `output/profile`.  Raises
-    InputErrors before the first step for whatever can be checked, TrainingError and DataError later.
+    `report` is told what happens, line by line.  `profile` writes a trace of steps 3 to 5 to `output/profile`; `fault`
+    is what happens to it (`faults.py`).  Raises InputErrors before the first step for whatever can be checked,
+    TrainingError and DataError later.
     """
     output, data, loop = Path(config.output), config.data, config.training
     report = report if jax.process_index() == 0 else _nobody
@@ -65,6 +69,7 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
         check_adapter(config.start.adapter)
         make_output(output)
         exits.enter_context(only_run(output))
+        goodput = Goodput(output, report)
         exits.enter_context(jax.set_mesh(mesh))
         preemption = exits.enter_context(Preemption())
         checkpoints = exits.enter_context(RunCheckpoints(output / "checkpoints", loop.keep, report))
@@ -94,7 +99,8 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         if resumed:  # its arrays take the place of these
             jax.tree.map(lambda x: x.delete(), state)
-        restored = checkpoints.restore(abstract)
+        with goodput.of("restore"):
+            restored = checkpoints.restore(abstract)
         if restored is not None:
             check_same_run(made_of, restored.config, output)
         check_same_media(records, output, restored is not None, data.threads, report)
@@ -104,7 +110,8 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
             report(f"resuming {output} at step {restored.step} of {loader.steps}")
         elif jax.process_index() == 0:
             write_files(output, {"config.yaml": yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode()})
-        journal = Journal(output, start, loader, loop, data.max_broken, int(state.step), report)
+        report(forecast(config, start, state, loader))
+        journal = Journal(output, start, loader, loop, data.max_broken, int(state.step), report, goodput)
         exits.enter_context(journal)
         if held_out is not None:
             journal.note_held_out(held_out.schedule.sizes.broken)
@@ -123,7 +130,10 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
             current = following or next(batches)
             if profile and step == journal.first_step + 2:
                 tracing.enter_context(jax.profiler.trace(output / "profile"))
-            state, metrics = train_step(state, start.frozen, current.batch)
+            frozen = fault.strike(step + 1, start.frozen) if fault else start.frozen
+            journal.pace.begin(current.batch, current.wait)
+            state, metrics = train_step(state, frozen, current.batch)
+            journal.pace.sent(metrics.loss)
             current, following = current._replace(batch=None), None  # the step alone holds it now
             if ahead:
                 following = next(batches, None)
@@ -136,10 +146,10 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
 
             done, last, stop = step + 1, step + 1 == loader.steps, preemption.requested()
             if stop or last or done % loop.save_every == 0:
-                with journal.pause():
+                with journal.pause("save"):
                     checkpoints.save(done, state, current.position, made_of)
             if held_out is not None and not stop and (last or done % (loop.evaluate_every or loader.steps) == 0):
-                with journal.pause():
+                with journal.pause("evaluation"):
                     once = upcoming(held_out, mesh, loop.batch_size, data.packing)
                     values = evaluate(evaluate_step, state.params, start.frozen, once, journal, preemption.requested)
                     if values is None:
@@ -148,13 +158,16 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
                     else:
                         journal.metrics.log(done, values)
             if stop:
-                checkpoints.wait()
+                with journal.pause("save"):
+                    checkpoints.wait()
                 report(f"stopped by a signal after step {done} of {loader.steps}; the same command goes on")
                 return PREEMPTED
 
         # 7. The model.
-        checkpoints.wait()
-        save_result(output, start, state.params, loop.dtype, config.lora, config.start)
+        with journal.pause("save"):
+            checkpoints.wait()
+            save_result(output, start, state.params, loop.dtype, config.lora, config.start)
+        goodput.write(loader.steps)
         report(f"{output / 'model'}: the model after {loader.steps} steps. {journal.summary()}")
     return 0
 

@@ -31,6 +31,7 @@ COLUMNS: Mapping[str, tuple[str, str]] = {  # name -> on the console, and its fo
     "memory_gib": ("GiB", "5.1f"),
     "data_wait": ("data wait", "4.0%"),
     "padding": ("padding", "4.0%"),
+    "goodput": ("goodput", "4.0%"),
 }
 
 

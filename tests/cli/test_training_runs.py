@@ -18,6 +18,9 @@ import train
 from llamavid_jax.checkpoints.weights import load_weights
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.training import loop
+from llamavid_jax.training.goodput import tally
+from llamavid_jax.training.log import JsonLines
+from llamavid_jax.training.pace import HUNG
 
 STAGE1, STAGE2, STAGE3 = (f"tiny/{name}.yaml" for name in ("stage1_align", "stage2_instruct", "stage3_long_video"))
 SIX = ("training.steps=6", "training.save_every=3")
@@ -74,16 +77,29 @@ def test_a_run_leaves_a_model_that_answers(whole, env):
     assert model.generate(**processor.chat(question), max_new_tokens=4).texts
 
 
-def test_killed_at_a_checkpoint_and_resumed(folder, env, whole):
-    """Six steps equal three, kill -9, and three more, the order of the data included."""
-    output = folder / "killed"
-    process = start(six_steps(folder, output), env)
-    until(lambda: (output / "checkpoints" / "3").exists(), process)
-    process.kill()
-    process.communicate()
-    text = run(six_steps(folder, output), env)
-    assert "resuming" in text and "step 3" in text.replace("step 6", "step 3 (or at the end)")
+def test_faults_change_nothing(folder, env, whole):
+    """A full disk, a hang and kill -9 at the save of step 3 or behind it, each in its process, then the end."""
+    output = folder / "faults"
+
+    def struck(fault: str, code: int) -> str:
+        return run([*six_steps(folder, output, "training.hang_after=2"), "--simulate-fault", fault], env, code)
+
+    full = struck("disk@4", code=2)
+    assert "cannot be written" in full and "free space there" in full  # the save of step 3, or that of step 6
+    hung = struck("hang@5", code=HUNG)
+    assert "no step in" in hung and f"ends with code {HUNG}" in hung and "faults.py" in hung and "in strike" in hung
+    struck("kill@6", code=-signal.SIGKILL)
+    assert "step 3 of 6" in run(six_steps(folder, output), env)
     assert_same(output, whole)
+    totals = tally(JsonLines(output / "goodput.jsonl", pytest.fail).rows())
+    assert all(totals[part] > 0 for part in ("steps", "compile", "save", "restore", "start", "lost", "idle"))
+
+
+def test_a_step_that_is_not_finite_is_skipped(folder, env, whole):
+    output = folder / "nan"
+    run([*six_steps(folder, output), "--simulate-fault", "nan@2"], env)
+    (bad,) = [json.loads(line) for line in (output / "not_finite.jsonl").read_text().splitlines()]
+    assert bad["step"] == 2 and losses(output)[0] == losses(whole)[0] and np.isfinite(losses(output)[2:]).all()
 
 
 def test_preempted_and_resumed(folder, env, whole):

@@ -27,6 +27,7 @@ from llamavid_jax.training import journal as journal_module
 from llamavid_jax.training import loop
 from llamavid_jax.training.batches import FETCHED_AHEAD
 from llamavid_jax.training.config import DataConfig, LoopConfig, TrainConfig, read_config
+from llamavid_jax.training.goodput import Goodput
 from llamavid_jax.training.journal import Journal
 from llamavid_jax.training.start import Start
 from llamavid_jax.training.step import StepMetrics, TrainState
@@ -100,6 +101,7 @@ class Run:
             "identity": lambda *_: {},
             "save_result": lambda *_: None,
             "describe": lambda *_: "plan",
+            "forecast": lambda *_: "forecast",
             "initial_state": lambda *_: TrainState(jnp.int32(0), {"a": jnp.zeros(1)}, None),
             "make_train_step": lambda *_, **__: self.step,
             "make_evaluate_step": lambda *_: self.evaluate_step,
@@ -182,7 +184,9 @@ def test_what_a_run_tells(tmp_path, monkeypatch):
 def make_journal(run: Run, first_step: int = 1) -> Journal:
     start, training = loop.load_start(None, None), run.config.training
     data = run.config.data
-    return Journal(run.folder, start, Rows(4, Events()), training, data.max_broken, first_step, run.reports.append)
+    told = run.reports.append
+    rows, goodput = Rows(4, Events()), Goodput(run.folder, told)
+    return Journal(run.folder, start, rows, training, data.max_broken, first_step, told, goodput)
 
 
 def test_held_out_samples_stop_no_run_and_are_named_once(tmp_path, monkeypatch):

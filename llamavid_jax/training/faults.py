@@ -1,0 +1,64 @@
+"""Faults that a run is made to have, to see what becomes of it: `--simulate-fault KIND@STEP`.
+
+They happen before that step, each time it is reached, on the last process; `nan` and `disk` on all, which share both.
+"""
+
+import os
+import resource
+import signal
+import threading
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llamavid_jax.errors import InputError
+from llamavid_jax.models.structure import Params
+
+KINDS = {
+    "kill": "the process is gone, as by kill -9",
+    "hang": "it stands still",
+    "slow": "from then on each step begins SLOW seconds late",
+    "nan": "a frozen parameter is NaN in this step",
+    "disk": "from then on nothing can be written to files",
+}
+SLOW = 0.5
+
+
+class Fault(NamedTuple):
+    kind: str
+    step: int  # from 1, as in the log
+
+    @classmethod
+    def parse(cls, text: str) -> "Fault":
+        kind, _, step = text.partition("@")
+        if kind not in KINDS or not step.isdecimal() or int(step) < 1:
+            raise InputError(
+                f"--simulate-fault is {text!r}; give KIND@STEP, such as kill@3: KIND is one of {', '.join(KINDS)}"
+            )
+        return cls(kind, int(step))
+
+    def strike(self, step: int, frozen: Params) -> Params:
+        """Does what is due before `step`; returns the frozen parameters that it computes with."""
+        if self.kind == "nan":
+            return _poisoned(frozen) if step == self.step else frozen
+        due = step == self.step or (self.kind == "slow" and step > self.step)
+        if due and (self.kind == "disk" or jax.process_index() == jax.process_count() - 1):
+            match self.kind:
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "hang":
+                    threading.Event().wait()
+                case "slow":
+                    time.sleep(SLOW)
+                case "disk":  # the system refuses every write to a file, as a full disk does, by another error
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return frozen
+
+
+def _poisoned(frozen: Params) -> Params:
+    for path, value in frozen.items():
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            return frozen | {path: value * jnp.nan}
+    raise InputError("--simulate-fault nan needs a frozen parameter; use a recipe that freezes one")

@@ -1,0 +1,137 @@
+"""The pace of a run's steps: what the devices waited for, a run that stands still, and the host that holds up the rest.
+
+A thread for each step notes when the devices are done with it.  A step that was sent later than that found them idle:
+its host had no batch yet, or was slow itself.  All hosts are done with a step at the same moment, so the one that
+sends the next much later than the others is the straggler; a slow chip does not show here, as all wait for it alike.
+
+Standing still: no step is done within max(TIMES × the usual step, `training.hang_after` seconds), while one is due.
+None is before the first is done, while a new shape compiles, and during saves and evaluations.
+"""
+
+import contextlib
+import faulthandler
+import os
+import socket
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llamavid_jax.errors import say
+from llamavid_jax.shapes import Batch
+from llamavid_jax.training.goodput import Goodput
+
+HUNG = 75  # the exit code of a run that stood still (sysexits.h's "temporary failure"): started again, it goes on
+TIMES = 20
+STRAGGLES = 0.2, 0.1  # of a step, and seconds, that a host is later than the others before it is named
+
+
+class Pace:
+    """A context: `begin`, the step itself, `sent`, for each step."""
+
+    def __init__(self, hang_after: float, goodput: Goodput, report: Callable[[str], None]):
+        self._hang_after, self._goodput, self._report = hang_after, goodput, report
+        self._shapes: set[tuple] = set()
+        self._paused, self._any, self._silent, self._closed = False, False, 0.0, threading.Event()
+        self._before = [time.perf_counter()]  # when the step before was done: empty until then
+        self._lasted: deque[float] = deque(maxlen=32)  # seconds of the last steps
+        self._late = self._steps = 0.0
+        self._hosts = _host_names()
+
+    def __enter__(self) -> "Pace":
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._closed.set()
+
+    @property
+    def usual(self) -> float:
+        """Seconds of a step; 0 before two are done."""
+        return statistics.median(self._lasted or [0.0])
+
+    def begin(self, batch: Batch, wait: float) -> None:
+        """A step is sent now; its host waited `wait` seconds for the batch."""
+        shapes = tuple(getattr(array, "shape", None) for array in batch)
+        late = time.perf_counter() - self._before[0] if self._before else 0.0
+        self._goodput.turn("steps")
+        self._goodput.move(min(wait, late), "steps", "data wait")
+        if shapes in self._shapes:
+            self._late, self._steps = self._late + late, self._steps + 1
+        else:
+            self._shapes.add(shapes)
+            self._paused, self._before = True, []
+            self._goodput.turn("compile")
+
+    def sent(self, result: Any) -> None:
+        """The step is under way; `result` is an array of its own."""
+        self._goodput.turn("steps")
+        self._silent, self._paused = 0.0, False
+        before, self._before = self._before, []
+        threading.Thread(target=self._done, args=(result, before, self._before), daemon=True).start()
+
+    def _done(self, result: Any, before: list[float], own: list[float]) -> None:
+        with contextlib.suppress(Exception):  # which the run raises itself
+            result.block_until_ready()
+            own.append(time.perf_counter())
+            if before:
+                self._lasted.append(own[0] - before[0])
+            self._silent, self._any = 0.0, True
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """No step is due inside."""
+        self._paused = True
+        yield
+        self._silent, self._before, self._paused = 0.0, [time.perf_counter()], False
+
+    def _watch(self) -> None:
+        """Counts its own ticks: time in which the whole machine was halted, or had none to spare, is not the run's."""
+        tick = min(1.0, self._hang_after / 10)
+        while not self._closed.wait(tick):
+            self._silent += tick
+            if self._any and not self._paused and self._silent > max(self._hang_after, TIMES * self.usual):
+                stop_hung(self._silent, self.usual)
+
+    def spread(self) -> dict[str, float]:
+        """How much later than the others the slowest host sent its steps since last asked, as a part of a step.
+
+        All processes ask together; a straggler is reported.  Nothing where there is one process.
+        """
+        own = np.array([self._late / max(self._steps, 1), self.usual], np.float32)
+        self._late = self._steps = 0.0
+        if jax.process_count() == 1:
+            return {}
+        late, usual = multihost_utils.process_allgather(own).reshape(-1, 2).T
+        slowest, step = int(late.argmax()), max(float(usual.max()), 1e-9)
+        gap = float(late[slowest] - np.median(np.delete(late, slowest)))
+        if gap > max(STRAGGLES[0] * step, STRAGGLES[1]):
+            self._report(
+                f"process {slowest} ({self._hosts[slowest]}) is slow: all wait {gap:.2f} s for it at each step, which "
+                f"takes {step:.2f} s; see what else runs there, and its disk"
+            )
+        return {"host_spread": gap / step}
+
+
+def stop_hung(silent: float, usual: float) -> None:
+    """Says where every thread stands and ends this process; the others of its run stand still too."""
+    say(
+        f"process {jax.process_index()} ({socket.gethostname()}): no step in {silent:.0f} s, where one takes "
+        f"{usual:.2f} s; the run ends with code {HUNG} and goes on from its last save when it is started again. "
+        "Where its threads stand:"
+    )
+    with contextlib.suppress(OSError):
+        faulthandler.dump_traceback(file=2)
+    os._exit(HUNG)
+
+
+def _host_names() -> list[str]:
+    name = np.frombuffer(socket.gethostname().encode()[:64].ljust(64, b"\0"), np.uint8)
+    every = multihost_utils.process_allgather(name).reshape(-1, 64)
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in every]

@@ -1,0 +1,124 @@
+"""A run that stands still ends; one that compiles, saves, or has not begun does not; the slow host is named."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from llamavid_jax.shapes import Batch
+from llamavid_jax.training import pace as module
+from llamavid_jax.training.goodput import Goodput
+from llamavid_jax.training.pace import Pace
+
+FLOOR = 0.2
+
+
+def batch(tokens: int = 4) -> Batch:
+    return Batch(*[np.zeros((2, tokens))] * len(Batch._fields))
+
+
+class Result:
+    """Of a step that the device is done with when the test says so."""
+
+    def __init__(self, done: bool = True):
+        self.event = threading.Event()
+        if done:
+            self.event.set()
+
+    def block_until_ready(self) -> None:
+        self.event.wait()
+
+
+class Stopped(threading.Event):
+    def __call__(self, *_) -> None:
+        self.set()
+
+
+@pytest.fixture
+def pace(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "stop_hung", Stopped())
+    with Pace(FLOOR, Goodput(tmp_path, pytest.fail), pytest.fail) as pace:
+        yield pace
+
+
+def one_step(pace: Pace, of: Batch, result: Result | None = None) -> None:
+    pace.begin(of, 0.0)
+    pace.sent(result or Result())
+    while result is None and not pace._before:
+        time.sleep(0.001)
+
+
+def test_a_hang_is_found(pace):
+    one_step(pace, batch())
+    one_step(pace, batch(), Result(done=False))
+    assert module.stop_hung.wait(60)
+
+
+def test_a_loader_that_hangs_is_found(pace):
+    one_step(pace, batch())
+    with pace.pause():
+        pass
+    assert module.stop_hung.wait(60)
+
+
+@pytest.mark.parametrize("where", ["first compile", "first step", "later compile", "save", "slow steps"])
+def test_no_false_alarm(pace, where):
+    """All of these last much longer than the floor."""
+    if where == "first compile":
+        pace.begin(batch(), 0.0)
+    elif where == "first step":
+        one_step(pace, batch(), Result(done=False))
+    elif where == "later compile":
+        one_step(pace, batch())
+        pace.begin(batch(tokens=8), 0.0)
+    elif where == "slow steps":
+        one_step(pace, batch())
+        pace._lasted.append(1e6)
+    else:
+        one_step(pace, batch())
+        pause = pace.pause()
+        pause.__enter__()
+    assert not module.stop_hung.wait(8 * FLOOR)
+
+
+def test_a_machine_that_was_halted_is_no_hang(tmp_path, monkeypatch):
+    """An hour passes between two ticks of the watch: it counts as one."""
+    monkeypatch.setattr(module, "stop_hung", lambda *_: pytest.fail("stopped"))
+    pace = Pace(FLOOR, Goodput(tmp_path, pytest.fail), pytest.fail)
+    pace._any, ticks = True, iter([False, True])
+    monkeypatch.setattr(pace._closed, "wait", lambda seconds: next(ticks))
+    pace._watch()
+    assert pace._silent == pytest.approx(FLOOR / 10)
+
+
+def test_what_devices_waited_for(pace):
+    """A batch that came while the step before ran cost nothing; after it, at most what it took to load."""
+    one_step(pace, batch())
+    one_step(pace, batch())
+    running = Result(done=False)
+    one_step(pace, batch(), running)
+    seconds = pace._goodput._seconds
+    before = seconds["data wait"]
+    pace.begin(batch(), 50.0)
+    assert seconds["data wait"] == before
+    running.event.set()
+    pace.sent(Result())
+    while not pace._before:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    pace.begin(batch(), 0.03)
+    assert seconds["data wait"] - before == pytest.approx(0.03) and pace._late > 0.04
+
+
+@pytest.mark.parametrize("late,named", [([0.0, 0.0, 0.9, 0.1], 2), ([0.0, 0.06, 0.0, 0.0], None), ([0.4] * 4, None)])
+def test_the_slow_host_is_named(tmp_path, monkeypatch, late, named):
+    said = []
+    pace = Pace(FLOOR, Goodput(tmp_path, said.append), said.append)
+    pace._hosts = [f"host-{number}" for number in range(4)]
+    monkeypatch.setattr(module.jax, "process_count", lambda: 4)
+    every = np.array([[seconds, 2.0] for seconds in late], np.float32)
+    monkeypatch.setattr(module.multihost_utils, "process_allgather", lambda own: every)
+    spread = pace.spread()["host_spread"]
+    assert spread == pytest.approx((max(late) - np.median(np.delete(late, np.argmax(late)))) / 2, abs=1e-6)
+    assert [line.split(" is slow")[0] for line in said] == ([f"process {named} (host-{named})"] if named else [])
