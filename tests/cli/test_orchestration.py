@@ -14,6 +14,7 @@ import train
 from llamavid_jax.parallel.mesh import parse_mesh
 from llamavid_jax.training.config import TrainConfig, read_config
 from llamavid_jax.training.loop import PREEMPTED
+from llamavid_jax.training.pace import HUNG
 
 BAD_INPUT, GRACE, RESTARTS = 2, 600, 50
 
@@ -127,18 +128,28 @@ def test_what_ends_a_run_and_what_starts_it_again():
     assert job["backoffLimit"] == 0 and pod()["restartPolicy"] == "Never"
     assert pod()["terminationGracePeriodSeconds"] == GRACE
     assert {
-        "--restart-on-exit-codes=1",
+        f"--restart-on-exit-codes=1,{HUNG}",
         f"--max-restarts={RESTARTS}",
         f"--termination-grace-period-seconds={GRACE}",
     } <= set(xpk())
     recovery = yaml.safe_load(read("skypilot.yaml"))["resources"]["job_recovery"]
-    assert PREEMPTED in recovery["recover_on_exit_codes"] and BAD_INPUT not in recovery["recover_on_exit_codes"]
+    assert {HUNG, PREEMPTED} <= set(recovery["recover_on_exit_codes"]) and BAD_INPUT not in recovery[
+        "recover_on_exit_codes"
+    ]
     assert f"#SBATCH --signal=TERM@{GRACE}\n" in read("slurm.sh")
 
 
 @pytest.mark.parametrize(
     ("code", "restarts", "again"),
-    [(0, 0, False), (BAD_INPUT, 0, False), (1, 0, True), (PREEMPTED, 0, True), (137, 3, True), (134, RESTARTS, False)],
+    [
+        (0, 0, False),
+        (BAD_INPUT, 0, False),
+        (1, 0, True),
+        (PREEMPTED, 0, True),
+        (137, 3, True),
+        (HUNG, 0, True),
+        (134, RESTARTS, False),
+    ],
 )
 def test_slurm_queues_what_was_stopped(code, restarts, again):
     done = slurm(code, restarts)
