@@ -80,13 +80,17 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
                 return
             yield chunk
 
-    def context_attention(self, pixel_values: Frames, prompt: str) -> np.ndarray:
+    def context_attention(
+        self, pixel_values: Frames | None = None, prompt: str = "", *, features: np.ndarray | None = None
+    ) -> np.ndarray:
         """Where in each frame the question looks: float32 `[F, S, S]` over the S × S patches, summing to 1 a frame.
 
-        The weights of the paper's context token (section 3.2), averaged over the queries.
+        The weights of the paper's context token (section 3.2), averaged over the queries.  `features` `[F, P, E]`, as
+        `vision_features` gives them, stand for the pixels.
         """
         text_ids, text_mask = (array[0] for array in self._question_ids([prompt], [1]))
-        features, vision, chunks = self.vision_features(pixel_values), self.config.vision_tower_config, []
+        features = self.vision_features(pixel_values) if features is None else features
+        vision, chunks = self.config.vision_tower_config, []
         with self.on_mesh():
             for start in range(0, len(features), FRAME_CHUNK):
                 chunk = features[start : start + FRAME_CHUNK]

@@ -96,7 +96,7 @@ class Answers:
         texts, last = [""] * self.asked.n, {}
         async for index, new, last[index] in self.parts():
             texts[index] += new
-        choices = [(text, self._end(last[index])) for index, text in enumerate(texts)]
+        choices = [(text, await self._end(last[index])) for index, text in enumerate(texts)]
         return self.reply.whole(choices, usage(prompt, sum(piece.tokens for piece in last.values())))
 
     async def events(self, prompt: int, seconds: float) -> AsyncIterator[str]:
@@ -111,7 +111,7 @@ class Answers:
                     if new:
                         yield _event(self.reply.chunk(index, {"content": new}))
                     if piece.finish:
-                        yield _event(self.reply.chunk(index, {}, self._end(piece)))
+                        yield _event(self.reply.chunk(index, {}, await self._end(piece)))
             if self.asked.include_usage:
                 yield _event(self.reply.usage_chunk(usage(prompt, sum(tokens))))
         except TimeoutError:
@@ -121,11 +121,12 @@ class Answers:
             yield _event(error_object(error.message, error.status, error.code))
         yield "data: [DONE]\n\n"
 
-    def _end(self, piece: Piece) -> dict[str, Any]:
+    async def _end(self, piece: Piece) -> dict[str, Any]:
         """The fields of a choice: `evidence`, which OpenAI's has not, and `logprobs` where they were asked for."""
         fields: dict[str, Any] = {"finish_reason": piece.finish}
         if piece.evidence is not None:
-            fields["evidence"] = self.prepared.rests_on(piece.evidence)
+            found = self.prepared.rests_on, piece.evidence, self.server.preparer.look
+            fields["evidence"] = await asyncio.get_running_loop().run_in_executor(self.server.threads, *found)
         if piece.scores is not None:
             tokenizer = self.server.engine.model.tokenizer
             fields["logprobs"] = logprobs(tokenizer, piece.ids, piece.scores, self.asked.likely or 0)

@@ -37,32 +37,53 @@ from llamavid_jax.text.subtitles import interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
 Check = Callable[[], None]  # raises where nobody waits for the row any more
+Look = Callable[[np.ndarray, str], np.ndarray]  # features [F, P, E] and a question -> attention [F, S, S]
+LOOKED_AT = 8  # frames of a part for which it is told where the question looks in them
 DECODING = 4  # films that are decoded at a time, and pictures, which wait for no film
 
 
+class Visual(NamedTuple):
+    """One in a row: which part of the messages it is, its features `[F, P, E]`, the times `[F]` of its frames, how many
+    visual tokens it has, and what it is asked."""
+
+    part: int
+    features: np.ndarray
+    times: np.ndarray
+    tokens: int
+    question: str
+
+
 class Prepared(NamedTuple):
-    """A row, the table `[N, D]` of its visual tokens, and of each visual in it which part of the messages it is, the
-    times `[F]` of its frames and how many tokens it has."""
+    """A row, the table `[N, D]` of its visual tokens, and its visuals in their order."""
 
     row: Row
     table: np.ndarray
-    visuals: list[tuple[int, np.ndarray, int]]
+    visuals: list[Visual]
 
-    def rests_on(self, weights: np.ndarray) -> list[dict[str, Any]]:
-        """Attention `[N]` to the row's visual tokens -> of each part that shows something its frames' shares.
+    def rests_on(self, weights: np.ndarray, look: Look) -> list[dict[str, Any]]:
+        """Attention `[N]` to the row's visual tokens -> of each part that shows something its frames' shares, and where
+        its last question looks in those with the most.
 
         The turns of a chat that show the same part count together; all shares sum to 1.
         """
         parts: dict[int, np.ndarray] = {}
-        times = {}
-        for part, times[part], size in self.visuals:
-            own, weights = weights[:size].reshape(len(times[part]), -1).sum(1), weights[size:]
-            parts[part] = parts.get(part, 0) + own
+        last: dict[int, Visual] = {}
+        for one in self.visuals:
+            own, weights = weights[: one.tokens].reshape(len(one.times), -1).sum(1), weights[one.tokens :]
+            parts[one.part], last[one.part] = parts.get(one.part, 0) + own, one
         total = sum(float(own.sum()) for own in parts.values()) or 1.0
-        return [
-            {"part": part, "seconds": times[part].round(3).tolist(), "weights": (own / total).round(6).tolist()}
-            for part, own in sorted(parts.items())
-        ]
+        found = []
+        for part, own in sorted(parts.items()):
+            strongest = np.sort(np.argsort(own)[-LOOKED_AT:])
+            maps = look(last[part].features[strongest], last[part].question)
+            seconds = last[part].times.round(3).tolist()
+            looked = [
+                {"second": seconds[place], "attention": where.round(4).tolist()}
+                for place, where in zip(strongest, maps, strict=True)
+            ]
+            shares = (own / total).round(6).tolist()
+            found.append({"part": part, "seconds": seconds, "weights": shares, "looked": looked})
+        return found
 
 
 class Preparer:
@@ -118,10 +139,13 @@ class Preparer:
             ids = np.array(self._ids(chat, shown, asked))
         check_row(config, 0, ids, len(blocks), sum(map(len, blocks)), asked.room)
         table, places = table_of([blocks], config.text_config.hidden_size, self.model.dtype)
-        times = [arrays[1] for _, arrays in shown[first:]]
-        return Prepared(
-            merge_row(ids, places[0]), table, list(zip(parts[first:], times, map(len, blocks), strict=True))
-        )
+        visuals = [
+            Visual(part, *arrays, len(block), question)
+            for part, (_, arrays), block, question in zip(
+                parts[first:], shown[first:], blocks, chat.prompts[first:], strict=True
+            )
+        ]
+        return Prepared(merge_row(ids, places[0]), table, visuals)
 
     def warm(self) -> float:
         """Compiles what frames and questions of all sizes need; returns the seconds that took."""
@@ -134,10 +158,18 @@ class Preparer:
             while True:  # every bucket of a question's length
                 question = "a " * words
                 self.model.visual_tokens(features=features, features_have_cls=vision.has_cls, prompts=[question])
+                if frames == LOOKED_AT:
+                    self.look(features, question)
                 if words > longest:
                     break
                 words *= 2
         return time.perf_counter() - started
+
+    def look(self, features: np.ndarray, question: str) -> np.ndarray:
+        """Where in up to LOOKED_AT frames the question looks: `[F, S, S]`, summing to 1 a frame."""
+        padded = features[np.minimum(np.arange(LOOKED_AT), len(features) - 1)]
+        attention = self._device.submit(self.model.context_attention, None, question, features=padded)
+        return attention.result()[: len(features)]
 
     # ---- frames
 

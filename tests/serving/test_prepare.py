@@ -12,6 +12,7 @@ from servers import QUESTION, ask, call, events, make_server, picture, session, 
 from starlette.testclient import TestClient
 
 from llamavid_jax.inference.feature_cache import FeatureCache
+from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.serving import prepare as preparing
 from llamavid_jax.text.subtitles import parse_subtitles
 
@@ -110,6 +111,11 @@ def test_evidence_is_that_of_a_session(tiny_model, client, clip, stream):
         assert found["part"] == 0 and found["seconds"] == [frame["second"] for frame in expected]
         np.testing.assert_allclose(found["weights"], [frame["weight"] for frame in expected], rtol=1e-3, atol=2e-6)
         assert abs(sum(found["weights"]) - 1) < 1e-4 and np.ptp(found["weights"]) > 1e-3
+        pixels, seconds = LLaMAVIDLlavaImageProcessor(56).video_pixels(clip)
+        assert [looked["second"] for looked in found["looked"]] == seconds.tolist()
+        maps = np.array([looked["attention"] for looked in found["looked"]])
+        np.testing.assert_allclose(maps, tiny_model.context_attention(pixels, questions[-1]), atol=1e-4)
+        assert np.ptp(maps, (1, 2)).min() > 1e-3
 
 
 def test_evidence_of_several_parts_and_answers(client):

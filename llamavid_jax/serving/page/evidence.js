@@ -26,7 +26,8 @@ function summary([part]) {
   }
   const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, STRONGEST);
   const shown = order.filter((place) => weights[place] > weights[order[0]] / 10).sort((a, b) => a - b);
-  return { curve, strongest: shown.map((place) => [seconds[place], weights[place]]) };
+  const maps = new Map(part.looked.map(({ second, attention }) => [second, attention]));
+  return { curve, strongest: shown.map((place) => [seconds[place], weights[place], maps.get(seconds[place])]) };
 }
 
 // `video`: a promise of the film's element, or of null where the browser has none.
@@ -38,12 +39,13 @@ function evidenceOf({ curve, strongest }, video) {
     film.scrollIntoView({ block: "nearest" });
     film.play().catch(() => {}); // a film that this browser cannot play
   };
-  const frames = strongest.map(([second, weight]) => {
-    const canvas = made("canvas", ""), share = `${(100 * weight).toFixed(1)} %`;
-    const button = made("button", "frame", canvas, made("span", "", `${clock(second)} · ${share}`));
+  const frames = strongest.map(([second, weight, attention]) => {
+    const canvas = made("canvas", ""), look = made("canvas", "look"), share = `${(100 * weight).toFixed(1)} %`;
+    const picture = made("div", "picture", canvas, look);
+    const button = made("button", "frame", picture, made("span", "", `${clock(second)} · ${share}`));
     button.setAttribute("aria-label", `Play from ${clock(second)}, where ${share} of the attention is`);
     button.onclick = () => play(second);
-    return { second, canvas, button };
+    return { second, canvas, look, attention, button };
   });
   const end = curve.at(-1)[0], top = Math.max(...curve.map(([, weight]) => weight)) || 1;
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -72,6 +74,19 @@ const painted = (film, second) => new Promise((resolve) => {
   setTimeout(resolve, 500); // also where a browser does not tell, or the frame began before that second
 });
 
+// Darkens what the question's context token looks at little: patches of the square in the middle that the model sees.
+function shade(look, { width, height }, attention) {
+  const side = Math.min(width, height), left = (width - side) / 2, top = (height - side) / 2;
+  const most = Math.max(...attention.flat()), edge = (start, place) => Math.round(start + (side * place) / attention.length);
+  Object.assign(look, { width, height });
+  const context = look.getContext("2d");
+  attention.forEach((row, y) => row.forEach((weight, x) => {
+    context.fillStyle = `rgb(0 0 0 / ${0.65 * (1 - weight / most)})`;
+    const [x0, y0] = [edge(left, x), edge(top, y)];
+    context.fillRect(x0, y0, edge(left, x + 1) - x0, edge(top, y + 1) - y0);
+  }));
+}
+
 // Draws the frames, one after another, with a film of its own, so that the one that is seen stays where it is.
 async function grab(source, frames) {
   const film = made("video", "");
@@ -81,13 +96,14 @@ async function grab(source, frames) {
   film.src = source;
   try {
     await begun;
-    for (const { second, canvas } of frames) {
+    for (const { second, canvas, look, attention } of frames) {
       const there = Promise.all([reached("seeked"), painted(film, second)]);
       film.currentTime = second + 0.001; // not the end of the frame before
       await there;
       canvas.width = 160;
       canvas.height = Math.round((160 * film.videoHeight) / film.videoWidth);
       canvas.getContext("2d").drawImage(film, 0, 0, canvas.width, canvas.height);
+      if (attention) shade(look, canvas, attention);
     }
   } catch { /* it is not a film that this browser plays: the times stay */ }
   film.removeAttribute("src");
