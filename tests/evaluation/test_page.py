@@ -29,7 +29,7 @@ def test_commands(checkpoint, official, tmp_path, monkeypatch, short, server, ca
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("llamavid-evaluate")]
     assert len(lines) == 9
     for line in lines:
-        arguments = shlex.split(line.replace("https://api.openai.com/v1", server.address))[1:]
+        arguments = shlex.split(line.replace("https://api.openai.com/v1", server.address), comments=True)[1:]
         assert command.main(arguments) == 0, line + capsys.readouterr().err
     assert "MSVD-QA" in capsys.readouterr().out and len(server.asked) == 9
     assert Path("results.md").read_text().count("llamavid-7b") == 0  # a checkpoint is called by its own folder's name
