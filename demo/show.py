@@ -8,11 +8,11 @@ context token's attention.
 """
 
 import json
-import sys
 from pathlib import Path
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaProcessor
 from llamavid_jax.commands.program import keep_programs, run
+from llamavid_jax.errors import Parser, command
 from llamavid_jax.inference.draw import draw_frames
 from llamavid_jax.media.video import read_video
 
@@ -21,7 +21,13 @@ from .evaluate import answers
 HERE = Path(__file__).parent
 
 
-def main(picture: str = "demo.png") -> int:
+@command()
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="show", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("picture", nargs="?", type=Path, default=Path("demo.png"), metavar="PICTURE.png")
+    picture = parser.parse_args(arguments).picture
+    if picture.suffix != ".png":
+        parser.error(f"the picture is {picture}; give a name that ends in .png")
     keep_programs()
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(HERE / "model", dtype="float32")
     processor = LLaMAVIDLlavaProcessor.from_pretrained(HERE / "model")
@@ -32,11 +38,11 @@ def main(picture: str = "demo.png") -> int:
     for _, _, question, truth, answer in answers(model, processor, [record], HERE, batch=1):
         print(f"{question}\n  model: {answer}\n  truth: {truth}")
         rows.append((f"{question}  {answer}", frames, model.context_attention(pixels, question)))
-    Path(picture).parent.mkdir(parents=True, exist_ok=True)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     draw_frames(rows).save(picture)
     print(f"{picture}: where each question looked in the {len(frames)} frames")
     return 0
 
 
 if __name__ == "__main__":
-    run(lambda: main(*sys.argv[1:2]))
+    run(main)

@@ -83,7 +83,7 @@ def test_wrong_arguments_are_one_line(tmp_path, arguments, says):
 
 
 def test_the_demo_answers_and_draws(tmp_path, capsys):
-    show.main(str(tmp_path / "out" / "demo.png"))
+    show.main([str(tmp_path / "out" / "demo.png")])
     out = capsys.readouterr().out
     record = json.loads((DEMO / "held_out.json").read_text())
     for turn in record["conversations"][1::2]:
