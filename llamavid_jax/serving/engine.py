@@ -3,8 +3,8 @@
     submit ─▶ waiting ─ a free slot ─▶ prefilling, chunk by chunk ─ join ─▶ running, block by block ─▶ on_piece
 
 Between two blocks of decode steps at most PREFILL_POSITIONS of new prompts are run, in turn for all that are being
-prefilled: a long prompt delays neither the words of others nor the short prompts behind it.  A row's greedy ids are
-what they are alone, and with a seed so are those that are drawn.
+prefilled: a long prompt delays neither the words of others nor the short prompts behind it.  Up to the rounding of the
+model's type a row's greedy ids are what they are alone, and with a seed so are those that are drawn.
 """
 
 import collections
