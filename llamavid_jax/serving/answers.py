@@ -40,7 +40,7 @@ class Answers:
     """The `n` answers of one request, from its admission, as one answer for now, to its end."""
 
     asked: Asked
-    prepared: Prepared
+    prepared: Prepared | None = None
 
     def __init__(self, server: Shared, started: float):
         self.server, self.started, self.places = server, started, 1
@@ -137,7 +137,8 @@ class Answers:
         self._gone.set()
         for job in self.jobs:
             job.cancelled = True
-        self.jobs.clear()  # which know this: its arrays are free at once, and not when cycles are collected
+        self.jobs.clear()  # which know this: arrays are free at once, and not when cycles are collected
+        self.prepared = None
         self.server.answers -= self.places
 
 
@@ -171,7 +172,6 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> A
     finally:
         working.cancel()
         watching.cancel()
-        del working, watching  # an error's traceback holds this frame, and a task its error: a cycle
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -182,4 +182,6 @@ def error_object(message: str, status: int, code: str | None = None) -> dict[str
     """What clients raise as an exception; a message may name what was sent, with half surrogate pairs and all."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": printable(message)[:2000], "type": kind, "param": None, "code": code}}
+    text = printable(message)
+    text = text if len(text) < 1000 else f"{text[:500]} ... {text[-400:]}"  # its remedy stands at the end
+    return {"error": {"message": text, "type": kind, "param": None, "code": code}}

@@ -12,7 +12,6 @@ import pytest
 from servers import QUESTION, ask, call, events, make_server, picture, session, text_of, video
 from starlette.testclient import TestClient
 
-from llamavid_jax.serving.answers import Answers
 from llamavid_jax.serving.app import Limits
 from llamavid_jax.serving.jobs import Job
 from llamavid_jax.serving.prepare import Prepared
@@ -266,7 +265,7 @@ def test_what_a_request_held_is_free_with_it(client, server, how):
     """Not once cycles are collected: a long film's tokens are megabytes, and a busy server collects rarely."""
 
     def left():
-        return [one for one in gc.get_objects() if isinstance(one, Answers | Prepared | Job)]
+        return [one for one in gc.get_objects() if isinstance(one, Prepared | Job)]
 
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 40}
     gc.collect()

@@ -292,7 +292,7 @@ def test_texts_that_cannot_be_sent_back(client, url):
     content = [{"type": "image_url", "image_url": {"url": url}}]
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": content}]})
     made = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
-    assert made.status_code == 400 and len(made.json()["error"]["message"]) <= 2000
+    assert made.status_code == 400 and len(made.json()["error"]["message"]) <= 1000
     body = json.dumps({"filename": url[:9000], "purpose": url[:900], "bytes": 3})
     made = client.post("/v1/uploads", content=body, headers={"content-type": "application/json"})
     assert made.status_code == 200 and len(made.json()["filename"]) <= 200
