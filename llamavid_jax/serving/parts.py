@@ -38,7 +38,7 @@ class Parts:
         """`body` has `filename`, `purpose` and `bytes`, the length of the whole; it may have the whole's `md5`."""
         for left in self.uploads.folder.glob("upload_*"):
             with contextlib.suppress(OSError):  # another server has just taken it away
-                if time.time() - left.stat().st_mtime > DAY:
+                if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > DAY:
                     shutil.rmtree(left)
         name, purpose, size = (body.get(key) for key in ("filename", "purpose", "bytes"))
         if size == 0:
@@ -107,15 +107,18 @@ class Parts:
     def find(self, key: str) -> dict[str, Any]:
         """The upload with the `parts` that are there, in the order of their coming, and the bytes `received`."""
         folder = self._folder(key)
-        about = read_object(folder / "about.json")
-        found = [(path.stat().st_mtime_ns, path.name, path.stat().st_size) for path in folder.glob("part_*")]
-        parts = [{"id": name, "bytes": size} for _, name, size in sorted(found)]
-        received = sum(part["bytes"] for part in parts) or self._content(about).stat().st_size
+        try:
+            about = read_object(folder / "about.json")
+            found = [(path.stat().st_mtime_ns, path.name, path.stat().st_size) for path in folder.glob("part_*")]
+            parts = [{"id": name, "bytes": size} for _, name, size in sorted(found)]
+            received = sum(part["bytes"] for part in parts) or self._content(about).stat().st_size
+        except FileNotFoundError:  # it has just been completed, or cancelled
+            return self.find(key)
         return about | {"parts": parts, "received": received}
 
     def complete(self, key: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The upload with its `file`.  InputError where the parts that `part_ids` names are not all of it, or have
-        another `md5` than is said."""
+        """The upload with its `file`.  InputError where the parts that `part_ids` names are not all of it,
+        ConflictError where they have another `md5` than is said."""
         with self._ending:
             about, folder, order = self.find(key), self._folder(key), body.get("part_ids")
             sizes = {part["id"]: part["bytes"] for part in about["parts"]}
@@ -137,7 +140,7 @@ class Parts:
             try:
                 with self._content(about).open("rb") as file:
                     return self._end(about, iter(lambda: file.read(1 << 20), b""), about["md5"])
-            except InputError:
+            except ConflictError:
                 self._content(about).write_bytes(b"")  # it is not the file that was meant: from its first byte again
                 raise
 
@@ -195,10 +198,10 @@ def _md5(body: dict[str, Any]) -> str | None:
 
 
 def _of_sum(blocks: Iterable[bytes], md5: str | None) -> Iterator[bytes]:
-    """The same blocks; InputError behind the last one where their MD5 is another one."""
+    """The same blocks; ConflictError behind the last one where their MD5 is another one."""
     found = hashlib.md5(usedforsecurity=False)
     for block in blocks:
         found.update(block)
         yield block
     if md5 not in (None, found.hexdigest()):
-        raise InputError(f"the MD5 of what came is {found.hexdigest()} and not {md5}; send the file again")
+        raise ConflictError(f"the MD5 of what came is {found.hexdigest()} and not {md5}; send the file again")

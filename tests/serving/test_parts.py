@@ -57,11 +57,14 @@ def test_what_cannot_be(parts):
 
 def test_what_is_left_for_a_day_goes(parts):
     old, new = (parts.create(FILM)["id"] for _ in range(2))
-    os.utime(parts.uploads.folder / old, (time.time() - DAY - 1,) * 2)
+    for key in (old, new):
+        for path in (*(parts.uploads.folder / key).iterdir(), parts.uploads.folder / key):
+            os.utime(path, (time.time() - DAY - 1,) * 2)
+    parts.put(new, 0, b"abc")
     parts.create(FILM | {"bytes": 1})
     with pytest.raises(NoFileError):
         parts.find(old)
-    assert parts.find(new)["status"] == "pending"
+    assert parts.find(new)["received"] == 3
 
 
 def put(parts, key: str, start: int, content: bytes) -> dict:
@@ -104,7 +107,7 @@ def test_a_sum_that_is_another(parts):
     md5 = hashlib.md5(b"abcdefg").hexdigest()
     key = parts.create(FILM | {"md5": md5.upper()})["id"]
     put(parts, key, 0, b"abcde")
-    with pytest.raises(InputError, match="send the file again"):
+    with pytest.raises(ConflictError, match="send the file again"):
         put(parts, key, 5, b"XX")
     assert parts.find(key)["received"] == 0 and not parts.uploads.all()
     assert put(parts, key, 0, b"abcdefg")["file"]["id"] == f"file-{hashlib.sha256(b'abcdefg').hexdigest()}"
@@ -115,6 +118,20 @@ def test_a_sum_that_is_another(parts):
     with pytest.raises(InputError, match="md5sum"):
         parts.complete(key, {"part_ids": order, "md5": "0"})
     assert parts.complete(key, {"part_ids": order, "md5": md5})["status"] == "completed"
+
+
+def test_a_disk_that_is_full_loses_nothing(parts, monkeypatch):
+    """At the end of an upload, when the file is made of it."""
+
+    def full(*_):
+        raise FullError("no room")
+
+    key = parts.create(FILM)["id"]
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.uploads, "add", full)
+        with pytest.raises(FullError):
+            put(parts, key, 0, b"abcdefg")
+    assert parts.find(key)["received"] == 7 and put(parts, key, 7, b"")["status"] == "completed"
 
 
 def test_parts_and_ranges_are_not_mixed(parts):
