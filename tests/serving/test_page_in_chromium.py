@@ -213,6 +213,8 @@ def test_an_upload_that_is_cut(page, tmp_path, clip, server, monkeypatch, expect
     expect(words(page)).to_have_text(expected[QUESTION].text)
     assert server.uploads.path(page.evaluate("film.url")).read_bytes() == film.read_bytes()
     assert page.evaluate("Object.keys(localStorage).length") == 0
+    with page.expect_request(lambda sent: sent.method == "PUT"):
+        page.set_input_files("#file", film)  # the same once more in the same page
 
 
 def test_a_link_is_played(browser, tiny_model, engine, tmp_path, clip, expected):

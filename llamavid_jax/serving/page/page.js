@@ -107,18 +107,19 @@ async function upload(file) {
       try {
         done = await send(file, await begun(file, key), own.signal);
       } catch (error) {
-        if (!(error instanceof TypeError)) throw error; // else the network or the server is gone for now
-        say(`uploading ${file.name}: the connection is gone, trying again`, true);
-        await new Promise((resolve) => setTimeout(resolve, RETRY));
+        if (error.status === 409) localStorage.removeItem(key); // what had come is another file's
+        else if (!(error instanceof TypeError)) throw error;
+        else {
+          say(`uploading ${file.name}: the connection is gone, trying again`, true); // or the server, for now
+          await new Promise((resolve) => setTimeout(resolve, RETRY));
+        }
       }
     }
     localStorage.removeItem(key);
     await use({ url: done.file.id, name: done.file.filename });
     await list();
   } catch (error) {
-    if (own.signal.aborted) return; // by another file
-    if (error.status === 409) localStorage.removeItem(key);
-    say(error.message, true);
+    if (!own.signal.aborted) say(error.message, true); // else another file is sent
   } finally {
     if (own === sending) $("progress").hidden = true;
   }
@@ -130,8 +131,7 @@ async function begun(file, key) {
   const id = localStorage.getItem(key);
   const before = id && (await call(`/v1/uploads/${id}`).catch((error) => { if (error.status !== 404) throw error; }));
   if (before) return before.json();
-  const about = { filename: file.name, purpose: "user_data", bytes: file.size };
-  const made = await post("/v1/uploads", about);
+  const made = await post("/v1/uploads", { filename: file.name, purpose: "user_data", bytes: file.size });
   localStorage.setItem(key, made.id);
   return made;
 }
@@ -261,7 +261,11 @@ function busy(on) {
   if (!on) $("question").focus();
 }
 
-$("file").onchange = () => $("file").files[0] && upload($("file").files[0]);
+$("file").onchange = () => {
+  const [file] = $("file").files;
+  $("file").value = ""; // so that the same file can be chosen again
+  if (file) upload(file);
+};
 $("drop").onkeydown = (event) => ["Enter", " "].includes(event.key) && $("file").click();
 document.ondragover = (event) => { event.preventDefault(); $("drop").classList.add("over"); };
 document.ondragleave = () => $("drop").classList.remove("over");
