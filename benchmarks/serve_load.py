@@ -10,6 +10,7 @@ where an answer was lost or another one than alone.  The films are drawn with th
 """
 
 import argparse
+import collections
 import http.client
 import json
 import os
@@ -118,8 +119,8 @@ def load(url: str, key: str, model: str, pairs, alone: dict, clients: int, secon
     most = after["llamavid_slots"] * steps / max(decoding, 1e-9)
     cpu = (after["process_cpu_seconds_total"] - before["process_cpu_seconds_total"]) / max(len(done), 1)
     memory = " → ".join(f"{one['process_resident_memory_bytes'] / 1e6:.0f}" for one in (before, after))
-    for line in wrong[:5]:
-        print(line)
+    for line, times in collections.Counter(wrong).most_common(5):
+        print(f"{times} x {line}")
     first, whole = ([moments[place] for moments, _ in done] for place in (0, -1))
     shown = [
         " / ".join(f"{value:.2f}" for value in np.percentile(times, (50, 95, 99))) if times else "-"
