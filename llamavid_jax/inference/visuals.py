@@ -185,8 +185,9 @@ class Visuals:
     def _room(self, number: int, plan: Sampling, new_tokens: int) -> int:
         """Frames of the video that the model has room for beside all else, and a tenth of that for the question."""
         config, words = self.model.config, ""
-        if self.subtitles is not None:  # as they stand between frames
-            movie = interleave([cue.end for cue in self.subtitles], self.subtitles, self.like_original)
+        if self.subtitles is not None or self.times_of is not None:  # as they stand between frames
+            cues = self.subtitles or []
+            movie = interleave([cue.end for cue in cues], cues, self.like_original)
             words = long_video_text(movie, words, config.tokens_per_frame, config.mm_use_im_start_end)
         ids = encode_with_images(self.model.tokenizer, prompt(self.template, [words]))
         taken = new_tokens + len(ids) - ids.count(IMAGE_TOKEN)
