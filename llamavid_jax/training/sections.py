@@ -10,9 +10,14 @@ from llamavid_jax.models.stack import REMAT
 from llamavid_jax.parallel.chips import CHIPS
 from llamavid_jax.shapes import RowShape
 
-ASYNC_ALL_REDUCE = "xla_enable_async_all_reduce", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
 TRACKERS = "tensorboard", "wandb", "mlflow"
-COMPILER_OPTIONS = dict.fromkeys(("v5e", "v5p", "v6e"), dict.fromkeys(ASYNC_ALL_REDUCE, True))  # beside other work
+BESIDE_OTHER_WORK = {
+    f"xla_{option}_{kind}": True
+    for option in ("enable_async", "tpu_enable_async_collective_fusion_fuse")
+    for kind in ("all_gather", "all_reduce")
+}
+GATHERED_ONCE = {"xla_tpu_spmd_threshold_for_allgather_cse": 1_000_000}  # a kernel that a layer's gradient needs twice
+COMPILER_OPTIONS = dict.fromkeys(("v5e", "v5p", "v6e"), BESIDE_OTHER_WORK | GATHERED_ONCE)
 
 
 @dataclasses.dataclass(frozen=True)
