@@ -99,13 +99,13 @@ def two_processes(code: str, *arguments: str) -> list[str]:
     return [process.communicate(timeout=1200)[0] for process in both]
 
 
-def commands_together(command: list[str]) -> list[str]:
+def commands_together(command: list[str], devices: int = 2) -> list[str]:
     """What two processes of a command print, which find each other by --coordinator; both end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     both = [
-        start([*command, "--coordinator", address, "--processes", "2", "--process", process], environment(2))
+        start([*command, "--coordinator", address, "--processes", "2", "--process", process], environment(devices))
         for process in "01"
     ]
     said = [process.communicate(timeout=1200)[0] for process in both]

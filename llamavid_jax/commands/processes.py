@@ -1,6 +1,7 @@
 """One of several processes: of a training run together, or each with its own part of videos and questions."""
 
 import argparse
+import contextlib
 import socket
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -44,6 +45,18 @@ def join(options: argparse.Namespace) -> None:
             f"this process does not find the others ({error}); --distributed is for TPU pods and clusters that "
             "JAX knows, elsewhere give --coordinator, --processes and --process"
         ) from None
+
+
+def leave() -> None:
+    """Leaves the others of a run, as the interpreter's end does; but that first waits for every thread.
+
+    Those of a save that failed wait for other processes for 20 minutes.
+    """
+    import jax
+
+    if jax.process_count() > 1:
+        with contextlib.suppress(RuntimeError):  # one of them is gone, which is said where it was missed
+            jax.distributed.shutdown()
 
 
 def check_coordinator(address: str, process: int) -> None:

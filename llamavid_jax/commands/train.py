@@ -9,7 +9,7 @@ hosts the same command runs on each: with --distributed on TPU pods, which know 
 
 import argparse
 
-from llamavid_jax.commands.processes import add_processes, check_processes, join
+from llamavid_jax.commands.processes import add_processes, check_processes, join, leave
 from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.errors import Parser, command, say
 from llamavid_jax.precompile import compile_check
@@ -21,7 +21,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="put over the file")
     parser.add_argument("--profile", action="store_true", help="write a trace of three steps to OUTPUT/profile")
     parser.add_argument(
-        "--simulate-fault", metavar="KIND@STEP", help="kill, hang, slow, nan or disk: see what becomes of the run"
+        "--simulate-fault",
+        action="append",
+        metavar="KIND@STEP",
+        help="kill, hang, slow, nan or disk: see what becomes of the run; may be repeated",
     )
     parser.add_argument("--compile-only", action="store_true", help="compile the step for --topology and stop")
     compile_check.add_arguments(parser)
@@ -46,5 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     from llamavid_jax.training.faults import Fault
     from llamavid_jax.training.loop import train
 
-    fault = Fault.parse(options.simulate_fault) if options.simulate_fault else None
-    return train(config, say, options.profile, fault)
+    faults = [Fault.parse(text) for text in options.simulate_fault or ()]
+    try:
+        return train(config, say, options.profile, faults)
+    finally:
+        leave()

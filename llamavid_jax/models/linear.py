@@ -12,14 +12,14 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 
-class DropoutKey(nnx.Variable):
-    """The random key of one layer's dropout; no parameter."""
+class DropoutKeys(nnx.Variable):
+    """The random keys of one layer's dropout, one a row; no parameter."""
 
 
 class LowRank(nnx.Module):
     """`scale · dropout(x)·A·B`.  B starts at zero, so the update does too; A as PEFT's, uniform in ±1/√in."""
 
-    dropout_key: DropoutKey | None = None  # none: no dropout
+    dropout_keys: DropoutKeys | None = None  # none: no dropout
 
     def __init__(
         self,
@@ -43,8 +43,9 @@ class LowRank(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B_in"]) -> Float[Array, "*B_out"]:
         x, a, b = promote_dtype((x, self.a[...], self.b[...]), dtype=self.dtype)
-        if self.dropout_key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, x.shape)
+        if self.dropout_keys is not None and self.dropout > 0:
+            keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, x.shape[1:]))
+            kept = keep(self.dropout_keys[...])
             x = jnp.where(kept, x / (1 - self.dropout), 0)
         return jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1) * self.scale
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Key
 from llamavid_jax.config.strict import check_fields
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.models import stack
-from llamavid_jax.models.linear import DropoutKey, Linear, LowRank
+from llamavid_jax.models.linear import DropoutKeys, Linear, LowRank
 from llamavid_jax.models.llama import Llama
 from llamavid_jax.models.structure import Params
 from llamavid_jax.weights.llama import TARGETS
@@ -77,12 +77,13 @@ def add_lora(llama: Llama, config: LoraConfig, rngs: nnx.Rngs, param_dtype=jnp.f
         linear.lora = stack.stack(make, llama.config.num_hidden_layers, rngs)
 
 
-def set_dropout(llama: Llama, key: Key[Array, ""]) -> None:
-    """Switches dropout on, inside a training step: each update of each layer draws from a key of its own."""
+def set_dropout(llama: Llama, keys: Key[Array, " B"]) -> None:
+    """Switches dropout on, inside a training step: each update of each layer draws for each row by a key of its own."""
     for number, (_, linear) in enumerate(linears(llama.layers)):
         if linear.lora is not None:
-            keys = jax.random.split(jax.random.fold_in(key, number), llama.config.num_hidden_layers)
-            linear.lora.dropout_key = DropoutKey(keys)
+            places = number * llama.config.num_hidden_layers + jnp.arange(llama.config.num_hidden_layers)
+            fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+            linear.lora.dropout_keys = DropoutKeys(fold(keys, places))
 
 
 def merge_lora(params: Params, config: LoraConfig) -> Params:

@@ -43,7 +43,7 @@ class Try(NamedTuple):
     seconds: float
 
     def overrides(self, config: TrainConfig) -> TrainConfig:
-        loop = dataclasses.replace(config.training, remat=self.remat, micro_batches=self.micro_batches)
+        loop = dataclasses.replace(config.training, remat=self.remat, micro_batches=self.micro_batches, device_rows=0)
         return dataclasses.replace(config, training=loop, mesh=self.text)
 
     @property

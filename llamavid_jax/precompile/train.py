@@ -4,6 +4,7 @@ The step, the places of its arrays and its batch are those of `training/loop.py`
 bucket.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from llamavid_jax.precompile.report import Report, compile_report
 from llamavid_jax.precompile.topology import chip_of, slice_mesh
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.training.config import TrainConfig
-from llamavid_jax.training.layout import Layout, batch_sharding, check_rows, lay_out, state_layout
+from llamavid_jax.training.layout import Layout, batch_sharding, check_rows, lay_out, on_mesh, state_layout
 from llamavid_jax.training.optimizer import lr_factors
 from llamavid_jax.training.step import make_train_step
 
@@ -42,6 +43,7 @@ def check_training(
     for what does not go together, CompileError for what the compiler refuses; what does not fit is a Report.
     """
     device_mesh = slice_mesh(topology, mesh or config.mesh, num_slices)
+    config = dataclasses.replace(config, training=on_mesh(config.training, device_mesh))
     shape, loop = largest(config.data.shapes), config.training
     check_rows(config.data.shapes, loop.batch_size, loop.micro_batches, device_mesh)
     with jax.set_mesh(device_mesh):

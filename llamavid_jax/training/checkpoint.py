@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +30,10 @@ from llamavid_jax.files import locked
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.parallel.processes import on_any
 from llamavid_jax.training.fingerprints import fingerprints
+from llamavid_jax.training.quiet import quiet
 
 ARRAYS, RUN = "arrays", "run"  # the two items of a checkpoint
+POLL = 0.05  # seconds between two looks at a save that is waited for
 LISTED = 64  # the newest checkpoints that a restart looks at
 
 
@@ -45,6 +47,8 @@ class Restored(NamedTuple):
 class RunCheckpoints:
     """The `keep` newest checkpoints in `directory`; all processes of a run call its methods in the same order."""
 
+    _own = False  # whether each process has a directory of its own
+
     def __init__(self, directory: str | Path, keep: int, report: Callable[[str], None] = print):
         """`report` is told, in one line, of every damaged checkpoint.  Raises CheckpointError."""
         if keep < 2:
@@ -52,6 +56,7 @@ class RunCheckpoints:
         self.directory, self._report = Path(directory).absolute(), report
         self._saving: int | None = None  # the step under way
         self._failure: CheckpointError | None = None
+        self._heard: list[BaseException] = []  # what failed in the background of this process
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,  # what a killed save left
@@ -60,13 +65,16 @@ class RunCheckpoints:
         self._quiet = contextlib.ExitStack()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._quiet.enter_context(_quiet())
-            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+            self._quiet.enter_context(quiet(self._hear))
+            self._manager = self._open()
         except OSError as error:
             self._quiet.close()
             raise CheckpointError(
                 f"{self.directory} cannot be made ({error.strerror}); give a folder that can be written to"
             ) from error
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self.directory, options=self._options)
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -92,6 +100,7 @@ class RunCheckpoints:
             **{ARRAYS: ocp.args.PyTreeSave(flat), RUN: ocp.args.JsonSave({"run": run, "sha256": _sha256(run)})}
         )
         self._saving = step
+        self._heard.clear()
         with self._write_errors():
             self._manager.save(step, args=items, force=True)
 
@@ -100,13 +109,36 @@ class RunCheckpoints:
         return list(self._manager.all_steps())
 
     def wait(self) -> None:
-        """Returns when the save under way is complete.  Raises CheckpointError if it, or one before, has failed."""
+        """Returns when the save under way is complete.  Raises CheckpointError if it, or one before, has failed.
+
+        On all processes: where one cannot write its part, Orbax itself has the others wait for it for 20 minutes.
+        """
         if self._failure:
             raise self._failure
         if self._saving is not None:
-            with self._write_errors():
+            while self.busy():
+                time.sleep(POLL)
+            try:
                 self._manager.wait_until_finished()
+            except Exception as error:  # that came after all parts were written
+                self._heard.append(error)
+            self.busy()
             self._saving = None
+
+    def busy(self) -> bool:
+        """Whether a save is under way on any process.  Raises CheckpointError, on all of them, where one has failed."""
+        own = np.array([self._manager.is_saving_in_progress(), bool(self._heard)])
+        under_way, failed = multihost_utils.process_allgather(own).reshape(-1, 2).T
+        with self._write_errors():
+            if failed.any():
+                raise self._heard[0] if self._heard else OSError(f"process {failed.argmax()} has not written its part")
+        return bool(under_way.any())
+
+    def _hear(self, record: logging.LogRecord) -> None:
+        """Orbax logs at once what it raises when the others have come to a barrier of its own."""
+        here = self._saving is not None and str(self._manager.directory) in record.getMessage()
+        if here and record.levelno >= logging.ERROR and record.exc_info and record.exc_info[1]:
+            self._heard.append(record.exc_info[1])
 
     def close(self) -> None:
         """`wait`, and frees the threads of Orbax."""
@@ -128,8 +160,8 @@ class RunCheckpoints:
             )
             raise self._failure from error
 
-    def restore(self, abstract: Any) -> Restored | None:
-        """The newest complete checkpoint, or None where there is none.
+    def restore(self, abstract: Any, at_least: int = 0) -> Restored | None:
+        """The newest complete checkpoint, of `at_least` that step, or None where there is none.
 
         `abstract` is the pytree that was saved, as ShapeDtypeStructs with the shardings to restore onto, or arrays.
         Damaged checkpoints are reported and, once an older one was read, renamed to `damaged-STEP`.  Raises
@@ -137,7 +169,8 @@ class RunCheckpoints:
         """
         self.wait()
         damaged = {}
-        for step in _from_process_0(sorted(self._manager.all_steps(), reverse=True)):
+        found = sorted((step for step in self._manager.all_steps() if step >= at_least), reverse=True)
+        for step in _from_process_0(found):
             try:
                 restored = self._read(step, abstract)
             except _DamagedError as error:
@@ -175,7 +208,7 @@ class RunCheckpoints:
 
     def _put_aside(self, steps: list[int]) -> None:
         """Renames damaged checkpoints, so that the run can write those steps again."""
-        if steps and jax.process_index() == 0:
+        if steps and (self._own or jax.process_index() == 0):
             for step in steps:
                 aside = self.directory / f"damaged-{step}"
                 shutil.rmtree(aside, ignore_errors=True)
@@ -183,7 +216,7 @@ class RunCheckpoints:
         if steps:
             multihost_utils.sync_global_devices("damaged checkpoints put aside")
             self._manager.close()  # its `reload` would read metadata, which may be damaged in the others too
-            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+            self._manager = self._open()
 
 
 @contextlib.contextmanager
@@ -243,27 +276,3 @@ def _from_process_0(steps: list[int]) -> list[int]:
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keeps back what Orbax prints of one unreadable file, several hundred lines: its log, and closed event loops.
-
-    It prints in threads of its own, while a run goes on: so this is for the life of a manager.
-    """
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-
-    def of_others(record: logging.LogRecord) -> bool:
-        return "/orbax/" not in record.pathname
-
-    def tell(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    logger.addFilter(of_others)
-    sys.unraisablehook = tell
-    try:
-        yield
-    finally:
-        logger.removeFilter(of_others)
-        sys.unraisablehook = hook

@@ -19,154 +19,16 @@ import yaml
 
 from llamavid_jax.config.recipe import load_yaml, read_recipe
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.config.strict import check_fields, strict
+from llamavid_jax.config.strict import strict
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find
 from llamavid_jax.models.lora import LoraConfig
-from llamavid_jax.models.stack import REMAT
-from llamavid_jax.parallel.chips import CHIPS
 from llamavid_jax.parallel.mesh import parse_mesh
-from llamavid_jax.shapes import RowShape
 from llamavid_jax.text.conversation import template_named
+from llamavid_jax.training.sections import DataConfig, LoopConfig, OptimizerConfig, StartConfig
 
 LONGEST_ROW = 1 << 22  # frames, pairs, questions or tokens
 TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which have points of their own
-BESIDE_OTHER_WORK = {
-    f"xla_{option}_{kind}": True
-    for option in ("enable_async", "tpu_enable_async_collective_fusion_fuse")
-    for kind in ("all_gather", "all_reduce")
-}
-GATHERED_ONCE = {"xla_tpu_spmd_threshold_for_allgather_cse": 1_000_000}  # a kernel that a layer's gradient needs twice
-COMPILER_OPTIONS = dict.fromkeys(("v5e", "v5p", "v6e"), BESIDE_OTHER_WORK | GATHERED_ONCE)
-
-
-@dataclasses.dataclass(frozen=True)
-class StartConfig:
-    """Where the weights come from: a checkpoint folder (converted, or an earlier run's `model`), random if empty.
-
-    `adapter` is an earlier run's `adapter`, put over it: after stage 1, its projectors over the same base; after a run
-    with LoRA, the updates that this one trains on.
-    """
-
-    model: str = ""
-    adapter: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """`path`: LLaVA-format .json or .jsonl, or a folder of shards; `media`: what its files are relative to.
-
-    `media` empty is the folder of `path`.  `tokenizer`: a folder with the two tokenizers, empty for those of
-    `start.model`.  `buckets`: the row shapes, mappings of RowShape's fields.  `max_broken`: the part of the samples
-    that may be unreadable before the run stops.  `threads` and `processes` read ahead.  `image_aspect_ratio`: "pad" or
-    "crop" for stills, empty for the model's; the model that the run leaves holds it.
-    """
-
-    path: str = ""
-    media: str = ""
-    evaluation_path: str = ""
-    tokenizer: str = ""
-    template: str = "imgsp_v1"
-    image_aspect_ratio: str = ""
-    fps: float = 1.0
-    buckets: list = dataclasses.field(
-        default_factory=lambda: [{"frames": 8, "pairs": 8, "questions": 4, "tokens": 512}]
-    )
-    question_tokens: int = 64
-    packing: bool = True
-    seed: int = 0
-    max_broken: float = 0.01
-    threads: int = 2
-    processes: int = 0
-
-    def __post_init__(self):
-        check_fields(self, "data.", from_zero=["seed", "max_broken", "processes"])
-        if self.max_broken > 1:
-            raise ConfigError(f"data.max_broken is {self.max_broken}; give a part of the samples, from 0 to 1")
-
-    @property
-    def shapes(self) -> list[RowShape]:
-        names = {field.name for field in dataclasses.fields(RowShape)}
-        for number, bucket in enumerate(self.buckets):
-            missing = sorted(names.difference(bucket)) if isinstance(bucket, dict) else []
-            if missing:
-                raise ConfigError(
-                    f"data.buckets[{number}] has no {missing[0]}; give frames, pairs, questions and tokens"
-                )
-        return [strict(RowShape, bucket, f"data.buckets[{number}].") for number, bucket in enumerate(self.buckets)]
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW; linear warm-up over `warmup` of the steps, cosine to zero.
-
-    Biases and norms do not decay.  `lr_factors` multiply the rate of the parameters that match a pattern, the
-    original's `lr_multi`.
-    """
-
-    learning_rate: float = 2e-5
-    warmup: float = 0.03
-    betas: list = dataclasses.field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    lr_factors: dict = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        check_fields(self, "optimizer.", from_zero=["weight_decay"], own_range=["warmup"])
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"optimizer.warmup is {self.warmup}; give the part of the steps, from 0 to below 1")
-        if len(self.betas) != 2 or not all(type(beta) in (int, float) and 0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optimizer.betas is {self.betas}; give two numbers from 0 to below 1")
-        for pattern, factor in self.lr_factors.items():
-            if type(factor) not in (int, float) or not 0 <= factor < math.inf:
-                raise ConfigError(f"optimizer.lr_factors: {pattern!r} has {factor!r}; give a number of 0 or more")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-    """`steps` 0 runs `epochs` complete epochs.  `batch_size` counts rows over all devices and hosts.
-
-    A step adds up `micro_batches` gradients; `loss_weighting` "tokens" gives each labelled token the same weight,
-    "micro_batch" is the original's mean of means.  `dtype` is that of matmuls and of frozen parameters;
-    trained ones are float32.  `remat`: what a layer keeps for the gradient.  A step whose loss or gradient is not
-    finite is skipped; `max_bad_steps` in a row end the run, as do `hang_after` seconds without a step (`pace.py`).
-    `compiler_options` are what the compiler of a TPU generation is told beside its own defaults (docs/tpu.md).
-    """
-
-    epochs: int = 1
-    steps: int = 0
-    batch_size: int = 128
-    micro_batches: int = 1
-    loss_weighting: str = "tokens"
-    dtype: str = "bfloat16"
-    remat: str = "full"
-    seed: int = 0
-    log_every: int = 10
-    save_every: int = 500
-    keep: int = 2
-    evaluate_every: int = 0
-    max_bad_steps: int = 10
-    hang_after: float = 600.0
-    compiler_options: dict = dataclasses.field(default_factory=COMPILER_OPTIONS.copy)
-
-    def __post_init__(self):
-        check_fields(self, "training.", from_zero=["steps", "evaluate_every", "seed"])
-        for generation, options in self.compiler_options.items():
-            _choice("a generation in training.compiler_options", generation, tuple(CHIPS))
-            if not isinstance(options, dict):
-                raise ConfigError(f"training.compiler_options.{generation} is {options!r}; give {{OPTION: VALUE}}")
-        _choice("training.loss_weighting", self.loss_weighting, ("tokens", "micro_batch"))
-        _choice("training.dtype", self.dtype, ("float32", "bfloat16"))
-        _choice("training.remat", self.remat, tuple(REMAT))
-        if self.keep < 2:
-            raise ConfigError(
-                f"training.keep is {self.keep}; use 2 or more, so that one is left when the newest is damaged"
-            )
-        if self.batch_size % self.micro_batches:
-            raise ConfigError(
-                f"training.batch_size is {self.batch_size}, no multiple of micro_batches = {self.micro_batches}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +37,7 @@ class TrainConfig:
 
     output: str = "runs/train"
     model: str = ""
-    start: StartConfig = StartConfig()
+    start: StartConfig = dataclasses.field(default_factory=StartConfig)
     trainable: dict = dataclasses.field(default_factory=dict)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -302,8 +164,3 @@ def _with_floats(values: Any, kind: Any) -> Any:
         except ValueError:
             return values
     return values
-
-
-def _choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; use {' or '.join(choices)}")

@@ -32,16 +32,17 @@ FREE = {  # fields that may change in the middle of a run: neither the order of 
     *("data.max_broken", "data.threads", "data.processes"),
     *("training.log_every", "training.save_every", "training.keep", "training.evaluate_every"),
     *("training.max_bad_steps", "training.hang_after", "training.remat", "training.compiler_options"),
+    *("training.device_rows", "training.local_copies", "training.local_every", "training.tracker"),
 }
 MEDIA = "media.npy"
 
 
 def identity(config: TrainConfig, start: Start) -> dict[str, Any]:
     """All that a run is made of but its media files, as flat JSON."""
-    recipe = {}
+    recipe, free = {}, FREE | ({"training.micro_batches"} if config.training.loss_weighting == "tokens" else set())
     for section, value in dataclasses.asdict(config).items():
         named = {f"{section}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {section: value}
-        recipe |= {name: x for name, x in named.items() if name not in FREE}
+        recipe |= {name: x for name, x in named.items() if name not in free}
     sizes = {f"the model's {name}": x for name, x in flat_paths(dataclasses.asdict(start.config)).items()}
     weights = {f"the fingerprint of {path} in start.model": value for path, value in start.read.items()}
     tokenizer, data = Path(config.data.tokenizer or config.start.model), Path(config.data.path)

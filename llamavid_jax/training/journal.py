@@ -59,7 +59,7 @@ class Journal:
         self.unreadable = noted["training"] - self.broken  # of this process's rows
         self.skipped.append(_rows(self.broken - noted["training"]))
         self._totals()
-        self.metrics = Metrics(output, first_step + 1, report)  # last: nothing raises with it open
+        self.metrics = Metrics(output, first_step + 1, report, loop.tracker)  # last: nothing raises with it open
 
     def __enter__(self) -> "Journal":
         self.pace.__enter__()

@@ -56,6 +56,15 @@ def check_rows(shapes: Sequence[RowShape], batch_size: int, micro_batches: int, 
         )
 
 
+def on_mesh(loop: LoopConfig, mesh: Mesh) -> LoopConfig:
+    """`loop` with as few `micro_batches` as let a device of `mesh` compute with at most `device_rows` at a time."""
+    if not loop.device_rows:
+        return loop
+    least = -(-loop.batch_size // (loop.device_rows * copies(mesh)))
+    fitting = (number for number in range(least, loop.batch_size) if loop.batch_size % (number * copies(mesh)) == 0)
+    return dataclasses.replace(loop, device_rows=0, micro_batches=next(fitting, loop.batch_size))
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A run's model before it has any values: `trained` and `frozen` are ShapeDtypeStructs with shardings, by path."""

@@ -10,7 +10,7 @@ long videos are the exception, as two batches of them may not fit.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -39,21 +39,25 @@ from llamavid_jax.training.forecast import forecast
 from llamavid_jax.training.goodput import Goodput
 from llamavid_jax.training.identity import check_same_media, check_same_run, identity
 from llamavid_jax.training.journal import Journal
-from llamavid_jax.training.layout import check_rows, initial_state, run_mesh
+from llamavid_jax.training.layout import check_rows, initial_state, on_mesh, run_mesh
+from llamavid_jax.training.local_copies import LocalCopies
 from llamavid_jax.training.optimizer import lr_factors
 from llamavid_jax.training.preemption import Preemption
 from llamavid_jax.training.result import save_result
 from llamavid_jax.training.start import check_adapter, load_start
 from llamavid_jax.training.step import make_evaluate_step, make_train_step
+from llamavid_jax.training.trackers import check_tracker
 
 PREEMPTED = 143  # the exit code of a run that SIGTERM stopped: started again, it goes on
 
 
-def train(config: TrainConfig, report: Callable[[str], None], profile: bool = False, fault: Fault | None = None) -> int:
+def train(
+    config: TrainConfig, report: Callable[[str], None], profile: bool = False, faults: Sequence[Fault] = ()
+) -> int:
     """Runs or resumes the run of `config.output`; returns the exit code, 0 at its end and PREEMPTED before.
 
-    `report` is told what happens, line by line.  `profile` writes a trace of steps 3 to 5 to `output/profile`; `fault`
-    is what happens to it (`faults.py`).  Raises InputErrors before the first step for whatever can be checked,
+    `report` is told what happens, line by line.  `profile` writes a trace of steps 3 to 5 to `output/profile`; `faults`
+    are what happens to it (`faults.py`).  Raises InputErrors before the first step for whatever can be checked,
     TrainingError and DataError later.
     """
     output, data, loop = Path(config.output), config.data, config.training
@@ -63,17 +67,23 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
         mesh = run_mesh(config.mesh)
         if mesh.size < jax.device_count():
             report(f"mesh={config.mesh} leaves {jax.device_count() - mesh.size} devices idle")
+        recipe, loop = config, on_mesh(loop, mesh)
+        config = dataclasses.replace(config, training=loop)
         check_rows(data.shapes, loop.batch_size, loop.micro_batches, mesh)
         rows = own_rows(mesh, loop.batch_size)
         records, held_out_records = open_data(data)
         check_adapter(config.start.adapter)
+        check_tracker(loop.tracker)
         make_output(output)
         exits.enter_context(only_run(output))
         goodput = Goodput(output, report)
         exits.enter_context(jax.set_mesh(mesh))
         preemption = exits.enter_context(Preemption())
         checkpoints = exits.enter_context(RunCheckpoints(output / "checkpoints", loop.keep, report))
-        resumed = bool(checkpoints.steps())
+        copies = None
+        if loop.local_copies:
+            copies = exits.enter_context(LocalCopies(loop.local_copies, checkpoints.directory, mesh, report))
+        resumed = bool(checkpoints.steps() or (copies and copies.steps()))
 
         # 2. The model: its weights on the mesh, its tokenizers.
         start = load_start(config, mesh)
@@ -100,7 +110,8 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
         if resumed:  # its arrays take the place of these
             jax.tree.map(lambda x: x.delete(), state)
         with goodput.of("restore"):
-            restored = checkpoints.restore(abstract)
+            restored = copies and copies.restore(abstract, at_least=max(checkpoints.steps(), default=0))
+            restored = restored or checkpoints.restore(abstract)
         if restored is not None:
             check_same_run(made_of, restored.config, output)
         check_same_media(records, output, restored is not None, data.threads, report)
@@ -109,7 +120,7 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
             loader.set_state(restored.position)
             report(f"resuming {output} at step {restored.step} of {loader.steps}")
         elif jax.process_index() == 0:
-            write_files(output, {"config.yaml": yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode()})
+            write_files(output, {"config.yaml": yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False).encode()})
         report(forecast(config, start, state, loader))
         journal = Journal(output, start, loader, loop, data.max_broken, int(state.step), report, goodput)
         exits.enter_context(journal)
@@ -130,7 +141,9 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
             current = following or next(batches)
             if profile and step == journal.first_step + 2:
                 tracing.enter_context(jax.profiler.trace(output / "profile"))
-            frozen = fault.strike(step + 1, start.frozen) if fault else start.frozen
+            frozen = start.frozen
+            for fault in faults:
+                frozen = fault.strike(step + 1, frozen)
             journal.pace.begin(current.batch, current.wait)
             state, metrics = train_step(state, frozen, current.batch)
             journal.pace.sent(metrics.loss)
@@ -145,9 +158,15 @@ def train(config: TrainConfig, report: Callable[[str], None], profile: bool = Fa
                 tracing.close()
 
             done, last, stop = step + 1, step + 1 == loader.steps, preemption.requested()
-            if stop or last or done % loop.save_every == 0:
+            due = stop or last or done % loop.save_every == 0
+            if due or (copies and done % loop.local_every == 0):
                 with journal.pause("save"):
-                    checkpoints.save(done, state, current.position, made_of)
+                    if copies:  # two at a time would hold the state twice in the host's memory
+                        copies.wait()
+                    if due:
+                        checkpoints.save(done, state, current.position, made_of)
+                    elif not checkpoints.busy():
+                        copies.save(done, state, current.position, made_of)
             if held_out is not None and not stop and (last or done % (loop.evaluate_every or loader.steps) == 0):
                 with journal.pause("evaluation"):
                     once = upcoming(held_out, mesh, loop.batch_size, data.packing)

@@ -1,4 +1,4 @@
-"""What a run says about itself: {name: number} of a step ─▶ a line on the console, in `metrics.jsonl`, TensorBoard.
+"""What a run says about itself: {name: number} of a step ─▶ a line on the console, in `metrics.jsonl`, a tracker's.
 
 Names are those of COLUMNS.  Only process 0 writes.  A resumed run cuts off what an earlier life logged from that step
 on, so that no curve runs twice.
@@ -16,7 +16,8 @@ from typing import Any
 import jax
 
 from llamavid_jax.parallel.chips import peak_flops
-from llamavid_jax.training.log import JsonLines, TensorBoard
+from llamavid_jax.training.log import JsonLines
+from llamavid_jax.training.trackers import open_tracker
 
 FILE = "metrics.jsonl"
 
@@ -36,15 +37,21 @@ COLUMNS: Mapping[str, tuple[str, str]] = {  # name -> on the console, and its fo
 
 
 class Metrics:
-    """Prints, and appends to `folder/metrics.jsonl` and `folder/tensorboard/`; `first_step` is the next step."""
+    """Prints, and appends to `folder/metrics.jsonl` and the `tracker`; `first_step` is the next step."""
 
-    def __init__(self, folder: str | Path, first_step: int = 0, report: Callable[[str], None] = print):
+    def __init__(
+        self,
+        folder: str | Path,
+        first_step: int = 0,
+        report: Callable[[str], None] = print,
+        tracker: str = "tensorboard",
+    ):
         self._report, self._writes = report, jax.process_index() == 0
         if not self._writes:
             return
         self._lines = JsonLines(Path(folder) / FILE, report)
         self._lines.replace(row for row in self._lines.rows() if _step(row) < first_step)
-        self._tensorboard = TensorBoard(Path(folder) / "tensorboard", first_step, report)
+        self._tracker = open_tracker(tracker, Path(folder), first_step, report)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -53,18 +60,18 @@ class Metrics:
         self.close()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers of any type that `float` takes; what is not finite is null in the file and missing in TensorBoard."""
+        """Numbers of any type that `float` takes; what is not finite is null in the file and missing in the tracker."""
         if not self._writes:
             return
         values = {name: float(value) for name, value in values.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self._lines.append([{"step": step} | dict.fromkeys(values) | finite])
-        self._tensorboard.add(step, finite)
+        self._tracker.add(step, finite)
         self._report(console_line(step, values))
 
     def close(self) -> None:
         if self._writes:
-            self._tensorboard.close()
+            self._tracker.close()
 
 
 def _step(row: Mapping[str, Any]) -> int | float:

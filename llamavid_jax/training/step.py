@@ -48,7 +48,7 @@ class StepMetrics(NamedTuple):
 
 
 @jax.named_scope("visual_table")
-def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Array, ""] | None) -> jax.Array:
+def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_keys: Key[Array, " B"] | None) -> jax.Array:
     """Each row's visual tokens `[B, G·(n+1), D]`; zeros `[1, 1, D]` where the batch has no frames."""
     rows, frames = batch.frames.shape[:2]
     if frames == 0:
@@ -64,7 +64,7 @@ def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_key: Key[Arr
         picked = jax.vmap(_pick)(constrain(shares, "batch", "sequence", None, None, None), own)
         features = picked.reshape(-1, *features.shape[1:])
     texts = (_pick(x, batch.pair_question) for x in (batch.question_ids, batch.question_mask))
-    keys = None if dropout_key is None else jax.random.split(dropout_key, rows * pairs)
+    keys = None if dropout_keys is None else jax.vmap(lambda key: jax.random.split(key, pairs))(dropout_keys).ravel()
     flat = (x.reshape(-1, x.shape[-1]) for x in texts)
     tokens = model.frames_tokens(features, *flat, keys, has_cls=are_pixels and model.vision.config.has_cls, remat=remat)
     return constrain(tokens.reshape(rows, -1, tokens.shape[-1]), "batch", "sequence", None)
@@ -89,17 +89,17 @@ def beside_visuals(batch: Batch) -> Bool[Array, "B T"]:
 
 
 def loss_sums(
-    model: LlamaVid, batch: Batch, remat: str = "none", dropout_key: Any = None, markers_alone: bool = False
+    model: LlamaVid, batch: Batch, remat: str = "none", dropout_keys: Any = None, markers_alone: bool = False
 ) -> LossSums:
-    """The loss of a batch as sums over its labelled tokens; `dropout_key` switches dropout on.
+    """The loss of a batch as sums over its labelled tokens; `dropout_keys`, one a row, switch dropout on.
 
     `markers_alone`: of the embeddings, only those beside visual tokens get a gradient.
     """
-    pairs_key = None
-    if dropout_key is not None:
-        pairs_key, lora_key = jax.random.split(dropout_key)
-        set_dropout(model.llama, lora_key)
-    visual = visual_table(model, batch, remat, pairs_key)
+    pairs_keys = None
+    if dropout_keys is not None:
+        pairs_keys, lora_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys)
+        set_dropout(model.llama, lora_keys)
+    visual = visual_table(model, batch, remat, pairs_keys)
     learns = beside_visuals(batch) if markers_alone else None
     merged = model.merge(batch.token_ids, visual, batch.visual_index, learns)
     hidden = model.llama(merged, batch.segment_ids, batch.positions)
@@ -131,20 +131,21 @@ def make_train_step(
         else:
             weights = 1 / jnp.maximum(labelled, 1) / loop.micro_batches
         step_key = jax.random.fold_in(jax.random.key(loop.seed), state.step)
+        keys = jax.random.split(step_key, len(batch.labels)) if dropout else None  # a row's own, in any micro-batch
+        micro_keys = jax.tree.map(lambda x: _cut_rows(x, loop.micro_batches), keys)
 
-        def loss(params, micro: Batch, weight, number):
-            key = jax.random.fold_in(step_key, number) if dropout else None
+        def loss(params, micro: Batch, weight, keys):
             # LLaMA's embedding alone (stage 1 with start and end tokens): only of those does the original train rows
             markers_alone = [path for path in params if path.startswith("llama.")] == ["llama.embed.embedding"]
             params = pin(params, specs) if specs else params
-            sums = loss_sums(structure.model(params, frozen), micro, loop.remat, key, markers_alone)
+            sums = loss_sums(structure.model(params, frozen), micro, loop.remat, keys, markers_alone)
             return sums.loss * weight, sums
 
         def add(total, part):
             gradients, sums = jax.grad(loss, has_aux=True)(state.params, *part)
             return jax.tree.map(jnp.add, total, (gradients, sums)), sums.loss * part[1]
 
-        parts = (micros, weights, jnp.arange(loop.micro_batches))
+        parts = (micros, weights, micro_keys)
         if loop.micro_batches == 1:
             gradients, sums = jax.grad(loss, has_aux=True)(state.params, *jax.tree.map(lambda x: x[0], parts))
             mean_loss = sums.loss * weights[0]

@@ -1,12 +1,14 @@
 """Two processes, which stand for hosts, under many faults, end as if nothing had been: `make test-pods`.
 
-What an orchestrator does is done here: when one process ends, the other is killed, and both are started again.
+What an orchestrator does is done here: when one process ends, the other is killed, and the run is started again.  Every
+other time one process takes the place of both, with the devices of both.
 """
 
-import random
+import itertools
 import signal
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,22 +19,22 @@ from llamavid_jax.training.log import JsonLines
 from llamavid_jax.training.pace import HUNG
 
 pytestmark = pytest.mark.pods
-FAULTS, SAVE_EVERY = 20, 2  # each fault is behind at most one save more
+FAULTS, SAVE_EVERY = 50, 3
 CODES = {"kill": -signal.SIGKILL, "hang": HUNG, "disk": 2}  # of the process that has it
-KINDS = tuple(CODES)
+BESIDE = "slow", "nan"  # which end none: a life has both, and then one of CODES before its next save
 
 
-def both(arguments: list[str]) -> tuple[list[int], str]:
-    """Exit codes and what both print of one life of the run."""
+def life(arguments: list[str], processes: int = 2) -> tuple[list[int], str]:
+    """Exit codes and what all print of one life of the run, which has two devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        address = f"localhost:{free.getsockname()[1]}"
     every = [
         start(
-            [*arguments, "--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(number)],
-            environment(1),
+            [*arguments, "--coordinator", address, "--processes", str(processes), "--process", str(number)],
+            environment(2 // processes),
         )
-        for number in range(2)
+        for number in range(processes)
     ]
     while all(process.poll() is None for process in every):
         time.sleep(0.1)
@@ -51,25 +53,30 @@ def saved(output: Path) -> int:
 
 def test_many_faults_change_nothing(tmp_path):
     data, tokenizers = write_data(tmp_path / "data"), write_tokenizers(tmp_path / "tokenizers")
+    output, lives = tmp_path / "struck", -(-FAULTS // (1 + len(BESIDE)))
 
-    def run_in(name: str, *extra: str) -> list[str]:
+    def run_in(folder: Path, *extra: str) -> list[str]:
         settings = (
-            f"training.steps={FAULTS * SAVE_EVERY + 4}",
+            f"training.steps={(lives + 1) * SAVE_EVERY}",
             f"training.save_every={SAVE_EVERY}",
             "training.hang_after=5",
         )
-        return command("tiny/stage2_instruct.yaml", data, tokenizers, tmp_path / name, *settings, *extra)
+        return command("tiny/stage2_instruct.yaml", data, tokenizers, folder, *settings, *extra)
 
-    codes, text = both(run_in("undisturbed"))
+    codes, text = life(run_in(tmp_path / "undisturbed"))
     assert codes == [0, 0], text
-    output, chance = tmp_path / "struck", random.Random(0)
-    for number in range(FAULTS):
-        kind, last = KINDS[number % len(KINDS)], saved(output)
-        at = last + chance.randint(2, SAVE_EVERY + 1)  # a process is watched from its second step on
-        codes, text = both([*run_in("struck"), "--simulate-fault", f"{kind}@{at}"])
-        print(f"{kind}@{at} behind the save of step {last}: codes {codes}")
+    had: Counter[str] = Counter()
+    for number, kind in zip(range(lives), itertools.cycle(CODES)):
+        began, last = time.monotonic(), saved(output)
+        at = last + SAVE_EVERY  # behind the steps up to the next save, which all count
+        faults = [f"slow@{last + 1}", f"nan@{at + 1}", f"{kind}@{at + 3}"]  # a step is looked at behind the next
+        arguments = itertools.chain(*(("--simulate-fault", one) for one in faults))
+        codes, text = life([*run_in(output), *arguments], processes=2 - number % 2)
+        print(*faults, f"codes {codes}, {time.monotonic() - began:.0f} s", flush=True)
         assert CODES[kind] in codes and 0 not in codes, text
-    codes, text = both([*run_in("struck"), "--simulate-fault", "slow@1"])
+        assert f"step {at + 1}: loss nan" in text, text
+        had.update([*BESIDE, kind])
+    codes, text = life([*run_in(output), "--simulate-fault", "slow@1"])
     assert codes == [0, 0] and "process 1 (" in text and "is slow" in text, text
     assert losses(output) == losses(tmp_path / "undisturbed")
-    print(in_words(tally(JsonLines(output / "goodput.jsonl", print).rows())))
+    print(f"{had.total()} faults: {dict(had)}", in_words(tally(JsonLines(output / "goodput.jsonl", print).rows())))

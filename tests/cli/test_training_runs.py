@@ -4,15 +4,25 @@ Each run that computes is a process of its own; all have the tiny model, and pro
 """
 
 import json
+import re
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from training_data import ROOT, command, environment, losses, run, start, write_data, write_tokenizers
+from training_data import (
+    ROOT,
+    command,
+    commands_together,
+    environment,
+    losses,
+    run,
+    start,
+    write_data,
+    write_tokenizers,
+)
 
 import train
 from llamavid_jax.checkpoints.weights import load_weights
@@ -78,18 +88,21 @@ def test_a_run_leaves_a_model_that_answers(whole, env):
 
 
 def test_faults_change_nothing(folder, env, whole):
-    """A full disk, a hang and kill -9 at the save of step 3 or behind it, each in its process, then the end."""
-    output = folder / "faults"
+    """A full disk, a hang and kill -9 at the save of step 3 or behind it, each in its process, then the end.
 
-    def struck(fault: str, code: int) -> str:
-        return run([*six_steps(folder, output, "training.hang_after=2"), "--simulate-fault", fault], env, code)
+    The last goes on from a copy on its own disk, which is newer.
+    """
+    output, copies = folder / "faults", (f"training.local_copies={folder / 'local'}", "training.local_every=1")
+
+    def struck(fault: str, code: int, *extra: str) -> str:
+        return run([*six_steps(folder, output, "training.hang_after=2", *extra), "--simulate-fault", fault], env, code)
 
     full = struck("disk@4", code=2)
     assert "cannot be written" in full and "free space there" in full  # the save of step 3, or that of step 6
     hung = struck("hang@5", code=HUNG)
     assert "no step in" in hung and f"ends with code {HUNG}" in hung and "faults.py" in hung and "in strike" in hung
-    struck("kill@6", code=-signal.SIGKILL)
-    assert "step 3 of 6" in run(six_steps(folder, output), env)
+    assert "step 3 of 6" in struck("kill@6", -signal.SIGKILL, *copies)
+    assert re.search("step [45] of 6", run(six_steps(folder, output, *copies), env))  # that of 5 was being written
     assert_same(output, whole)
     totals = tally(JsonLines(output / "goodput.jsonl", pytest.fail).rows())
     assert all(totals[part] > 0 for part in ("steps", "compile", "save", "restore", "start", "lost", "idle"))
@@ -250,38 +263,29 @@ def test_held_out_set_and_profile(folder, env):
 
 
 @pytest.mark.sharding
-def test_two_processes_equal_one(folder, env):
-    """Two processes of four devices each, over loopback, give one process of eight's losses; so does another mesh."""
-    alone, together = folder / "alone", folder / "together"
-    mesh = ("mesh=data=2,fsdp=2,tensor=2",)
-    run(six_steps(folder, alone, *mesh), environment(8))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        start(
-            [
-                *six_steps(folder, together, *mesh),
-                "--coordinator",
-                f"localhost:{port}",
-                "--processes",
-                "2",
-                "--process",
-                str(number),
-            ],
-            environment(4),
-        )
-        for number in range(2)
-    ]
-    texts = [process.communicate(timeout=1200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
-    np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-5)
-    # the checkpoint of two processes goes on as one, on another mesh
-    shutil.rmtree(together / "checkpoints" / "6")
-    shutil.rmtree(together / "model")
-    assert "step 3" in run(six_steps(folder, together, "mesh=fsdp=4"), environment(8))
-    # sums in another order, which Adam's first steps enlarge; the bar is that of the original's recorded steps
-    np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-4)
+def test_two_processes_then_one_then_two(folder):
+    """Over loopback.  One with two of eight devices, which adds up more micro-batches, takes the place of two for some
+    steps: the losses stay those of a run that always had two.
+    """
+    together, elastic = folder / "together", folder / "elastic"
+    settings = ("training.batch_size=8", "training.device_rows=1", "training.save_every=2", "training.keep=3")
+
+    def both(output: Path) -> str:
+        said = commands_together(six_steps(folder, output, *settings, "mesh=data=2,fsdp=2,tensor=2"), devices=4)
+        return "".join(said)
+
+    both(together)
+    shutil.copytree(together, elastic)
+    shutil.rmtree(elastic / "model")
+    for step in (4, 6):
+        shutil.rmtree(elastic / "checkpoints" / str(step))
+    fewer = six_steps(folder, elastic, *settings, "training.save_every=1", "--simulate-fault", "kill@6")
+    assert "at step 2 of 6" in run(fewer, environment(2), -signal.SIGKILL)
+    assert re.search("at step [45] of 6", both(elastic))  # a save waits for the one before
+    # Sums in another order, which Adam's first steps enlarge.
+    np.testing.assert_allclose(losses(elastic), losses(together), rtol=1e-5)
+    # With a batch left out or seen twice they would be another step's.
+    assert (np.abs(np.diff(losses(together))) > 1e-3).all()
 
 
 def metrics_lines(output: Path) -> list[dict]:

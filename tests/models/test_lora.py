@@ -112,7 +112,7 @@ def adapter_loss(model: LlamaVid, remat: bool, key=None):
     def loss(updates):
         model = nnx.merge(graphdef, updates, frozen)
         if key is not None:
-            set_dropout(model.llama, key)
+            set_dropout(model.llama, jax.random.split(key, len(IDS)))
 
         def run(ids):
             return model.llama.logits(model.llama(model.llama.embed(ids)))
@@ -157,7 +157,7 @@ def test_dropout_drops_inputs_at_its_rate_and_keeps_the_mean():
     """Each layer draws its own: kernels of zeros and A, B that hand one input through show the mask."""
     model = adapted(LoraConfig(rank=1, alpha=1, dropout=0.25, targets=["down"]))
     down = model.llama.layers.mlp.down
-    set_dropout(model.llama, jax.random.key(0))
+    set_dropout(model.llama, jax.random.split(jax.random.key(0), 20000))
     down.kernel[...] = jnp.zeros_like(down.kernel[...])
     down.lora.a[...] = jnp.zeros_like(down.lora.a[...]).at[:, 0].set(1)
     down.lora.b[...] = jnp.ones_like(down.lora.b[...])

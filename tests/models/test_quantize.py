@@ -84,7 +84,7 @@ def test_updates_train_over_a_quantized_base(kind):
     @jax.value_and_grad
     def step(updates, key):
         model = nnx.merge(graphdef, updates, frozen)
-        set_dropout(model.llama, key)
+        set_dropout(model.llama, jax.random.split(key, len(IDS)))
         scores = jax.nn.log_softmax(jax.checkpoint(lambda: logits(model))()[:, :-1])
         return -jnp.take_along_axis(scores, IDS[:, 1:, None], -1).mean()
 

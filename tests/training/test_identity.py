@@ -53,6 +53,14 @@ def test_what_may_change(folder):
     check_same_run(now, before, folder)
 
 
+def test_accumulation_may_change_unless_it_changes_the_loss(folder):
+    fewer = "training.micro_batches=2"
+    check_same_run(made_of(recipe(folder, fewer, "training.device_rows=1")), made_of(recipe(folder)), folder)
+    weighted = "training.loss_weighting=micro_batch"
+    with pytest.raises(TrainingError, match=r"training\.micro_batches is 2"):
+        check_same_run(made_of(recipe(folder, fewer, weighted)), made_of(recipe(folder, weighted)), folder)
+
+
 @pytest.mark.parametrize(
     "named,change",
     [

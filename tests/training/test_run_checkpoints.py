@@ -327,8 +327,38 @@ with jax.set_mesh(make_mesh(fsdp=8)), RunCheckpoints(folder, keep=2, report=line
 print("done", lines)
 """
 
+ONE_CANNOT_WRITE = (
+    TWO_PROCESSES[: TWO_PROCESSES.index("lines = []")]
+    + """
+import resource, time
+from llamavid_jax.commands.processes import leave
+from llamavid_jax.errors import CheckpointError
+
+try:
+    with jax.set_mesh(make_mesh(fsdp=8)), RunCheckpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(1, state(1, fsdp=8), {}, {})
+        checkpoints.wait()
+        if process == int(other):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        began = time.monotonic()
+        checkpoints.save(2, state(2, fsdp=8), {}, {})
+except CheckpointError as error:
+    print(f"told after {time.monotonic() - began:.1f} s: {error}")
+leave()  # else its end waits for the threads of the save
+"""
+).replace("(folder,) = arguments", "folder, other = arguments")
+
 
 @pytest.mark.sharding
 def test_two_processes(tmp_path):
     outputs = two_processes(TWO_PROCESSES, str(tmp_path / "run"))
     assert all("done" in output for output in outputs), "\n".join(outputs)
+
+
+@pytest.mark.sharding
+@pytest.mark.parametrize("other", [0, 1])
+def test_a_save_that_fails_on_one_host_ends_all(tmp_path, other):
+    """At once, where Orbax has the others wait for 20 minutes, as long as this test would take."""
+    outputs = two_processes(ONE_CANNOT_WRITE, str(tmp_path / "run"), str(other))
+    assert "the checkpoint of step 2 cannot be written" in outputs[other] and "too large" in outputs[other].lower()
+    assert f"process {other} has not written its part" in outputs[1 - other], outputs

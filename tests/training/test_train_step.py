@@ -89,6 +89,12 @@ def test_accumulation_changes_nothing(single):
     close(run(dataclasses.replace(LOOP, micro_batches=4)), single, rtol=1e-5)
 
 
+def test_accumulation_drops_the_same():
+    """A row draws the same whichever micro-batch it is in."""
+    whole, parts = (run(loop, dropout=True) for loop in (LOOP, dataclasses.replace(LOOP, micro_batches=4)))
+    close(parts, whole, rtol=1e-5)
+
+
 def test_mean_of_micro_batch_means(single):
     """Rows with few labels weigh as much as rows with many."""
     seen, _ = run(dataclasses.replace(LOOP, micro_batches=4, loss_weighting="micro_batch"), steps=1)
@@ -115,18 +121,20 @@ def test_dropout_differs_by_step_and_repeats():
 
 
 def test_no_random_key_serves_twice(monkeypatch):
-    """Those of the pairs are the first key's splits; the updates' is none of them."""
+    """Those of the pairs are splits of each row's first key; the updates' are none of them."""
     drawn = {}
 
-    def table(model, batch, remat, key):
-        drawn["pairs"] = jax.random.split(key, 64)
+    def table(model, batch, remat, keys):
+        drawn["pairs"] = jax.vmap(lambda key: jax.random.split(key, 64))(keys).ravel()
         raise InterruptedError
 
-    monkeypatch.setattr(step, "set_dropout", lambda model, key: drawn.update(updates=key))
+    monkeypatch.setattr(step, "set_dropout", lambda model, keys: drawn.update(updates=keys))
     monkeypatch.setattr(step, "visual_table", table)
     with pytest.raises(InterruptedError):
-        loss_sums(structure().model(random_params()), batch(ROWS, SHAPE), "none", jax.random.key(0))
-    assert not (jax.random.key_data(drawn["pairs"]) == jax.random.key_data(drawn["updates"])).all(-1).any()
+        keys = jax.random.split(jax.random.key(0), len(ROWS))
+        loss_sums(structure().model(random_params()), batch(ROWS, SHAPE), "none", keys)
+    drawn = jax.random.key_data(jnp.concatenate([drawn["pairs"], drawn["updates"]]))
+    assert len(np.unique(drawn, axis=0)) == len(drawn) == 65 * len(ROWS)
 
 
 def test_the_compiler_cannot_undo_rematerialisation():

@@ -150,6 +150,7 @@ def test_a_signal_during_evaluation_saves_at_once(tmp_path, monkeypatch):
     """The second of three held-out batches is not computed, there is no figure, and no step more."""
     run = Run(monkeypatch, tmp_path, stop_after=2, held_out=lambda events: Rows(3, events, "held out"))
     object.__setattr__(run.config.training, "evaluate_every", 1)
+    object.__setattr__(run.config.data, "evaluation_path", "held_out.json")
     assert run() == loop.PREEMPTED
     assert run.events == ["load", "step", "load", "held out", "evaluate", "held out"] and run.saved == [1]
     assert not any("evaluation_loss" in line for line in run.metrics())

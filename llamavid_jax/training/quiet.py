@@ -1,0 +1,40 @@
+"""Orbax's log, kept from the console: of one unreadable file it prints several hundred lines."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_HEARING: list[Callable[[logging.LogRecord], None]] = []
+
+
+@contextlib.contextmanager
+def quiet(hear: Callable[[logging.LogRecord], None]) -> Iterator[None]:
+    """Keeps back Orbax's log, of which `hear` is told, and what Python prints of its closed event loops.
+
+    It prints in threads of its own, while a run goes on: so this is for the life of a manager.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def tell(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    _HEARING.append(hear)
+    logger.addFilter(_of_others)
+    sys.unraisablehook = tell
+    try:
+        yield
+    finally:
+        _HEARING.remove(hear)
+        if not _HEARING:
+            logger.removeFilter(_of_others)
+        sys.unraisablehook = hook
+
+
+def _of_others(record: logging.LogRecord) -> bool:
+    own = "/orbax/" in record.pathname
+    for hear in _HEARING if own else ():
+        hear(record)
+    return not own
