@@ -5,11 +5,12 @@
 
 Every question is first asked alone, which also encodes the films; then each number of clients asks, in an order of
 its own, for `--seconds`.  Prints a table, as it stands in docs/serving.md, with what the server says of itself: how
-many tokens a second its slots could give while they decode, and its memory.  Exit code 1 where an answer was lost or
-another one than alone.  The films are drawn with the demo's digits.
+many tokens a second its slots could give while they decode, its processor time an answer, and its memory.  Exit code 1
+where an answer was lost or another one than alone.  The films are drawn with the demo's digits.
 """
 
 import argparse
+import collections
 import http.client
 import json
 import os
@@ -116,9 +117,10 @@ def load(url: str, key: str, model: str, pairs, alone: dict, clients: int, secon
         after[f"llamavid_decode_{name}"] - before[f"llamavid_decode_{name}"] for name in ("steps", "seconds")
     )
     most = after["llamavid_slots"] * steps / max(decoding, 1e-9)
+    cpu = (after["process_cpu_seconds_total"] - before["process_cpu_seconds_total"]) / max(len(done), 1)
     memory = " → ".join(f"{one['process_resident_memory_bytes'] / 1e6:.0f}" for one in (before, after))
-    for line in wrong[:5]:
-        print(line)
+    for line, times in collections.Counter(wrong).most_common(5):
+        print(f"{times} x {line}")
     first, whole = ([moments[place] for moments, _ in done] for place in (0, -1))
     shown = [
         " / ".join(f"{value:.2f}" for value in np.percentile(times, (50, 95, 99))) if times else "-"
@@ -126,7 +128,7 @@ def load(url: str, key: str, model: str, pairs, alone: dict, clients: int, secon
     ]
     tokens = sum(tokens for _, tokens in done)
     row = f"| {clients} | {len(done)} | {len(done) / took:.1f} | {tokens / took:.0f} | {shown[0]} | {shown[1]} |"
-    return f"{row} {most:.0f} | {memory} | {len(wrong)} |", len(wrong)
+    return f"{row} {most:.0f} | {1000 * cpu:.0f} | {memory} | {len(wrong)} |", len(wrong)
 
 
 def main() -> int:
@@ -148,7 +150,7 @@ def main() -> int:
     print(
         "| clients | answers | answers/s | tokens/s | first words, s: p50 / p95 / p99 | all: p50 / p95 / p99 ", end=""
     )
-    print("| slots' tokens/s | memory, MB | wrong |\n|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| slots' tokens/s | CPU, ms | memory, MB | wrong |\n" + "|---" * 10 + "|", flush=True)
     failed = 0
     for number in options.clients:
         row, wrong = load(options.url, options.key, model, pairs, alone, number, options.seconds)

@@ -40,7 +40,7 @@ class Answers:
     """The `n` answers of one request, from its admission, as one answer for now, to its end."""
 
     asked: Asked
-    prepared: Prepared
+    prepared: Prepared | None = None
 
     def __init__(self, server: Shared, started: float):
         self.server, self.started, self.places = server, started, 1
@@ -137,6 +137,8 @@ class Answers:
         self._gone.set()
         for job in self.jobs:
             job.cancelled = True
+        self.jobs.clear()  # which know this: arrays are free at once, and not when cycles are collected
+        self.prepared = None
         self.server.answers -= self.places
 
 

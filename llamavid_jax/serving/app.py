@@ -1,7 +1,7 @@
 """The routes: OpenAI's protocol over HTTP, as an ASGI application.
 
 POST /v1/chat/completions   admitted? ─ prepare, in a thread ─▶ row ─ engine ─▶ pieces ─▶ one object, or SSE
-GET  /v1/models             POST, GET, DELETE /v1/files; /v1/uploads for those in parts
+GET  /v1/models             POST, GET, DELETE /v1/files; /v1/uploads for those by ranges or in parts
 GET  /health /ready         whether the process lives, whether it answers; GET /metrics; GET / the page
 """
 
@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -31,10 +31,10 @@ from llamavid_jax.serving.answers import Answers, Events, late, while_connected
 from llamavid_jax.serving.engine import Engine
 from llamavid_jax.serving.guard import Guard
 from llamavid_jax.serving.metrics import Metrics
-from llamavid_jax.serving.parts import Parts
+from llamavid_jax.serving.parts import Parts, read_range
 from llamavid_jax.serving.prepare import Preparer
 from llamavid_jax.serving.protocol import ApiError, error_object, read_asked
-from llamavid_jax.serving.uploads import FullError, NoFileError
+from llamavid_jax.serving.uploads import ConflictError, FullError, NoFileError
 
 PAGE = Path(__file__).with_name("page")
 KINDS = {
@@ -84,6 +84,7 @@ class Server:
             Route("/v1/files/{key}", self.file, methods=["GET", "DELETE"]),
             Route("/v1/files/{key}/content", self.content),
             Route("/v1/uploads", self.begin_upload, methods=["POST"]),
+            Route("/v1/uploads/{key}", self.put, methods=["PUT"]),
             Route("/v1/uploads/{key}", self.unfinished),
             Route("/v1/uploads/{key}/parts", self.part, methods=["POST"]),
             Route("/v1/uploads/{key}/{end}", self.end_upload, methods=["POST"]),
@@ -96,6 +97,7 @@ class Server:
         handlers = {
             ApiError: _api_error,
             InputError: _input_error,
+            ClientDisconnect: _gone,
             HTTPException: _http_error,
             Exception: _server_error,
         }
@@ -168,7 +170,17 @@ class Server:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "llamavid_jax"}
 
     async def upload(self, request: Request) -> Response:
-        """A form with `file` and `purpose`, as OpenAI's; a large one is on disk before it is looked at."""
+        """A form with `file` and `purpose`, as OpenAI's; a large one is on disk before it is looked at.
+
+        Or, as JSON, the `url` of a file that is fetched, which takes a place in the queue meanwhile."""
+        if "json" in request.headers.get("content-type", ""):
+            body = await self._body(request)
+            self.admit(1)
+            try:
+                fetching = asyncio.get_running_loop().run_in_executor(self.threads, self.preparer.sources.keep, body)
+                return JSONResponse(await fetching)
+            finally:
+                self.answers -= 1
         async with request.form(max_files=1, max_fields=8) as form:
             file, purpose = form.get("file"), form.get("purpose", "user_data")
             if not hasattr(file, "file") or not isinstance(purpose, str):
@@ -185,6 +197,20 @@ class Server:
     async def unfinished(self, request: Request) -> Response:
         return JSONResponse(await anyio.to_thread.run_sync(self.parts.find, request.path_params["key"]))
 
+    async def put(self, request: Request) -> Response:
+        """The file, or its bytes of a Content-Range; what came stays where the connection breaks."""
+        key = request.path_params["key"]
+        about = await anyio.to_thread.run_sync(self.parts.find, key)
+        said, length = (request.headers.get(f"content-{name}") for name in ("range", "length"))
+        at, end = read_range(said, length and int(length), about["bytes"])
+        async for block in request.stream():
+            if at + len(block) > end:
+                raise InputError(f"more bytes came than {key} is to have up to {end}; say the right Content-Range")
+            if block:
+                await anyio.to_thread.run_sync(self.parts.put, key, at, block)
+            at += len(block)
+        return JSONResponse(await anyio.to_thread.run_sync(self.parts.finish, key))
+
     async def part(self, request: Request) -> Response:
         async with request.form(max_files=1, max_fields=8) as form:
             if not hasattr(data := form.get("data"), "file"):
@@ -198,8 +224,7 @@ class Server:
             return JSONResponse(await anyio.to_thread.run_sync(self.parts.cancel, key))
         if end != "complete":
             raise HTTPException(404)
-        order = (await self._body(request)).get("part_ids")
-        return JSONResponse(await anyio.to_thread.run_sync(self.parts.complete, key, order))
+        return JSONResponse(await anyio.to_thread.run_sync(self.parts.complete, key, await self._body(request)))
 
     async def files(self, _: Request) -> Response:
         found = await anyio.to_thread.run_sync(self.uploads.all)
@@ -246,8 +271,12 @@ async def _api_error(_: Request, error: ApiError) -> Response:
 
 
 async def _input_error(_: Request, error: InputError) -> Response:
-    status = {NoFileError: 404, FullError: 507}.get(type(error), 400)
+    status = {NoFileError: 404, ConflictError: 409, FullError: 507}.get(type(error), 400)
     return _respond(status, str(error))
+
+
+async def _gone(_: Request, __: ClientDisconnect) -> Response:
+    return _respond(499, "the client has gone")  # which nobody reads
 
 
 async def _http_error(_: Request, error: HTTPException) -> Response:

@@ -25,11 +25,20 @@ PROCESSES.set_forkserver_preload([__name__])
 
 
 class Reading(NamedTuple):
-    """How a film is read: `fps`, up to `most` frames, `chunk` at a time."""
+    """How a film is read: `fps`, or `num_frames` at equal distances; up to `most`, `chunk` at a time."""
 
     fps: float | int
     most: int
     chunk: int
+    num_frames: int | None = None
+
+    def adapt(self, sampling: Sampling) -> Sampling:
+        """A film of fewer frames than `num_frames` is read whole."""
+        if self.num_frames is None:
+            return sampling
+        total = len(sampling.timeline.times)
+        frames = np.arange(count := min(self.num_frames, total)) * total // count
+        return dataclasses.replace(sampling, rule="times", frames=frames, times=sampling.timeline.times[frames])
 
 
 def check_length(path: Path, seconds: float, frames: int, most: int) -> None:
@@ -102,7 +111,7 @@ def _work(
         if reading is None:
             sender.send(images.image_pixels(path))
         else:
-            for pixels, _ in images.stream_video(path, reading.fps, reading.chunk, on_read):
+            for pixels, _ in images.stream_video(path, reading.fps, reading.chunk, on_read, reading.adapt):
                 sender.send(np.ascontiguousarray(pixels))
         sender.send(None)
     except BrokenPipeError:  # nobody waits any more

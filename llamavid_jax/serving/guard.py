@@ -1,4 +1,5 @@
-"""What stands before all routes: keys, sizes of bodies, where a browser's request comes from, and security headers."""
+"""What stands before all routes: keys, sizes of bodies, alone and together, where a browser's request comes from, and
+security headers."""
 
 import hmac
 import json
@@ -12,6 +13,8 @@ from llamavid_jax.serving.metrics import Metrics
 from llamavid_jax.serving.protocol import ApiError, error_object
 
 OPEN = ("/", "/index.html", "/page.css", "/page.js", "/evidence.js", "/health", "/ready")  # without a key
+BODIES = 4  # of the largest size that are held at once
+RETRY = {"Retry-After": "2"}
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -30,22 +33,28 @@ class Guard:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_body: int, max_upload: int, metrics: Metrics):
         self.app, self.keys, self.max_body, self.max_upload = app, [key.encode() for key in keys], max_body, max_upload
-        self.metrics = metrics
+        self.metrics, self.held = metrics, 0  # bytes of bodies that are in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self.max_upload if scope["path"] == "/v1/files" else self.max_body
+        uploads = scope["path"] == "/v1/files" or scope["method"] == "PUT"
+        limit = self.max_upload if uploads else self.max_body
         too_large = ApiError(413, f"the body has more than {limit} bytes; send less, or upload to /v1/files first")
+        too_many = ApiError(429, "too many large requests at once; upload to /v1/files, or try again", "busy", RETRY)
         taken, began = 0, False
 
         async def counted() -> Message:
             nonlocal taken
             message = await receive()
-            taken += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            taken += size
+            self.held += 0 if uploads else size  # those go to disk
             if taken > limit:
                 raise too_large
+            if not uploads and self.held > BODIES * self.max_body:
+                raise too_many
             return message
 
         async def guarded(message: Message) -> None:
@@ -71,6 +80,8 @@ class Guard:
             own += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
             await guarded({"type": "http.response.start", "status": error.status, "headers": own})
             await guarded({"type": "http.response.body", "body": body})
+        finally:
+            self.held -= 0 if uploads else taken
 
     def _check(self, path: str, headers: Headers) -> None:
         origin = headers.get("origin")

@@ -125,7 +125,8 @@ class Preparer:
                 kind, source = ("video", video) if image is None else ("image", image)
                 rate = None
                 if kind == "video":
-                    rate = self.image_processor.rate(asked.fps if fps is None else fps)
+                    count = asked.num_frames if fps is None else None
+                    rate = self.image_processor.rate(1 if count else asked.fps if fps is None else fps), count
                 if (name := (kind, str(source), rate)) not in films:
                     films[name] = self._film(kind, source, rate, asked.room, check, used)
                 shown.append(films[name])
@@ -173,28 +174,30 @@ class Preparer:
 
     # ---- frames
 
-    def _film(self, kind: str, source: Any, fps: Any, new_tokens: int, check: Check, used: contextlib.ExitStack):
+    def _film(self, kind: str, source: Any, rate: Any, new_tokens: int, check: Check, used: contextlib.ExitStack):
         """The key, and features `[F, P, E]` and times `[F]`, of an image or a video; they stay until `used` ends."""
         with self.sources.open(source) as path:
-            key = content(path)["sha256"], kind, fps
+            key = content(path)["sha256"], kind, rate
 
             def make() -> tuple[np.ndarray, ...]:
                 try:
-                    return self._encode(path, key[0], kind, fps, new_tokens, check)
+                    return self._encode(path, key[0], kind, rate, new_tokens, check)
                 finally:
                     self.encoding.pop(key[0], None)
 
             return key, used.enter_context(self.features.use(key, make, check))
 
     def _encode(
-        self, path: Path, digest: str, kind: str, fps: Any, new_tokens: int, check: Check
+        self, path: Path, digest: str, kind: str, rate: Any, new_tokens: int, check: Check
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features `[F, P, E]` and times `[F]`: from the disk's cache, or of what a process decodes."""
+        """Features `[F, P, E]` and times `[F]`: from the disk's cache, or of what a process decodes.
+
+        A video's `rate` is frames a second and, in place of those, their number, which the cache does not keep."""
         config, model = self.model.config, self.model
         most = min((config.text_config.max_length - new_tokens) // config.tokens_per_frame, self.max_frames)
         key, before = None, version(path)
-        if self.cache is not None and kind == "video":
-            key = video_key(path, fps, model, self.image_processor)
+        if self.cache is not None and kind == "video" and rate[1] is None:
+            key = video_key(path, rate[0], model, self.image_processor)
             if found := self.cache.find(key):
                 times = np.array(found["timestamps"])
                 check_length(path, found["sampling"]["seconds"], len(times), most)
@@ -202,7 +205,7 @@ class Preparer:
                     return np.stack(list(self.cache.frames(key))).astype(model.dtype), times
         while not self._decoding[kind].acquire(timeout=0.1):
             check()
-        reading = Reading(fps, most, FRAME_CHUNK) if kind == "video" else None
+        reading = Reading(rate[0], most, FRAME_CHUNK, rate[1]) if kind == "video" else None
         with contextlib.closing(decoded(self.image_processor, path, reading, self.decoder_bytes, check)) as chunks:
             try:
                 plan = next(chunks) if reading else None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, printable
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.serving.batch import MOST_LIKELY
 from llamavid_jax.serving.jobs import Scores
@@ -28,7 +28,7 @@ AT_REST = {
     "modalities": (None, ["text"]),
 }
 OWN = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n"}
-OWN |= {"stream", "stream_options", "fps", "subtitles", "evidence", "logprobs", "top_logprobs"}
+OWN |= {"stream", "stream_options", "fps", "subtitles", "evidence", "logprobs", "top_logprobs", "media_io_kwargs"}
 
 
 class ApiError(Exception):
@@ -53,6 +53,7 @@ class Asked:
     room: int  # tokens that an answer must have room for: those asked for, or one
     evidence: bool = False  # whether the frames that the answer rests on are wanted
     likely: int | None = None  # alternatives to each token that are wanted with its log-probability
+    num_frames: int | None = None  # of each video, in place of a rate
 
     def settings_of(self, choice: int) -> Settings:
         """Each answer has a seed of its own."""
@@ -105,8 +106,24 @@ def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
     likely = given.get("top_logprobs", 0)
     if type(likely) is not int or not 0 <= likely <= MOST_LIKELY or (likely and not given.get("logprobs")):
         raise InputError(f"top_logprobs is {likely!r}; give a number up to {MOST_LIKELY}, with logprobs true")
-    more = given.get("fps"), cues, room, given.get("evidence", False), likely if given.get("logprobs") else None
-    return Asked(messages, settings, n, stream, include_usage, *more)
+    fps, num_frames = _sampling(given)
+    more = cues, room, given.get("evidence", False), likely if given.get("logprobs") else None, num_frames
+    return Asked(messages, settings, n, stream, include_usage, fps, *more)
+
+
+def _sampling(given: Mapping[str, Any]) -> tuple[Any, int | None]:
+    """`fps`, which vLLM's clients write into `media_io_kwargs`, and `num_frames`, which stands there alone."""
+    media = given.get("media_io_kwargs", {})
+    video = media.get("video", {}) if isinstance(media, dict) else None
+    if not isinstance(video, dict) or media.keys() - {"video"} or video.keys() - {"fps", "num_frames"}:
+        raise InputError(f"media_io_kwargs is {str(media)[:200]}; of it video's fps or num_frames are done here")
+    fps = [one["fps"] for one in (given, video) if one.get("fps") is not None]
+    count = [video["num_frames"]] if video.get("num_frames") is not None else []
+    if len({*map(str, fps)}) + len(count) > 1:
+        raise InputError("fps and num_frames say how a video is sampled, and two of them differ; give one")
+    if count and (type(count[0]) is not int or not 1 <= count[0] <= 10**6):
+        raise InputError(f"num_frames is {str(count[0])[:100]}; give a whole number from 1 on")
+    return fps[0] if fps else None, count[0] if count else None
 
 
 NOT_ENDED = {"finish_reason": None}
@@ -162,7 +179,9 @@ def usage(prompt: int, answers: int) -> dict[str, Any]:
 
 
 def error_object(message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """What clients raise as an exception."""
+    """What clients raise as an exception; a message may name what was sent, with half surrogate pairs and all."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    text = printable(message)
+    text = text if len(text) < 1000 else f"{text[:500]} ... {text[-400:]}"  # its remedy stands at the end
+    return {"error": {"message": text, "type": kind, "param": None, "code": code}}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from llamavid_jax.buckets import is_address
 from llamavid_jax.errors import printable
@@ -39,6 +40,15 @@ class Sources:
             yield local_file(path)
         except MediaError as error:
             raise MediaError(str(error).replace(printable(path), source)) from None
+
+    def keep(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Fetches the `url` of a request once and for all: an upload, which has its file object."""
+        url, purpose = body.get("url"), body.get("purpose", "user_data")
+        if not isinstance(url, str) or not re.match("https?://", url, re.IGNORECASE) or not isinstance(purpose, str):
+            raise MediaError(f"url is {str(url)[:200]!r}; give that of a film or a picture, with http:// or https://")
+        with self.open(url) as path, path.open("rb") as file:
+            name = unquote(urlsplit(url).path).rpartition("/")[2] or "download"
+            return self.uploads.add(iter(lambda: file.read(1 << 20), b""), name, purpose)
 
     def _below_root(self, source: str) -> Path:
         if self.media_root is None:

@@ -30,6 +30,10 @@ class FullError(InputError):
     """No room for another upload."""
 
 
+class ConflictError(InputError):
+    """Bytes that do not go on where those before them end."""
+
+
 class Uploads:
     """Those in `folder`, `max_bytes` in all."""
 
@@ -49,7 +53,7 @@ class Uploads:
         begun = []
         for about in self.folder.glob("upload_*/about.json"):
             with contextlib.suppress(OSError):  # it has just been completed
-                begun.append(read_object(about))
+                begun += [one] if (one := read_object(about))["status"] == "pending" else []
         return self.max_bytes - sum(one["bytes"] for one in [*self.all(), *begun])
 
     def add(self, blocks: Iterable[bytes], name: str, purpose: str, reserved: int = 0) -> dict[str, Any]:

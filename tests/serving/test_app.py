@@ -2,14 +2,19 @@
 
 import asyncio
 import base64
+import contextlib
+import gc
 import json
 import threading
+import time
 
 import pytest
 from servers import QUESTION, ask, call, events, make_server, picture, session, text_of, video
 from starlette.testclient import TestClient
 
 from llamavid_jax.serving.app import Limits
+from llamavid_jax.serving.jobs import Job
+from llamavid_jax.serving.prepare import Prepared
 
 
 def test_answers_are_those_of_a_session(tiny_model, client, clip):
@@ -33,6 +38,19 @@ def test_answers_are_those_of_a_session(tiny_model, client, clip):
     assert text_of(ask(client, messages=messages)) == second
     image = {"type": "image_url", "image_url": {"url": picture()}}
     assert text_of(ask(client, image)) != text_of(ask(client))
+
+
+def test_a_number_of_frames(client, clip):
+    """As lmms-eval and vLLM's clients ask for it, with the path as a URL; never a rate of that number."""
+
+    def asked(**sampling):
+        made = ask(client, video(f"file://{clip}"), evidence=True, **sampling)
+        return text_of(made), made.json()["choices"][0]["evidence"][0]["seconds"]
+
+    four = asked(media_io_kwargs={"video": {"num_frames": 4, "fps": None}})
+    assert four == asked() == asked(media_io_kwargs={"video": {"fps": 1}}, fps=1) and four[1] == [0, 1, 2, 3]
+    assert asked(media_io_kwargs={"video": {"num_frames": 5}})[1] == [0, 0.8, 1.6, 2.4, 3.2]
+    assert len(asked(fps=5)[1]) == 20
 
 
 def test_streams_are_the_whole_answer(client):
@@ -89,6 +107,20 @@ def test_streams_are_the_whole_answer(client):
         ({"messages": [{"role": "user", "content": [video("clip.mp4")]}], "fps": [1]}, 400, "fps"),
         ({"messages": [{"role": "user", "content": [{**video("clip.mp4"), "fps": {}}]}]}, 400, "fps"),
         ({"messages": [{"role": "user", "content": "half \ud800"}]}, 400, "surrogate"),
+        ({"media_io_kwargs": {"video": {"fps": 1, "max_duration": 9}}}, 400, "max_duration"),
+        ({"media_io_kwargs": {"audio": {}}}, 400, "audio"),
+        ({"media_io_kwargs": 3}, 400, "media_io_kwargs is 3"),
+        ({"media_io_kwargs": {"video": {"num_frames": -1}}}, 400, "num_frames is -1"),
+        ({"media_io_kwargs": {"video": {"num_frames": 4}}, "fps": 1}, 400, "give one"),
+        ({"media_io_kwargs": {"video": {"fps": 2}}, "fps": 1}, 400, "give one"),
+        (
+            {
+                "messages": [{"role": "user", "content": [video("clip.mp4")]}],
+                "media_io_kwargs": {"video": {"num_frames": 50}},
+            },
+            400,
+            "50 frames, and 40 fit",
+        ),
     ],
 )
 def test_errors_are_sentences(client, fields, status, words):
@@ -154,6 +186,52 @@ def test_files(client, clip):
     assert client.post("/v1/files", files={"file": ("x", bytes(1 << 20) + b"x")}).status_code == 507
 
 
+def test_an_upload_by_ranges(client, clip):
+    """As curl -C sends it; the answers about it are those about the film that was meant, and about no other."""
+    film = clip.read_bytes()
+    size, half = len(film), len(film) // 2
+    begun = client.post("/v1/uploads", json={"filename": "a.mp4", "purpose": "user_data", "bytes": size}).json()
+
+    def put(content: bytes, said: str | None = None):
+        headers = {"content-range": said} if said else {}
+        return client.put(f"/v1/uploads/{begun['id']}", content=content, headers=headers)
+
+    assert put(film[:half], f"bytes 0-{half - 1}/{size}").json()["received"] == half
+    for content, said, status, words in (
+        (film[half + 1 :], f"bytes {half + 1}-{size - 1}/{size}", 409, f"has {half} bytes"),
+        (bytes(size), None, 409, "another file"),
+        (bytes(half), None, 400, f"begun for {size} bytes"),
+        (iter([film[half:], b"x"]), f"bytes {half}-{size - 1}/{size}", 400, "Content-Range"),
+        (film[half:], "bytes", 400, "FIRST-LAST"),
+    ):
+        made = put(content, said)
+        assert made.status_code == status and words in made.json()["error"]["message"], made.text
+    assert client.put("/v1/uploads/upload_" + "0" * 24, content=b"a").status_code == 404
+    for _ in range(2):  # a reply that was lost is asked for again
+        done = put(film[half - 9 :], f"bytes {half - 9}-{size - 1}/{size}").json()
+        assert done["status"] == "completed" and done["file"]["filename"] == "a.mp4"
+    assert client.get(f"/v1/files/{done['file']['id']}/content").content == film
+    assert text_of(ask(client, video(done["file"]["id"]))) == text_of(ask(client, video("clip.mp4")))
+
+
+def test_a_link_is_fetched_once(client, server, clip, monkeypatch):
+    """It is an upload then, which a browser can play."""
+
+    @contextlib.contextmanager
+    def opened(url):
+        asked.append(url)
+        yield clip
+
+    asked = []
+    monkeypatch.setattr(type(server.preparer.sources), "open", lambda _, url: opened(url))
+    about = client.post("/v1/files", json={"url": "https://example.com/a/a%20film.mp4?x=1"}).json()
+    assert about["filename"] == "a film.mp4" and about["bytes"] == clip.stat().st_size
+    assert client.get(f"/v1/files/{about['id']}/content", headers={"range": "bytes=0-9"}).status_code == 206
+    for url in ("file:///etc/passwd", "clip.mp4", "data:video/mp4;base64,AAAA", "httpx://a", None, 3):
+        assert client.post("/v1/files", json={"url": url}).status_code == 400
+    assert len(asked) == 1 and server.answers == 0
+
+
 def test_a_full_queue_is_said(tiny_model, engine, tmp_path):
     server = make_server(tiny_model, engine, tmp_path, Limits(queue=1))
     made = ask(TestClient(server.app), n=5)
@@ -180,6 +258,29 @@ def test_a_client_that_goes_frees_its_places(server, engine, monkeypatch, stream
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "n": 2, "stream": stream}
     asyncio.run(call(server, body, lambda messages: len(jobs) == 2 and (messages or not stream)))
     assert all(job.cancelled for job in jobs) and server.answers == 0
+
+
+@pytest.mark.parametrize("how", [{}, {"stream": True, "n": 2}, {"evidence": True, "logprobs": True}, {"fps": 25}, None])
+def test_what_a_request_held_is_free_with_it(client, server, how):
+    """Not once cycles are collected: a long film's tokens are megabytes, and a busy server collects rarely."""
+
+    def left():
+        return [one for one in gc.get_objects() if isinstance(one, Prepared | Job)]
+
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 40}
+    gc.collect()
+    gc.disable()
+    try:
+        if how is None:
+            asyncio.run(call(server, body, lambda messages: len(messages) > 2))
+        else:
+            ask(client, video("clip.mp4"), **how)
+        until = time.monotonic() + 60
+        while left() and time.monotonic() < until:  # a thread may still be at its end
+            time.sleep(0.05)
+        assert not left()
+    finally:
+        gc.enable()
 
 
 def test_many_at_once_are_not_mixed_up(client, clip):

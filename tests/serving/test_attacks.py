@@ -1,6 +1,8 @@
 """What is tried against a server, and what comes back."""
 
+import asyncio
 import http.server
+import json
 import socket
 import threading
 
@@ -142,6 +144,14 @@ def test_a_redirect_into_the_private_network(client, inside, monkeypatch):
         assert made.status_code == 400 and "root:" not in made.text
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]"])
+def test_a_link_that_is_kept_is_no_way_inside(client, inside, host):
+    port, reached = inside
+    before = len(reached)
+    made = client.post("/v1/files", json={"url": f"http://{host}:{port}/metadata"})
+    assert made.status_code == 400 and len(reached) == before and not client.get("/v1/files").json()["data"]
+
+
 def test_no_proxy_goes_there_for_us(client, inside, monkeypatch):
     port, reached = inside
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
@@ -162,24 +172,29 @@ def test_an_endless_file(client, inside, monkeypatch):
         "/etc/passwd", "file:///etc/passwd", "file:/etc/passwd", "../secret.png", "link.png", "../root-secret.png",
         "./../../../../../../etc/passwd", "~/.ssh/id_rsa", "nul\0l.png", "file-../../secret.png", "file-" + "0" * 64,
         "ftp://example.com/x", "gopher://127.0.0.1:70/", "concat:/etc/passwd|x", "demo/held_out.mp4", "", ".",
+        "file://localhost/etc/passwd", "FILE:///etc/passwd", "file:///%2e%2e/etc/passwd", "%2e%2e/secret.png",
+        "..%2fsecret.png", "file://ROOT/../secret.png", "file://ROOT/%2e%2e/secret.png", "file://ROOT/%2e%2e%2fsecret.png",
+        "file://ROOT/link.png", "file://ROOT-secret.png", "ROOT/../secret.png", "ROOT/link.png",
         "data:text/html,<b>", "data:image/png;base64,%%%", "data:image/png;base64,AAAA", ["a.png"], 3, {"url": "x"},
     ],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["image_url", "video_url"])
 def test_paths_of_the_server(client, root, kind, path):
-    made = show(client, kind, path)
+    made = show(client, kind, path.replace("ROOT", str(root)) if isinstance(path, str) else path)
     assert made.status_code in (400, 404), made.text
-    assert "root:" not in made.text and str(root.parent) not in made.text
+    outside = "is not below the folder of this server's media" in made.text
+    assert "root:" not in made.text and (outside if "ROOT" in str(path) else str(root.parent) not in made.text)
 
 
 @pytest.mark.parametrize(
     "header",
     ["", "Bearer", "Bearer ", "Bearer a", "Bearer a key2", "Basic a key", "Bearer other2", "a key", "Bearer \xe9"],
 )
-@pytest.mark.parametrize("route", ["/v1/models", "/v1/files", "/metrics", "/nowhere"])
-def test_without_the_key(client, header, route):
-    made = client.get(route, headers={"authorization": header.encode("latin1")})
+@pytest.mark.parametrize("route", ["/v1/models", "/v1/files", "/v1/uploads/upload_0", "/metrics", "/nowhere"])
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_without_the_key(client, header, route, method):
+    made = client.request(method, route, headers={"authorization": header.encode("latin1")})
     assert made.status_code == 401 and made.json()["error"]["code"] == "invalid_api_key"
 
 
@@ -201,12 +216,47 @@ def endless(blocks: int):
         ("/v1/chat/completions", endless(11), "application/json"),
         ("/v1/files", bytes(1001), "multipart/form-data; boundary=x"),
         ("/v1/files", endless(2), "multipart/form-data; boundary=x"),
+        ("/v1/uploads/upload_0", bytes(1001), None),
     ],
-    ids=["declared", "not declared", "upload", "upload, not declared"],
+    ids=["declared", "not declared", "upload", "upload, not declared", "range"],
 )
 def test_large_bodies(client, route, content, kind):
-    made = client.post(route, content=content, headers={"content-type": kind})
+    method = "PUT" if kind is None else "POST"
+    made = client.request(method, route, content=content, headers={"content-type": kind or ""})
     assert made.status_code == 413 and "bytes" in made.json()["error"]["message"]
+
+
+def test_large_bodies_at_once(tiny_model, engine, tmp_path):
+    """Each may be as large as it is: together they are bounded, and free again when their clients go."""
+    app = make_server(tiny_model, engine, tmp_path, Limits(max_body=1000)).app
+
+    async def post(leave: asyncio.Event) -> int:
+        messages = [{"type": "http.request", "body": bytes(1000), "more_body": True}]
+        status = []
+
+        async def receive():
+            if not messages:
+                await leave.wait()
+            return messages.pop() if messages else {"type": "http.disconnect"}
+
+        async def send(message):
+            status.append(message.get("status"))
+
+        headers = [(b"content-type", b"application/json"), (b"host", b"x")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+        await app({**scope, "headers": headers, "http_version": "1.1", "server": ("x", 80)}, receive, send)
+        return status[0]
+
+    async def all_of_them() -> None:
+        for _ in range(2):
+            leave = asyncio.Event()
+            waiting = [asyncio.create_task(post(leave)) for _ in range(4)]
+            await asyncio.sleep(0)
+            assert await post(leave) == 429
+            leave.set()
+            assert [await one for one in waiting] == [499] * 4
+
+    asyncio.run(all_of_them())
 
 
 def test_a_page_of_another_site(client):
@@ -238,6 +288,19 @@ def test_files_by_other_names(client, key):
     for route in (f"/v1/files/{key}", f"/v1/files/{key}/content"):
         assert client.get(route).status_code == 404
     assert client.delete(f"/v1/files/{key}").status_code == 404
+
+
+@pytest.mark.parametrize("url", ["\ud800.png", "http://\ud800/a.png", "data:image/png;base64,\ud800", "x" * 90_000])
+def test_texts_that_cannot_be_sent_back(client, url):
+    """Half surrogate pairs are in no UTF-8, and a message is a sentence, whatever was sent."""
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": content}]})
+    made = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert made.status_code == 400 and len(made.json()["error"]["message"]) <= 1000
+    body = json.dumps({"filename": url[:9000], "purpose": url[:900], "bytes": 3})
+    made = client.post("/v1/uploads", content=body, headers={"content-type": "application/json"})
+    assert made.status_code == 200 and len(made.json()["filename"]) <= 200
+    assert client.post(f"/v1/uploads/{made.json()['id']}/cancel").status_code == 200
 
 
 def test_a_header_that_is_injected(client):

@@ -1,5 +1,6 @@
 """The command: what it refuses before anything is loaded, and what it finds again after it was killed."""
 
+import hashlib
 import http.client
 import json
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from clips import index_frame, write_clip
 from paths import ROOT
@@ -85,8 +87,9 @@ class Serving:
 
 
 def test_a_killed_server_loses_no_upload_and_no_features(checkpoint, tiny_model, engine, tmp_path):
-    """kill -9 in the middle of another upload: behind it are the whole one, its parts so far, and what was encoded."""
+    """kill -9 in the middle of uploads: behind it are the whole one, what came of others, and what was encoded."""
     clip = write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(50)]).read_bytes()
+    film = np.random.default_rng(0).bytes(400_000)
     folders = "--model", checkpoint, "--uploads", tmp_path / "uploads", "--cache", tmp_path / "cache"
     folders += "--max-new-tokens", "16", "--slots", "1"
 
@@ -104,7 +107,16 @@ def test_a_killed_server_loses_no_upload_and_no_features(checkpoint, tiny_model,
         begun = json.loads(first.send("POST", "/v1/uploads", said, **JSON))["id"]
         body, headers = form("data", b"abc")
         part = json.loads(first.send("POST", f"/v1/uploads/{begun}/parts", body, **headers))["id"]
-        with socket.create_connection(("127.0.0.1", first.port)) as half:
+        said = json.dumps({"filename": "c.mp4", "purpose": "vision", "bytes": len(film)}).encode()
+        ranged = json.loads(first.send("POST", "/v1/uploads", said, **JSON))["id"]
+        with (
+            socket.create_connection(("127.0.0.1", first.port)) as cut,
+            socket.create_connection(("127.0.0.1", first.port)) as half,
+        ):
+            cut.sendall(f"PUT /v1/uploads/{ranged} HTTP/1.1\r\nHost: localhost\r\n".encode())
+            cut.sendall(f"Content-Length: {len(film)}\r\n\r\n".encode() + film[:150_000])
+            while json.loads(first.send("GET", f"/v1/uploads/{ranged}"))["received"] < 150_000:
+                pass
             body, headers = form("file", bytes(100_000))
             half.sendall(f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n".encode())
             half.sendall(f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode() + body[:70_000])
@@ -116,5 +128,9 @@ def test_a_killed_server_loses_no_upload_and_no_features(checkpoint, tiny_model,
     assert [file["id"] for file in client.get("/v1/files").json()["data"]] == [key]
     assert client.get(f"/v1/files/{key}/content").content == clip
     assert client.get(f"/v1/uploads/{begun}").json()["parts"] == [{"id": part, "bytes": 3}]
+    assert client.get(f"/v1/uploads/{ranged}").json()["received"] == 150_000
+    rest = {"content-range": f"bytes 150000-{len(film) - 1}/{len(film)}"}
+    done = client.put(f"/v1/uploads/{ranged}", content=film[150_000:], headers=rest).json()["file"]
+    assert done["id"] == f"file-{hashlib.sha256(film).hexdigest()}" and client.delete(f"/v1/files/{done['id']}")
     again = client.post("/v1/chat/completions", json=asked(key)).json()["choices"][0]["message"]["content"]
     assert again == answer != "" and server.preparer.frames == 0

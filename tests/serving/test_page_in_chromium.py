@@ -18,6 +18,7 @@ from llamavid_jax.serving import prepare as preparing
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 OTHER = "how many dogs"
+expect.set_options(timeout=60_000)  # milliseconds: a slow machine is no fault of the page
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,8 @@ def page(browser, address):
     page.goto(address)
     yield page
     page.context.close()
-    assert not [text for text in wrong if "the server responded with a status of 400" not in text]
+    meant = "the server responded with a status of 400", "net::ERR_CONNECTION_RESET"
+    assert not [text for text in wrong if not any(said in text for said in meant)]
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +182,68 @@ def test_a_reload_in_the_middle(page, clip, blocks, expected):
         expect(page.locator(".turn")).to_have_count(2)
         expect(page.locator(".evidence canvas").first).to_have_js_property("width", 160)
         page.reload()
+
+
+def test_an_upload_that_is_cut(page, tmp_path, clip, server, monkeypatch, expected):
+    """By a reload: once it is chosen again the rest is sent.  By the network: it goes on by itself."""
+    film, cut, ranges, cuts = tmp_path / "film.mp4", 150_000, [], []
+    reached, go_on = threading.Event(), threading.Event()
+    film.write_bytes(clip.read_bytes() + (300_000).to_bytes(4) + b"free" + bytes(299_992))
+    put = server.parts.put
+
+    def slow(key, start, block):
+        if start + len(block) > cut and not go_on.is_set():
+            put(key, start, block[: max(0, cut - start)])
+            reached.set()
+            assert go_on.wait(60)
+        put(key, start, block)
+
+    def cut_once(route):
+        if route.request.method == "PUT" and len(cuts) == 0:
+            cuts.append(route)
+            route.abort("connectionreset")
+        else:
+            route.continue_()
+
+    monkeypatch.setattr(server.parts, "put", slow)
+    page.on("request", lambda sent: sent.method == "PUT" and ranges.append(sent.headers["content-range"]))
+    page.set_input_files("#file", film)
+    expect(page.locator("#state")).to_have_text(re.compile(r"^uploading film.mp4: \d+ %, \d+ s left$"))
+    assert reached.wait(60)
+    page.reload()
+    expect(page.locator("#state")).to_have_text(re.compile(r"^film.mp4: \d\d % are there; choose it again to go on$"))
+    go_on.set()
+    page.route("**/v1/uploads/*", cut_once)
+    upload(page, film)
+    first, *others = (int(re.match(r"bytes (\d+)-", said)[1]) for said in ranges)
+    assert first == 0 and len(others) == 2 and min(others) >= cut - (1 << 16)
+    ask(page, QUESTION)
+    expect(words(page)).to_have_text(expected[QUESTION].text)
+    assert server.uploads.path(page.evaluate("film.url")).read_bytes() == film.read_bytes()
+    assert page.evaluate("Object.keys(localStorage).length") == 0
+    with page.expect_request(lambda sent: sent.method == "PUT"):
+        page.set_input_files("#file", film)  # the same once more in the same page
+
+
+def test_a_link_is_played(browser, tiny_model, engine, tmp_path, clip, expected):
+    """Of a film on another server, here the same one: a click on a frame of the evidence plays it there."""
+    server = make_server(tiny_model, engine, tmp_path, allow_private=True)
+    key = server.uploads.add([clip.read_bytes()], clip.name, "user_data")["id"]
+    for address in listening(server):
+        page = browser.new_page()
+        page.goto(address)
+        page.get_by_label("or a link").fill(f"{address}/v1/files/{key}/content")
+        page.get_by_role("button", name="Use").click()
+        expect(page.locator("#state")).to_have_text("content")
+        ask(page, QUESTION)
+        expect(words(page)).to_have_text(expected[QUESTION].text)
+        expect(page.locator(".evidence canvas").last).to_have_js_property("width", 160)
+        page.locator(".frame").last.click()
+        page.wait_for_function("() => document.querySelector('#preview video').currentTime > 2")
+        page.get_by_label("or a link").fill("http://127.0.0.1:9/nothing.mp4")
+        page.get_by_role("button", name="Use").click()
+        expect(page.locator("#state.wrong")).to_contain_text("nothing.mp4 cannot be reached")
+        page.close()
 
 
 def test_stop_and_retry(page, clip, blocks, server, expected):

@@ -2,7 +2,8 @@
 // A chat about one film at a time.  All that comes from elsewhere is put in as text, never as markup.
 const $ = (id) => document.getElementById(id);
 const stored = (name, value) => (value === undefined ? sessionStorage.getItem(name) : sessionStorage.setItem(name, value));
-let model = "", film = null, messages = [], running = null, video = Promise.resolve(null), leaving = false;
+const OVERLAP = 1 << 16, RETRY = 1000; // bytes, milliseconds
+let sending = null, model = "", film = null, messages = [], running = null, video = Promise.resolve(null), leaving = false;
 
 const headers = () => (stored("key") ? { Authorization: `Bearer ${stored("key")}` } : {});
 
@@ -18,8 +19,16 @@ async function call(path, options = {}) {
     $("key-field").hidden = false;
     $("key").focus();
   }
-  const body = await reply.json().catch(() => null);
-  throw new Error(body?.error?.message ?? `the server answered ${reply.status}`);
+  throw failure(reply.status, await reply.json().catch(() => null));
+}
+
+function failure(status, body) {
+  return Object.assign(new Error(body?.error?.message ?? `the server answered ${status}`), { status });
+}
+
+async function post(path, fields) {
+  const body = JSON.stringify(fields);
+  return (await call(path, { method: "POST", headers: { "Content-Type": "application/json" }, body })).json();
 }
 
 async function begin() {
@@ -29,6 +38,7 @@ async function begin() {
     await list();
     const last = JSON.parse(stored("film") ?? "null");
     if (last) await use(last, JSON.parse(stored("messages") ?? "[]"));
+    await unfinished();
   } catch (error) {
     say(error.message, true);
   }
@@ -66,10 +76,8 @@ async function use(chosen, before = []) {
   if (messages.at(-1)?.role === "user") await ask(messages.pop().words, $("chat").lastChild); // the page was left before its answer
 }
 
-// The film's element, once its address is known; null where it is a picture or a link.
+// The film's element, once its address is known; null where it is a picture.
 async function preview({ url, name }) {
-  $("preview").replaceChildren();
-  if (!url.startsWith("file-")) return null;
   const media = document.createElement(isPicture(name) ? "img" : "video"), content = `/v1/files/${url}/content`;
   media.alt = name;
   media.controls = true;
@@ -84,28 +92,85 @@ async function preview({ url, name }) {
 
 const keep = () => stored("messages", JSON.stringify(messages));
 
-function upload(file) {
-  const form = new FormData(), request = new XMLHttpRequest(); // fetch tells nothing of what has been sent
-  form.append("purpose", "user_data");
-  form.append("file", file);
+// What of a file has come stays on the server under an id that is kept here: it goes on after a broken connection, and
+// after a reload once the same file is chosen again.
+const place = ({ name, size, lastModified }) => `upload ${JSON.stringify([name, size, lastModified])}`;
+
+async function upload(file) {
+  sending?.abort();
+  const own = (sending = new AbortController()), key = place(file);
   $("progress").hidden = false;
-  const started = Date.now();
-  request.upload.onprogress = ({ loaded, total }) => {
-    $("progress").value = loaded / total;
-    const left = ((Date.now() - started) / 1000) * (total / loaded - 1);
-    say(`uploading ${file.name}: ${Math.round((100 * loaded) / total)} %, ${Math.ceil(left)} s left`);
-  };
-  request.onloadend = async () => {
-    $("progress").hidden = true;
-    let body = null;
-    try { body = JSON.parse(request.responseText); } catch { /* no reply */ }
-    if (request.status !== 200) return say(body?.error?.message ?? "the upload broke off; try again", true);
-    await use({ url: body.id, name: body.filename });
+  try {
+    let done = null;
+    while (!done?.file) {
+      own.signal.throwIfAborted();
+      try {
+        done = await send(file, await begun(file, key), own.signal);
+      } catch (error) {
+        if (error.status === 409) localStorage.removeItem(key); // what had come is another file's
+        else if (!(error instanceof TypeError)) throw error;
+        else {
+          say(`uploading ${file.name}: the connection is gone, trying again`, true); // or the server, for now
+          await new Promise((resolve) => setTimeout(resolve, RETRY));
+        }
+      }
+    }
+    localStorage.removeItem(key);
+    await use({ url: done.file.id, name: done.file.filename });
     await list();
+  } catch (error) {
+    if (!own.signal.aborted) say(error.message, true); // else another file is sent
+  } finally {
+    if (own === sending) $("progress").hidden = true;
+  }
+}
+
+// The upload of a file, if it was begun before as far as it came.
+async function begun(file, key) {
+  await file.slice(0, 1).arrayBuffer(); // fails where it has been changed or deleted
+  const id = localStorage.getItem(key);
+  const before = id && (await call(`/v1/uploads/${id}`).catch((error) => { if (error.status !== 404) throw error; }));
+  if (before) return before.json();
+  const made = await post("/v1/uploads", { filename: file.name, purpose: "user_data", bytes: file.size });
+  localStorage.setItem(key, made.id);
+  return made;
+}
+
+// Sends the rest of a file, and a little before it, which the server compares: another file is refused.
+function send(file, { id, received = 0 }, signal) {
+  const request = new XMLHttpRequest(), started = Date.now(); // fetch tells nothing of what has been sent
+  const first = Math.max(0, Math.min(received, file.size) - OVERLAP);
+  request.upload.onprogress = ({ loaded, total }) => {
+    const part = (first + loaded) / file.size, left = ((Date.now() - started) / 1000) * (total / loaded - 1);
+    $("progress").value = part;
+    say(`uploading ${file.name}: ${Math.round(100 * part)} %, ${Math.ceil(left)} s left`);
   };
-  request.open("POST", "/v1/files");
-  for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
-  request.send(form);
+  return new Promise((resolve, reject) => {
+    signal.onabort = () => request.abort();
+    request.onabort = reject;
+    request.onerror = () => reject(new TypeError());
+    request.onload = () => {
+      let body = null;
+      try { body = JSON.parse(request.responseText); } catch { /* no reply of ours */ }
+      if (request.status === 200 && body) resolve(body);
+      else reject([502, 503, 504].includes(request.status) ? new TypeError() : failure(request.status, body));
+    };
+    request.open("PUT", `/v1/uploads/${id}`);
+    const sent = { ...headers(), "Content-Range": `bytes ${first}-${file.size - 1}/${file.size}` };
+    for (const [name, value] of Object.entries(sent)) request.setRequestHeader(name, value);
+    request.send(file.slice(first));
+  });
+}
+
+// Says which uploads broke off when the page was left.
+async function unfinished() {
+  for (const key of Object.keys(localStorage).filter((name) => name.startsWith("upload "))) {
+    const about = await call(`/v1/uploads/${localStorage.getItem(key)}`).then((reply) => reply.json()).catch((error) => error);
+    if (about.status === 404 || about.file) localStorage.removeItem(key);
+    else if (about.received && !sending) {
+      say(`${about.filename}: ${Math.floor((100 * about.received) / about.bytes)} % are there; choose it again to go on`);
+    }
+  }
 }
 
 function show(role, text, rests = null) {
@@ -132,7 +197,7 @@ async function ask(question, asked = show("user", question)) {
   running = stopping;
   busy(true);
   let text = "", rests = null, ended = false;
-  const told = film?.url.startsWith("file-") ? setInterval(tell, 1000, film.url, words, Date.now()) : 0;
+  const told = film ? setInterval(tell, 1000, film.url, words, Date.now()) : 0;
   try {
     const fields = { model, messages: body(), stream: true, fps: Number($("fps").value) };
     if (film && !isPicture(film.name)) fields.evidence = true;
@@ -196,7 +261,11 @@ function busy(on) {
   if (!on) $("question").focus();
 }
 
-$("file").onchange = () => $("file").files[0] && upload($("file").files[0]);
+$("file").onchange = () => {
+  const [file] = $("file").files;
+  $("file").value = ""; // so that the same file can be chosen again
+  if (file) upload(file);
+};
 $("drop").onkeydown = (event) => ["Enter", " "].includes(event.key) && $("file").click();
 document.ondragover = (event) => { event.preventDefault(); $("drop").classList.add("over"); };
 document.ondragleave = () => $("drop").classList.remove("over");
@@ -205,9 +274,18 @@ document.ondrop = (event) => {
   $("drop").classList.remove("over");
   if (event.dataTransfer.files[0]) upload(event.dataTransfer.files[0]);
 };
-$("link").onsubmit = (event) => {
+$("link").onsubmit = async (event) => { // the server fetches it once, so that it can be played too
   event.preventDefault();
-  if ($("url").value) use({ url: $("url").value, name: $("url").value });
+  const url = $("url").value;
+  if (!url) return;
+  say(`fetching ${url}`);
+  try {
+    const about = await post("/v1/files", { url });
+    await use({ url: about.id, name: about.filename });
+    await list();
+  } catch (error) {
+    say(error.message, true);
+  }
 };
 window.onpagehide = () => { leaving = true; };
 window.onpageshow = () => { leaving = false; };
