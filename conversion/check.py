@@ -186,10 +186,10 @@ def read_expected(file: Path) -> Recording:
 @command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.check", description=__doc__)
-    parser.add_argument("directory", metavar="DIR", type=find, help="a converted checkpoint")
+    parser.add_argument("directory", metavar="DIR", type=local, help="a converted checkpoint")
     parser.add_argument("--expected", metavar="FILE", type=local, required=True, help="recorded outputs (.npz)")
     options = parser.parse_args(arguments)
-    expected = read_expected(options.expected)
+    expected = read_expected(find(options.expected))
     keep_programs()
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.directory, dtype="float32")
     try:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from llamavid_jax import buckets, copies
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
@@ -28,7 +29,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
     One process makes it at a time.  A killed one leaves `OUT.partial`, never half of `out`; the next starts again.
     """
-    place = out.absolute()
+    place, in_bucket = out.absolute(), buckets.url(out) is not None
+    if in_bucket:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        copies.fetch(place)
     if not place.parent.is_dir():
         raise CheckpointError(f"{place.parent} does not exist; make it first")
     partial = place.with_name(f"{place.name}.partial")
@@ -43,8 +47,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
         try:
             yield partial
             os.rename(partial, place)
+            buckets.send(place, last="config.json")
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            if in_bucket:
+                shutil.rmtree(place, ignore_errors=True)
             raise
 
 

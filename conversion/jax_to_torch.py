@@ -119,6 +119,7 @@ def convert(
     """
     console = console or Console(stderr=True)
     began = time.monotonic()
+    source = find(source)
     config = LLaMAVIDLlavaConfig.from_pretrained(source).require_whole(source)
     if layout == "documented":
         values, write, stem, suffix = documented_config(config), write_safetensors, "model", "safetensors"
@@ -159,7 +160,7 @@ def _require_torch() -> None:
 
 def _companions(source: Path) -> Iterator[Path]:
     names = (*folder.TEXT_FILES, "preprocessor_config.json", "qformer_tokenizer")
-    return (source / name for name in names if (source / name).exists())
+    return (source / name for name in names if find(source / name).exists())
 
 
 def _write_json(file: Path, values: dict) -> None:
@@ -169,7 +170,7 @@ def _write_json(file: Path, values: dict) -> None:
 @command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.jax_to_torch", description=__doc__)
-    parser.add_argument("source", metavar="DIR", type=find, help="a converted checkpoint")
+    parser.add_argument("source", metavar="DIR", type=local, help="a converted checkpoint")
     parser.add_argument("out", metavar="OUT", type=local, help="the folder to make")
     parser.add_argument("--layout", choices=tuple(SHARD_BYTES), required=True)
     parser.add_argument("--max-shard-bytes", metavar="N", type=int, help="size of one weight file (1 or 5 GiB)")

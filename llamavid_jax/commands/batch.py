@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llamavid_jax import buckets
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import (
     add_cache,
@@ -34,7 +35,7 @@ from llamavid_jax.commands.options import (
 from llamavid_jax.commands.processes import add_shard, own_shard, read_shard
 from llamavid_jax.commands.rows import Answers, Row, read_questions
 from llamavid_jax.errors import InputError, Parser, command, say
-from llamavid_jax.files import local, locked
+from llamavid_jax.files import find, local, locked
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.shapes import bucket
 
@@ -183,7 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = out.with_name(f"{out.stem}.{index}-of-{count}{out.suffix}")
     places = {media: place for place, media in enumerate(dict.fromkeys((row.videos, row.images) for row in rows))}
     rows = [row for row in rows if places[row.videos, row.images] % count == index]
-    with locked(out.with_name(f".{out.name}.lock"), str(out)):
+    if buckets.url(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f".{out.name}.lock"), str(out)), buckets.sending(find(out)):
         return _run(options, images, rows, Answers(out, rows))
 
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from rich.text import Text
 
+from llamavid_jax import buckets
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import (
     add_cache,
@@ -37,6 +39,7 @@ from llamavid_jax.commands.options import (
     read_settings,
 )
 from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
+from llamavid_jax.files import local
 from llamavid_jax.inference.film_text import film_speech, film_subtitles
 from llamavid_jax.media.features import is_features
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
@@ -104,17 +107,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.subtitles is not None:
         if len(options.video) != 1 or options.image:
             parser.error("--subtitles goes with one --video alone; give that")
-        if options.subtitles == "auto" and "://" in options.video[0]:
+        if options.subtitles == "auto" and is_url(options.video[0]):
             parser.error("--subtitles auto reads the track in a file; give a --video that is one")
         options.subtitles = film_subtitles(options.subtitles, options.video[0], options.like_original)
     if options.transcribe is not None and (len(options.video) != 1 or options.image or options.subtitles):
         parser.error("--transcribe goes with one --video alone, without --subtitles; give that")
-    if options.transcribe is not None and ("://" in options.video[0] or is_features(options.video[0])):
+    if options.transcribe is not None and (is_url(options.video[0]) or is_features(options.video[0])):
         parser.error(f"--transcribe hears the sound in a file, and --video is {options.video[0]}; give a video file")
     if options.times and (len(options.video) != 1 or options.image):
         parser.error("--times goes with one --video alone; give that")
     if options.evidence is not None:
+        options.evidence = str(local(options.evidence))
         folder = os.path.dirname(options.evidence) or "."
+        if buckets.url(folder):
+            os.makedirs(folder, exist_ok=True)
         if len(options.video) != 1 or options.image or not options.evidence.endswith(".png"):
             parser.error(f"--evidence is {options.evidence}; give a FILE.png, with one --video and no --image")
         if is_features(options.video[0]):
@@ -223,6 +229,7 @@ def draw_evidence(session: Any, question: str, answer: Any, file: str) -> None:
     file = file if number < 2 else f"{stem}-{number}.png"
     try:
         draw(session, question, answer).save(file)
+        buckets.put(Path(file))
     except OSError as error:
         raise InputError(f"{file} cannot be written ({error.strerror}); give another --evidence FILE.png") from None
     say(f"{file}: what the answer rests on")

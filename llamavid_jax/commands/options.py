@@ -7,13 +7,16 @@ import os
 from typing import Any
 
 from llamavid_jax.errors import InputError, say
+from llamavid_jax.files import local
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.text.conversation import TEMPLATES
 from llamavid_jax.text.subtitles import TIMES
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, type=os.path.expanduser, metavar="DIR", help="a converted checkpoint")
+    parser.add_argument(
+        "--model", required=True, type=lambda text: str(local(text)), metavar="DIR", help="a converted checkpoint"
+    )
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
     )

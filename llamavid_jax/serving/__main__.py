@@ -14,6 +14,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from llamavid_jax.buckets import is_address
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import add_cache, read_cache
 from llamavid_jax.errors import InputError, Parser, command, say
@@ -66,6 +67,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.api_key += [key] if (key := os.environ.get("LLAMAVID_API_KEY")) else []
     if not all(options.api_key):
         parser.error("--api-key is empty; give a key, or leave it out")
+    if is_address(options.uploads or ""):
+        parser.error(f"--uploads is {options.uploads}; give a folder on a disk")
     options.cache = read_cache(options)
     options.name = options.name or Path(os.path.abspath(options.model)).name
     return options

@@ -44,15 +44,19 @@ def test_the_rehearsal(tmp_path):
     """Data, two processes, SIGTERM to one of them, the restart."""
     for name in ("train.py", "llamavid_jax", "configs", "demo"):
         (tmp_path / name).symlink_to(ROOT / name)
-    with socket.socket() as free:
+    with socket.socket() as free, socket.socket() as other:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    script = "".join(block for mark, block in BLOCKS if mark).replace("7654", port)
+        other.bind(("localhost", 0))
+        bucket = str(other.getsockname()[1])
+    script = "".join(block for mark, block in BLOCKS if mark).replace("7654", port).replace("9023", bucket)
     env = environment(1)
     done = bash(script, cwd=tmp_path, env=env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}"})
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "ended with 143" in done.stdout and "resuming rehearsal/run at step" in done.stderr
-    assert '{"step": 24, "loss": ' in done.stdout and done.stdout.splitlines()[-1] == "weights", done.stdout
+    assert "ended with 143" in done.stdout and "resuming gs://rehearsal/run at step" in done.stderr
+    last = done.stdout.splitlines()
+    assert last[-2].startswith('{"step": 24, "loss": ') and last[-1].endswith("run/model/config.json"), done.stdout
+    assert not list(tmp_path.rglob("gs:*"))
 
 
 def test_the_shell_understands_all_blocks():
@@ -94,4 +98,4 @@ def test_what_reaches_the_hosts(monkeypatch):
     image = "europe-west4-docker.pkg.dev/my-project/llamavid/train"
     assert f"image: {image}\n" in said.stdout and "bucketName: my-llama-vid, " in said.stdout  # jobset.yaml, filled in
     assert f"--docker-image={image}\n" in said.stdout and "--cluster=stage2\n" in said.stdout  # xpk.sh
-    assert f"build\n-t\n{image}\n--build-arg\nEXTRA=tpu,train\n" in said.stdout
+    assert f"build\n-t\n{image}\n--build-arg\nEXTRA=tpu,train,gcs\n" in said.stdout

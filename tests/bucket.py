@@ -1,0 +1,127 @@
+"""A bucket on this machine: an emulator in memory, and what may befall its requests."""
+
+import contextlib
+import functools
+import logging
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+from gcp_storage_emulator.handlers.buckets import create_bucket
+from gcp_storage_emulator.server import RequestHandler
+from gcp_storage_emulator.storage import Storage
+
+from llamavid_jax.buckets import file_system
+
+NAME = "films"
+
+
+class Bucket:
+    """gs://films; `url` is its address and `env` what leads a process to it."""
+
+    def __init__(self, port: int, places: Path):
+        self.url, self.faults, self.seen = f"gs://{NAME}", [], []
+        here = f"http://127.0.0.1:{port}"
+        self.env = {
+            "STORAGE_EMULATOR_HOST": here,
+            "TENSORSTORE_GCS_HTTP_URL": here,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "abc",
+            "GOOGLE_CLOUD_PROJECT": "tests",
+            "FSSPEC_GCS_TOKEN": "anon",
+            "LLAMAVID_BUCKETS": str(places),
+        }
+
+    def fail(self, what: str, how: int | float | str, times: int = 1) -> None:
+        """The next requests like `what` ("PUT .*weights") get a status, wait for some seconds, or are "reset"."""
+        self.faults.append([re.compile(what), how, times])
+
+    @property
+    def store(self) -> fsspec.AbstractFileSystem:
+        return file_system("gs")
+
+    def put(self, source: Path, name: str) -> str:
+        """A file or a folder of the disk; returns its address."""
+        files = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]
+        for file in files:
+            inside = "" if file == source else f"/{file.relative_to(source)}"
+            self.store.pipe_file(f"{NAME}/{name}{inside}", file.read_bytes())
+        return f"{self.url}/{name}"
+
+    def get(self, name: str, target: Path) -> Path:
+        """A folder of the bucket, on the disk."""
+        for inside, content in self.files(name).items():
+            file = target / inside
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        return target
+
+    def files(self, name: str) -> dict[str, bytes]:
+        """What lies below a folder."""
+        prefix = f"{NAME}/{name}/"
+        found = self.store.find(prefix.rstrip("/"))
+        return {one.removeprefix(prefix): self.store.cat_file(one) for one in found if one.startswith(prefix)}
+
+
+class Faulty(RequestHandler):
+    """The emulator's handler, which one request at a time goes through."""
+
+    bucket: Bucket
+    one_at_a_time = threading.Lock()
+
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        line = f"{self.command} {self.path}"
+        self.bucket.seen.append(line)
+        for fault in self.bucket.faults:
+            what, how, times = fault
+            if times and what.search(line):
+                fault[2] -= 1
+                if how == "reset":
+                    self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 100))
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.close()
+                    return False
+                if isinstance(how, float):
+                    time.sleep(how)
+                    break
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.send_error(how)
+                return False
+        return True
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            super().handle()
+
+
+for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
+
+    def one_at_a_time(self, name=f"do_{method}"):
+        with self.one_at_a_time:
+            getattr(RequestHandler, name)(self)
+
+    setattr(Faulty, f"do_{method}", one_at_a_time)
+
+
+@contextlib.contextmanager
+def emulated(places: Path) -> Iterator[Bucket]:
+    """`with emulated(folder) as bucket`: an empty bucket; copies of it lie in `places`."""
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    storage = Storage(use_memory_fs=True)
+    create_bucket(NAME, storage)
+    handler = type("Handler", (Faulty,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, storage))
+    handler.bucket = Bucket(server.server_address[1], places)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield handler.bucket
+    finally:
+        server.shutdown()
+        server.server_close()
