@@ -40,7 +40,7 @@ def is_address(path: str | Path) -> bool:
     return ADDRESS.match(os.fspath(path)) is not None
 
 
-def place(address: str | Path) -> Path:
+def place(address: str | os.PathLike) -> Path:
     """Where gs://bucket/key lies on the local disk; whatever is no address of a bucket as it is."""
     text = os.fspath(address)
     if not (found := ADDRESS.match(text)):
@@ -59,7 +59,7 @@ def url(path: str | Path) -> str | None:
     return f"{scheme}://{key}" if text.startswith(home) and scheme in EXTRAS and key else None
 
 
-def kvstore(path: str | Path) -> dict[str, Any] | None:
+def kvstore(path: str | os.PathLike) -> dict[str, Any] | None:
     """The place of an array as TensorStore knows it; None where that is no bucket."""
     address = url(place(path))
     if address is None:
@@ -255,8 +255,8 @@ def info_of(address: str) -> dict[str, Any] | None:
 
 
 def status_of(info: dict[str, Any]) -> Status:
-    if made := int(info.get("generation", 0)):  # in microseconds; the emulator's are nanoseconds
-        return Status(info["size"], made if made > 10**17 else made * 1000)
+    if generation := int(info.get("generation", 0)):  # in microseconds
+        return Status(info["size"], generation * 1000)
     made = int(info["LastModified"].timestamp()) * 10**9
     return Status(info["size"], made + zlib.crc32(str(info.get("ETag")).encode()) % 10**9)
 

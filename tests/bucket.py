@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec
 from gcp_storage_emulator.handlers.buckets import create_bucket
@@ -91,8 +92,7 @@ class Faulty(RequestHandler):
                 if isinstance(how, float):
                     time.sleep(how)
                     break
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                self.send_error(how)
+                self.refuse(how)
                 return False
         return True
 
@@ -100,24 +100,64 @@ class Faulty(RequestHandler):
         with contextlib.suppress(OSError, ValueError):
             super().handle()
 
+    def answer(self, method: str) -> None:
+        """As the emulator does, which knows no conditions and does not say which version of an object it sends.
 
-for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
-
-    def one_at_a_time(self, name=f"do_{method}"):
+        TensorStore needs both: two hosts, or two threads, add to the one manifest of a checkpoint's arrays.
+        """
+        path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+        name = query["name"][0] if "name" in query else unquote(path.partition("/o/")[2])
         with self.one_at_a_time:
-            getattr(RequestHandler, name)(self)
+            version = self.storage.objects.get(NAME, {}).get(name, {}).get("generation", "0")
+            if query.get("ifGenerationMatch", [version]) != [version]:
+                return self.refuse(412)
+            if version != "0" and query.get("ifGenerationNotMatch") == [version]:
+                return self.refuse(304)
+            self.version = version
+            getattr(super(), f"do_{method}")()
 
-    setattr(Faulty, f"do_{method}", one_at_a_time)
+    def refuse(self, status: int) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_error(status)
+
+    def end_headers(self) -> None:
+        if self.command == "GET" and (version := self.__dict__.pop("version", "0")) != "0":
+            self.send_header("x-goog-generation", version)
+        super().end_headers()
+
+    do_GET = functools.partialmethod(answer, "GET")
+    do_POST = functools.partialmethod(answer, "POST")
+    do_PUT = functools.partialmethod(answer, "PUT")
+    do_DELETE = functools.partialmethod(answer, "DELETE")
+    do_PATCH = functools.partialmethod(answer, "PATCH")
+
+
+class Objects(Storage):
+    """The emulator's objects; versions are numbered as Google does, in microseconds, and no two are the same."""
+
+    newest = 0
+
+    def create_file(self, bucket_name, file_name, content, file_obj, file_id=None) -> None:
+        self.newest = max(self.newest + 1, time.time_ns() // 1000)
+        file_obj["generation"] = str(self.newest)
+        super().create_file(bucket_name, file_name, content, file_obj, file_id)
+
+    def _write_config_to_file(self) -> None:
+        """Nothing: it would be the whole listing again for each object."""
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # connections at once; one more waits for a second
 
 
 @contextlib.contextmanager
 def emulated(places: Path) -> Iterator[Bucket]:
     """`with emulated(folder) as bucket`: an empty bucket; copies of it lie in `places`."""
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
-    storage = Storage(use_memory_fs=True)
+    storage = Objects(use_memory_fs=True)
     create_bucket(NAME, storage)
     handler = type("Handler", (Faulty,), {})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, storage))
+    server = Server(("127.0.0.1", 0), functools.partial(handler, storage))
     handler.bucket = Bucket(server.server_address[1], places)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
