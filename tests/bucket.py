@@ -101,9 +101,9 @@ class Faulty(RequestHandler):
             super().handle()
 
     def answer(self, method: str) -> None:
-        """As the emulator does, which knows no conditions and does not say which version of an object it sends.
+        """As the emulator does, but heeds conditions and a listing's range, and says which version of an object it has.
 
-        TensorStore needs both: two hosts, or two threads, add to the one manifest of a checkpoint's arrays.
+        TensorStore needs all three: threads add to the one manifest of a checkpoint's arrays.
         """
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         name = query["name"][0] if "name" in query else unquote(path.partition("/o/")[2])
@@ -114,6 +114,7 @@ class Faulty(RequestHandler):
             if version != "0" and query.get("ifGenerationNotMatch") == [version]:
                 return self.refuse(304)
             self.version = version
+            self.storage.span = query.get("startOffset", [""])[0], query.get("endOffset", ["\U0010ffff"])[0]
             getattr(super(), f"do_{method}")()
 
     def refuse(self, status: int) -> None:
@@ -125,22 +126,25 @@ class Faulty(RequestHandler):
             self.send_header("x-goog-generation", version)
         super().end_headers()
 
-    do_GET = functools.partialmethod(answer, "GET")
-    do_POST = functools.partialmethod(answer, "POST")
-    do_PUT = functools.partialmethod(answer, "PUT")
-    do_DELETE = functools.partialmethod(answer, "DELETE")
-    do_PATCH = functools.partialmethod(answer, "PATCH")
+
+for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
+    setattr(Faulty, f"do_{method}", functools.partialmethod(Faulty.answer, method))
 
 
 class Objects(Storage):
     """The emulator's objects; versions are numbered as Google does, in microseconds, and no two are the same."""
 
-    newest = 0
+    newest, span = 0, ("", "")  # the last version; which names are listed
 
     def create_file(self, bucket_name, file_name, content, file_obj, file_id=None) -> None:
         self.newest = max(self.newest + 1, time.time_ns() // 1000)
         file_obj["generation"] = str(self.newest)
         super().create_file(bucket_name, file_name, content, file_obj, file_id)
+
+    def get_file_list(self, *arguments, **options) -> tuple[list, list]:
+        start, end = self.span
+        files, folders = super().get_file_list(*arguments, **options)
+        return [one for one in files if start <= one["name"] < end], [name for name in folders if start <= name < end]
 
     def _write_config_to_file(self) -> None:
         """Nothing: it would be the whole listing again for each object."""
