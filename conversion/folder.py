@@ -30,12 +30,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
     One process makes it at a time.  A killed one leaves `OUT.partial`, never half of `out`; the next starts again.
     """
     place, in_bucket = out.absolute(), buckets.url(out) is not None
-    if in_bucket:
-        place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{place.name}.partial")
+    if in_bucket:  # where nothing is renamed; arrays would go there at once
+        partial = buckets.root() / "partial" / place.relative_to(buckets.root())
+        for parent in (place.parent, partial.parent):
+            parent.mkdir(parents=True, exist_ok=True)
         copies.fetch(place)
     if not place.parent.is_dir():
         raise CheckpointError(f"{place.parent} does not exist; make it first")
-    partial = place.with_name(f"{place.name}.partial")
     with locked(place.with_name(f".{place.name}.lock"), f"{out}"):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(f"{out} exists and is not empty; remove it or give another OUT")

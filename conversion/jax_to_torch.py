@@ -23,7 +23,7 @@ from rich.table import Table
 from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import CheckpointError, Parser, command
+from llamavid_jax.errors import CheckpointError, Parser, command, printable
 from llamavid_jax.files import find, local
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_torch, weight_table
@@ -144,7 +144,7 @@ def convert(
         for file in _companions(source):
             (shutil.copytree if file.is_dir() else shutil.copy)(file, partial / file.name)
         _write_json(partial / "config.json", values)
-    report = Table(title=str(out), show_header=False)
+    report = Table(title=printable(out), show_header=False)
     report.add_row("weights", f"{len(weights)} in {len(groups)} files")
     report.add_row("size", f"{total / 2**30:.3f} GiB ({total:,} bytes)")
     report.add_row("time", f"{time.monotonic() - began:.1f} s")

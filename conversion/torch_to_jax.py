@@ -25,7 +25,7 @@ from rich.table import Table
 
 from llamavid_jax import copies
 from llamavid_jax.commands.program import keep_programs
-from llamavid_jax.errors import CheckpointError, Parser, command
+from llamavid_jax.errors import CheckpointError, Parser, command, printable
 from llamavid_jax.files import find, local
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.quantize import quantize_kernels
@@ -153,7 +153,7 @@ def convert(
 
 
 def _report(console: Console, plan: Plan, out: Path, written: int, seconds: float, notes: list[str]) -> None:
-    table = Table(title=str(out), show_header=False)
+    table = Table(title=printable(out), show_header=False)
     table.add_row("weights", f"{len(plan.fills)}")
     table.add_row("parameters", f"{len(plan.shapes)}")
     table.add_row("size", f"{written / 2**30:.3f} GiB ({written:,} bytes)")

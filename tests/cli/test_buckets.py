@@ -16,6 +16,7 @@ from paths import ROOT
 from training_data import command, environment, losses, run, start, write_data, write_tokenizers
 
 from conversion import check, jax_to_torch, merge_lora, torch_to_jax
+from llamavid_jax import copies
 from llamavid_jax.checkpoints.weights import load_weights
 from llamavid_jax.commands import batch, features, goodput, infer
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
@@ -135,8 +136,9 @@ def model(bucket, checkpoint) -> str:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, bucket) -> Iterator[Path]:
-    """An empty working folder, where no command leaves a folder `gs:`."""
+    """An empty working folder, where no command leaves a folder `gs:`; each looks anew, as another process would."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(copies, "FRESH", 0.0)
     yield tmp_path
     assert not list(tmp_path.glob("**/gs:*")) and not list(tmp_path.glob("**/*gs:"))
 
@@ -194,20 +196,20 @@ def test_shards_beyond_the_copies_are_refused(bucket: Bucket, disk, here, monkey
     assert "more than LLAMAVID_BUCKETS_SIZE: samples are read in any order" in capsys.readouterr().err
 
 
-def test_conversion_both_ways(bucket: Bucket, here):
+def test_conversion_both_ways(bucket: Bucket, here, capsys):
     """Bit for bit, and the file that makes a folder one of a model is the last; a failure leaves none."""
     source = bucket.put(ORIGINAL, "original")
-    bucket.seen.clear()
     assert torch_to_jax.main([source, f"{bucket.url}/converted"]) == 0
-    written = [line for line in bucket.seen if line.startswith("POST /upload")]
-    assert "config.json" in written[-1] or len({line.partition("?")[0] for line in written}) == 1
+    written = bucket.store.find(f"{NAME}/converted", detail=True).values()
+    assert max(written, key=lambda one: int(one["generation"]))["name"] == f"{NAME}/converted/config.json"
     assert jax_to_torch.main([f"{bucket.url}/converted", f"{bucket.url}/back", "--layout", "original"]) == 0
     assert_equal(restore(bucket.get("converted", here / "converted")), state_dict())
     for name, value in tensors(bucket.get("back", here / "back")).items():
         assert torch.equal(value, state_dict()[name]), name
+    assert bucket.env["LLAMAVID_BUCKETS"] not in capsys.readouterr().err
     bucket.fail("POST .*upload", 403)
     assert torch_to_jax.main([source, f"{bucket.url}/failed"]) == 2
-    assert "config.json" not in bucket.files("failed")
+    assert not bucket.files("failed") and "gs://films/failed/" in capsys.readouterr().err
 
 
 COMMANDS = {
