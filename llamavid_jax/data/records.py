@@ -188,7 +188,7 @@ def read_records(path: str | Path, media: str | Path = "") -> Sequence:
 
 def is_there(path: str) -> bool:
     """Whether there is such a file, which is fetched where it is in a bucket."""
-    return find(path).exists()
+    return os.path.exists(find(path))
 
 
 def find_media(record: Record, is_there: Callable[[str], bool] = is_there) -> str:
