@@ -58,16 +58,21 @@ def _causal(start: jax.Array | int, queries: int, keys: int, segment_ids: jax.Ar
 
 
 def _attend(q, k, v, mask, dropout_rate, dropout_key):
-    scores = _scores(q, k)
+    """One product of matrices a key-value head, its group's queries one after another: what a CPU is fast at."""
+    *batch, length, heads, size = q.shape
+    q, k, v = (jnp.moveaxis(x, -2, -3) for x in (q, k, v))
+    kv_heads, keys = k.shape[-3:-1]
+    q = q.reshape(*batch, kv_heads, heads // kv_heads * length, size)
+    scores = jnp.einsum("...kth,...ksh->...kts", q, k, preferred_element_type=jnp.float32) * size**-0.5
     if mask is not None:
-        mask = jnp.broadcast_to(mask, (*q.shape[:-3], q.shape[-2], q.shape[-3], k.shape[-3]))
+        mask = jnp.broadcast_to(mask, (*batch, heads, length, keys))
         scores = jnp.where(mask.reshape(scores.shape), scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if dropout_key is not None:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
-    out = jnp.einsum("...kgts,...skh->...tkgh", weights.astype(v.dtype), v)
-    return out.reshape(q.shape)
+    out = jnp.einsum("...kts,...ksh->...kth", weights.astype(v.dtype), v)
+    return jnp.moveaxis(out.reshape(*batch, heads, length, size), -3, -2)
 
 
 def cached_attention(

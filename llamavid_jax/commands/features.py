@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from llamavid_jax.commands import program
-from llamavid_jax.commands.options import add_fps, add_model, check_fps, load_model
+from llamavid_jax.commands.options import add_fps, add_model, add_transcribe, check_fps, load_model
 from llamavid_jax.commands.processes import add_shard, own_shard, read_shard
 from llamavid_jax.errors import InputError, Parser, command, printable, say
 from llamavid_jax.files import local
-from llamavid_jax.inference.film_text import film_subtitles
+from llamavid_jax.inference.film_text import film_speech, film_subtitles
 from llamavid_jax.media.feature_file import SUFFIX, FeatureWriter, name_of
 from llamavid_jax.media.features import describe
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import MediaError, local_file
+from llamavid_jax.media.speech import SilentError
 from llamavid_jax.text.subtitles import Cue, interleave
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".ogv")
@@ -47,6 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="with what is said: the .srt, .vtt or .ass beside a video, of the same name",
     )
+    add_transcribe(parser, "where none lies beside a video: what is said by its sound")
     add_shard(parser)
     options = parser.parse_args(arguments)
     check_fps(options)
@@ -95,8 +97,12 @@ class Extractor:
         path, cues = local_file(video), self._cues(video)
         before, key = version(path), video_key(path, self.fps, self.model, self.images)
         made_as = {"key": key, "stored": self.dtype, "said": [list(cue) for cue in cues or ()]}
+        hear = cues is None and self.options.transcribe
+        made_as |= {"heard": hear} if hear else {}
         if self._is_there(file, made_as):
             return 0
+        if hear:
+            cues = self._heard(video)
         plans: list[Any] = []
         pieces = self.images.stream_video(video, self.fps, progress=lambda plan, _: plans.append(plan))
         frames = itertools.chain.from_iterable(pixels for pixels, _ in pieces)
@@ -121,6 +127,13 @@ class Extractor:
         beside = (video.with_suffix(suffix) for suffix in SUBTITLES if self.options.subtitles)
         file = next((file for file in beside if file.exists()), None)
         return file and film_subtitles(str(file), video)
+
+    def _heard(self, video: Path) -> list[Cue]:
+        try:
+            return film_speech(video, self.options.transcribe)
+        except SilentError as error:
+            say(str(error))
+            return []
 
     def _is_there(self, file: Path, made_as: dict[str, Any]) -> bool:
         try:

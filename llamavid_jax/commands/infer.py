@@ -111,8 +111,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--transcribe goes with one --video alone, without --subtitles; give that")
     if options.transcribe is not None and ("://" in options.video[0] or is_features(options.video[0])):
         parser.error(f"--transcribe hears the sound in a file, and --video is {options.video[0]}; give a video file")
-    if options.times and (len(options.video) != 1 or options.image or options.fit):
-        parser.error("--times goes with one --video alone, without --fit; give that, and --fps where it is too long")
+    if options.times and (len(options.video) != 1 or options.image):
+        parser.error("--times goes with one --video alone; give that")
     if options.evidence is not None:
         folder = os.path.dirname(options.evidence) or "."
         if len(options.video) != 1 or options.image or not options.evidence.endswith(".png"):

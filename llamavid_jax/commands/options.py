@@ -47,8 +47,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def read_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `generate`; RequestError for a wrong one."""
     names = [field.name for field in dataclasses.fields(Settings)]
-    for text in options.stop:
-        checked(text, "--stop")
+    options.stop = [checked(text, "--stop") for text in options.stop]
     return dataclasses.asdict(Settings(**{name: getattr(options, name) for name in names}))
 
 
@@ -66,14 +65,13 @@ def add_film(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subtitles", metavar="FILE|auto", help="what is said in the one video: .srt, .vtt, .ass; auto: its own track"
     )
-    parser.add_argument(
-        "--transcribe",
-        nargs="?",
-        const="small",
-        metavar="MODEL",
-        help="subtitles from the sound of the one video, by a model of faster-whisper: a folder or a name (small)",
-    )
+    add_transcribe(parser, "subtitles from the sound of the one video")
     add_times(parser)
+
+
+def add_transcribe(parser: argparse.ArgumentParser, what: str) -> None:
+    how = f"{what}, by a model of faster-whisper: a folder or a name (small)"
+    parser.add_argument("--transcribe", nargs="?", const="small", metavar="MODEL", help=how)
 
 
 def add_times(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +106,11 @@ def read_cache(options: argparse.Namespace) -> Any:
 
 
 def checked(text: str, name: str) -> str:
-    """`text`, if UTF-8 can hold it: bytes of arguments and of stdin that it cannot come as half surrogate pairs."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise InputError(f"{name} is {text!r}, which is not UTF-8; give it in UTF-8")
-    return text
+    """An argument as UTF-8 has it, also where the locale is another: Python gives its bytes as half surrogate pairs.
+
+    InputError for bytes that are not UTF-8.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise InputError(f"{name} is {text!r}, which is not UTF-8; give it in UTF-8") from None

@@ -117,7 +117,7 @@ def decode_block(
     They come as `[B, BLOCK_STEPS]`, filled up with `eos`.
     """
     model: LlamaVid = structure.model(params)
-    tokens = jnp.full((len(state.token), BLOCK_STEPS), eos, jnp.int32)
+    tokens, layers = jnp.full((len(state.token), BLOCK_STEPS), eos, jnp.int32), model.llama.each_layer()
 
     def more(carry):
         step, state, _ = carry
@@ -128,7 +128,7 @@ def decode_block(
         tokens = tokens.at[:, step].set(state.token)
         done = state.done | (state.token == eos)
         embedded = model.llama.embed(state.token[:, None])
-        hidden, cache = model.llama.decode(embedded, state.position, state.cache)
+        hidden, cache = model.llama.decode(embedded, state.position, state.cache, layers)
         logits = model.llama.logits(hidden[:, 0])
         token = next_tokens(logits, state.keys, state.position + 1, sampling, greedy=greedy)
         return step + 1, DecodeState(token, state.position + 1, done, cache, state.keys), tokens

@@ -26,7 +26,7 @@ from llamavid_jax.media.timeline import Sampling
 from llamavid_jax.media.video import plan_video
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import Template, long_video_text, prompt
-from llamavid_jax.text.subtitles import TIMES, Cue, interleave, with_times
+from llamavid_jax.text.subtitles import TIMES, Cue, clock, interleave, with_times
 from llamavid_jax.text.tokenizer import encode_with_images
 
 
@@ -58,8 +58,6 @@ class Visuals:
             raise InputError(f"times is {times!r}; use one of {', '.join(TIMES)}, or None")
         if times and (len(videos) > 1 or (videos and images)):
             raise InputError(f"times go with one video alone, not with {len(videos)} and {len(images)} images")
-        if times and reading.fit:
-            raise InputError("fit does not know the room that times take; give a lower fps, and no fit")
         self.model, self.image_processor, self.template = model, image_processor, template
         self.images, self.videos, self.subtitles, self.times_of = images, videos, subtitles, times
         self.asked_fps, self.fps = fps, image_processor.rate(fps) if videos else 1.0
@@ -114,14 +112,13 @@ class Visuals:
             return
         has_cls = self.model.config.vision_tower_config.has_cls
         with fetch(video) as path:
-            most = self._room(number, new_tokens) if self.reading.fit else None
+            most = self._room(number, plan_video(path, self.fps), new_tokens) if self.reading.fit else None
             how = {"fast": self.reading.fast, "most": most}
             before, key = version(path), video_key(path, self.fps, self.model, self.image_processor, **how)
             if found := self.cache.find(key):
                 if self.reading != Reading():  # what is given up is said again
-                    self.reading.plan(
-                        plan_video(path, self.fps), self.fps, self._room(number, new_tokens), video, self.say
-                    )
+                    plan = plan_video(path, self.fps)
+                    self.reading.plan(plan, self.fps, self._room(number, plan, new_tokens), video, self.say)
                 known, frames = stored(self.cache.path(key), found), self.cache.frames(key)
                 yield Shown(self._stored_frames(number, video, known, frames, new_tokens), has_cls)
 
@@ -165,7 +162,9 @@ class Visuals:
                 video,
                 self.fps,
                 progress=on_read,
-                adapt=lambda plan: self.reading.plan(plan, self.fps, self._room(number, new_tokens), video, self.say),
+                adapt=lambda plan: self.reading.plan(
+                    plan, self.fps, self._room(number, plan, new_tokens), video, self.say
+                ),
                 partial=self.reading.damage(video, self.say),
             )
         else:
@@ -183,28 +182,39 @@ class Visuals:
             said = interleave(times, self.subtitles, self.like_original)
         return with_times(said, times, self.times_of)
 
-    def _room(self, number: int, new_tokens: int) -> int:
+    def _room(self, number: int, plan: Sampling, new_tokens: int) -> int:
         """Frames of the video that the model has room for beside all else, and a tenth of that for the question."""
         config, words = self.model.config, ""
-        if self.subtitles is not None:  # as they stand between frames
-            movie = interleave([cue.end for cue in self.subtitles], self.subtitles, self.like_original)
+        if self.subtitles is not None or self.times_of is not None:  # as they stand between frames
+            cues = self.subtitles or []
+            movie = interleave([cue.end for cue in cues], cues, self.like_original)
             words = long_video_text(movie, words, config.tokens_per_frame, config.mm_use_im_start_end)
         ids = encode_with_images(self.model.tokenizer, prompt(self.template, [words]))
         taken = new_tokens + len(ids) - ids.count(IMAGE_TOKEN)
-        frames = len(self.images) + sum(len(plan) for other, plan in self.sampled.items() if other < number)
-        room = 0.9 * (config.text_config.max_length - taken) - frames * config.tokens_per_frame
-        return int(room / config.tokens_per_frame / (len(self.videos) - number))
+        earlier = sum(len(before) for other, before in self.sampled.items() if other < number)
+        room = 0.9 * (config.text_config.max_length - taken) - (len(self.images) + earlier) * config.tokens_per_frame
+        return int(self._frames_in(room, plan) / (len(self.videos) - number))
+
+    def _frames_in(self, room: float | int, plan: Sampling) -> float:
+        """Frames of the video that fill so many tokens, with the times that the text says of them."""
+        frame, seconds = self.model.config.tokens_per_frame, int(plan.timeline.seconds)
+        if self.times_of is None:
+            return room / frame
+        time = len(self.model.tokenizer.encode(clock(seconds), add_bos=False))  # the last one is the longest
+        most = len(plan.timeline.times) if self.times_of == "frame" else seconds // 60 + 1
+        return max(room / (frame + time), (room - most * time) / frame)
 
     def _check_length(self, video: Any, new_tokens: int) -> None:
         """Says that the videos are too long at the first frame of the one too many, not after its last."""
-        config, total = self.model.config, sum(plan.timeline.seconds for plan in self.sampled.values())
-        tokens = sum(map(len, self.sampled.values())) * config.tokens_per_frame
-        room = config.text_config.max_length - new_tokens
-        if tokens <= room:
+        width, plans = self.model.config.tokens_per_frame, list(self.sampled.values())
+        frames, total = sum(map(len, plans)), sum(plan.timeline.seconds for plan in plans)
+        room = self._frames_in(self.model.config.text_config.max_length - new_tokens, plans[-1])
+        if frames <= room:
             return
-        fps = 0.9 * room / config.tokens_per_frame / total
+        fps = 0.9 * room / total
         remedy = f"--fps {fps:.2g}" if fps >= 0.001 else "a smaller --max-new-tokens"
         raise InputError(
-            f"with {video} the videos last {total:.0f} s, at {self.fps:g} frames a second {tokens} visual tokens; "
-            f"this model has room for {max(room, 0)}: use {remedy}, --fit or a long-video checkpoint"
+            f"with {video} the videos last {total:.0f} s, at {self.fps:g} frames a second {frames * width} visual "
+            f"tokens; this model has room for {max(round(room * width), 0)}: use {remedy}, --fit or a long-video "
+            "checkpoint"
         )

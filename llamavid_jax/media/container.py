@@ -92,12 +92,18 @@ def _animated_webp(path: str | Path) -> io.BytesIO | None:
 
 def packets_of(container, *streams) -> Iterator[Any]:
     """All packets, or those of `streams`, but for streams that begin in the middle of the file, which PyAV lacks."""
+    import av
+
     while True:
         try:
             yield from container.demux(*streams)
             return
         except IndexError:  # such a packet; the next ones follow
             pass
+        except av.InvalidDataError:
+            if container.format.name != "mpjpeg":  # to FFmpeg the boundary behind its last picture is an error
+                raise
+            return
 
 
 def is_hidden(packet) -> bool:

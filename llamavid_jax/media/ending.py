@@ -5,6 +5,7 @@ NUT, Motion JPEG).  MPEG-TS, MPEG-PS, Y4M and streams without a container say no
 recording that is cut between two of its pieces: there a cut file is simply shorter.
 """
 
+import re
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -49,7 +50,9 @@ def is_cut(path: Path, kind: str) -> bool:
         return not tail.rstrip(b"\0").endswith(b"\0;")
     if kind == "apng":
         return b"IEND\xaeB`\x82" not in tail
-    return kind == "mjpeg" and not tail.rstrip(b"\0\r\n").endswith(b"\xff\xd9")
+    if kind == "mpjpeg":  # a boundary, which may follow the last picture
+        tail = re.sub(rb"--[^\r\n]*\s*\Z", b"", tail)
+    return kind in ("mjpeg", "mpjpeg") and not tail.rstrip(b"\0\r\n").endswith(b"\xff\xd9")
 
 
 def is_joined(path: Path, kind: str) -> bool:

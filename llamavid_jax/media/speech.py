@@ -21,6 +21,10 @@ PAUSE = 0.7  # seconds
 STOPS = tuple(".?!。？！")
 
 
+class SilentError(MediaError):
+    """A video without sound."""
+
+
 def read_speech(path: str | Path, model: str) -> list[tuple[float, str]]:
     """(end in seconds after the first frame, text) of each sentence; empty where nothing is said.
 
@@ -85,7 +89,7 @@ def _sound(path: str | Path) -> np.ndarray:
     with open_video(path) as (container, video):
         track = container.streams.best("audio")
         if track is None or track.codec_context is None:
-            raise MediaError(f"{path} holds no sound that is known; give what is said with --subtitles FILE.srt")
+            raise SilentError(f"{path} holds no sound that is known; give what is said with --subtitles FILE.srt")
         graph = av.filter.Graph()
         graph.link_nodes(
             graph.add_abuffer(template=track),

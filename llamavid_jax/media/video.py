@@ -46,6 +46,7 @@ from llamavid_jax.media.timeline import Packet, Sampling, Timeline, sample, time
 
 Progress = Callable[[Sampling, int], None]  # the plan, and how many of its frames have been decoded
 Partial = Callable[[float], None]  # is told how many seconds can be read of a damaged file, which is then read so far
+UNTOLD = (*BROADCASTS, "mpjpeg")  # formats of which FFmpeg takes the end for a cut
 DECLARED = ("ivf", "mxf")  # formats whose stated length is that of their frames, and tells a cut
 AHEAD = 2**28  # bytes of frames that wait at most: 1,783 frames of 224 x 224 pixels
 DECODER = 64  # bytes that one decoder holds for each pixel of a frame, and for each packet of the file
@@ -117,6 +118,8 @@ def _read_timeline(path: str | Path, file: Path, size: int, changed: int) -> Tim
                 if packet.size:
                     is_partial = packet.is_corrupt  # matters for the last one
                     if packet.stream is stream:
+                        if packet.is_keyframe and packet.has_sidedata("encryption_info"):
+                            raise MediaError(f"{path} is encrypted, and there is no key to it; give it decrypted")
                         marks.append(Mark(packet.pts, packet.dts, units.is_entry(packet)))
                         if not is_hidden(packet):
                             pts = packet.dts if packet.pts is None else packet.pts
@@ -130,7 +133,7 @@ def _read_timeline(path: str | Path, file: Path, size: int, changed: int) -> Tim
         timeline = timeline_of(packets, tick, rate, **flags) if packets else None
         seconds = timeline.times[-1] if timeline else 0.0
         is_short = kind in DECLARED and float((stream.duration or 0) * stream.time_base) - seconds > LOST
-        if timeline is None or is_cut(file, kind) or is_short or (is_partial and kind not in BROADCASTS):
+        if timeline is None or is_cut(file, kind) or is_short or (is_partial and kind not in UNTOLD):
             raise damaged(path, seconds, (container.duration or 0) / 1e6, timeline)
         if kind not in WITHOUT_TIMES and (np.diff(timeline.pts) > 0).all():
             timeline = dataclasses.replace(timeline, index=index_of(marks, units, kind, stream.codec_context))

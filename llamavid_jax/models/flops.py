@@ -6,6 +6,7 @@ neither rematerialisation nor the embedding's gather nor element-wise operations
 
 from collections.abc import Mapping
 
+from llamavid_jax.config.parts import LlamaConfig
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, projector_depth
 
 PARTS = ("vision", "qformer", "visual_tokens", "llama")  # in the order in which values flow
@@ -43,13 +44,18 @@ def flops_per_step(
         *([("visual_tokens", pairs, _memory(config, has_cls))] if config.projects_memory else []),
         ("qformer", pairs, _text_decoder(config, question_tokens, has_cls)),
         ("visual_tokens", pairs, _visual_tokens(config, question_tokens, has_cls)),
-        ("llama", rows, _llama(config, row_tokens)),
+        ("llama", rows, llama_work(config.text_config, row_tokens)),
     ]
     total, through = 6 * rows * row_tokens * updates, False
     for part, number, (weighted, attention) in work:
         through = through or trains[part] or (part == "llama" and updates > 0)
         total += 2 * number * (weighted * (1 + through + trains[part]) + attention * (1 + 2 * through))
     return total
+
+
+def flops_done_again(text: LlamaConfig, remat: str, rows: int, row_tokens: int) -> int:
+    """FLOPs that remat=full does again: one forward pass of LLaMA; what "dots" does again is no matmul."""
+    return 2 * rows * sum(llama_work(text, row_tokens)) if remat == "full" else 0
 
 
 def _vision(config: LLaMAVIDLlavaConfig) -> tuple[int, int]:
@@ -110,9 +116,8 @@ def _visual_tokens(config: LLaMAVIDLlavaConfig, question_tokens: int, has_cls: b
     return attend + content, (asking + context) * patches * vision
 
 
-def _llama(config: LLaMAVIDLlavaConfig, tokens: int) -> tuple[int, int]:
+def llama_work(text: LlamaConfig, tokens: int) -> tuple[int, int]:
     """(M, A) of one row."""
-    text = config.text_config
     width, heads = text.hidden_size, text.num_attention_heads * text.head_dim
     projections = 2 * width * heads + 2 * width * text.num_key_value_heads * text.head_dim
     layer = projections + 3 * width * text.intermediate_size

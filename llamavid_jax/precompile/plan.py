@@ -15,13 +15,14 @@ import jax
 import numpy as np
 
 from llamavid_jax.config.parts import LlamaConfig
+from llamavid_jax.models.flops import flops_done_again
 from llamavid_jax.models.stack import REMAT
 from llamavid_jax.parallel.mesh import DATA, FSDP, MESH_AXES, SEQUENCE, TENSOR, describe, make_mesh, shards
 from llamavid_jax.parallel.sharding import partition_spec
 from llamavid_jax.precompile.report import Report
 from llamavid_jax.precompile.roofline import estimate
 from llamavid_jax.precompile.topology import CompileError, chip_of, in_own_process, slice_devices
-from llamavid_jax.precompile.train import check_training, largest, recomputed_flops, step_flops
+from llamavid_jax.precompile.train import check_training, largest, step_flops
 from llamavid_jax.shapes import RowShape
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.forecast import kept_bytes
@@ -135,7 +136,7 @@ def _try(
     best = estimate(
         chip_of(topology),
         flops=step_flops(run, layout, shape, features) / math.prod(mesh.values()),
-        recomputed=recomputed_flops(run, layout, shape) / math.prod(mesh.values()),
+        recomputed=flops_done_again(text, remat, config.training.batch_size, shape.tokens) / math.prod(mesh.values()),
         hbm_bytes=0,
         ici_bytes=micro_batches * (gathered + _exchanged(text, mesh, rows, shape.tokens)),
     )

@@ -17,7 +17,7 @@ from llamavid_jax.precompile.topology import OutOfMemoryError, compile_lowered
 
 COLUMNS = (
     "program", "slice", "mesh", "peak a device", "fits", "arguments + temporaries + output", "compile",
-    "received a device and step", "FLOP a step", "at best (an estimate)",
+    "received a device and step", "FLOP a step", "at best, and as published steps run (estimates)",
 )  # fmt: skip
 GIB = 2**30
 
@@ -26,8 +26,9 @@ GIB = 2**30
 class Report:
     """Memory in GiB of one device; `collectives` by kind, of one device and step; `flops` of all devices together.
 
-    `seconds`, `bound` and `utilisation` are the roofline's estimate.  Of a program that does not fit only `peak_gib`
-    is known, and `remedy` says what to change.
+    `seconds`, `bound` and `utilisation` are the roofline's estimate, `published` the part of its speed that published
+    steps reach on such chips (`models/published.py`; 0: unknown).  Of a program that does not fit only `peak_gib` is
+    known, and `remedy` says what to change.
     """
 
     program: str
@@ -46,6 +47,7 @@ class Report:
     seconds: float = 0.0
     bound: str = ""
     utilisation: float = 0.0
+    published: float = 0.0
     replicated_mib: dict[str, float] = dataclasses.field(default_factory=dict)
     machine_code: bool = True  # whether the compiler went on to it (`buffers.py`)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -72,7 +74,8 @@ class Report:
             f"{self.compile_seconds:.0f} s" + ("" if self.machine_code else ", no machine code"),
             moved or "nothing",
             f"{self.flops:.2g}",
-            f"{self.seconds:.3g} s, {self.utilisation:.0%} of the peak, bound by {self.bound}",
+            f"{self.seconds:.3g} s, {self.utilisation:.0%} of the peak, bound by {self.bound}"
+            + (f"; {self.seconds / self.published:.3g} s as published" if self.published else ""),
         ]
 
     def json(self) -> str:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.models.flops import PARTS, flops_per_step
+from llamavid_jax.models.flops import PARTS, flops_done_again, flops_per_step
+from llamavid_jax.models.published import share_of_peak
 from llamavid_jax.parallel.mesh import FSDP, SEQUENCE, ShardingError, copies, describe, shards
 from llamavid_jax.parallel.sharding import specs
 from llamavid_jax.precompile.report import Report, compile_report
@@ -63,7 +64,7 @@ def check_training(
             num_slices,
             step_flops(config, layout, shape, features),
             remedy(config, device_mesh, shape),
-            recomputed_flops(config, layout, shape),
+            flops_done_again(layout.config.text_config, loop.remat, loop.batch_size, shape.tokens),
             machine_code,
             program=f"{name}: {loop.batch_size} rows of {shape.frames} frames and {shape.tokens} tokens, "
             f"{loop.micro_batches} micro-batches, remat={loop.remat}",
@@ -71,6 +72,7 @@ def check_training(
             devices=device_mesh.size,
             mesh=describe(device_mesh.shape) or "one device",
             replicated_mib=replicated,
+            published=share_of_peak(chip_of(topology).kind) or 0.0,
         )
 
 
@@ -119,16 +121,6 @@ def step_flops(config: TrainConfig, layout: Layout, shape: RowShape, features: b
         question_tokens=config.data.question_tokens,
         rows=rows,
         row_tokens=shape.tokens,
-    )
-
-
-def recomputed_flops(config: TrainConfig, layout: Layout, shape: RowShape) -> int:
-    """FLOPs that remat=full does again: one forward pass of LLaMA; what "dots" does again is no matmul."""
-    if config.training.remat != "full":
-        return 0
-    rows, nothing = config.training.batch_size, dict.fromkeys(PARTS, False)
-    return flops_per_step(
-        layout.config, nothing, frames=0, pairs=0, question_tokens=0, rows=rows, row_tokens=shape.tokens
     )
 
 

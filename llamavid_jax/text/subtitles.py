@@ -125,12 +125,13 @@ def with_times(film: str | None, times: Iterable[float], of: str | None) -> str 
     before, *texts = (film or IMAGE * len(times)).split(IMAGE)
     minutes = [None, *(time // 60 for time in times)]
     marks = [
-        _clock(time) if of == "frame" or time // 60 != last else "" for time, last in zip(times, minutes, strict=False)
+        clock(time) if of == "frame" or time // 60 != last else "" for time, last in zip(times, minutes, strict=False)
     ]
     return before + "".join(mark + IMAGE + text for mark, text in zip(marks, texts, strict=True))
 
 
-def _clock(time: int) -> str:
+def clock(time: int) -> str:
+    """Of so many seconds: "[0:59]" or "[1:02:03]"."""
     minutes, seconds = divmod(time, 60)
     return f"[{minutes}:{seconds:02d}]" if minutes < 60 else f"[{minutes // 60}:{minutes % 60:02d}:{seconds:02d}]"
 

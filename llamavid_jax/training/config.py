@@ -31,8 +31,13 @@ from llamavid_jax.text.conversation import template_named
 
 LONGEST_ROW = 1 << 22  # frames, pairs, questions or tokens
 TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which have points of their own
-ASYNC_ALL_REDUCE = "xla_enable_async_all_reduce", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
-COMPILER_OPTIONS = dict.fromkeys(("v5e", "v5p", "v6e"), dict.fromkeys(ASYNC_ALL_REDUCE, True))  # beside other work
+BESIDE_OTHER_WORK = {
+    f"xla_{option}_{kind}": True
+    for option in ("enable_async", "tpu_enable_async_collective_fusion_fuse")
+    for kind in ("all_gather", "all_reduce")
+}
+GATHERED_ONCE = {"xla_tpu_spmd_threshold_for_allgather_cse": 1_000_000}  # a kernel that a layer's gradient needs twice
+COMPILER_OPTIONS = dict.fromkeys(("v5e", "v5p", "v6e"), BESIDE_OTHER_WORK | GATHERED_ONCE)
 
 
 @dataclasses.dataclass(frozen=True)

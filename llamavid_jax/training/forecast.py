@@ -2,7 +2,8 @@
 
 Memory of a device: the state and the frozen parameters as they lie there, gradients, and what LLaMA's layers keep for
 them.  Logits, the vision tower's own values and the compiler's copies come on top: `train.py --compile-only` asks it.
-Hours: the FLOPs of `models/flops.py` over the devices' peak (`parallel/chips.py`), of which MFU are assumed to be used.
+Hours: FLOPs, with those done again, over the devices' peak (`parallel/chips.py`): a bound; and at the share of it that
+published steps use on such chips (`models/published.py`), or ASSUMED of it where none is published.
 """
 
 import fnmatch
@@ -14,15 +15,16 @@ import jax
 
 from llamavid_jax.config.parts import LlamaConfig
 from llamavid_jax.data.loader import Loader
-from llamavid_jax.models.flops import PARTS, flops_per_step
+from llamavid_jax.models.flops import PARTS, flops_done_again, flops_per_step
 from llamavid_jax.models.lora import ADAPTERS
+from llamavid_jax.models.published import share_of_peak
 from llamavid_jax.parallel.chips import peak_flops
 from llamavid_jax.parallel.mesh import SEQUENCE, TENSOR, copies
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.start import Start
 from llamavid_jax.training.step import TrainState
 
-MFU = 0.4  # of the peak; tokens/s and MFU of the first steps say better
+ASSUMED = 0.5  # of the peak; tokens/s and MFU of the first steps say better
 STAGES = {  # by what trains, as in the paper
     ("visual_tokens",): "stage 1, align",
     ("qformer", "visual_tokens", "llama"): "stage 2, instruct",
@@ -58,7 +60,7 @@ def work_of(trained: Mapping[str, Any]) -> tuple[dict[str, bool], int]:
 
 
 def _of_a_step(config: TrainConfig, start: Start, loader: Loader) -> tuple[float, float]:
-    """Mean tokens of room and FLOPs over the first epoch, whose buckets the others have in the same parts."""
+    """Mean tokens of room and FLOPs, those done again too, over the first epoch, as of the others."""
     (trains, updates), rows = work_of(start.trained), config.training.batch_size
     batches = Counter((batch.shape_index, batch.kind) for batch in loader.schedule.epoch(0))
     tokens = flops = 0
@@ -74,7 +76,7 @@ def _of_a_step(config: TrainConfig, start: Start, loader: Loader) -> tuple[float
             rows=rows,
             row_tokens=shape.tokens,
             updates=updates,
-        )
+        ) + number * flops_done_again(start.config.text_config, config.training.remat, rows, shape.tokens)
     return tokens / batches.total(), flops / batches.total()
 
 
@@ -114,10 +116,12 @@ def kept_bytes(text: LlamaConfig, mesh: Mapping[str, int], tokens: int, remat: s
 
 def _hours(flops: float, devices: int) -> str:
     kind = jax.devices()[0].device_kind
-    peak = peak_flops(kind)
+    peak, published = peak_flops(kind), share_of_peak(kind)
     if peak is None:
         return f"hours: unknown, as the peak of {devices} × {kind} is; {flops / 1e15:.3g} PFLOP are to be done"
+    bound, share = flops / (peak * devices) / 3600, published or ASSUMED
     return (
-        f"hours: about {flops / (MFU * peak * devices) / 3600:.2f}, assuming that {MFU:.0%} of the peak of {devices} × "
-        f"{kind} ({peak / 1e12:g} TFLOP/s) are used; compiling, saves and evaluations come on top"
+        f"hours: at least {bound:.2f} at the peak of {devices} × {kind} ({peak / 1e12:g} TFLOP/s), about "
+        f"{bound / share:.2f} if {share:.0%} of it are used, as {'published steps do' if published else 'is assumed'}; "
+        "compiling, saves and evaluations come on top"
     )

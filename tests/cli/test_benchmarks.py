@@ -1,12 +1,13 @@
 """The benchmarks run; their numbers are for machines that nobody else uses."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 from paths import ROOT
 
-from benchmarks import decode, device, film, packing, timing, train_throughput
+from benchmarks import cpu, decode, device, film, packing, timing, train_throughput
 
 
 def test_the_train_step_is_measured(monkeypatch, capsys):
@@ -71,3 +72,17 @@ def test_a_device_beside_pytorch(tmp_path, monkeypatch, capsys):
     assert device.main(command) == 0
     assert capsys.readouterr().out == table
     assert [json.loads(line) for line in kept.read_text().splitlines()] == found
+
+
+@pytest.mark.parity
+def test_a_cpu_beside_pytorch(monkeypatch, capsys):
+    """Both compute the same."""
+    tiny = {"vocab_size": 99, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(cpu, "SMALL", dataclasses.replace(cpu.SMALL, **tiny, **heads))
+    sizes = {"image_size": 28, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    monkeypatch.setattr(cpu, "VIT_G", dataclasses.replace(cpu.VIT_G, **sizes))
+    monkeypatch.setattr(cpu, "TOKENS", 40)
+    assert cpu.main(["--rounds", "1"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 3 and all(float(row[-1].strip(" |")) < 1e-5 for row in rows)

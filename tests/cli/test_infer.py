@@ -225,7 +225,7 @@ BAD = {
     "--transcribe hears the sound in a file, and --video is f.npz; give a video file": [
         *["--model", "DIR", "--question", "a", "--video", "f.npz", "--transcribe", "tiny.en"]
     ],
-    "--times goes with one --video alone, without --fit": ["--model", "DIR", "--question", "a", "--times"],
+    "--times goes with one --video alone; give that": ["--model", "DIR", "--question", "a", "--times"],
     "argument --times: invalid choice: 'hour'": ["--model", "DIR", "--question", "a", "--times", "hour"],
     "'nothing.srt' cannot be read": [
         *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--subtitles", "nothing.srt"]
@@ -356,6 +356,26 @@ def test_streams(shell, code, says, tmp_path):
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == code and done.stdout == ""
     assert done.stderr.startswith(says.replace("HOME", str(tmp_path))) and done.stderr.count("\n") == bool(says)
+
+
+def test_the_question_in_another_locale(checkpoint):
+    """Its bytes are UTF-8 all the same: Python takes them for ASCII there."""
+    command = [sys.executable, "infer.py", "--model", checkpoint, "--question", "Où est l'été ?", "--json"]
+    command += ["--max-new-tokens", "8", "--stop", "é"]
+    usual, other = (
+        subprocess.run(command, cwd=ROOT, capture_output=True, env=os.environ | locale)
+        for locale in ({"PYTHONUTF8": "1"}, {"LC_ALL": "C", "PYTHONUTF8": "0"})
+    )
+    answers = [json.loads(done.stdout) | {"seconds": None} for done in (usual, other)]
+    assert answers[0] == answers[1]
+
+
+def test_ctrl_c_before_a_command_has_begun_is_no_traceback():
+    code = "import llamavid_jax.commands; import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (130, -2) and done.stderr == ""
+    done = subprocess.run([sys.executable, "-c", "import llamavid_jax.commands; 1 / 0"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 1 and b"ZeroDivisionError" in done.stderr
 
 
 def test_a_full_disk_behind_stdout(ask, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from llamavid_jax.commands import features, infer
 from llamavid_jax.data import validate
 from llamavid_jax.media.feature_file import FeatureWriter
 from llamavid_jax.media.features import describe, iter_features, read_header
+from llamavid_jax.text.subtitles import Cue
 
 
 @pytest.fixture
@@ -100,6 +102,27 @@ def test_what_is_said(write, clips, tmp_path):
         assert "5 frames" in write(clips / "a.mp4", "--out", tmp_path, "--subtitles")[1]
         assert read_header(path).inputs == f"<image><image>{words}<image><image><image>"
     assert "5 frames" in write(clips / "a.mp4", "--out", tmp_path)[1] and read_header(path).inputs is None
+
+
+def test_what_is_heard(write, clips, tmp_path, monkeypatch):
+    """Where no subtitles lie beside a video; a video is heard once for each model, one without sound is read too."""
+    heard = []
+
+    def film_speech(video, model):
+        heard.append((video.name, model))
+        return [Cue(1.5, f"by {model}")]
+
+    path, given = tmp_path / "a.mp4.safetensors", (clips / "a.mp4", "--out", tmp_path)
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=lambda *_, **__: None))
+    assert "a.mp4 holds no sound" in write(*given, "--transcribe")[1] and read_header(path).inputs == "<image>" * 5
+    monkeypatch.setattr(features, "film_speech", film_speech)
+    for model in ("tiny", "tiny", "base"):
+        assert write(*given, "--transcribe", model)[0] == 0
+        assert read_header(path).inputs == f"<image><image>by {model}<image><image><image>"
+    assert heard == [("a.mp4", "tiny"), ("a.mp4", "base")]
+    (clips / "a.srt").write_text("1\n00:00:00,500 --> 00:00:01,500\nHello.\n")
+    write(*given, "--transcribe", "--subtitles")
+    assert len(heard) == 2 and read_header(path).inputs == "<image><image>Hello.<image><image><image>"
 
 
 def test_shards_share_the_work(write, clips, tmp_path):

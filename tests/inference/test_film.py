@@ -1,6 +1,7 @@
 """What a session gives up when it is told to, and that it says so."""
 
 import dataclasses
+import re
 import threading
 
 import pytest
@@ -83,6 +84,19 @@ def test_what_is_said_has_its_room_too(tiny_model, film, positions):
     without, _ = ask(tiny_model, [film], Reading(fit=True), fps=25)
     answer, said = ask(tiny_model, [film], Reading(fit=True), fps=25, subtitles=cues)
     assert answer.visual_tokens < without.visual_tokens and answer.prompt_tokens <= 296 and len(said) == 1
+
+
+@pytest.mark.parametrize("times", ["frame", "minute"])
+def test_the_times_in_the_text_have_their_room_too(tiny_model, film, positions, times):
+    """One for each frame that is taken, or one in all; without `fit` the refusal counts them as well."""
+    positions(300)
+    answer, said = ask(tiny_model, [film], Reading(fit=True), fps=25, times=times)
+    assert 190 < answer.prompt_tokens <= 296 and len(said) == 1
+    assert (answer.frames < 40) == (times == "frame")
+    with pytest.raises(InputError, match=r"300 visual tokens; this model has room for \d+: use --fps") as refused:
+        ask(tiny_model, [film], fps=25, times=times)
+    room = int(re.search(r"room for (\d+)", str(refused.value))[1])
+    assert room < 150 if times == "frame" else 280 < room < 296
 
 
 def test_what_is_left_of_a_file(tiny_model, film, tmp_path):

@@ -9,7 +9,6 @@ from paths import GOLDEN, ROOT
 
 from llamavid_jax import LLaMAVIDLlavaImageProcessor, LLaMAVIDLlavaProcessor
 from llamavid_jax.errors import InputError
-from llamavid_jax.inference.film import Reading
 from llamavid_jax.inference.session import Session
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.subtitles import Cue
@@ -194,7 +193,6 @@ def test_times_that_cannot_be_said(tiny_model):
     for media, message in (
         ({"videos": [clip(4)] * 2, "times": "frame"}, "times go with one video alone, not with 2 and 0 images"),
         ({"videos": [clip(4)], "times": "hour"}, "times is 'hour'; use one of frame, minute"),
-        ({"videos": [CLIP], "times": "frame", "reading": Reading(fit=True)}, "fit does not know the room"),
     ):
         with pytest.raises(InputError, match=message):
             Session(tiny_model, IMAGES, **media)

@@ -1,11 +1,12 @@
 """Files that are damaged, cut short or no videos: a MediaError that names the file and a remedy, never a crash."""
 
+import io
 import random
 
 import av
 import numpy as np
 import pytest
-from clips import cut, index_frame, write_clip, write_sound
+from clips import cut, index_frame, read_index, write_clip, write_sound
 from PIL import Image
 
 from llamavid_jax.data.records import count_frames
@@ -146,6 +147,28 @@ def test_a_cut_end_is_told_before_anything_is_decoded(tmp_path, name, codec, con
         with pytest.raises(MediaError) as caught:
             plan_video(path)
         check_message(str(caught.value), str(path))
+
+
+@pytest.mark.parametrize("end", [b"", b"--b\r\n", b"--b--\r\n"])
+def test_pictures_of_a_camera(tmp_path, end):
+    """Motion JPEG as HTTP sends it, each picture behind a boundary, with or without one behind the last."""
+    pictures = []
+    for number in range(60):
+        image = io.BytesIO()
+        Image.fromarray(index_frame(number)).save(image, "jpeg")
+        pictures.append(b"--b\r\nContent-type: image/jpeg\r\n\r\n" + image.getvalue() + b"\r\n")
+    path = text(tmp_path, "camera.mjpeg", b"".join(pictures) + end)
+    assert [read_index(frame) for frame in read_video(path, 25).frames] == list(range(60))
+    path.write_bytes(b"".join(pictures)[:-100])
+    with pytest.raises(MediaError, match=r"is cut short or damaged: 2.3 seconds can be read"):
+        plan_video(path)
+
+
+def test_an_encrypted_film_is_called_so(tmp_path):
+    secret = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "00" * 16, "encryption_kid": "01" * 16}
+    path = clip(tmp_path, "a.mp4", container=secret)
+    with pytest.raises(MediaError, match=r"a.mp4 is encrypted, and there is no key to it; give it decrypted"):
+        plan_video(path)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,16 @@ def whole(llama, ids):
     return np.asarray(hidden_states(llama, ids))
 
 
+def test_layers_out_of_their_stack_decode_the_same(llama, ids):
+    hidden, prompt = llama.prefill(llama.embed(ids[:, :32]))
+    cache, x, positions = KVCache(prompt, prompt.room(8), jnp.int32(0)), hidden[:, -1:], jnp.array([32, 23])
+    layers = llama.each_layer()
+    assert len(layers) == CONFIG.text_config.num_hidden_layers
+    out = (jax.tree.leaves(llama.decode(x, positions, cache, given)) for given in (None, layers))
+    for one, other in zip(*out, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("lengths", [(32, 32), (32, 23)])
 def test_cached_decoding_equals_whole_rows(llama, ids, whole, lengths):
     """Prefill, then one position of every row at a time, rows of one or of two lengths."""

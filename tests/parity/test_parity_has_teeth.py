@@ -79,8 +79,8 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
     "key-value heads in turn": (
         llama_error,
         ATTENTION,
-        "q.reshape(*batch, length, k.shape[-2], heads // k.shape[-2], size)",
-        "q.reshape(*batch, length, heads // k.shape[-2], k.shape[-2], size).swapaxes(-2, -3)",
+        "q.reshape(*batch, kv_heads,",
+        "q.reshape(*batch, heads // kv_heads, kv_heads, length, size).swapaxes(-3, -4).reshape(*batch, kv_heads,",
     ),
     "no causal mask": (llama_error, LLAMA, "causal=True", "causal=False"),
     "a position does not see itself": (llama_error, ATTENTION, ">= jnp.arange(keys)", "> jnp.arange(keys)"),

@@ -116,9 +116,10 @@ def test_7b_stage_2_for_64_chips():
     gathered, reduced = report.collectives["all-gather"], report.collectives["all-reduce"]
     assert gathered["asynchronous"] == gathered["count"]
     once = 2 * 6.9e9  # bytes of the parameters in bfloat16
-    assert gathered["bytes"] < 1.15 * 2 * once  # forwards and backwards
+    assert gathered["bytes"] < 1.05 * 2 * once  # forwards and backwards, each kernel once (`COMPILER_OPTIONS`)
     assert reduced["bytes"] < 1.05 * 2 * once  # there and back
-    assert reduced["asynchronous"] > 0.99 * reduced["count"]  # `training.compiler_options`
+    assert reduced["asynchronous"] > 0.99 * reduced["count"]
+    assert sum(one["bytes"] for one in report.collectives.values()) < 65e9
 
 
 def test_tiny_inference_for_one_chip():
