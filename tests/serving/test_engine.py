@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.serving import engine as module
 from llamavid_jax.serving.jobs import Job
@@ -146,9 +147,13 @@ def test_nothing_compiles_once_it_is_warm(tiny_model, engine):
     assert [program._cache_size() for program in programs] == before
 
 
-def test_every_program_is_made_at_the_start(tiny_model):
-    """Else the first row that needs one waits for its compiler, and all others with it: minutes, with a large model."""
-    engine, made = module.Engine(tiny_model, slots=3, max_new_tokens=16), []
+def test_every_program_is_made_at_the_start(checkpoint):
+    """Else the first row that needs one waits for its compiler, and all others with it: minutes, with a large model.
+
+    Of a model that was read from disk: its arrays are bound to their devices, and programs differ by that.
+    """
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    engine, made = module.Engine(model, slots=3, max_new_tokens=16), []
     engine.start()
 
     def heard(name, *_, **about):
@@ -159,7 +164,7 @@ def test_every_program_is_made_at_the_start(tiny_model):
     try:
         for number, (length, visuals) in enumerate([*SHAPES, (20, 0), *SHAPES[::-1]]):
             settings = {"temperature": number % 3 / 2, "seed": number, "max_new_tokens": 16}
-            own, table = row(number, length, visuals, tiny_model.config.text_config.hidden_size)
+            own, table = row(number, length, visuals, model.config.text_config.hidden_size)
             asked = [Asked(own, table, **settings) for _ in range(1 + number % 2)]
             for one in asked:
                 one.job.evidence = one.job.scores = number % 2 == 0
