@@ -108,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, metavar="N")
     parser.add_argument("--compiled", action="store_true", help="PyTorch under torch.compile")
     options = parser.parse_args(arguments)
+    if not 1 <= options.rounds <= (most := TOKENS // BLOCK_STEPS - 2):  # PyTorch's cache has room for these
+        parser.error(f"--rounds is {options.rounds}; give 1 to {most}")
     torch.set_num_threads(cores())
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "torch"))
     print(f"{cores()} cores, {versions}{', compiled' if options.compiled else ''}\n")

@@ -2,10 +2,11 @@
 
     python -m demo.ablation PICTURE [--steps N] [--limit N] [--seeds N] [--only NAME ...]        # prints the table
 
-Each variant starts from the same stage 1 and trains stage 2 with the same data and steps, once with each seed, which
-sets the data's order; then it answers the held-out questions.  Stages 0 and 1 are shared and had both tokens: what the
-other variants lack, they learned with.  BERT is another module: it begins anew where the Q-Former does, in the second
-part of stage 0.  A variant and seed in runs/ablation that has been evaluated is not trained again.
+The vision tower is the shipped model's and stays as it is; its features of the training clips are made once.  All
+else begins anew: stages 0 and 1 are shared by all variants with the same text decoder and have both tokens, which
+those that lack one learned with.  Then each variant trains stage 2 on the same questions, one a row, once with each
+seed, which sets their order, and answers the held-out questions.  What runs/ablation holds is not done again, and the
+table and the picture are made of all of it that has these steps.
 """
 
 import json
@@ -21,7 +22,9 @@ import yaml
 from llamavid_jax.errors import InputError, Parser, command
 
 MODEL, STAGES = Path("configs/models/demo.yaml"), Path("configs/demo")
-DATA, RUNS, SHARED = Path("build/demo_data"), Path("runs/ablation"), Path("runs/demo")
+DATA, RUNS, TOWER = Path("build/demo_data"), Path("runs/ablation"), Path("demo/model")
+ROWS, WORDS = 12, 48  # rows of a step, and tokens of a row beside its visual ones
+SHARED_STEPS = {"stage0_pretrain": 600, "stage0_refer": 1000}
 
 
 class Variant(NamedTuple):
@@ -52,40 +55,59 @@ TABLES = {
 }
 
 
-def accuracy(name: str, seed: int, steps: int, limit: int) -> dict[str, float]:
-    """Trains a variant and asks it; the part of exact answers by type of question."""
-    variant = VARIANTS[name]
-    run = RUNS / f"{name.replace(':', '').replace(' ', '_')}_{seed}"
-    result, model = run / "accuracy.json", run.with_suffix(".yaml")
-    if not result.exists():
-        run.mkdir(parents=True, exist_ok=True)
-        model.write_text(yaml.safe_dump(yaml.safe_load(MODEL.read_text()) | variant.fields))
-        start = SHARED / "stage1" / "model" if name != "bert" else stage1_of_bert(model)
-        bucket = yaml.safe_load((STAGES / "stage2_instruct.yaml").read_text())["data"]["buckets"][0]
-        bucket["tokens"] += (variant.tokens - 2) * bucket["pairs"]
-        settings = {"data.buckets": f"[{json.dumps(bucket)}]", "data.evaluation_path": "", "data.seed": seed}
-        settings |= {"training.seed": seed, "training.steps": steps, "training.evaluate_every": 0}
-        train("stage2_instruct", model, start, run, settings)
-        asked = [str(run / "model"), str(DATA / "instruct_test.json"), "--limit", str(limit), "--json", str(result)]
-        run_python("-m", f"{__package__}.evaluate", *asked)
-    found = json.loads(result.read_text())["accuracy"]
-    return {kind: part["exact"] for kind, part in found.items()}
+def result(name: str, seed: int | str, steps: int) -> Path:
+    """Where the accuracy of a variant and seed lies."""
+    return RUNS / f"{name.replace(':', '').replace(' ', '_')}_{steps}_{seed}" / "accuracy.json"
 
 
-def stage1_of_bert(model: Path) -> Path:
-    """Stages 0 (second part) and 1 with BERT in the Q-Former's place, for all seeds."""
-    run = RUNS / "bert"
+def measure(name: str, seed: int, steps: int, limit: int) -> None:
+    """Trains a variant and asks it."""
+    variant, found = VARIANTS[name], result(name, seed, steps)
+    run, model = found.parent, found.parent.with_suffix(".yaml")
+    start = stage1(variant.fields.get("bert_type", "qformer_pretrain"))
+    model.write_text(yaml.safe_dump(yaml.safe_load(MODEL.read_text()) | variant.fields))
+    row = {"frames": 8, "pairs": 8, "questions": 1, "tokens": 8 * variant.tokens + WORDS}
+    settings = {"model": model, "data.path": questions(), "data.buckets": f"[{json.dumps(row)}]", "data.seed": seed}
+    settings |= {"training.batch_size": ROWS, "training.seed": seed, "training.steps": steps}
+    train("stage2_instruct", start, run, settings)
+    asked = [str(run / "model"), str(DATA / "instruct_test.json"), "--limit", str(limit), "--json", str(found)]
+    run_python("-m", f"{__package__}.evaluate", *asked)
+
+
+def stage1(decoder: str) -> Path:
+    """Stages 0 and 1 with a text decoder."""
+    run, both = RUNS / decoder, RUNS / "stage0" / "model"
+    if not both.exists():
+        run_python("-m", f"{__package__}.fresh_qformer", str(TOWER), str(RUNS / "tower"), "--tower-alone")
+        train("stage0_pretrain", RUNS / "tower", both.parent)
     if not (run / "stage1" / "model").exists():
-        fresh = ["--bert-type", "raw_bert"]
-        run_python("-m", f"{__package__}.fresh_qformer", str(SHARED / "stage0" / "model"), str(run / "fresh"), *fresh)
-        train("stage0_refer", model, run / "fresh", run / "refer", {})
-        train("stage1_align", model, run / "refer" / "model", run / "stage1", {})
+        run_python("-m", f"{__package__}.fresh_qformer", str(both), str(run / "fresh"), "--bert-type", decoder)
+        train("stage0_refer", run / "fresh", run / "refer")
+        train("stage1_align", run / "refer" / "model", run / "stage1")
     return run / "stage1" / "model"
 
 
-def train(stage: str, model: Path, start: Path, output: Path, settings: dict[str, Any]) -> None:
-    settings = {"model": model, "start.model": start, "output": output} | settings
-    run_python("train.py", "--config", str(STAGES / f"{stage}.yaml"), *(f"{k}={v}" for k, v in settings.items()))
+def questions() -> Path:
+    """The training questions, one a record, about the features of their clips."""
+    listed, split = RUNS / "questions.json", RUNS / "split.json"
+    if not listed.exists():
+        tower = ["--model", str(TOWER), "--dtype", "float32"]
+        run_python("-m", "llamavid_jax.commands.features", str(DATA / "clips"), "--out", str(RUNS / "features"), *tower)
+        chat = str(DATA / "instruct.json")
+        run_python("-m", "llamavid_jax.data.to_llava", "split_chat", chat, str(split), "--rounds", "1")
+        records = json.loads(split.read_text())
+        for record in records:
+            record["features"] = f"features/{Path(record.pop('video')).name}.safetensors"
+        listed.write_text(json.dumps(records))
+    return listed
+
+
+def train(stage: str, start: Path, output: Path, settings: dict[str, Any] | None = None) -> None:
+    common = {"model": "", "start.model": start, "output": output, "trainable.vision.*": False}
+    common |= {"data.evaluation_path": "", "training.evaluate_every": 0}
+    common |= {"training.steps": SHARED_STEPS[stage]} if stage in SHARED_STEPS else {}
+    overrides = (f"{key}={value}" for key, value in (common | (settings or {})).items())
+    run_python("train.py", "--config", str(STAGES / f"{stage}.yaml"), *overrides)
 
 
 def run_python(*arguments: str) -> None:
@@ -106,12 +128,12 @@ def table(found: dict[str, dict[str, list[float]]], kinds: list[str]) -> str:
     lines = []
     for title, names in TABLES.items():
         names = [name for name in names if name in found]
-        heads = [title, "tokens", *kinds, "paper's tokens", "GQA", "POPE", "SQA", "VQA-T"]
+        heads = [title, "tokens", "seeds", *kinds, "paper's tokens", "GQA", "POPE", "SQA", "VQA-T"]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"] if names else []
         for name in names:
             ours, paper = [percent(found[name][kind]) for kind in kinds], map(str, VARIANTS[name].paper)
-            cells = [name, str(VARIANTS[name].tokens), *ours, VARIANTS[name].paper_tokens, *paper]
-            lines.append(f"| {' | '.join(cells)} |")
+            size = str(VARIANTS[name].tokens), str(len(found[name]["all"]))
+            lines.append(f"| {' | '.join([name, *size, *ours, VARIANTS[name].paper_tokens, *paper])} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -124,15 +146,22 @@ def main(arguments: list[str] | None = None) -> int:
     plt.switch_backend("agg")
     parser = Parser(prog="ablation", description=__doc__, allow_abbrev=False)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--limit", type=int, default=400, help="held-out clips")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     options = parser.parse_args(arguments)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for seed in range(options.seeds):
+        for name in options.only:
+            if not result(name, seed, options.steps).exists():
+                measure(name, seed, options.steps, options.limit)
     found = {}
-    for name in options.only:
-        runs = [accuracy(name, seed, options.steps, options.limit) for seed in range(options.seeds)]
-        found[name] = {kind: [100.0 * run[kind] for run in runs] for kind in runs[0]}
+    for name in VARIANTS:
+        files = sorted(RUNS.glob(f"{result(name, '*', options.steps).relative_to(RUNS)}"))
+        runs = [json.loads(file.read_text())["accuracy"] for file in files]
+        if runs:
+            found[name] = {kind: [100.0 * run[kind]["exact"] for run in runs] for kind in runs[0]}
     kinds = sorted(next(iter(found.values())), key=lambda kind: (kind == "all", kind))
     print(table(found, kinds))
 
@@ -143,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         means, errors = ([of(parts[kind]) for kind in kinds] for of in (statistics.mean, error))
         axis.bar(places, means, width, yerr=errors, capsize=2, label=name)
     axis.set(xticks=range(len(kinds)), xticklabels=kinds, ylabel="exact answers, %")
-    title = f"{options.steps} steps of training, {options.seeds} seeds"
+    title = f"{options.steps} steps of training"
     figure.legend(title=title, ncols=4, loc="outside upper center")
     figure.savefig(options.picture, dpi=110)
     return 0

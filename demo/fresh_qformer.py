@@ -1,6 +1,6 @@
 """Gives a checkpoint a Q-Former that has learnt nothing, with the projectors that make the context token's attention.
 
-    python -m demo.fresh_qformer MODEL OUT [--bert-type raw_bert]
+    python -m demo.fresh_qformer MODEL OUT [--bert-type raw_bert] [--tower-alone]
 
 Pictures of a single digit ask nothing of the question.  What attention learns from them is to look at one patch only,
 whatever is asked, so surely that no gradient is left to learn anything else; so it begins anew before it is needed.
@@ -20,11 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="checkpoint folder, such as runs/demo/stage0/model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--bert-type", help="another kind of text decoder; the model's own by default")
+    parser.add_argument("--tower-alone", action="store_true", help="keep the vision tower and nothing else")
     options = parser.parse_args(arguments)
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32")
     config = dataclasses.replace(model.config, bert_type=options.bert_type or model.config.bert_type)
     fresh = LLaMAVIDLlavaForConditionalGeneration(config).params
     parts = "qformer.", "visual_tokens.query_projector.", "visual_tokens.key_projector."
+    parts = ("qformer.", "visual_tokens.", "llama.") if options.tower_alone else parts
     kept = {path: value for path, value in model.params.items() if path in fresh and not path.startswith(parts)}
     params = fresh | kept
     tokenizers = {"tokenizer": model.tokenizer, "qformer_tokenizer": model.qformer_tokenizer}

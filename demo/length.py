@@ -1,6 +1,7 @@
 """How long a film the demo model answers about: needles of 5 s in an empty film of a minute to eight hours.
 
-    python -m demo.length MODEL ANSWERS.jsonl [--minutes 1 10 60 180 480] [--questions N] [--beyond HOW] [--picture OUT]
+    python -m demo.length MODEL ANSWERS.jsonl [--minutes 1 10 60 180 480] [--questions N] [--every SECONDS]
+                                                [--beyond HOW] [--picture OUT]
 
 A needle is a digit that crosses the frame.  Three kinds of questions: `locate` (one needle: which digit, what colour,
 which way), `order` (two: which comes before or after) and `count` (one to three).  A film's frames without a needle are
@@ -63,9 +64,9 @@ def needle(kind: str, seconds: int, number: int, seed: int = 0) -> Needle:
     return Needle(scene, *asked[number % len(asked)][1:])
 
 
-def film_tokens(model, images, needle: Needle, stride: int) -> np.ndarray:
-    """Visual tokens `[F·(n+1), D]` of every `stride`-th second's frame."""
-    scene, taken = needle.scene, range(0, needle.scene.seconds, stride)
+def film_tokens(model, images, needle: Needle, every: float) -> np.ndarray:
+    """Visual tokens `[F·(n+1), D]` of a frame every so many seconds."""
+    scene, taken = needle.scene, np.arange(0, needle.scene.seconds, every).tolist()
     shown = [second for second in taken if any(event.centre(second) for event in scene.events)]
     empty = next(second for second in taken if second not in shown)
     frames = np.stack([digits.frame(scene, second) for second in (empty, *shown)])
@@ -75,10 +76,10 @@ def film_tokens(model, images, needle: Needle, stride: int) -> np.ndarray:
     return tokens[[index.get(second, 0) for second in taken]].reshape(-1, tokens.shape[-1])
 
 
-def answers(model, images, needles: Sequence[Needle], stride: int) -> Iterator[dict[str, Any]]:
+def answers(model, images, needles: Sequence[Needle], every: float) -> Iterator[dict[str, Any]]:
     """A row for each, asked together."""
     started = time.perf_counter()
-    tokens = [film_tokens(model, images, one, stride) for one in needles]
+    tokens = [film_tokens(model, images, one, every) for one in needles]
     ids = [encode_with_images(model.tokenizer, llm_prompt(one.question, "vicuna_v1", 1)) for one in needles]
     output = model.generate(ids, visual_tokens=[[own] for own in tokens], max_new_tokens=MAX_NEW_TOKENS)
     seconds = (time.perf_counter() - started) / len(needles)
@@ -88,29 +89,29 @@ def answers(model, images, needles: Sequence[Needle], stride: int) -> Iterator[d
         yield {**said, "tokens": count, "seconds": round(seconds, 3), "peak_mb": peak}
 
 
-def fitted(model, seconds: int, beyond: str) -> tuple[Any, int]:
+def fitted(model, seconds: int, beyond: str, every: float = 1.0) -> tuple[Any, float]:
     """The model with room for a film of so many seconds, and the seconds from one frame to the next."""
-    text, needed = model.config.text_config, seconds * model.config.tokens_per_frame + WORDS
+    text, needed = model.config.text_config, math.ceil(seconds / every) * model.config.tokens_per_frame + WORDS
     if needed <= text.max_length:
-        return model, 1
+        return model, every
     if beyond == "thin":
-        return model, math.ceil(needed / (0.9 * text.max_length))
+        return model, every * math.ceil(needed / (0.9 * text.max_length))
     if beyond == "stretch":
         text = dataclasses.replace(text, rope_factor=float(math.ceil(needed / text.max_position_embeddings)))
     else:
         text = dataclasses.replace(text, max_position_embeddings=needed)
     config = dataclasses.replace(model.config, text_config=text)
     tokenizers = {"tokenizer": model.tokenizer, "qformer_tokenizer": model.qformer_tokenizer}
-    return type(model)(config, model.params, dtype=model.dtype, **tokenizers), 1
+    return type(model)(config, model.params, dtype=model.dtype, **tokenizers), every
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line for each length and way, longest last; accuracy with its standard error."""
-    lines = ["| film | beyond 2,048 positions | tokens | " + " | ".join(KINDS) + " | s a question | memory, GB |"]
-    lines.append("|---" * (len(KINDS) + 5) + "|")
-    for (minutes, beyond), own in sorted(grouped(rows, "minutes", "beyond").items()):
+    heads = ["film", "a frame every", "beyond 2,048 positions", "tokens", *KINDS, "s a question", "memory, GB"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for (minutes, beyond, every), own in sorted(grouped(rows, "minutes", "beyond", "every").items()):
         kinds = grouped(own, "kind")
-        cells = [f"{minutes} min", beyond or "–", f"{own[0]['tokens']:,}"]
+        cells = [f"{minutes} min", f"{every:g} s", beyond or "–", f"{own[0]['tokens']:,}"]
         cells += [percent(kinds[kind,]) if (kind,) in kinds else "–" for kind in KINDS]
         seconds = float(np.median([row["seconds"] for row in own]))
         lines.append(f"| {' | '.join(cells)} | {seconds:.3g} | {max(row['peak_mb'] for row in own) / 1024:.1f} |")
@@ -160,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=int, nargs="*", default=[1, 10, 60, 180, 480])
     parser.add_argument("--questions", type=int, default=20, help="of each kind and length")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--every", type=float, default=1.0, help="seconds from one frame to the next")
     parser.add_argument("--beyond", choices=BEYOND, default="extend")
     parser.add_argument("--batch", type=int, default=1, help="films answered together")
     parser.add_argument("--picture", type=Path)
@@ -170,10 +172,10 @@ def main(arguments: list[str] | None = None) -> int:
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32")
     images = LLaMAVIDLlavaProcessor.from_pretrained(options.model).image_processor
     for minutes in sorted(options.minutes):
-        roomy, stride = fitted(model, 60 * minutes, options.beyond)
-        beyond = "" if roomy is model and stride == 1 else options.beyond
+        roomy, every = fitted(model, 60 * minutes, options.beyond, options.every)
+        beyond = "" if roomy is model and every == options.every else options.beyond
         named = [
-            {"minutes": minutes, "beyond": beyond, "kind": kind, "number": number}
+            {"minutes": minutes, "every": every, "beyond": beyond, "kind": kind, "number": number}
             for number in range(options.questions)
             for kind in options.kinds
         ]
@@ -181,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         for start in range(0, len(left), options.batch):
             names = left[start : start + options.batch]
             asked = [needle(name["kind"], 60 * minutes, name["number"]) for name in names]
-            found = [name | row for name, row in zip(names, answers(roomy, images, asked, stride), strict=True)]
+            found = [name | row for name, row in zip(names, answers(roomy, images, asked, every), strict=True)]
             with options.answers.open("a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in found))
             rows += found

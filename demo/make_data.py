@@ -1,6 +1,7 @@
 """Writes the demo's data: pictures, clips and long clips of digits, with questions, in LLaVA format.
 
-    python -m demo.make_data OUT [--pictures N] [--align N] [--clips N] [--long N] [--tests N] [--seed S]
+    python -m demo.make_data OUT [--pictures N] [--align N] [--clips N] [--long N] [--long-seconds S ...] [--long-fps F]
+                                 [--tests N] [--seed S]
 
     OUT/{images,clips,long}/*.png, *.mp4
     OUT/{pretrain,refer,align,instruct,long}.json       training
@@ -15,6 +16,7 @@ import json
 import multiprocessing
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -26,7 +28,6 @@ from llamavid_jax.errors import Parser, command
 from . import digits, questions
 
 CLIP_FPS = 2  # of the files; the loader samples one frame a second
-LONG_FPS = 1
 STILL_SIDE = 48  # pixels: what the model sees of a frame, so that a picture is read fast
 LONG_SECONDS = (30, 60, 60, 120, 120, 240, 600)
 TURNS = {"instruct": 3, "instruct_test": 3, "long": 1, "long_test": 3}
@@ -34,7 +35,9 @@ TURNS = {"instruct": 3, "instruct_test": 3, "long": 1, "long_test": 3}
 WEIGHT = {"digit": 3.0, "count": 1.0, "colour": 1.0, "way": 1.5, "second": 3.0, "after": 3.0, "before": 3.0}
 
 
-def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
+def sample(
+    task: tuple[str, int], folder: Path, seed: int, long_seconds: Sequence[int] = LONG_SECONDS, long_fps: int = 1
+) -> dict:
     """Draws sample `number` of one JSON file, writes its media file and returns its record."""
     name, number = task
     kind, test = name.removesuffix("_test"), name.endswith("_test")
@@ -55,11 +58,11 @@ def sample(task: tuple[str, int], folder: Path, seed: int) -> dict:
         path = f"clips/{name}_{number:05}.mp4"
         write_video(folder / path, scene, CLIP_FPS)
     else:
-        seconds = LONG_SECONDS[-1] if test else int(rng.choice(LONG_SECONDS))
+        seconds = long_seconds[-1] if test else int(rng.choice(long_seconds))
         scene = digits.long_clip(rng, test, seconds)
         asked = questions.long_questions(rng, scene)
         path = f"long/{name}_{number:05}.mp4"
-        write_video(folder / path, scene, LONG_FPS)
+        write_video(folder / path, scene, long_fps)
     chosen = choose(rng, asked, TURNS.get(name, 1))
     if name == "instruct":  # a clip's whole story teaches more than single words do; seldom it is asked for earlier
         chosen[rng.integers(len(chosen)) if rng.random() < 0.25 else -1] = questions.clip_caption(rng, scene)
@@ -126,6 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--align", type=int, default=6000, help="pictures of align.json")
     parser.add_argument("--clips", type=int, default=16000, help="short clips of instruct.json")
     parser.add_argument("--long", type=int, default=800, help="long clips of long.json")
+    parser.add_argument(
+        "--long-seconds", type=int, nargs="+", default=LONG_SECONDS, help="drawn from; held out: the last"
+    )
+    parser.add_argument("--long-fps", type=int, default=1, help="frames a second of the long clips' files")
     parser.add_argument("--review", type=int, default=6400, help="short clips of long.json, which are of instruct.json")
     parser.add_argument(
         "--tests", type=int, default=400, help="held-out short clips, as many pictures, a quarter as many long clips"
@@ -149,7 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     with multiprocessing.Pool(options.processes) as pool:
         for name, count in counts.items():
-            draw = functools.partial(sample, folder=options.out, seed=options.seed)
+            long = {"long_seconds": options.long_seconds, "long_fps": options.long_fps}
+            draw = functools.partial(sample, folder=options.out, seed=options.seed, **long)
             records = pool.map(draw, [(name, number) for number in range(count)], chunksize=16)
             if name == "long":
                 short = range(min(options.review, options.clips))

@@ -22,6 +22,7 @@ from llamavid_jax.inference.generate import (
     BLOCK_STEPS,
     EVIDENCE_TOKENS,
     SMALLEST_LENGTH,
+    DecodeState,
     decode_block,
     evidence,
     extend,
@@ -262,31 +263,40 @@ class Engine:
         return Scores(*(np.concatenate(arrays)[: len(ids)].tolist() for arrays in zip(*made, strict=True)))
 
     def _warm(self) -> None:
-        """Runs every program once: chunks behind each size of prompt, joins, resizes, blocks and evidence of each."""
+        """Runs every program once on what each of the others may leave, whose layouts are programs of their own."""
         eos, width = np.int32(self.model.config.text_config.eos_token_id), self.model.config.text_config.hidden_size
-        weights, rows, state = (self.model.structure, self.model.params), {}, None
+        weights, rows = (self.model.structure, self.model.params), {}
         for size in self.sizes:
             for chunk in CHUNKS:
                 ids = np.zeros((1, chunk), np.int32)
                 columns = ids, np.zeros((1, chunk, width), self.model.dtype), np.full_like(ids, TEXT)
-                prompt = empty_prompts(*weights, 1, size)
-                rows[size] = self._extend(jnp.zeros(1, jnp.int32), prompt, columns, 0, 1, Settings())
+                token, prompt = jnp.zeros(1, jnp.int32), empty_prompts(*weights, 1, size)
+                for _ in range(3):  # the first chunk of a prompt, and those behind another
+                    token, keys, prompt = self._extend(token, prompt, columns, 0, 1, Settings())
+            rows[size] = prompt, token, keys
+
+        def joined(state: DecodeState, size: int) -> DecodeState:
+            return join(state, np.int32(0), *rows[size], np.int32(1))
+
+        def decoded(state: DecodeState, greedy: bool) -> DecodeState:
+            sampling, done = _sampling([Settings()] * self.slots), np.ones(self.slots, bool)
+            return decode_block(*weights, state._replace(done=done), np.int32(0), eos, sampling, greedy=greedy)[0]
+
         for size in self.sizes:
-            state = empty_batch(*weights, self.slots, size, self.room)
-            for other in self.sizes:
-                if other != size:
-                    resized(state, slots=other)
-                if other <= size:
-                    token, keys, prompt = rows[other]
-                    state = join(state, np.int32(0), prompt, token, keys, np.int32(1))
-                    prompt = prompt_of(state, np.int32(0), slots=other)
+            for before in self.sizes:  # what the batch held until a row joined that needs `size`
+                for other in (other for other in self.sizes if other <= size):
+                    for greedy in (True, False):
+                        state = joined(empty_batch(*weights, self.slots, before, self.room), before)
+                        for _ in range(2):
+                            state = resized(joined(state, before), slots=size) if before != size else state
+                            state = decoded(joined(joined(state, other), other), greedy)
+                            prompt = prompt_of(state, np.int32(0), slots=other)
+                            state = decoded(decoded(state, greedy), not greedy)
+                            state = resized(state, slots=before) if before != size else state
             row = Row(np.zeros(1, np.int32), np.full(1, TEXT, np.int32), None)
             self._evidence(row, [], prompt)
             self._scores(row, [0], prompt)
-            for greedy in (True, False):
-                sampling, done = _sampling([Settings()] * self.slots), np.ones(self.slots, bool)
-                state, _ = decode_block(*weights, state._replace(done=done), np.int32(0), eos, sampling, greedy=greedy)
-        jax.block_until_ready(state)
+        jax.block_until_ready(prompt)
 
 
 def _sampling(settings: Sequence[Settings]) -> Sampling:

@@ -82,7 +82,7 @@ def test_a_cpu_beside_pytorch(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "SMALL", dataclasses.replace(cpu.SMALL, **tiny, **heads))
     sizes = {"image_size": 28, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
     monkeypatch.setattr(cpu, "VIT_G", dataclasses.replace(cpu.VIT_G, **sizes))
-    monkeypatch.setattr(cpu, "TOKENS", 40)
+    monkeypatch.setattr(cpu, "TOKENS", 64)
     assert cpu.main(["--rounds", "1"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 3 and all(float(row[-1].strip(" |")) < 1e-5 for row in rows)

@@ -1,6 +1,7 @@
 """The ablation: its variants are models, and what it prints of runs that are there."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -25,16 +26,56 @@ def test_every_variant_has_its_table():
     assert {name for names in ablation.TABLES.values() for name in names} == set(ablation.VARIANTS)
 
 
+def keep(folder, name, accuracy):
+    (folder / "runs/ablation" / name).mkdir(parents=True, exist_ok=True)
+    parts = {"all": {"exact": accuracy, "questions": 9}, "way": {"exact": 1.0, "questions": 3}}
+    (folder / "runs/ablation" / name / "accuracy.json").write_text(json.dumps({"accuracy": parts}))
+
+
 def test_seeds_are_one_line(tmp_path, monkeypatch, capsys):
-    """Runs that are there are not trained again; three seeds give a mean and its standard error."""
+    """Runs that are there are not trained again; seeds give a mean and its standard error, one of other steps does not
+    count, and what is not asked for is in the table all the same."""
     monkeypatch.chdir(tmp_path)
-    for name, values in {"both": (0.8, 0.85, 0.9), "grid2": (0.7, 0.7, 0.7)}.items():
-        for seed, value in enumerate(values):
-            (tmp_path / f"runs/ablation/{name}_{seed}").mkdir(parents=True)
-            found = {"accuracy": {"all": {"exact": value, "questions": 9}, "way": {"exact": 1.0, "questions": 3}}}
-            (tmp_path / f"runs/ablation/{name}_{seed}/accuracy.json").write_text(json.dumps(found))
-    assert ablation.main(["out.png", "--only", "both", "grid:2"]) == 0
+    for seed, value in enumerate((0.8, 0.85, 0.9)):
+        keep(tmp_path, f"both_600_{seed}", value)
+    keep(tmp_path, "both_300_0", 0.1)
+    keep(tmp_path, "grid2_600_0", 0.7)
+    assert ablation.main(["out.png", "--only", "both"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "| both | 2 | 100.0 ± 0.0 | 85.0 ± 2.9 | 1 + 1 | 55.5 | 83.1 | 68.8 | 49.0 |" in lines
-    assert "| grid:2 | 5 | 100.0 ± 0.0 | 70.0 ± 0.0 | 1 + 4 | 56.2 | 83.5 | 68.7 | 49.1 |" in lines
+    assert "| both | 2 | 3 | 100.0 ± 0.0 | 85.0 ± 2.9 | 1 + 1 | 55.5 | 83.1 | 68.8 | 49.0 |" in lines
+    assert "| grid:2 | 5 | 1 | 100.0 | 70.0 | 1 + 4 | 56.2 | 83.5 | 68.7 | 49.1 |" in lines
     assert (tmp_path / "out.png").stat().st_size > 5000
+
+
+def test_what_is_run(tmp_path, monkeypatch):
+    """The shared stages once, then for each seed a training and its questions; all but the tower trains."""
+    monkeypatch.chdir(tmp_path)
+    for file in (ablation.MODEL, ablation.STAGES):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).symlink_to(ROOT / file)
+    ran = []
+
+    def run(*arguments):
+        ran.append(arguments)
+        if arguments[0] == "train.py":
+            (output,) = (Path(value) for value in overrides(arguments, "output"))
+            (output / "model").mkdir(parents=True)
+        if "split_chat" in arguments:
+            Path(arguments[4]).write_text(json.dumps([{"id": "7", "video": "clips/a.mp4", "conversations": []}]))
+        if "--json" in arguments:
+            keep(tmp_path, Path(arguments[-1]).parent.name, 0.5)
+
+    monkeypatch.setattr(ablation, "run_python", run)
+    assert ablation.main(["out.png", "--only", "both", "bert", "--seeds", "2", "--steps", "9"]) == 0
+    trained = [arguments for arguments in ran if arguments[0] == "train.py"]
+    stages = [Path(arguments[2]).stem for arguments in trained]
+    each = ["stage0_refer", "stage1_align", "stage2_instruct"]
+    assert stages == ["stage0_pretrain", *each, *each, "stage2_instruct", "stage2_instruct"]
+    assert all(overrides(arguments, "trainable.vision.*") == ["False"] for arguments in trained)
+    assert [seed for arguments in trained for seed in overrides(arguments, "data.seed")] == ["0", "0", "1", "1"]
+    (record,) = json.loads((tmp_path / "runs/ablation/questions.json").read_text())
+    assert record == {"id": "7", "conversations": [], "features": "features/a.mp4.safetensors"}
+
+
+def overrides(arguments, name):
+    return [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{name}=")]

@@ -43,14 +43,14 @@ def test_needles(kind, counts):
     assert seen == counts
 
 
-@pytest.mark.parametrize("stride", [1, 7])
-def test_repeated_tokens_are_the_whole_film_s(shipped, stride):
+@pytest.mark.parametrize("every", [1.0, 2.5, 7.0])
+def test_repeated_tokens_are_the_whole_film_s(shipped, every):
     model, images = shipped
     one = length.needle("order", 60, 3)
-    frames = np.stack([digits.frame(one.scene, second) for second in range(0, 60, stride)])
+    frames = np.stack([digits.frame(one.scene, second) for second in np.arange(0, 60, every)])
     (pixels,) = images(videos=frames)["pixel_values"]
     whole = model.visual_tokens(pixels, [one.question])[0]
-    np.testing.assert_allclose(length.film_tokens(model, images, one, stride), whole, atol=1e-5)
+    np.testing.assert_allclose(length.film_tokens(model, images, one, every), whole, atol=1e-5)
 
 
 def test_beyond_the_positions(shipped):
@@ -85,8 +85,9 @@ def test_a_run_goes_on(tmp_path, capsys):
     ]
     assert [row["tokens"] for row in rows] == [120] * 3 + [1200] * 3 and all(row["peak_mb"] > 100 for row in rows)
     assert rows[0]["truth"] == rows[0]["answer"]
+    assert [row["every"] for row in rows] == [1] * 3 + [2] * 3
     assert length.main([*arguments, "--questions", "2"]) == 0
     assert file.read_text().startswith(first) and len(file.read_text().splitlines()) == 12
     table = capsys.readouterr().out
-    assert "| 1 min | – | 120 | 100 % ± 0 (2) |" in table and "| 20 min | thin | 1,200 |" in table
+    assert "| 1 min | 1 s | – | 120 | 100 % ± 0 (2) |" in table and "| 20 min | 2 s | thin | 1,200 |" in table
     assert (tmp_path / "a.png").stat().st_size > 5000

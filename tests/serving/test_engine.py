@@ -2,9 +2,11 @@
 
 import queue
 
+import jax
 import numpy as np
 import pytest
 
+from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.serving import engine as module
 from llamavid_jax.serving.jobs import Job
@@ -143,3 +145,34 @@ def test_nothing_compiles_once_it_is_warm(tiny_model, engine):
         engine.submit(asked.job)
         asked.text()
     assert [program._cache_size() for program in programs] == before
+
+
+def test_every_program_is_made_at_the_start(checkpoint):
+    """Else the first row that needs one waits for its compiler, and all others with it: minutes, with a large model.
+
+    Of a model that was read from disk: its arrays are bound to their devices, and programs differ by that.
+    """
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    engine, made = module.Engine(model, slots=3, max_new_tokens=16), []
+    engine.start()
+
+    def heard(name, *_, **about):
+        if name.endswith("backend_compile_duration"):
+            made.append(about)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        for number, (length, visuals) in enumerate([*SHAPES, (20, 0), *SHAPES[::-1]]):
+            settings = {"temperature": number % 3 / 2, "seed": number, "max_new_tokens": 16}
+            own, table = row(number, length, visuals, model.config.text_config.hidden_size)
+            asked = [Asked(own, table, **settings) for _ in range(1 + number % 2)]
+            for one in asked:
+                one.job.evidence = one.job.scores = number % 2 == 0
+                engine.submit(one.job)
+            if number % 4 != 1:  # else the next one joins while it runs
+                for one in asked:
+                    one.text()
+        assert not made
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+        engine.stop()
