@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from llamavid_jax import buckets, copies
+from llamavid_jax import buckets, copies, uploads
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
@@ -35,6 +35,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         partial = buckets.root() / "partial" / place.relative_to(buckets.root())
         for parent in (place.parent, partial.parent):
             parent.mkdir(parents=True, exist_ok=True)
+        uploads.discard_unfinished(place)
         copies.fetch(place)
     if not place.parent.is_dir():
         raise CheckpointError(f"{place.parent} does not exist; make it first")
@@ -49,7 +50,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         try:
             yield partial
             os.rename(partial, place)
-            buckets.send(place, last="config.json")
+            uploads.send_folder(place, last="config.json")
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             if in_bucket:

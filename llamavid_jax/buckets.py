@@ -1,24 +1,21 @@
 """Buckets: what gs:// and s3:// name has a place on the local disk, where all else reads and writes plain files.
 
-    gs://bucket/data/chat.json ── place ──▶ FOLDER/gs/bucket/data/chat.json ── fetch ──▶ there, as the bucket has it
-                               ◀── send ──                                             a whole object, or none
+    gs://bucket/data/chat.json ── place ──▶ FOLDER/gs/bucket/data/chat.json
 
 FOLDER is `LLAMAVID_BUCKETS`, else `~/.cache/llamavid_jax/buckets`.  The bucket is right where it and a place differ.
-`copies.py` fetches.
+`copies.py` fetches what is there, `uploads.py` sends what is written here.
 
 fsspec with gcsfs (extra `gcs`), for Orbax reaches buckets by it as well, and s3fs is the same to it; arrays go through
 TensorStore, which both have.  Both try again for half a minute when a bucket is away; then it is an OutageError.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import re
-import shutil
-import threading
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,129 +115,6 @@ def files_below(folder: Path) -> list[str]:
     ]
 
 
-def send(path: Path, last: str = "") -> None:
-    """Puts a file into its bucket, or all files below a folder, the one called `last` behind the others.
-
-    What is here is then a copy like those that were fetched.  Nothing is done where `path` is no place of a bucket.
-    """
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    for file in sorted(files, key=lambda file: file.name == last) if url(path) else ():
-        put(file)
-        file.chmod(0o444)
-
-
-def put(file: Path) -> None:
-    """Puts a file into its bucket and keeps it, as it may grow; nothing is done where `file` is no place of one."""
-    if (address := url(file)) is not None:
-        with asked(address) as (store, key):
-            store.put_file(str(file), key)
-            os.utime(file, ns=(time.time_ns(), status_of(store.info(key)).time))
-
-
-def delete(folder: Path, first: str = "") -> None:
-    """Deletes what is below a folder, here and in its bucket; the file called `first` before all others."""
-    with asked(url(folder)) as (store, key):
-        for name in sorted(listing(folder), key=lambda name: name != first):
-            store.rm_file(f"{key}/{name}")
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove(file: Path) -> None:
-    """Deletes a file, here and in its bucket; there may be none."""
-    file.unlink(missing_ok=True)
-    if url(file) and kind(file):
-        with asked(url(file)) as (store, key):
-            store.rm_file(key)
-
-
-def move(source: Path, target: Path) -> None:
-    """Renames a folder in its bucket, object by object."""
-    delete(target)
-    with asked(url(source)) as (store, key):
-        for name in listing(source):
-            store.cp_file(f"{key}/{name}", f"{url(target).partition('://')[2]}/{name}")
-    delete(source)
-
-
-class Claim:
-    """A file that says who writes a folder: the newest one holds, and whoever wrote it before sees that.
-
-    It takes the place of a lock, which nobody would release for a process that was killed.
-    """
-
-    def __init__(self, file: Path):
-        self.file, self._version = file, status(file)
-
-    def holder(self) -> str:
-        """Who wrote it since; empty where nobody did."""
-        with contextlib.suppress(FileNotFoundError):
-            if status(self.file) == self._version:
-                return ""
-        with asked(url(self.file)) as (store, key):
-            return store.cat_file(key).decode(errors="replace").strip()
-
-
-@contextlib.contextmanager
-def sending(
-    folder: Path,
-    mine: Callable[[str], bool] = lambda name: True,
-    report: Callable[[str], None] | None = None,
-    taken: Callable[[], str] = str,
-    every: float = 30.0,
-) -> Iterator[Callable[[], None]]:
-    """While the block runs, files below `folder` that are written here and are `mine(name)` go to its bucket.
-
-    They go now and then, at the block's end, and when what is yielded is called; once it is `taken` by others, none.
-    Names that begin with a point stay.  A failure is told to `report`, once; without one it ends the block.
-    """
-    if url(folder) is None:
-        yield lambda: None
-        return
-    sent: dict[Path, tuple[int, int]] = {}
-    over, one_at_a_time, failed = threading.Event(), threading.Lock(), []
-
-    def changed() -> Iterator[Path]:
-        for file in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
-            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-            if not is_hidden and not file.name.endswith(".lock") and mine(file.name) and file.is_file():
-                found = file.stat()
-                if found.st_mode & 0o200 and sent.get(file) != (found.st_size, found.st_mtime_ns):
-                    yield file
-
-    def send_changed() -> None:
-        with one_at_a_time:
-            for file in () if taken() else changed():
-                put(file)
-                found = file.stat()
-                sent[file] = found.st_size, found.st_mtime_ns
-
-    def tried(quietly: bool = False) -> None:
-        try:
-            send_changed()
-        except (InputError, OutageError, OSError) as error:
-            if report is None and not quietly:
-                raise
-            if report is not None and not failed:
-                failed.append(error)
-                report(f"{folder}: logs cannot be sent ({error}); the run goes on without them")
-
-    def now_and_then() -> None:
-        while not over.wait(every):
-            tried(quietly=True)
-
-    for file in folder.iterdir() if folder.is_dir() else [folder]:
-        if mine(file.name) and file.is_file():
-            file.chmod(0o644)  # it was fetched, and goes on
-    thread = threading.Thread(target=now_and_then, daemon=True)
-    thread.start()
-    try:
-        yield tried
-    finally:
-        over.set()
-        thread.join()
-        tried()
-
-
 def root() -> Path:
     given = os.environ.get("LLAMAVID_BUCKETS") or "~/.cache/llamavid_jax/buckets"
     return Path(os.path.realpath(os.path.expanduser(given)))
@@ -285,6 +159,12 @@ def asked(address: str) -> Iterator[tuple[Any, str]]:
 
 
 def file_system(scheme: str) -> Any:
+    """One for all threads of a process; fsspec itself makes one for each."""
+    return _file_system(scheme, os.getpid())
+
+
+@functools.cache
+def _file_system(scheme: str, process: int) -> Any:
     try:
         import fsspec
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamavid_jax import buckets, copies
+from llamavid_jax import buckets, copies, uploads
 from llamavid_jax.errors import CheckpointError, InputError
 
 PACKAGE = Path(__file__).parent
@@ -79,7 +79,7 @@ def write_files(directory: str | Path, files: Mapping[str, bytes]) -> None:
             for name, content in files.items():
                 Path(aside, name).write_bytes(content)
                 os.replace(Path(aside, name), folder / name)
-                buckets.put(folder / name)
+                uploads.put(folder / name)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror}); give a folder that can") from None
 

@@ -73,28 +73,32 @@ class Faulty(RequestHandler):
     """The emulator's handler, which one request at a time goes through."""
 
     bucket: Bucket
-    one_at_a_time = threading.Lock()
+    one_at_a_time, counting = threading.Lock(), threading.Lock()
 
     def parse_request(self) -> bool:
         if not super().parse_request():
             return False
         line = f"{self.command} {self.path}"
         self.bucket.seen.append(line)
-        for fault in self.bucket.faults:
-            what, how, times = fault
-            if times and what.search(line):
-                fault[2] -= 1
-                if how == "reset":
-                    self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 100))
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.connection.close()
-                    return False
-                if isinstance(how, float):
-                    time.sleep(how)
-                    break
-                self.refuse(how)
-                return False
-        return True
+        how = self.fault(line)
+        if isinstance(how, int):
+            self.refuse(how)
+        elif how == "reset":
+            self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 100))
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        else:
+            time.sleep(how)
+        return isinstance(how, float)
+
+    def fault(self, line: str) -> int | float | str:
+        with self.counting:
+            for fault in self.bucket.faults:
+                what, how, times = fault
+                if times and what.search(line):
+                    fault[2] -= 1
+                    return how
+        return 0.0
 
     def handle(self) -> None:
         with contextlib.suppress(OSError, ValueError):

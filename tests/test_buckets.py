@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from bucket import NAME, emulated
 
-from llamavid_jax import buckets, copies
+from llamavid_jax import buckets, copies, uploads
 from llamavid_jax.errors import InputError, OutageError, printable
 from llamavid_jax.files import find, local, write_files
 
@@ -167,11 +167,83 @@ def test_it_is_said_in_one_line(bucket, monkeypatch):
         write_files(f"gs://{NAME}/out", {"a": b""})
 
 
+@pytest.fixture
+def folder(bucket) -> Path:
+    """A model that is to be sent."""
+    folder = local(f"gs://{NAME}/model")
+    (folder / "weights").mkdir(parents=True)
+    for name in ("a.json", "config.json", *(f"weights/{number}" for number in range(20))):
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_a_folder_is_sent(bucket, folder):
+    """Many files at once, config.json behind them all, and what tells that it is not finished before them."""
+    puts = []
+    whole = bucket.store.put_file
+
+    def put_file(file, key):
+        puts.append(Path(file).name)
+        assert bucket.store.exists(f"{NAME}/model/{uploads.UNFINISHED}")
+        time.sleep(0.1)
+        whole(file, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bucket.store, "put_file", put_file)
+        began = time.monotonic()
+        uploads.send_folder(folder, last="config.json")
+    assert time.monotonic() - began < 0.1 * len(puts), "one after another"
+    assert puts[-1] == "config.json" and len(puts) == 22
+    assert bucket.files("model") == {name: name.encode() for name in bucket.files("model")}
+    assert bucket.files("model").keys() == set(buckets.files_below(folder)) and len(bucket.files("model")) == 22
+    uploads.delete(folder, first="config.json")
+    deleted = [line for line in bucket.seen if line.startswith("DELETE")]
+    assert "config.json" in deleted[1] and not bucket.files("model")  # the first one is UNFINISHED's, when it was sent
+
+
+def test_one_that_cannot_be_sent_ends_it(bucket, folder):
+    bucket.fail("POST .*upload", 0.0, times=5)
+    bucket.fail("POST .*upload", 403, times=1)
+    with pytest.raises(InputError, match=r"^gs://films/model/.* may not be used"):
+        uploads.send_folder(folder, last="config.json")
+    assert "config.json" not in bucket.files("model") and uploads.UNFINISHED in bucket.files("model")
+
+
+def test_what_a_killed_process_left(bucket, folder):
+    """It goes; not so where other files are among it, or where nothing says that it is that."""
+    bucket.fail("POST .*upload", 0.0, times=5)
+    bucket.fail("POST .*upload", 403, times=1)
+    with pytest.raises(InputError):
+        uploads.send_folder(folder, last="config.json")
+    put(bucket, "model/notes.txt", b"of somebody")
+    uploads.discard_unfinished(folder)
+    assert {"notes.txt", uploads.UNFINISHED} < bucket.files("model").keys() and folder.is_dir()
+    bucket.store.rm_file(f"{NAME}/model/notes.txt")
+    uploads.discard_unfinished(folder)
+    assert not bucket.files("model") and not folder.exists()
+    put(bucket, "model/a.json", b"of somebody")
+    uploads.discard_unfinished(folder)
+    assert bucket.files("model") == {"a.json": b"of somebody"}
+
+
+def test_who_was_taken_over_finishes_nothing(bucket, folder):
+    """Another process took this one for a killed one: half of each would be no model."""
+
+    def put(file):
+        bucket.store.pipe_file(f"{NAME}/model/{uploads.UNFINISHED}", b"7 on another\nconfig.json")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uploads, "put", put)
+        with pytest.raises(InputError, match=r"model was taken over by another process \(7 on another\)"):
+            uploads.send_folder(folder, last="config.json")
+    assert bucket.files("model").keys() == {uploads.UNFINISHED}
+
+
 def test_logs_are_sent_as_they_grow(bucket):
     put(bucket, "run/metrics.jsonl", b"1\n")
     folder = find(f"gs://{NAME}/run")
     (folder / ".lock").write_text("held here")
-    with buckets.sending(folder, lambda name: name != "of-another.jsonl") as send:
+    with uploads.sending(folder, lambda name: name != "of-another.jsonl") as send:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write("2\n")
         (folder / "of-another.jsonl").write_text("")
@@ -186,7 +258,7 @@ def test_logs_that_cannot_be_sent_end_no_run(bucket):
     said, folder = [], local(f"gs://{NAME}/run")
     folder.mkdir(parents=True)
     bucket.fail("POST .*upload", 403, times=9)
-    with buckets.sending(folder, report=lambda text: said.append(printable(text))) as send:
+    with uploads.sending(folder, report=lambda text: said.append(printable(text))) as send:
         (folder / "metrics.jsonl").write_text("1")
         send()
         send()
@@ -196,10 +268,10 @@ def test_logs_that_cannot_be_sent_end_no_run(bucket):
 
 
 def test_the_newest_claim_holds(bucket):
-    first = buckets.Claim(put(bucket, "run/.owner", b"1 on a\n"))
+    first = uploads.Claim(put(bucket, "run/.owner", b"1 on a\n"))
     assert first.holder() == ""
-    second = buckets.Claim(put(bucket, "run/.owner", b"2 on b\n"))
+    second = uploads.Claim(put(bucket, "run/.owner", b"2 on b\n"))
     assert first.holder() == "2 on b" and second.holder() == ""
-    with buckets.sending(local(f"gs://{NAME}/run"), taken=first.holder):
+    with uploads.sending(local(f"gs://{NAME}/run"), taken=first.holder):
         (find(f"gs://{NAME}/run") / "metrics.jsonl").write_text("the older run's")
     assert bucket.files("run").keys() == {".owner"}

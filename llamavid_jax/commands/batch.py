@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llamavid_jax import buckets
+from llamavid_jax import buckets, uploads
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import (
     add_cache,
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [row for row in rows if places[row.videos, row.images] % count == index]
     if buckets.url(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(out.with_name(f".{out.name}.lock"), str(out)), buckets.sending(find(out)):
+    with locked(out.with_name(f".{out.name}.lock"), str(out)), uploads.sending(find(out)):
         return _run(options, images, rows, Answers(out, rows))
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamavid_jax import buckets
+from llamavid_jax import buckets, uploads
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import add_fps, add_model, add_transcribe, check_fps, load_model
 from llamavid_jax.commands.processes import add_shard, own_shard, read_shard
@@ -158,10 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     extract, failures = Extractor(options, load_model(options), images), 0
     try:
         out.mkdir(parents=True, exist_ok=True)
-        buckets.remove(log)
+        uploads.remove(log)
     except OSError as error:
         raise InputError(f"{out} cannot be written to ({error.strerror}); give a folder that can") from None
-    with buckets.sending(log):
+    with uploads.sending(log):
         for number, (name, video) in enumerate(videos, 1):
             started = time.perf_counter()
             try:

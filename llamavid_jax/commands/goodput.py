@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw
 
-from llamavid_jax import buckets
+from llamavid_jax import buckets, uploads
 from llamavid_jax.errors import InputError, Parser, command
 from llamavid_jax.files import find, local
 from llamavid_jax.inference.draw import clock
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             if buckets.url(options.picture):
                 options.picture.parent.mkdir(parents=True, exist_ok=True)
             draw(spans(rows), totals).save(options.picture)
-            buckets.put(options.picture)
+            uploads.put(options.picture)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{options.picture} cannot be written ({error}); give a file such as goodput.png"

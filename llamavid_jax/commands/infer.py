@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from rich.text import Text
 
-from llamavid_jax import buckets
+from llamavid_jax import buckets, uploads
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import (
     add_cache,
@@ -229,7 +229,7 @@ def draw_evidence(session: Any, question: str, answer: Any, file: str) -> None:
     file = file if number < 2 else f"{stem}-{number}.png"
     try:
         draw(session, question, answer).save(file)
-        buckets.put(Path(file))
+        uploads.put(Path(file))
     except OSError as error:
         raise InputError(f"{file} cannot be written ({error.strerror}); give another --evidence FILE.png") from None
     say(f"{file}: what the answer rests on")

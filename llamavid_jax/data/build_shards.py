@@ -26,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llamavid_jax.buckets import send
 from llamavid_jax.copies import fetch
 from llamavid_jax.data.examples import file_header
 from llamavid_jax.data.record import Record, as_utf8
@@ -38,6 +37,7 @@ from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.video import read_timeline
 from llamavid_jax.text.subtitles import subtitle_text
+from llamavid_jax.uploads import discard_unfinished, send_folder
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
 MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
@@ -62,6 +62,7 @@ def build(
 
     source, out = find(source), local(out).absolute()
     media = local(media) if media else source.parent
+    discard_unfinished(out)
     fetch(out)
     if source.is_dir():
         raise InputError(f"{source} is a folder; give a .json or .jsonl file")
@@ -85,7 +86,7 @@ def build(
             }
             (written / MANIFEST).write_text(json.dumps(manifest, indent=1))
             written.rename(out)
-            send(out, last=MANIFEST)
+            send_folder(out, last=MANIFEST)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error}); it was not made: run the same again") from None
     return manifest

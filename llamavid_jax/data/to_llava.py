@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamavid_jax import buckets
+from llamavid_jax import buckets, uploads
 from llamavid_jax.data.record import DataError
 from llamavid_jax.data.records import PICKLES, JsonRows
 from llamavid_jax.errors import Parser, command
@@ -189,7 +189,7 @@ def write_records(path: str | Path, records: Iterable[Mapping[str, Any]], skippe
             if not count:
                 raise DataError(f"{path} would hold no record: {_left_out(skipped) or 'the source is empty'}")
             os.replace(aside, path)
-            buckets.send(path)
+            uploads.send(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}); give another place") from None
     return count

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from llamavid_jax import buckets
+from llamavid_jax import buckets, uploads
 from llamavid_jax.commands import program
 from llamavid_jax.commands.processes import add_processes, check_processes, own_shard
 from llamavid_jax.errors import InputError, Parser, command, printable, say
@@ -227,7 +227,7 @@ def score(arguments: list[str]) -> int:
 
 
 def scored(out: Path, like_original: bool | None, options: argparse.Namespace) -> dict[str, Any]:
-    with buckets.sending(out):  # the judge's replies
+    with uploads.sending(out):  # the judge's replies
         return score_folder(out, like_original, judge_of(options, out))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamavid_jax import buckets
+from llamavid_jax import uploads
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.items import Row
 from llamavid_jax.files import find, locked, write_files
@@ -78,7 +78,7 @@ def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry
             raise InputError(f"{path.parent} cannot be made ({error.strerror}); give another --out") from None
         exits.enter_context(locked(path.with_suffix(".lock"), str(path)))
         find(path)
-        exits.enter_context(buckets.sending(path))
+        exits.enter_context(uploads.sending(path))
         before, rows, whole = read_rows(path) if path.exists() else ({}, [], 0)
         if before:
             check_same(before, header, path)

@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from llamavid_jax import buckets
+from llamavid_jax import buckets, uploads
 from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.errors import CheckpointError, InputError, OutageError, first_line
 from llamavid_jax.files import find, locked, write_files
@@ -235,7 +235,7 @@ class RunCheckpoints:
             for step in steps:
                 folder, aside = self.directory / str(step), self.directory / f"damaged-{step}"
                 if buckets.url(folder):
-                    buckets.move(folder, aside)
+                    uploads.move(folder, aside)
                 else:
                     shutil.rmtree(aside, ignore_errors=True)
                     folder.rename(aside)
@@ -262,7 +262,7 @@ def only_run(output: Path) -> Iterator[Callable[[], str]]:
                 problem = str(error)
         if on_any(problem):
             raise CheckpointError(problem or f"output, {output}, is in use by another run; process 0 says by which")
-        yield buckets.Claim(output / OWNER).holder if buckets.url(output) else str
+        yield uploads.Claim(output / OWNER).holder if buckets.url(output) else str
 
 
 class _DamagedError(Exception):

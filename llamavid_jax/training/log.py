@@ -16,9 +16,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from llamavid_jax.buckets import remove
 from llamavid_jax.errors import InputError, OutageError
 from llamavid_jax.files import write_files
+from llamavid_jax.uploads import remove
 
 
 class Log:

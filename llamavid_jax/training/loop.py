@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import yaml
 
-from llamavid_jax import buckets
+from llamavid_jax import buckets, uploads
 from llamavid_jax.data.plan import describe
 from llamavid_jax.errors import ConfigError
 from llamavid_jax.files import find, local, write_files
@@ -78,7 +78,7 @@ def train(
         check_tracker(loop.tracker)
         make_output(output)
         taken = exits.enter_context(only_run(output))
-        send_logs = exits.enter_context(buckets.sending(output, _is_own, report, taken))
+        send_logs = exits.enter_context(uploads.sending(output, _is_own, report, taken))
         goodput = Goodput(output, report)
         exits.enter_context(jax.set_mesh(mesh))
         preemption = exits.enter_context(Preemption())

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llamavid_jax import buckets
+from llamavid_jax import buckets, uploads
 from llamavid_jax.checkpoints.adapter import save_adapter
 from llamavid_jax.checkpoints.weights import load_weights, parse_dtype, save_part, save_weights
 from llamavid_jax.errors import InputError
@@ -83,7 +83,7 @@ def replaced(folder: Path) -> Iterator[Path]:
     try:
         if first:
             if in_bucket:
-                buckets.delete(folder, first="config.json")
+                uploads.delete(folder, first="config.json")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         multihost_utils.sync_global_devices(f"{aside} made")

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,6 +211,29 @@ def test_conversion_both_ways(bucket: Bucket, here, capsys):
     bucket.fail("POST .*upload", 403)
     assert torch_to_jax.main([source, f"{bucket.url}/failed"]) == 2
     assert not bucket.files("failed") and "gs://films/failed/" in capsys.readouterr().err
+
+
+def test_what_a_killed_conversion_left(bucket: Bucket, here, env, capsys):
+    """kill -9 in the middle of the upload: the same command makes it whole; a folder of other things stays."""
+    out = f"{bucket.url}/killed"
+    command = [sys.executable, "-m", "conversion.torch_to_jax", str(ORIGINAL), out]
+    before = len(bucket.seen)
+    bucket.fail("POST .*upload", 0.0, times=5)
+    bucket.fail("POST .*upload", 1e6, times=10**6)  # these never end
+    killed = start(command, env | {"LLAMAVID_BUCKETS": str(here / "host")})
+    until(lambda: sum("POST /upload" in line for line in bucket.seen[before:]) > 5, killed)
+    killed.kill()
+    killed.communicate()
+    bucket.faults.clear()
+    assert 1 < len(bucket.files("killed")) < 6 and "config.json" not in bucket.files("killed")
+
+    bucket.store.pipe_file(f"{NAME}/killed/notes.txt", b"of somebody")
+    assert torch_to_jax.main(command[-2:]) == 2 and "exists and is not empty" in capsys.readouterr().err
+    bucket.store.rm_file(f"{NAME}/killed/notes.txt")
+    assert torch_to_jax.main(command[-2:]) == 0
+    assert torch_to_jax.main([str(ORIGINAL), str(here / "whole")]) == 0
+    assert load_all(bucket.get("killed", here / "killed")) == load_all(here / "whole")
+    assert torch_to_jax.main(command[-2:]) == 2, "it is there now"
 
 
 COMMANDS = {
