@@ -1,4 +1,7 @@
-"""A bucket on this machine: an emulator in memory, and what may befall its requests."""
+"""A bucket on this machine: an emulator in memory, and what may befall its requests.
+
+`python -m tests.bucket FOLDER` is one, which says the variables that lead to it.
+"""
 
 import contextlib
 import functools
@@ -6,6 +9,7 @@ import logging
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -105,9 +109,9 @@ class Faulty(RequestHandler):
             super().handle()
 
     def answer(self, method: str) -> None:
-        """As the emulator does, but heeds conditions and a listing's range, and says which version of an object it has.
+        """As the emulator does, but heeds conditions, and says which version of an object it has.
 
-        TensorStore needs all three: threads add to the one manifest of a checkpoint's arrays.
+        TensorStore needs both: threads add to the one manifest of a checkpoint's arrays.
         """
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         name = query["name"][0] if "name" in query else unquote(path.partition("/o/")[2])
@@ -118,7 +122,6 @@ class Faulty(RequestHandler):
             if version != "0" and query.get("ifGenerationNotMatch") == [version]:
                 return self.refuse(304)
             self.version = version
-            self.storage.span = query.get("startOffset", [""])[0], query.get("endOffset", ["\U0010ffff"])[0]
             getattr(super(), f"do_{method}")()
 
     def refuse(self, status: int) -> None:
@@ -138,17 +141,12 @@ for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
 class Objects(Storage):
     """The emulator's objects; versions are numbered as Google does, in microseconds, and no two are the same."""
 
-    newest, span = 0, ("", "")  # the last version; which names are listed
+    newest = 0
 
     def create_file(self, bucket_name, file_name, content, file_obj, file_id=None) -> None:
         self.newest = max(self.newest + 1, time.time_ns() // 1000)
         file_obj["generation"] = str(self.newest)
         super().create_file(bucket_name, file_name, content, file_obj, file_id)
-
-    def get_file_list(self, *arguments, **options) -> tuple[list, list]:
-        start, end = self.span
-        files, folders = super().get_file_list(*arguments, **options)
-        return [one for one in files if start <= one["name"] < end], [name for name in folders if start <= name < end]
 
     def _write_config_to_file(self) -> None:
         """Nothing: it would be the whole listing again for each object."""
@@ -173,3 +171,9 @@ def emulated(places: Path) -> Iterator[Bucket]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":
+    with emulated(Path(sys.argv[1])) as bucket:
+        print(*(f"export {name}={value}" for name, value in bucket.env.items()), sep="\n", flush=True)
+        threading.Event().wait()

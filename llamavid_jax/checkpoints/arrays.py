@@ -44,13 +44,14 @@ class Arrays(Mapping):
         self._opened: dict[str, tensorstore.TensorStore] = {}
         try:
             if buckets.url(self.folder):
-                keys = _keys(file_store(self.folder))
+                keys = list(buckets.listing(self.folder))
             else:
                 keys = [f"{file.parent.name}/{file.name}" for name in DRIVERS for file in folder.glob(f"*/{name}")]
             # Orbax's own form: many arrays in a file
             self.ocdbt = "manifest.ocdbt" in keys or (folder / "manifest.ocdbt").is_file()
             if self.ocdbt:
-                keys = _keys(self._place(""))
+                listed = tensorstore.KvStore.open(self._place("")).result().list().result()
+                keys = [key.decode() for key in listed]
         except (ValueError, OSError) as error:
             raise self._damaged(error) from error
         parts = (key.rpartition("/") for key in keys)
@@ -173,10 +174,6 @@ async def _all(writes: Iterable[Awaitable]) -> None:
     for done in await asyncio.gather(*writes, return_exceptions=True):
         if isinstance(done, BaseException):
             raise done
-
-
-def _keys(place: Mapping[str, Any]) -> list[str]:
-    return [key.decode() for key in tensorstore.KvStore.open(place).result().list().result()]
 
 
 def file_store(folder: Any) -> dict[str, Any]:
