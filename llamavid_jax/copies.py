@@ -8,12 +8,14 @@ about `LLAMAVID_BUCKETS_SIZE` GB (100); those go first that were not used for lo
 
 import base64
 import contextlib
+import fcntl
 import mimetypes
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from llamavid_jax.errors import InputError, OutageError
 LARGE = 64 << 20  # bytes of a file that comes only when it is asked for by its own name
 FRESH = 5.0  # seconds for which the bucket is not asked again
 LEFT_OVER = 24 * 3600.0  # seconds
+LOCKS = 256  # files
 TRIES = 3  # of a download whose object changes meanwhile
 _seen: dict[str, float] = {}
 _unswept = float("inf")  # bytes fetched since the copies were counted
@@ -96,20 +99,42 @@ def _is_medium(name: str) -> bool:
 
 
 def _bring(store: Any, key: str, path: Path, info: dict[str, Any]) -> None:
-    """Fetches an object to `path`, written aside and renamed, where that is not what is there already."""
-    global _unswept
+    """Fetches an object to `path` where that is not what is there already."""
+    if _is_there(path, info):
+        return
+    if info["size"] > limit():
+        raise InputError(f"{path} has {info['size']} bytes, more than LLAMAVID_BUCKETS_SIZE; raise that")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(path):
+        if not _is_there(path, info):
+            _download(store, key, path, info)
+
+
+def _is_there(path: Path, info: dict[str, Any]) -> bool:
     with contextlib.suppress(OSError):
         found = path.stat()
         if (found.st_size, found.st_mtime_ns) == status_of(info):
             os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
-            return
-    if info["size"] > limit():
-        raise InputError(f"{path} has {info['size']} bytes, more than LLAMAVID_BUCKETS_SIZE; raise that")
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Of all threads and processes of this host that want a file one fetches it, and the others wait for that."""
+    with (root() / f".lock-{zlib.crc32(os.fsencode(path)) % LOCKS}").open("w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _download(store: Any, key: str, path: Path, info: dict[str, Any]) -> None:
+    """Written aside and renamed."""
+    global _unswept
     _unswept += info["size"]
     if _unswept > limit() / 20:
         _sweep(info["size"])
         _unswept = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root(), prefix=".fetch-") as folder:
         aside = Path(folder, "object")
         for _ in range(TRIES):

@@ -100,7 +100,7 @@ def test_copies_are_bounded(bucket, monkeypatch):
 
 
 def test_many_at_once(bucket):
-    """Threads stand for processes: each download has a folder of its own."""
+    """Threads stand for processes: one of them fetches it."""
     content = os.urandom(1 << 20)
     path, found = put(bucket, "film.mp4", content), []
     threads = [threading.Thread(target=lambda: found.append(find(path).read_bytes())) for _ in range(6)]
@@ -109,6 +109,7 @@ def test_many_at_once(bucket):
     for thread in threads:
         thread.join()
     assert found == [content] * 6
+    assert sum("/download/" in line for line in bucket.seen) == 1
     assert not list(Path(bucket.env["LLAMAVID_BUCKETS"]).glob(".fetch-*"))
 
 

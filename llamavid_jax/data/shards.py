@@ -6,7 +6,9 @@ megabytes instead of all of them.  `manifest.json` beside them says what the fol
 complete and is refused.  TensorFlow is not needed and not imported.
 """
 
+import bisect
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -163,11 +165,17 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
 
     def _file(self, split: str, index: int) -> Path:
         """The shard that sample `index` is in."""
-        for instruction in self._builder.info.splits[split].file_instructions:
-            if index < instruction.take:
-                return Path(instruction.filename)
-            index -= instruction.take
-        return self.folder / INFO  # which counts fewer
+        ends, files = self._parts[split]
+        return [*files, self.folder / INFO][bisect.bisect_right(ends, index)]  # INFO where that counts fewer
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, tuple[list[int], list[Path]]]:
+        """Of each split the shards, and which sample each ends before."""
+        splits = {split: self._builder.info.splits[split].file_instructions for split in SPLITS}
+        return {
+            split: (list(itertools.accumulate(part.take for part in parts)), [Path(part.filename) for part in parts])
+            for split, parts in splits.items()
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "_length": self._length}

@@ -172,8 +172,10 @@ def test_data(bucket: Bucket, disk, model, here, capsys):
     data = f"{bucket.url}/data set/data.json"
     assert validate.main([data, "--json", f"{bucket.url}/out/report.json"]) == 0
     assert json.loads(bucket.files("out")["report.json"])["broken"] == []
-    assert build_shards.main([data, f"{bucket.url}/shards"]) == 0
-    assert list(bucket.files("shards"))[-1:] and "manifest.json" in bucket.files("shards")
+    bucket.fail("POST .*upload", 0.0, times=3)
+    bucket.fail("POST .*upload", 403)
+    assert build_shards.main([data, f"{bucket.url}/shards"]) == 2 and "manifest.json" not in bucket.files("shards")
+    assert build_shards.main([data, f"{bucket.url}/shards"]) == 0 and "manifest.json" in bucket.files("shards")
     on_disk, in_bucket = (read_records(path) for path in (disk / "data set" / "data.json", f"{bucket.url}/shards"))
     assert [one.id for one in in_bucket] == [one.id for one in on_disk]
     assert in_bucket[0].data == Path(on_disk[0].media).read_bytes()
