@@ -14,9 +14,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,14 +28,13 @@ from jax.experimental import multihost_utils
 from llamavid_jax import buckets, uploads
 from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.errors import CheckpointError, InputError, OutageError, first_line
-from llamavid_jax.files import find, locked, write_files
+from llamavid_jax.files import find
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.parallel.processes import on_any
 from llamavid_jax.training.fingerprints import fingerprints
 from llamavid_jax.training.quiet import quiet
 
 ARRAYS, RUN = "arrays", "run"  # the two items of a checkpoint
-LOCK, OWNER = ".lock", ".owner"  # in a run's folder; who has it in a bucket, where nothing can be locked
 POLL = 0.05  # seconds between two looks at a save that is waited for
 LISTED = 64  # the newest checkpoints that a restart looks at
 
@@ -243,26 +240,6 @@ class RunCheckpoints:
             multihost_utils.sync_global_devices("damaged checkpoints put aside")
             self._manager.close()  # its `reload` would read metadata, which may be damaged in the others too
             self._manager = self._open()
-
-
-@contextlib.contextmanager
-def only_run(output: Path) -> Iterator[Callable[[], str]]:
-    """Raises CheckpointError, on every process, where another run has `output`; process 0 holds a lock on it.
-
-    In a bucket a lock would outlive its holder: there the newest run has it, and what is yielded says who that is.
-    """
-    problem = ""
-    with contextlib.ExitStack() as exits:
-        if jax.process_index() == 0:
-            try:
-                exits.enter_context(locked(output / LOCK, f"output, {output},"))
-                if buckets.url(output):
-                    write_files(output, {OWNER: f"{os.getpid()} on {socket.gethostname()}\n".encode()})
-            except InputError as error:
-                problem = str(error)
-        if on_any(problem):
-            raise CheckpointError(problem or f"output, {output}, is in use by another run; process 0 says by which")
-        yield uploads.Claim(output / OWNER).holder if buckets.url(output) else str
 
 
 class _DamagedError(Exception):

@@ -34,7 +34,7 @@ from llamavid_jax.training.batches import (
     room_ahead,
     upcoming,
 )
-from llamavid_jax.training.checkpoint import RunCheckpoints, only_run
+from llamavid_jax.training.checkpoint import RunCheckpoints
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.faults import Fault
 from llamavid_jax.training.forecast import forecast
@@ -44,6 +44,7 @@ from llamavid_jax.training.journal import Journal
 from llamavid_jax.training.layout import check_rows, initial_state, on_mesh, run_mesh
 from llamavid_jax.training.local_copies import LocalCopies
 from llamavid_jax.training.optimizer import lr_factors
+from llamavid_jax.training.owner import only_run
 from llamavid_jax.training.preemption import Preemption
 from llamavid_jax.training.result import save_result
 from llamavid_jax.training.start import check_adapter, load_start
