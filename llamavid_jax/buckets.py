@@ -6,7 +6,8 @@ FOLDER is `LLAMAVID_BUCKETS`, else `~/.cache/llamavid_jax/buckets`.  The bucket 
 `copies.py` fetches what is there, `uploads.py` sends what is written here.
 
 fsspec with gcsfs (extra `gcs`), for Orbax reaches buckets by it as well, and s3fs is the same to it; arrays go through
-TensorStore, which both have.  Both try again for half a minute when a bucket is away; then it is an OutageError.
+TensorStore, which both have.  When a bucket is away these try again for half a minute, and TensorStore for a quarter of
+an hour; then it is an OutageError.
 """
 
 import contextlib

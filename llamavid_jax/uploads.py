@@ -67,18 +67,17 @@ def discard_unfinished(folder: Path) -> None:
 
 def delete(folder: Path, first: str = "") -> None:
     """Deletes what is below a folder, here and in its bucket; the file called `first` before all others."""
-    with asked(url(folder)) as (store, key):
-        names = listing(folder).keys()
-        for some in (names & {first}, names - {first, UNFINISHED}, names & {UNFINISHED}):
-            together(lambda name: store.rm_file(f"{key}/{name}"), some)
+    names = listing(folder).keys()
+    for some in (names & {first}, names - {first, UNFINISHED}, names & {UNFINISHED}):
+        together(remove, [folder / name for name in some])
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(file: Path) -> None:
     """Deletes a file, here and in its bucket; there may be none."""
     file.unlink(missing_ok=True)
-    if url(file) and kind(file):
-        with asked(url(file)) as (store, key):
+    if url(file):
+        with asked(url(file)) as (store, key), contextlib.suppress(FileNotFoundError):
             store.rm_file(key)
 
 
