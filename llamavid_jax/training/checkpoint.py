@@ -173,10 +173,12 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            kind = OutageError if buckets.url(self.directory) else CheckpointError
+            kind, remedy = CheckpointError, "free space there or give another folder"
+            if buckets.url(self.directory):
+                kind, remedy = OutageError, "run the same again"
             self._failure = kind(
                 f"{self.directory}: the checkpoint of step {self._saving} cannot be written "
-                f"({type(error).__name__}: {first_line(error)}); free space there or give another folder"
+                f"({type(error).__name__}: {first_line(error)}); {remedy}"
             )
             raise self._failure from error
 

@@ -60,7 +60,9 @@ class LocalCopies(RunCheckpoints):
             ARRAYS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=alone),
             RUN: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
         }
-        options = dataclasses.replace(self._options, multiprocessing_options=alone)
+        # In the background one process that has its folders would stand for all that wait for theirs.
+        at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        options = dataclasses.replace(self._options, multiprocessing_options=alone, async_options=at_once)
         return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def restore(self, abstract: Any, at_least: int = 0) -> Restored | None:
