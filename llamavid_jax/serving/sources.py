@@ -32,11 +32,15 @@ class Sources:
             with fetch(source, self.max_bytes, self.timeout, public=not self.allow_private) as path:
                 yield path
             return
-        path = self.uploads.path(source) if source.startswith("file-") else self._below_root(source)
-        try:
-            yield local_file(path)
-        except MediaError as error:
-            raise MediaError(str(error).replace(printable(path), source)) from None
+        if source.startswith("file-"):
+            opened = self.uploads.reading(source)
+        else:
+            opened = contextlib.nullcontext(self._below_root(source))
+        with opened as path:
+            try:
+                yield local_file(path)
+            except MediaError as error:
+                raise MediaError(str(error).replace(printable(path), source)) from None
 
     def keep(self, body: dict[str, Any]) -> dict[str, Any]:
         """Fetches the `url` of a request once and for all: an upload, which has its file object."""
