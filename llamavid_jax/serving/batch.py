@@ -34,10 +34,16 @@ def prompt_sizes(longest: int, chunk: int) -> list[int]:
     return [*sizes, last]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def empty_prompts(structure: Structure, params: Params, rows: int, slots: int) -> KeysValues:
+# `keep_unused`: arrays that are made beside the model's are bound to its devices, as all that is computed of them is.
+# Programs differ by that, so that there would be two of each that takes an empty one
+@functools.partial(jax.jit, static_argnums=(0, 2), keep_unused=True)
+def empty_row(structure: Structure, params: Params, slots: int) -> tuple[Int[Array, " 1"], KeysValues]:
+    """What `extend` goes on from when a prompt begins: a token of no meaning, and room for `slots` positions."""
+    return jnp.zeros(1, jnp.int32), _empty_prompts(structure.model(params), 1, slots)
+
+
+def _empty_prompts(model: LlamaVid, rows: int, slots: int) -> KeysValues:
     """Zeros `[L, rows, slots, K, H]`, of the kind that the model's cache is."""
-    model: LlamaVid = structure.model(params)
     config = model.llama.config
     zeros = jnp.zeros((rows, slots, config.num_key_value_heads, config.head_dim), model.llama.embed.dtype)
 
@@ -47,10 +53,10 @@ def empty_prompts(structure: Structure, params: Params, rows: int, slots: int) -
     return jax.tree.map(stacked, KeysValues.of(zeros, zeros, model.llama.kv_cache))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4), keep_unused=True)
 def empty_batch(structure: Structure, params: Params, rows: int, slots: int, room: int) -> DecodeState:
     """A batch without a row: prompts of `slots` positions, answers of `room`."""
-    prompt = empty_prompts(structure, params, rows, slots)
+    prompt = _empty_prompts(structure.model(params), rows, slots)
     zeros = jnp.zeros(rows, jnp.int32)
     cache = KVCache(prompt, prompt.room(room), jnp.int32(0), zeros)
     return DecodeState(zeros, zeros, jnp.ones(rows, bool), cache, jax.random.split(jax.random.key(0), rows))

@@ -15,14 +15,12 @@ import traceback
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llamavid_jax.inference.generate import (
     BLOCK_STEPS,
     EVIDENCE_TOKENS,
     SMALLEST_LENGTH,
-    DecodeState,
     decode_block,
     evidence,
     extend,
@@ -36,7 +34,7 @@ from llamavid_jax.models.kv_cache import KeysValues
 from llamavid_jax.serving.batch import (
     SCORED,
     empty_batch,
-    empty_prompts,
+    empty_row,
     join,
     prompt_of,
     prompt_sizes,
@@ -167,8 +165,7 @@ class Engine:
         """The next chunk of a prompt, after the last one the row joins; returns how many positions were run."""
         row, length = one.job.row, len(one.job.row.token_ids)
         if one.prompt is None:
-            one.prompt = empty_prompts(self.model.structure, self.model.params, 1, one.size)
-            one.token = jnp.zeros(1, jnp.int32)
+            one.token, one.prompt = empty_row(self.model.structure, self.model.params, one.size)
         size = next((size for size in CHUNKS if size >= length - one.start), CHUNKS[-1])
         part = slice(one.start, one.start + size)
         index = row.visual_index[part]
@@ -263,40 +260,32 @@ class Engine:
         return Scores(*(np.concatenate(arrays)[: len(ids)].tolist() for arrays in zip(*made, strict=True)))
 
     def _warm(self) -> None:
-        """Runs every program once on what each of the others may leave, whose layouts are programs of their own."""
-        eos, width = np.int32(self.model.config.text_config.eos_token_id), self.model.config.text_config.hidden_size
-        weights, rows = (self.model.structure, self.model.params), {}
+        """Runs every program once, for each of the sizes that its arrays may have."""
+        weights, eos = (self.model.structure, self.model.params), np.int32(self.model.config.text_config.eos_token_id)
+        width, zero, rows = self.model.config.text_config.hidden_size, np.int32(0), {}
         for size in self.sizes:
+            token, prompt = empty_row(*weights, size)
             for chunk in CHUNKS:
                 ids = np.zeros((1, chunk), np.int32)
                 columns = ids, np.zeros((1, chunk, width), self.model.dtype), np.full_like(ids, TEXT)
-                token, prompt = jnp.zeros(1, jnp.int32), empty_prompts(*weights, 1, size)
-                for _ in range(3):  # the first chunk of a prompt, and those behind another
-                    token, keys, prompt = self._extend(token, prompt, columns, 0, 1, Settings())
+                token, keys, prompt = self._extend(token, prompt, columns, 0, 1, Settings())
             rows[size] = prompt, token, keys
-
-        def joined(state: DecodeState, size: int) -> DecodeState:
-            return join(state, np.int32(0), *rows[size], np.int32(1))
-
-        def decoded(state: DecodeState, greedy: bool) -> DecodeState:
-            sampling, done = _sampling([Settings()] * self.slots), np.ones(self.slots, bool)
-            return decode_block(*weights, state._replace(done=done), np.int32(0), eos, sampling, greedy=greedy)[0]
-
+        nobody, sampling = np.ones(self.slots, bool), _sampling([Settings()] * self.slots)
         for size in self.sizes:
-            for before in self.sizes:  # what the batch held until a row joined that needs `size`
-                for other in (other for other in self.sizes if other <= size):
-                    for greedy in (True, False):
-                        state = joined(empty_batch(*weights, self.slots, before, self.room), before)
-                        for _ in range(2):
-                            state = resized(joined(state, before), slots=size) if before != size else state
-                            state = decoded(joined(joined(state, other), other), greedy)
-                            prompt = prompt_of(state, np.int32(0), slots=other)
-                            state = decoded(decoded(state, greedy), not greedy)
-                            state = resized(state, slots=before) if before != size else state
+            state = empty_batch(*weights, self.slots, size, self.room)
+            for other in self.sizes:
+                if other <= size:
+                    state = join(state, zero, *rows[other], np.int32(1))
+                    prompt = prompt_of(state, zero, slots=other)
+                if other != size:
+                    resized(state, slots=other)
+            for greedy in (True, False):
+                state = state._replace(done=nobody)
+                state, _ = decode_block(*weights, state, zero, eos, sampling, greedy=greedy)
             row = Row(np.zeros(1, np.int32), np.full(1, TEXT, np.int32), None)
             self._evidence(row, [], prompt)
             self._scores(row, [0], prompt)
-        jax.block_until_ready(prompt)
+        jax.block_until_ready(state)
 
 
 def _sampling(settings: Sequence[Settings]) -> Sampling:

@@ -119,7 +119,7 @@ def test_stop_strings(tiny_model, engine):
     assert asked.text() == whole[: whole.index(stop)] and asked.finish == "stop"
 
 
-@pytest.mark.parametrize("name", ["decode_block", "extend", "empty_prompts", "join"])
+@pytest.mark.parametrize("name", ["decode_block", "extend", "empty_row", "join"])
 def test_an_error_loses_no_later_answer(tiny_model, engine, monkeypatch, capsys, name):
     own, table = row(2, 20, 0, tiny_model.config.text_config.hidden_size)
 
@@ -137,7 +137,7 @@ def test_an_error_loses_no_later_answer(tiny_model, engine, monkeypatch, capsys,
 
 
 def test_nothing_compiles_once_it_is_warm(tiny_model, engine):
-    programs = [module.decode_block, module.extend, module.join, module.resized, module.empty_prompts]
+    programs = [module.decode_block, module.extend, module.join, module.resized, module.empty_row]
     before = [program._cache_size() for program in programs]
     for seed, (length, temperature) in enumerate([(3, 0), (900, 1), (1500, 0), (129, 0.5)]):
         own, table = row(seed, length, 1, tiny_model.config.text_config.hidden_size)
