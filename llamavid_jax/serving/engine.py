@@ -55,8 +55,8 @@ class Engine:
 
     def __init__(self, model: LLaMAVIDLlavaForConditionalGeneration, slots: int = 8, max_new_tokens: int = 512):
         self.model, self.slots, self.max_new_tokens = model, slots, max_new_tokens
-        self.sizes = prompt_sizes(model.config.text_config.max_length, CHUNKS[-1])
-        self.room = bucket(max_new_tokens + BLOCK_STEPS, SMALLEST_LENGTH)
+        self.sizes = prompt_sizes(model.config.text_config.max_length, CHUNKS[-1])  # in positions, of prompts
+        self.room = bucket(max_new_tokens + BLOCK_STEPS, SMALLEST_LENGTH)  # in positions, of answers
         self.steps, self.decoding = 0, 0.0  # decoded so far, and in how many seconds; a step gives each row a token
         self._waiting: collections.deque[Job] = collections.deque()
         self._prefilling: collections.deque[Running] = collections.deque()
@@ -169,10 +169,10 @@ class Engine:
         size = next((size for size in CHUNKS if size >= length - one.start), CHUNKS[-1])
         part = slice(one.start, one.start + size)
         index = row.visual_index[part]
-        own = np.zeros((1, size, self.model.config.text_config.hidden_size), self.model.dtype)
-        own[0, : len(index)][index != TEXT] = one.job.table[index[index != TEXT]]
+        visual = np.zeros((1, size, self.model.config.text_config.hidden_size), self.model.dtype)
+        visual[0, : len(index)][index != TEXT] = one.job.table[index[index != TEXT]]
         places = np.where(index == TEXT, TEXT, np.arange(len(index), dtype=np.int32))
-        columns = pad_rows([row.token_ids[part]], 1, size, 0), own, pad_rows([places], 1, size, TEXT)
+        columns = pad_rows([row.token_ids[part]], 1, size, 0), visual, pad_rows([places], 1, size, TEXT)
         one.token, keys, one.prompt = self._extend(one.token, one.prompt, columns, one.start, length, one.job.settings)
         one.start += size
         if one.start >= length:
@@ -189,7 +189,7 @@ class Engine:
         return extend(self.model.structure, self.model.params, token, prompt, *columns, *arrays, greedy=False)
 
     def _fit(self, sizes: Sequence[int]) -> None:
-        """The batch with room for prompts of `sizes`, and no more."""
+        """Gives the batch room for prompts of `sizes`, and no more."""
         if self._state is None:
             empty = self.model.structure, self.model.params, self.slots, max(sizes), self.room
             self._state = empty_batch(*empty)
@@ -224,7 +224,7 @@ class Engine:
                     del self._running[slot]
 
     def _tell(self, one: Running, ids: list[int], eos: int) -> bool:
-        """Hands on the text of a block's ids; whether it was the answer's last."""
+        """Hands on the text of a block's ids; returns whether it was the answer's last."""
         length, positions = len(one.job.row.token_ids), self.model.config.text_config.max_length
         left = min(one.job.settings.max_new_tokens, positions - length) - one.new
         ids = ids[:left]
@@ -232,8 +232,9 @@ class Engine:
         ids = ids[: ids.index(eos)] if ended else ids
         one.new += len(ids)
         text = one.text.push(ids)
-        finish = "stop" if ended or one.text.stopped else "length" if len(ids) == left else None
-        text += one.text.finish() if finish else ""
+        is_last = ended or one.text.stopped or len(ids) == left
+        text += one.text.finish() if is_last else ""  # in which a stop string may be found, too
+        finish = None if not is_last else "stop" if ended or one.text.stopped else "length"
         own = one.job.row, one.text.ids
         looked_at = self._evidence(*own, self._prompt(one)) if finish and one.job.evidence else None
         scores = self._scores(*own, self._prompt(one)) if finish and one.job.scores else None

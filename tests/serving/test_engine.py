@@ -8,8 +8,9 @@ import pytest
 
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import Settings
+from llamavid_jax.inference.stopping import RowText
 from llamavid_jax.serving import engine as module
-from llamavid_jax.serving.jobs import Job
+from llamavid_jax.serving.jobs import Job, Running
 from llamavid_jax.shapes import TEXT, Row
 
 
@@ -117,6 +118,16 @@ def test_stop_strings(tiny_model, engine):
     asked = Asked(own, table, max_new_tokens=30, stop=[stop])
     engine.submit(asked.job)
     assert asked.text() == whole[: whole.index(stop)] and asked.finish == "stop"
+
+
+def test_a_stop_string_in_what_was_held_back(tiny_model, engine):
+    """Half of a character, which the last token allowed leaves: the answer ends before it, and says so."""
+    (half,) = tiny_model.tokenizer.encode("😀", add_bos=False)[-4:-3]
+    own, table = row(1, 9, 0, tiny_model.config.text_config.hidden_size)
+    for stop, text, finish in ((["\ufffd"], "", "stop"), ([], "\ufffd", "length")):
+        asked = Asked(own, table, max_new_tokens=1, stop=stop)
+        engine._tell(Running(asked.job, 0, RowText(tiny_model.tokenizer, stop), 512), [half], 2)
+        assert asked.text() == text and asked.finish == finish
 
 
 @pytest.mark.parametrize("name", ["decode_block", "extend", "empty_row", "join"])
