@@ -116,12 +116,12 @@ def test_the_last_bytes_again_while_the_file_is_made(parts, monkeypatch):
         monkeypatch.setattr(parts, "_content", content)
         ending.append(threading.Thread(target=parts.finish, args=(key,)))
         ending[0].start()
-        ending[0].join(0.5)  # which has to wait now
+        ending[0].join(1)  # which has to wait now
         return content(about)
 
     with parts._adding:  # what `put` looks at first: how much there is
         about = parts.find(key)
-    monkeypatch.setattr(parts, "find", lambda _: about)
+    monkeypatch.setattr(parts, "find", lambda _: dict(about))
     monkeypatch.setattr(parts, "_content", overtaken)
     parts.put(key, 3, b"defg")
     monkeypatch.undo()
