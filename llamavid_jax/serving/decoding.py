@@ -70,8 +70,8 @@ def decoded(
 
 def heard(path: Path, model: str, max_bytes: int, check: Callable[[], None]) -> list[Cue]:
     """What is said in a film, by its sound; `model` is faster-whisper's.  All else as of `decoded`."""
-    with contextlib.closing(_made_apart(_listen, path, (model,), max_bytes, check)) as made:
-        return next(made)
+    (cues,) = _made_apart(_listen, path, (model,), max_bytes, check)
+    return cues
 
 
 Send = Callable[[Any], None]
@@ -111,6 +111,7 @@ def _made_apart(
             if isinstance(got, Exception):
                 raise got
             if got is None:
+                process.join(1)  # it may have something to tidy up
                 return
             yield got
     except (EOFError, OSError):
