@@ -1,5 +1,6 @@
 """Rows that join and leave a running batch: each answers as it does alone."""
 
+import math
 import queue
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import Settings
 from llamavid_jax.inference.stopping import RowText
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.serving import engine as module
 from llamavid_jax.serving.jobs import Job, Running
 from llamavid_jax.shapes import TEXT, Row
@@ -158,13 +160,16 @@ def test_nothing_compiles_once_it_is_warm(tiny_model, engine):
     assert [program._cache_size() for program in programs] == before
 
 
-def test_every_program_is_made_at_the_start(checkpoint):
+@pytest.mark.parametrize("axes", [{}, pytest.param({"data": 2, "tensor": 2}, marks=pytest.mark.sharding)], ids=str)
+def test_every_program_is_made_at_the_start(checkpoint, axes):
     """Else the first row that needs one waits for its compiler, and all others with it: minutes, with a large model.
 
-    Of a model that was read from disk: its arrays are bound to their devices, and programs differ by that.
+    Of a model that was read from disk: its arrays are bound to their devices, and programs differ by that, and by where
+    on a mesh the rows of what they are given lie.
     """
-    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(checkpoint)
-    engine, made = module.Engine(model, slots=3, max_new_tokens=16), []
+    mesh = make_mesh(jax.devices()[: math.prod(axes.values())], **axes) if axes else None
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(checkpoint, mesh=mesh)
+    engine, made = module.Engine(model, slots=4, max_new_tokens=16), []
     engine.start()
 
     def heard(name, *_, **about):
