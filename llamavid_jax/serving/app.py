@@ -38,9 +38,8 @@ from llamavid_jax.serving.protocol import ApiError, error_object, read_asked
 from llamavid_jax.serving.uploads import ConflictError, FullError, NoFileError, Uploads
 
 PAGE = Path(__file__).with_name("page")
-KINDS = {"index.html": "text/html", "page.css": "text/css"} | dict.fromkeys(
-    ("page.js", "evidence.js"), "text/javascript"
-)
+SCRIPT = "text/javascript"
+KINDS = {"index.html": "text/html", "page.css": "text/css", "page.js": SCRIPT, "evidence.js": SCRIPT}
 
 
 @dataclasses.dataclass(frozen=True)
