@@ -104,6 +104,8 @@ def test_rows_that_fail_cost_themselves_alone(run, media, monkeypatch):
         {"id": "empty", "video": "1.mp4", "question": " "},
         {"id": "none", "video": "1.mp4"},
         {"id": "number", "video": 7, "question": "who?"},
+        {"id": "plural", "videos": ["1.mp4"], "question": "who?"},
+        {"id": "film", "video": "1.mp4", "subtitles": "1.srt", "question": "who?"},
         {"video": "1.mp4", "question": "what?"},
         "[1]",
         "{torn",
@@ -113,7 +115,7 @@ def test_rows_that_fail_cost_themselves_alone(run, media, monkeypatch):
     code, err = run()
     found = read(media / "a.jsonl")
     failed = {name: answer["error"] for name, answer in found.items() if "error" in answer}
-    assert code == 1 and set(found) - set(failed) == {"good", "8", "two"}
+    assert code == 1 and set(found) - set(failed) == {"good", "10", "two"}
     assert found["two"]["frames"] == 9 and found["two"]["video"] == ["1.mp4", "2.mp4"]
     for name, message in {
         "missing": "nothing.mp4 does not exist",
@@ -123,11 +125,13 @@ def test_rows_that_fail_cost_themselves_alone(run, media, monkeypatch):
         "empty": "the question is empty",
         "none": "the question is None",
         "number": "video is '7'",
-        "9": "row 9 is '[1]'",
-        "10": "q.jsonl is not readable JSON",
+        "plural": "it has 'videos', which is not read here",
+        "film": "it has 'subtitles', which is not read here",
+        "11": "row 11 is '[1]'",
+        "12": "q.jsonl is not readable JSON",
     }.items():
         assert message in failed.pop(name) and f"llamavid-batch: {name}: " in err
-    assert not failed and "failed: 9 of " in err
+    assert not failed and "failed: 11 of " in err
 
     lines[1]["video"] = "2.mp4"  # mended, and its line deleted
     save(media / "q.jsonl", lines)
