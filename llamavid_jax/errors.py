@@ -9,8 +9,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-EXTRAS = {"torch": "convert", "gguf": "convert", "sklearn": "demo", "matplotlib": "demo"}  # the others are of `train`
-EXTRAS |= {"requests": "eval", "openpyxl": "eval", "pyarrow": "eval", "faster_whisper": "speech"}
+EXTRAS = {  # module → extra; the others are of `train`
+    **dict.fromkeys(("starlette", "uvicorn", "multipart", "prometheus_client"), "serve"),
+    **dict.fromkeys(("requests", "openpyxl", "pyarrow"), "eval"),
+    **dict.fromkeys(("torch", "gguf"), "convert"),
+    **dict.fromkeys(("matplotlib", "sklearn"), "demo"),
+    "faster_whisper": "speech",
+    "libtpu": "tpu",
+}
 LONGEST = 3000  # characters of an error that a command says; names and values from files may have any number
 
 

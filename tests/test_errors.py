@@ -1,11 +1,27 @@
 """What a command says instead of a traceback."""
 
+import re
 import subprocess
 import sys
+import tomllib
 
+import pytest
 from paths import ROOT
 
-from llamavid_jax.errors import Parser, command
+from llamavid_jax.errors import EXTRAS, Parser, command
+
+MODULES = {
+    "scikit_learn": "sklearn",
+    "python_multipart": "multipart",
+    "jax": "libtpu",
+}  # where the package's name is another
+
+
+@pytest.mark.parametrize("extra", ["tpu", "train", "serve", "convert", "eval", "speech", "demo"])
+def test_the_extra_that_is_named_holds_the_package(extra):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = [re.match(r"[\w-]+", line)[0].replace("-", "_") for line in extras[extra]]
+    assert {EXTRAS.get(MODULES.get(name, name), "train") for name in packages} == {extra}
 
 
 def test_a_package_that_is_not_installed(capsys):

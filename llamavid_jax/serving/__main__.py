@@ -110,10 +110,8 @@ def make_server(options: argparse.Namespace, uploads: str):
 @command("llamavid-serve")
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        import uvicorn
-    except ModuleNotFoundError:
-        raise InputError('uvicorn is not installed; pip install "llamavid_jax[serve]"') from None
+    import uvicorn  # whoever has not installed it is told so
+
     program.keep_programs()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary folder is deleted
