@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from llamavid_jax.data.records import JsonRows
 from llamavid_jax.errors import InputError, say
-from llamavid_jax.files import local
+from llamavid_jax.files import local, read_object, write_files
 from llamavid_jax.text.conversation import check_text
 
 START = b'{"id": '  # of every answer
@@ -126,3 +126,15 @@ class Answers:
         self.write([{**row.said(), "error": str(error)} for row in rows])
         for row in rows:
             say(f"llamavid-batch: {row.id}: {error}")
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Says which of these the answers that are here were not made with; they stay as they are."""
+        file = self.path.with_name(f".{self.path.name}.settings")
+        before: Mapping[str, Any] = settings
+        with contextlib.suppress(OSError, ValueError):
+            before = read_object(file) if self.done else settings
+        for name, value in settings.items():
+            if before.get(name) != value:
+                say(f"{self.path} was begun with {name} {before.get(name)}, now {value}: the answers in it stay")
+        if not self.done:
+            write_files(file.parent, {file.name: json.dumps(settings).encode()})

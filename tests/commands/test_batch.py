@@ -140,6 +140,17 @@ def test_rows_that_fail_cost_themselves_alone(run, media, monkeypatch):
     assert run()[0] == 1 and "answer" in read(media / "a.jsonl")["missing"]
 
 
+def test_other_settings_are_told_of_answers_that_are_there(run, media):
+    """They stay: a row that failed may be asked at another rate."""
+    save(media / "q.jsonl", rows()[:1])
+    assert "was begun" not in run()[1] and "was begun" not in run()[1]
+    code, err = run("--fps", "0.5", "--stop", "x")
+    assert code == 0 and "1 of 1 rows are answered already" in err
+    assert "a.jsonl was begun with fps None, now 0.5: " in err and "was begun with stop [], now ['x']: " in err
+    (media / "a.jsonl").unlink()
+    assert "was begun" not in run("--fps", "0.5")[1] and "with fps 0.5, now None" in run()[1]
+
+
 def test_one_that_cannot_be_answered_does_not_cost_its_batch(run, media, monkeypatch):
     """Whatever the model says of the batch."""
     from llamavid_jax.inference.request import RequestError
