@@ -34,7 +34,7 @@ from llamavid_jax.commands.options import (
 from llamavid_jax.commands.processes import add_shard, own_shard, read_shard
 from llamavid_jax.commands.rows import Answers, Row, read_questions
 from llamavid_jax.errors import InputError, Parser, command, say
-from llamavid_jax.files import local, locked
+from llamavid_jax.files import find, local, locked
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.shapes import bucket
 
@@ -190,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(
     options: argparse.Namespace, images: LLaMAVIDLlavaImageProcessor, rows: Sequence[Row], answers: Answers
 ) -> int:
+    named = ("model", "dtype", "quantize", "kv_cache", "fps", "times", "template")
+    settings = {name: getattr(options, name) for name in named} | options.settings
+    answers.begin({**settings, "model": find(options.model).resolve().name, "stop": list(settings["stop"])})
     left = [row for row in rows if row.id not in answers.done]
     known = len(rows) - len(left)
     if known:
