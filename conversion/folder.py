@@ -11,6 +11,8 @@ from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizer
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
 from llamavid_jax.files import locked
+from llamavid_jax.media.image_processor import VIDEO_FILE
+from llamavid_jax.media.processor_settings import read_settings
 from llamavid_jax.text.chat_template import save_chat_template
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
@@ -95,3 +97,10 @@ def copy_tokenizers(
     (out / "qformer_tokenizer").mkdir()
     shutil.copy(vocabulary, out / "qformer_tokenizer" / "vocab.txt")
     return notes
+
+
+def video_rate(source: Path) -> dict[str, float]:
+    """`fps`, where a folder's video_preprocessor_config.json says it, as `jax_to_torch` leaves it there."""
+    file = source / VIDEO_FILE
+    rate = read_settings(file).get("fps") if file.is_file() else None
+    return {} if rate is None else {"fps": rate}

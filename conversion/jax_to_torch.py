@@ -25,6 +25,7 @@ from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, Parser, command, printable
 from llamavid_jax.files import find, local
+from llamavid_jax.media.image_processor import VIDEO_FILE
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, to_torch, weight_table
 
@@ -159,7 +160,7 @@ def _require_torch() -> None:
 
 
 def _companions(source: Path) -> Iterator[Path]:
-    names = (*folder.TEXT_FILES, "preprocessor_config.json", "qformer_tokenizer")
+    names = (*folder.TEXT_FILES, "preprocessor_config.json", VIDEO_FILE, "qformer_tokenizer")
     return (source / name for name in names if find(source / name).exists())
 
 

@@ -7,6 +7,7 @@ tensor at a time.  The CRC-32 of `.bin` files is checked; the SHA-256 of every f
 `--verify FILE`, for the other formats carry no sums.
 """
 
+import dataclasses
 import logging
 import math
 import sys
@@ -140,7 +141,8 @@ def convert(
         if source.suffix == ".gguf" and tokenizer is None:
             write_tokenizer(source, partial)
         notes = folder.copy_tokenizers(home, tokenizer, bert_tokenizer, partial, config)
-        LLaMAVIDLlavaImageProcessor.of(config).save_pretrained(partial)
+        images = LLaMAVIDLlavaImageProcessor.of(config)
+        dataclasses.replace(images, **folder.video_rate(home)).save_pretrained(partial)
         dtypes = leaf_dtypes(found, dtype)
         written = write_weights(found, dtypes, partial / "weights", init_missing, quantize, console)
         (config.quantized(quantize) if quantize else config).save_pretrained(partial)

@@ -193,6 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(
     options: argparse.Namespace, images: LLaMAVIDLlavaImageProcessor, rows: Sequence[Row], answers: Answers
 ) -> int:
+    named = ("model", "dtype", "quantize", "kv_cache", "fps", "times", "template")
+    settings = {name: getattr(options, name) for name in named} | options.settings
+    answers.begin({**settings, "model": find(options.model).resolve().name, "stop": list(settings["stop"])})
     left = [row for row in rows if row.id not in answers.done]
     known = len(rows) - len(left)
     if known:

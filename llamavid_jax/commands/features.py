@@ -91,7 +91,7 @@ class Extractor:
 
     def __init__(self, options: argparse.Namespace, model: Any, images: LLaMAVIDLlavaImageProcessor):
         self.options, self.model, self.images = options, model, images
-        self.fps = images.rate(options.fps)
+        self.fps, self.without = images.rate(options.fps), 0  # videos without subtitles
         self.dtype = "I8" if options.int8 else "F16" if model.dtype == "float32" else name_of(model.dtype)
 
     def __call__(self, video: Path, file: Path) -> int:
@@ -128,8 +128,11 @@ class Extractor:
                 writer.discard()
 
     def _cues(self, video: Path) -> list[Cue] | None:
-        beside = (video.with_suffix(suffix) for suffix in SUBTITLES if self.options.subtitles)
+        if not self.options.subtitles:
+            return None
+        beside = (video.with_suffix(case) for suffix in SUBTITLES for case in (suffix, suffix.upper()))
         file = next((file for file in beside if find(file).exists()), None)
+        self.without += file is None
         return file and film_subtitles(str(file), video)
 
     def _heard(self, video: Path) -> list[Cue]:
@@ -175,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds = time.perf_counter() - started
             done = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.0f} a second" if frames else "there already"
             say(f"{number}/{len(videos)} {video}: {done}")
+    if extract.without:
+        say(f"{extract.without} of {len(videos)} videos have no {', '.join(SUBTITLES)} of their name beside them")
     if failures:
         say(f"{failures} of {len(videos)} videos failed; {log} names them")
     return int(failures > 0)

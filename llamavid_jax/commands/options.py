@@ -54,7 +54,10 @@ def read_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `generate`; RequestError for a wrong one."""
     names = [field.name for field in dataclasses.fields(Settings)]
     options.stop = [checked(text, "--stop") for text in options.stop]
-    return dataclasses.asdict(Settings(**{name: getattr(options, name) for name in names}))
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    if not settings.temperature and (settings.top_p < 1 or settings.top_k):
+        say("--top-p and --top-k change nothing at temperature 0, which is greedy; give --temperature too")
+    return dataclasses.asdict(settings)
 
 
 def add_fps(parser: argparse.ArgumentParser) -> None:

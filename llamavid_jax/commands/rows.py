@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from llamavid_jax.data.records import JsonRows
 from llamavid_jax.errors import InputError, say
-from llamavid_jax.files import local
+from llamavid_jax.files import local, read_object, write_files
 from llamavid_jax.text.conversation import check_text
 
 START = b'{"id": '  # of every answer
+# of records, chats and commands: in a row they would be without effect, and the answer about something else
+UNREAD = {"videos", "images", "features", "subtitles", "transcribe", "times", "fps", "num_frames"}
 
 
 class Row(NamedTuple):
@@ -50,6 +52,11 @@ def _row(lines: Sequence[Any], number: int) -> Row:
             raise InputError(f"row {number} is {str(value)[:60]!r}; give an object with 'video' and 'question'")
         if value.get("id") is not None:
             check_text(name := str(value["id"]), f"the id of row {number}")
+        if unread := sorted(UNREAD & {key for key in value if value[key] is not None}):
+            raise InputError(
+                f"it has {unread[0]!r}, which is not read here: a row has 'id', 'question', 'video' and 'image'; --fps "
+                "and --times hold for all, and a video's feature file may hold subtitles"
+            )
         check_text(value.get("question"), "the question")
         if not value["question"].strip():
             raise InputError("the question is empty; write one")
@@ -119,3 +126,15 @@ class Answers:
         self.write([{**row.said(), "error": str(error)} for row in rows])
         for row in rows:
             say(f"llamavid-batch: {row.id}: {error}")
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Says which of these the answers that are here were not made with; they stay as they are."""
+        file = self.path.with_name(f".{self.path.name}.settings")
+        before: Mapping[str, Any] = settings
+        with contextlib.suppress(OSError, ValueError):
+            before = read_object(file) if self.done else settings
+        for name, value in settings.items():
+            if before.get(name) != value:
+                say(f"{self.path} was begun with {name} {before.get(name)}, now {value}: the answers in it stay")
+        if not self.done:
+            write_files(file.parent, {file.name: json.dumps(settings).encode()})

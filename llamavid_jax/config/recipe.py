@@ -1,5 +1,6 @@
 """YAML files that say how they differ from another: `base: FILE`, beside them, is read first (one level)."""
 
+import collections
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,20 @@ MAX_BYTES = 1 << 18  # of a file; the longest recipe has some 3,000
 
 
 class _TreeLoader(yaml.SafeLoader):
-    """YAML without aliases, with which a few lines say a thing a billion times over."""
+    """YAML without aliases, with which a few lines say a thing a billion times over, and with each key of a mapping
+    once: of two the first would be lost."""
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"*{self.peek_event().anchor} is an alias; write out what it stands for")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.most_common(1):
+            if count > 1:
+                raise yaml.YAMLError(f"{key!r} stands there twice; write it once")
+        return super().construct_mapping(node, deep)
 
 
 def load_yaml(text: str) -> Any:

@@ -9,7 +9,8 @@
 video: NAME.pkl, conversations} with `<video>` -> one record each; the file is looked for by its stem.
 `split_chat`: conversations of more than N rounds are cut into records of N rounds.  Every human turn repeats the visual
 tokens of the image: 12 rounds of 257 and 6 of 577 just fit 4,096, the original's `maxround_12` and `maxround_6`.
-Text alone is never split, nor are ready features, since a movie stands in its record once.
+Text alone is never split, nor are ready features and videos with subtitles or times, since a movie stands in its record
+once.
 
 With `--media` only records whose file exists are written.  What is left out is counted and said; where nothing is
 left, that is an error.
@@ -123,6 +124,8 @@ def _whole_rounds(row: Mapping[str, Any]) -> list[Any]:
     media = row.get("image") or row.get("video")
     turns = row.get("conversations")
     if not isinstance(media, str) or media.lower().endswith((*features.SUFFIXES, *PICKLES)):
+        return []
+    if row.get("subtitles") or row.get("times"):
         return []
     if not isinstance(turns, list) or not all(
         isinstance(turn, Mapping) and isinstance(turn.get("value"), str) for turn in turns

@@ -21,9 +21,9 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
     letters, stripped = "".join(options), text.strip()
     if not letters:
         return None
-    if found := re.match(rf"[(\[*]*([{letters}{letters.lower()}])(?:[)\].:,*]|\s*$)", stripped):
+    if found := re.match(rf"[(\[*\"']*([{letters}{letters.lower()}])(?:[)\].:,*\"']|\s*$|\s*\n| - )", stripped):
         return found[1].upper()
-    if found := re.findall(rf"(?i:(?:answer|option|choice)(?: is|:)?) [(*]*([{letters}])\b", stripped):
+    if found := re.findall(rf"(?i:(?:answer|option|choice)(?: is)?:?)\s[(*\"']*([{letters}])\b", stripped):
         return found[0] if len(set(found)) == 1 else None
     if (
         len(found := set(re.findall(rf"(?<![\w'])([{letters.replace('A', '').replace('I', '')}])(?![\w'])", stripped)))

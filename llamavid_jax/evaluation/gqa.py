@@ -54,21 +54,22 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
     references = [row["reference"] for row in counted]
     right = [float(prediction(row["text"]) == row["reference"]["answer"]) for row in counted]
     kinds = ["open" if reference["structural"] == "query" else "binary" for reference in references]
-    groups = {"answers": by_group(kinds, right)}
+    media = [row.get("media") for row in counted]
+    groups = {"answers": by_group(kinds, right, media)}
     for title, field in (
         ("structural type", "structural"),
         ("semantic type", "semantic"),
         ("steps number", "steps"),
         ("words number", "words"),
     ):
-        groups[title] = by_group((reference[field] for reference in references), right)
+        groups[title] = by_group((reference[field] for reference in references), right, media)
     upload = [
         {"questionId": row["reference"]["question_id"], "prediction": prediction(row["text"])}
         for row in rows
         if row["text"] is not None
     ]
     return Scores(
-        {"accuracy": mean(right, 100.0, [row.get("media") for row in counted])},
+        {"accuracy": mean(right, 100.0, media)},
         groups,
         {row["id"]: value for row, value in zip(counted, right, strict=True)},
         {"testdev_balanced_predictions.json": json.dumps(upload).encode()},

@@ -7,8 +7,8 @@ The halves meet in the file of rows alone, so each row carries all that scoring 
 
 import dataclasses
 import math
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ class Scores:
     """`figures`: the set's numbers, that of the paper's table first.  `groups`: the same number for parts of the set.
 
     `items`: the score of each question by its id, for comparisons.  `files`: what the set's server or tool takes.
+    `media`: the video of each item that goes by another id than its row.
     `counts`: what else the set's tools say, for result.json; `details`: what scoring found out about each question.
     """
 
@@ -64,6 +65,7 @@ class Scores:
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     counts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    media: dict[str, Any] = dataclasses.field(default_factory=dict)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -71,20 +73,51 @@ def mean(values: Sequence[float], scale: float = 1.0, clusters: Sequence[Hashabl
     """The mean and its standard error; values of one cluster (a picture, a video) are not taken for independent."""
     if not values:
         return Figure(math.nan, None, 0)
-    centre = sum(values) / len(values)
-    sums: dict[Hashable, float] = defaultdict(float)
-    for cluster, value in zip(range(len(values)) if clusters is None else clusters, values, strict=True):
-        sums[cluster] += value - centre
-    error = math.sqrt(sum(total**2 for total in sums.values())) / len(values) if len(sums) > 1 else None
-    return Figure(scale * centre, error if error is None else scale * error, len(values))
+    return Figure(scale * (sum(values) / len(values)), error_of(shares(values), scale, clusters), len(values))
 
 
-def by_group(names: Iterable[Any], values: Iterable[float], scale: float = 100.0) -> dict[str, Figure]:
-    """The mean of each group, in the groups' order."""
-    groups: dict[Any, list[float]] = defaultdict(list)
+def shares(values: Sequence[float], names: Sequence[Any] | None = None) -> list[float]:
+    """What each value adds to the deviation of the mean: of all, or of those of its name."""
+    names = [None] * len(values) if names is None else names
+    sums, counts = defaultdict(float), Counter(names)
     for name, value in zip(names, values, strict=True):
-        groups[name].append(value)
-    return {str(name): mean(groups[name], scale) for name in sorted(groups, key=lambda name: (str(type(name)), name))}
+        sums[name] += value
+    return [(value - sums[name] / counts[name]) / counts[name] for name, value in zip(names, values, strict=True)]
+
+
+def error_of(shares: Sequence[float], scale: float, clusters: Sequence[Hashable] | None = None) -> float | None:
+    """A figure's standard error, by what each question adds to its deviation; None where all are of one cluster.
+
+    A question whose cluster is None is one of its own.
+    """
+    sums: dict[Hashable, float] = defaultdict(float)
+    for place, share in enumerate(shares):
+        cluster = None if clusters is None else clusters[place]
+        sums[(place,) if cluster is None else cluster] += share
+    return scale * math.sqrt(sum(total**2 for total in sums.values())) if len(sums) > 1 else None
+
+
+def by_group(
+    names: Iterable[Any], values: Iterable[float], clusters: Iterable[Hashable], scale: float = 100.0
+) -> dict[str, Figure]:
+    """The mean of each group, in the groups' order."""
+    groups: dict[Any, tuple[list[float], list[Hashable]]] = defaultdict(lambda: ([], []))
+    for name, value, cluster in zip(names, values, clusters, strict=True):
+        groups[name][0].append(value)
+        groups[name][1].append(cluster)
+    ordered = sorted(groups, key=lambda name: (str(type(name)), name))
+    return {str(name): mean(groups[name][0], scale, groups[name][1]) for name in ordered}
+
+
+def average(
+    parts: Collection[Figure], shares: Sequence[float], clusters: Sequence[Hashable], scale: float = 100.0
+) -> Figure:
+    """The mean of several figures, by what each question adds to the deviation of its own: a picture may be in
+    several of them."""
+    known = parts and all(part.error is not None for part in parts)
+    error = error_of(shares, scale / len(parts), clusters) if known else None
+    value = sum(part.value for part in parts) / len(parts) if parts else math.nan
+    return Figure(value, error, sum(part.count for part in parts))
 
 
 def unique(names: Iterable[Any]) -> list[str]:

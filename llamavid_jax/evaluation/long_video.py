@@ -12,7 +12,19 @@ from typing import Any
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.choice import chosen, numbered
 from llamavid_jax.evaluation.folder import checked, need, read_json, video_file
-from llamavid_jax.evaluation.items import LETTER, LETTERS, Figure, Item, Row, Scores, by_group, lettered, mean, unique
+from llamavid_jax.evaluation.items import (
+    LETTER,
+    LETTERS,
+    Item,
+    Row,
+    Scores,
+    average,
+    by_group,
+    lettered,
+    mean,
+    shares,
+    unique,
+)
 
 MLVU_SOURCE = "it is part of MLVU (huggingface.co/datasets/MLVU/MVLU)"
 VIDEO_MME_SOURCE = "it is part of Video-MME (huggingface.co/datasets/lmms-lab/Video-MME); unpack its archives there"
@@ -49,14 +61,13 @@ def score(rows: Sequence[Row], original: bool, *, average_of: str | None = None)
     known = [row for row in rows if row["reference"]["answer"] is not None and row["text"] is not None]
     right = [float(chosen(row["text"], row["reference"]["options"]) == row["reference"]["answer"]) for row in known]
     titles = list(dict.fromkeys(title for row in known for title in row["reference"]["groups"]))
-    groups = {title: by_group((row["reference"]["groups"].get(title, "") for row in known), right) for title in titles}
-    figures = {"accuracy": mean(right, 100.0, [row.get("media") for row in known])} if known else {}
+    names = {title: [row["reference"]["groups"].get(title, "") for row in known] for title in titles}
+    media = [row.get("media") for row in known]
+    groups = {title: by_group(own, right, media) for title, own in names.items()}
+    figures = {"accuracy": mean(right, 100.0, media)} if known else {}
     if known and average_of in groups:
-        parts = list(groups[average_of].values())
-        known_errors = all(part.error is not None for part in parts)
-        error = sum(part.error**2 for part in parts) ** 0.5 / len(parts) if known_errors else None
-        average = Figure(sum(part.value for part in parts) / len(parts), error, len(known))
-        figures = {f"mean over {average_of}s": average, **figures}
+        over = average(groups[average_of].values(), shares(right, names[average_of]), media)
+        figures = {f"mean over {average_of}s": over, **figures}
     letters = [
         {"id": row["reference"]["question_id"], "answer": chosen(row["text"] or "", row["reference"]["options"])}
         for row in rows

@@ -109,7 +109,7 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
     figures = {"accuracy": mean(values, 100.0, clusters), "circular accuracy": mean(circular, 100.0)}
     return Scores(
         figures if known else {},
-        {"category": by_group((row["reference"]["category"] or "" for row in known), values)},
+        {"category": by_group((row["reference"]["category"] or "" for row in known), values, clusters)},
         right,
         {"mmbench.xlsx": sheet(rows)} if rows else {},
         notes=[

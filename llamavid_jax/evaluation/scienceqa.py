@@ -69,7 +69,7 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
     right = [float(analyses[row["id"]]["index"] == row["reference"]["answer"]) for row in known]
     with_picture = [analyses[row["id"]]["is_multimodal"] for row in known]
     pictured = [value for value, is_pictured in zip(right, with_picture, strict=True) if is_pictured]
-    references = [row["reference"] for row in known]
+    references, media = [row["reference"] for row in known], [row.get("media") for row in known]
     results = {
         "acc": 100 * sum(right) / len(right) if right else None,
         "correct": int(sum(right)),
@@ -79,7 +79,7 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
     }
     return Scores(
         {"accuracy with picture": mean(pictured, 100.0), "accuracy": mean(right, 100.0)},
-        {name: by_group((str(one.get(name)) for one in references), right) for name in ("subject", "grade")},
+        {name: by_group((str(one.get(name)) for one in references), right, media) for name in ("subject", "grade")},
         {row["id"]: value for row, value in zip(known, right, strict=True)},
         {"scienceqa_result.json": json.dumps(results, indent=2).encode()},
         details={"analyses": analyses},

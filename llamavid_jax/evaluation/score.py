@@ -51,7 +51,7 @@ def _field(name: str) -> Any:
 
 def result_of(header: Mapping[str, Any], rows: list[Row], scores: Scores, original: bool, judge: Any) -> dict[str, Any]:
     answered = [row for row in rows if row["text"] is not None]
-    media = {row["id"]: row.get("media") for row in answered}
+    media = {row["id"]: row.get("media") for row in answered} | scores.media
     return {
         "header": {**header, "shard": None},
         "scored": {

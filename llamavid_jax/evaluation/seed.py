@@ -54,9 +54,9 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
 
     right = [float(is_right(row)) for row in known]
     types = {reference["type_id"]: reference["type"] for reference in references}
-    per_type = by_group((reference["type_id"] for reference in references), right)
-    per_kind = by_group((reference["data_type"] for reference in references), right)
     media = [row.get("media") for row in known]
+    per_type = by_group((reference["type_id"] for reference in references), right, media)
+    per_kind = by_group((reference["data_type"] for reference in references), right, media)
     upload = [
         {"question_id": row["reference"]["seed_id"], "prediction": row["text"]}
         for row in known

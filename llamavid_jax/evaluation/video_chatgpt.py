@@ -198,6 +198,7 @@ def score(rows: Sequence[Row], original: bool, judge: Any) -> Scores:
         scores.items |= {
             f"{dimension.name} {entry[0]}": value for (entry, *_), value in zip(judged, values, strict=True)
         }
+        scores.media |= {f"{dimension.name} {entry[0]}": entry[3] for entry, *_ in judged}
         kept = {entry[0]: [verdict.reply, one] for entry, one, verdict in judged}
         scores.files[f"{dimension.name}_judgements.json"] = json_lines([kept])
         failed[dimension.name] = len(entries) - len(judged)

@@ -140,12 +140,12 @@ def score(rows: Sequence[Row], original: bool, judge: Any, *, is_activitynet: bo
         ]
         for row, verdict in judged
     }
-    groups = {}
+    groups, media = {}, [row.get("media") for row, _ in words]
     if words and all("type" in row["reference"] for row, _ in words):
-        groups["type"] = by_group((row["reference"]["type"] for row, _ in words), values)
+        groups["type"] = by_group((row["reference"]["type"] for row, _ in words), values, media)
     return Scores(
         {
-            "accuracy": mean(values, 100.0, [row.get("media") for row, _ in words]),
+            "accuracy": mean(values, 100.0, media),
             "score (0 to 5)": mean([float(v.score) for _, v in judged], 1.0, [row.get("media") for row, _ in judged]),
         },
         groups,

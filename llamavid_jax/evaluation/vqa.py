@@ -109,7 +109,7 @@ def _scores(rows: Sequence[Row], prepare: Callable[[str], str], files: dict[str,
     media = [row.get("media") for row in known]
     figures = {"accuracy": mean(values, 100.0, media), "accuracy of the texts as they are": mean(raw, 100.0, media)}
     groups = {
-        title: by_group((row["reference"].get(field) for row in known), values)
+        title: by_group((row["reference"].get(field) for row in known), values, media)
         for title, field in (("answer type", "answer_type"), ("question type", "question_type"))
         if known and all(field in row["reference"] for row in known)
     }

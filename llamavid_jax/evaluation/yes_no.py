@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from llamavid_jax.evaluation.folder import checked, need, read_lines, read_text
-from llamavid_jax.evaluation.items import SHORT_ANSWER, Figure, Item, Row, Scores, mean
+from llamavid_jax.evaluation.items import (
+    SHORT_ANSWER,
+    Figure,
+    Item,
+    Row,
+    Scores,
+    average,
+    by_group,
+    error_of,
+    mean,
+    shares,
+)
 from llamavid_jax.evaluation.llava import read_questions
 from llamavid_jax.evaluation.vqa_text import one_line
 
@@ -61,27 +72,28 @@ def pope_original(text: str) -> str:
 def score_pope(rows: Sequence[Row], original: bool) -> Scores:
     parse = pope_original if original else yes_or_no
     known = [row for row in rows if "label" in row["reference"] and row["text"] is not None]
-    pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    items = {}
-    for row in known:
-        label = "no" if row["reference"]["label"] == "no" else "yes"
-        given = parse(row["text"])
-        pairs[row["reference"]["category"]].append((given, label))
-        items[row["id"]] = float(given == label)
-    tables = {category: counts(of_one) for category, of_one in pairs.items()}
-    f1 = {category: _f1(table) for category, table in tables.items()}
-    media = [row.get("media") for row in known]
+    categories, media = [row["reference"]["category"] for row in known], [row.get("media") for row in known]
+    labels = ["no" if row["reference"]["label"] == "no" else "yes" for row in known]
+    pairs = [(parse(row["text"]), label) for row, label in zip(known, labels, strict=True)]
+    right = [float(given == label) for given, label in pairs]
+    tables = {
+        name: counts([pair for pair, own in zip(pairs, categories, strict=True) if own == name])
+        for name in dict.fromkeys(categories)
+    }
+    slopes = [_f1_share(tables[name], *pair) for name, pair in zip(categories, pairs, strict=True)]
+    f1 = {}
+    for name, table in tables.items():
+        own = [place for place, category in enumerate(categories) if category == name]
+        error = error_of([slopes[place] for place in own], 100.0, [media[place] for place in own])
+        f1[name] = Figure(100 * table["f1"], error if table["f1"] else None, len(own))
+    accuracies = by_group(categories, right, media).values()
     return Scores(
         {
-            "mean F1 of the categories": _mean_of(f1),
-            "mean accuracy of the categories": Figure(
-                100 * _average([table["accuracy"] for table in tables.values()]),
-                mean(list(items.values()), 100.0, media).error,
-                len(known),
-            ),
+            "mean F1 of the categories": average(f1.values(), slopes, media),
+            "mean accuracy of the categories": average(accuracies, shares(right, categories), media),
         },
         {"F1": f1},
-        items,
+        {row["id"]: value for row, value in zip(known, right, strict=True)},
         counts={"categories": tables},
     )
 
@@ -103,27 +115,11 @@ def counts(pairs: Sequence[tuple[str, str]]) -> dict[str, int | float]:
     }
 
 
-def _f1(table: dict[str, int | float]) -> Figure:
-    """F1 in percent, and its standard error by the delta method: F1 = 2 TP / (2 TP + FP + FN)."""
-    tp, wrong, n = table["TP"], table["FP"] + table["FN"], int(table["samples"])
-    bottom = 2 * tp + wrong
-    if not bottom or n < 2:
-        return Figure(100 * table["f1"], None, n)
-    slopes = {"tp": 2 * wrong / bottom**2, "wrong": -2 * tp / bottom**2}  # of F1 to each count
-    p, q = tp / n, wrong / n
-    variance = slopes["tp"] ** 2 * p * (1 - p) + slopes["wrong"] ** 2 * q * (1 - q)
-    variance -= 2 * slopes["tp"] * slopes["wrong"] * p * q
-    return Figure(100 * table["f1"], 100 * math.sqrt(max(variance, 0.0) * n), n)
-
-
-def _mean_of(figures: dict[str, Figure]) -> Figure:
-    known = all(figure.error is not None for figure in figures.values())
-    error = math.sqrt(sum(figure.error**2 for figure in figures.values())) / len(figures) if known and figures else None
-    return Figure(_average([f.value for f in figures.values()]), error, sum(f.count for f in figures.values()))
-
-
-def _average(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _f1_share(table: dict[str, int | float], given: str, label: str) -> float:
+    """What a question adds to the deviation of F1 = 2 TP / (2 TP + FP + FN), by the delta method."""
+    top, wrong = 2 * (given == label == "yes"), (given == "yes") != (label == "yes")
+    bottom = 2 * table["TP"] + table["FP"] + table["FN"]
+    return (top - table["f1"] * (top + wrong)) / bottom if bottom else 0.0
 
 
 # ---- MME

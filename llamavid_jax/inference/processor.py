@@ -16,6 +16,7 @@ A sample with one visual and n placeholders shows the same frames n times, each 
 otherwise there are as many visuals as placeholders, in order, and `pixel_values` holds their list.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ class LLaMAVIDLlavaProcessor:
         prompts: Any = None,
         *,
         fps: Any = None,
+        num_frames: int | None = None,
         timestamps: bool | str | None = None,
         template: str = "vicuna_v1",
         return_tensors: str = "np",
@@ -116,7 +118,8 @@ class LLaMAVIDLlavaProcessor:
         `text` is a ready prompt with one `<image>` per visual.  A sample with images and videos gives both lists as
         long as its placeholders, None where the other list has the visual.  `prompts`: one string per placeholder, or
         one for all; by default the words of the `template`'s user turn around the placeholder.  `fps`: a number, or a
-        sample each a number or a list as long as its images and videos; None: as the image processor says.
+        sample each a number or a list as long as its images and videos; or `num_frames` of each video at equal
+        distances; None: as the image processor says.
         `timestamps`: the time of each frame of a video stands in the text, or with "minute" of each minute, as in a
         `Session` with `times`: for models that were trained so.  `return_tensors`: "np" or "jax".
         Raises ConversationError for text and counts, MediaError for media.
@@ -137,9 +140,8 @@ class LLaMAVIDLlavaProcessor:
                 given[name] = [None] * len(text)
             elif not isinstance(values, list | tuple) or len(values) != len(text):
                 raise ConversationError(f"text is a list of {len(text)}; give {name} as a list of that length too")
-        samples = [
-            self._sample(*sample, times, template, progress) for sample in zip(text, *given.values(), strict=True)
-        ]
+        load = functools.partial(self.image_processor, num_frames=num_frames, progress=progress)
+        samples = [self._sample(*sample, times, template, load) for sample in zip(text, *given.values(), strict=True)]
         input_ids, attention_mask = pad_with_mask([sample.pop("ids") for sample in samples], self.tokenizer.pad_id)
         columns = {name: [sample[name] for sample in samples] for name in samples[0]}
         inputs = ModelInputs(input_ids=input_ids, attention_mask=attention_mask, **columns)
@@ -152,6 +154,7 @@ class LLaMAVIDLlavaProcessor:
         add_generation_prompt: bool = True,
         template: str = "vicuna_v1",
         fps: float | int | None = None,
+        num_frames: int | None = None,
         timestamps: bool | str | None = None,
         return_tensors: str = "np",
         progress: Any = None,
@@ -169,6 +172,7 @@ class LLaMAVIDLlavaProcessor:
             videos=[chat.videos for chat in chats],
             prompts=[chat.prompts for chat in chats],
             fps=[[fps if rate is None else rate for rate in chat.fps] for chat in chats],
+            num_frames=num_frames,
             timestamps=timestamps,
             template=template,
             return_tensors=return_tensors,
@@ -207,10 +211,10 @@ class LLaMAVIDLlavaProcessor:
         """The text of each row."""
         return [self.decode(row, skip_special_tokens) for row in rows]
 
-    def _sample(self, text, images, videos, prompts, fps, times: str | None, template: str, progress) -> dict[str, Any]:
+    def _sample(self, text, images, videos, prompts, fps, times: str | None, template: str, load) -> dict[str, Any]:
         check_text(text)
         slots = text.count(IMAGE)
-        pixels, metadata = self._media(images, videos, fps, progress)
+        pixels, metadata = self._media(images, videos, fps, load)
         if all(array is pixels[0] for array in pixels):
             pixels = pixels[:1]
         if len(pixels) != slots and not (len(pixels) == 1 and slots > 0):
@@ -252,10 +256,10 @@ class LLaMAVIDLlavaProcessor:
             before += shown + words
         return before
 
-    def _media(self, images: Any, videos: Any, fps, progress) -> tuple[list[np.ndarray], list[VideoMetadata]]:
+    def _media(self, images: Any, videos: Any, fps, load) -> tuple[list[np.ndarray], list[VideoMetadata]]:
         """Pixels and metadata of one sample's visuals, in the placeholders' order."""
         if images is None or videos is None:
-            media = self.image_processor(images=images, videos=videos, fps=fps, progress=progress)
+            media = load(images=images, videos=videos, fps=fps)
             return media["pixel_values"], media["video_metadata"]
         if not isinstance(images, list | tuple) or not isinstance(videos, list | tuple) or len(images) != len(videos):
             raise ConversationError(
@@ -273,12 +277,7 @@ class LLaMAVIDLlavaProcessor:
             if source in read:  # a later turn about what an earlier one showed
                 pixels.append(read[source])
                 continue
-            media = self.image_processor(
-                images=None if image is None else [image],
-                videos=None if video is None else [video],
-                fps=rate,
-                progress=progress,
-            )
+            media = load(images=None if image is None else [image], videos=None if video is None else [video], fps=rate)
             (read[source],) = media["pixel_values"]
             pixels.append(read[source])
             metadata += media["video_metadata"]

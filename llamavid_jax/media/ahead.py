@@ -22,7 +22,7 @@ def side_by_side(jobs: Sequence[Any], worker: Worker, threads: int, room: int) -
 
     At most 2 * `threads` jobs are begun and not yet handed out, and their items wait in `room` bytes in all, but that
     one item of each may always wait.  An error comes where its item would have come.  When the iterator is closed the
-    threads end, each after the item that it works on.
+    threads end, each after the item that it works on, and are waited for.
     """
     if not threads:
         with worker() as read:
@@ -38,9 +38,12 @@ def side_by_side(jobs: Sequence[Any], worker: Worker, threads: int, room: int) -
             yield from desk.items_of(number)
     finally:
         desk.close()
-        for thread in running:
-            if thread.ident is not None:
-                thread.join()
+        # Of an iterator that nobody holds any more the garbage collector may get here in one of these very threads, in
+        # the middle of what it does: it can wait neither for itself nor for the others, which may need its lock
+        if threading.current_thread() not in running:
+            for thread in running:
+                if thread.ident is not None:
+                    thread.join()
 
 
 class _Desk:

@@ -7,6 +7,7 @@ The page's address goes to stderr once the programs are ready.  SIGTERM ends it 
 
 import argparse
 import gc
+import importlib.util
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from llamavid_jax.buckets import is_address
 from llamavid_jax.commands import program
-from llamavid_jax.commands.options import add_cache, read_cache
+from llamavid_jax.commands.options import add_cache, add_transcribe, read_cache
 from llamavid_jax.errors import InputError, Parser, command, say
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -45,6 +46,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--feature-memory", type=float, default=4, metavar="GB", help="films kept encoded (4)")
     add_cache(parser)
     parser.add_argument("--decoder-memory", type=float, default=4, metavar="GB", help="of each decoding process (4)")
+    add_transcribe(parser, "requests may ask for subtitles from the sound")
     parser.add_argument("--media-root", type=Path, metavar="DIR", help="requests may name files below it (none)")
     parser.add_argument("--allow-private", action="store_true", help="fetch URLs of this machine and private networks")
     parser.add_argument(
@@ -69,6 +71,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--api-key is empty; give a key, or leave it out")
     if is_address(options.uploads or ""):
         parser.error(f"--uploads is {options.uploads}; give a folder on a disk")
+    if options.transcribe and importlib.util.find_spec("faster_whisper") is None:
+        raise ModuleNotFoundError(name="faster_whisper")  # now, and not at the first request
     options.cache = read_cache(options)
     options.name = options.name or Path(os.path.abspath(options.model)).name
     return options
@@ -99,7 +103,7 @@ def make_server(options: argparse.Namespace, uploads: str):
         )
     sources = Sources(kept, options.media_root, options.allow_private, int(options.max_upload * 1e9))
     sizes = int(options.feature_memory * 1e9), options.max_frames, int(options.decoder_memory * 1e9)
-    preparer = Preparer(model, images, sources, *sizes, options.cache)
+    preparer = Preparer(model, images, sources, *sizes, options.cache, options.transcribe)
     engine = Engine(model, options.slots, options.max_new_tokens)
     say("making the programs")
     say(f"the programs took {engine.start() + preparer.warm():.0f} s")

@@ -1,10 +1,11 @@
 """The answers to one request: from its preparation over their pieces to their end."""
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Protocol, runtime_checkable
 
 from starlette.requests import Request
@@ -23,7 +24,7 @@ class GoneError(Exception):
 
 @runtime_checkable
 class Shared(Protocol):
-    """What all requests share."""
+    """What all requests share: the server, as far as its answers know it."""
 
     name: str
     engine: Engine
@@ -37,7 +38,7 @@ class Shared(Protocol):
 
 
 class Answers:
-    """The `n` answers of one request, from its admission, as one answer for now, to its end."""
+    """The `n` answers of one request, which is admitted as one answer before its body says how many."""
 
     asked: Asked
     prepared: Prepared | None = None
@@ -50,22 +51,26 @@ class Answers:
         self._gone = threading.Event()
 
     def admit(self, places: int) -> None:
-        """Takes `places` in all; ApiError where the queue has too few."""
+        """Takes so many places in the queue, with those it has; ApiError where there are too few."""
         self.server.admit(places - self.places)
         self.places = places
 
     async def begin(self, asked: Asked) -> int:
         """Makes the row and queues the jobs; returns how many tokens the prompt has."""
         self.asked, loop = asked, asyncio.get_running_loop()
-        made = await loop.run_in_executor(self.server.threads, self.server.preparer, self.asked, self._check)
+        made = await loop.run_in_executor(self.server.threads, self.server.preparer, asked, self._check)
         self.prepared = made
 
-        def told(index: int):
-            return lambda piece: loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
+        def into_queue(index: int) -> Callable[[Piece], None]:
+            def put(piece: Piece) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: the engine goes on for others
+                    loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
+
+            return put
 
         wanted = asked.evidence, asked.likely is not None
         for index in range(asked.n):
-            self.jobs.append(Job(made.row, made.table, asked.settings_of(index), told(index), *wanted))
+            self.jobs.append(Job(made.row, made.table, asked.settings_of(index), into_queue(index), *wanted))
             self.server.engine.submit(self.jobs[-1])
         self.server.metrics.prompt_tokens.inc(len(made.row.token_ids))
         return len(made.row.token_ids)
@@ -74,7 +79,7 @@ class Answers:
         if self._gone.is_set():
             raise GoneError
 
-    async def parts(self) -> AsyncIterator[tuple[int, str, Piece]]:
+    async def new_texts(self) -> AsyncIterator[tuple[int, str, Piece]]:
         """(choice, its new text without blanks around the answer, piece) until all have ended."""
         texts, told, left, first = [""] * self.asked.n, [0] * self.asked.n, self.asked.n, True
         while left:
@@ -94,7 +99,7 @@ class Answers:
 
     async def whole(self, prompt: int) -> dict[str, Any]:
         texts, last = [""] * self.asked.n, {}
-        async for index, new, last[index] in self.parts():
+        async for index, new, last[index] in self.new_texts():
             texts[index] += new
         choices = [(text, await self._end(last[index])) for index, text in enumerate(texts)]
         return self.reply.whole(choices, usage(prompt, sum(piece.tokens for piece in last.values())))
@@ -106,7 +111,7 @@ class Answers:
             for index in range(self.asked.n):
                 yield _event(self.reply.chunk(index, {"role": "assistant", "content": ""}))
             async with asyncio.timeout(seconds):
-                async for index, new, piece in self.parts():
+                async for index, new, piece in self.new_texts():
                     tokens[index] = piece.tokens
                     if new:
                         yield _event(self.reply.chunk(index, {"content": new}))

@@ -24,6 +24,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.files import parse_object
@@ -34,15 +35,11 @@ from llamavid_jax.serving.metrics import Metrics
 from llamavid_jax.serving.parts import Parts, read_range
 from llamavid_jax.serving.prepare import Preparer
 from llamavid_jax.serving.protocol import ApiError, error_object, read_asked
-from llamavid_jax.serving.uploads import ConflictError, FullError, NoFileError
+from llamavid_jax.serving.uploads import ConflictError, FullError, NoFileError, Uploads
 
 PAGE = Path(__file__).with_name("page")
-KINDS = {
-    "index.html": "text/html",
-    "page.css": "text/css",
-    "page.js": "text/javascript",
-    "evidence.js": "text/javascript",
-}
+SCRIPT = "text/javascript"
+KINDS = {"index.html": "text/html", "page.css": "text/css", "page.js": SCRIPT, "evidence.js": SCRIPT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,8 +239,7 @@ class Server:
 
     async def content(self, request: Request) -> Response:
         """The bytes, as a download: no browser shows them as a page of ours."""
-        key = request.path_params["key"]
-        return FileResponse(self.uploads.path(key), media_type="application/octet-stream", filename=key)
+        return Content(self.uploads, request.path_params["key"])
 
     # ---- the rest
 
@@ -256,6 +252,18 @@ class Server:
     async def page(self, request: Request) -> Response:
         name = request.url.path[1:] or "index.html"
         return FileResponse(PAGE / name, media_type=KINDS[name])
+
+
+class Content(FileResponse):
+    """An uploaded file, which stays on disk until it is sent, also where it is deleted meanwhile."""
+
+    def __init__(self, uploads: Uploads, key: str):
+        self.reading = uploads.reading(key)
+        super().__init__(uploads.path(key), media_type="application/octet-stream", filename=key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.reading:
+            await super().__call__(scope, receive, send)
 
 
 def _blocks(file: Any) -> Iterator[bytes]:

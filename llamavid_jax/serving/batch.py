@@ -34,10 +34,16 @@ def prompt_sizes(longest: int, chunk: int) -> list[int]:
     return [*sizes, last]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def empty_prompts(structure: Structure, params: Params, rows: int, slots: int) -> KeysValues:
+# `keep_unused`: arrays that are made beside the model's are bound to its devices, as all that is computed of them is.
+# Programs differ by that, so that there would be two of each that takes an empty one
+@functools.partial(jax.jit, static_argnums=(0, 2), keep_unused=True)
+def empty_row(structure: Structure, params: Params, slots: int) -> tuple[Int[Array, " 1"], KeysValues]:
+    """What `extend` goes on from when a prompt begins: a token of no meaning, and room for `slots` positions."""
+    return jnp.zeros(1, jnp.int32), _empty_prompts(structure.model(params), 1, slots)
+
+
+def _empty_prompts(model: LlamaVid, rows: int, slots: int) -> KeysValues:
     """Zeros `[L, rows, slots, K, H]`, of the kind that the model's cache is."""
-    model: LlamaVid = structure.model(params)
     config = model.llama.config
     zeros = jnp.zeros((rows, slots, config.num_key_value_heads, config.head_dim), model.llama.embed.dtype)
 
@@ -47,13 +53,19 @@ def empty_prompts(structure: Structure, params: Params, rows: int, slots: int) -
     return jax.tree.map(stacked, KeysValues.of(zeros, zeros, model.llama.kv_cache))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _placed(state: DecodeState) -> DecodeState:
+    """The rows where a mesh has them, as `decode_block` returns them."""
+    rows = {name: constrain(getattr(state, name), AXES[1]) for name in ("token", "position", "done")}
+    return state._replace(**rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4), keep_unused=True)
 def empty_batch(structure: Structure, params: Params, rows: int, slots: int, room: int) -> DecodeState:
     """A batch without a row: prompts of `slots` positions, answers of `room`."""
-    prompt = empty_prompts(structure, params, rows, slots)
+    prompt = _empty_prompts(structure.model(params), rows, slots)
     zeros = jnp.zeros(rows, jnp.int32)
     cache = KVCache(prompt, prompt.room(room), jnp.int32(0), zeros)
-    return DecodeState(zeros, zeros, jnp.ones(rows, bool), cache, jax.random.split(jax.random.key(0), rows))
+    return _placed(DecodeState(zeros, zeros, jnp.ones(rows, bool), cache, jax.random.split(jax.random.key(0), rows)))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -71,17 +83,13 @@ def join(
         return jax.lax.dynamic_update_slice(whole, row, (0, slot, *[0] * (whole.ndim - 2)))
 
     cache = state.cache
-    return DecodeState(
-        state.token.at[slot].set(token[0]),
-        state.position.at[slot].set(length),
-        state.done.at[slot].set(False),
-        cache._replace(
-            prompt=jax.tree.map(put, cache.prompt, prompt),
-            written=cache.written % cache.answer.slots,
-            lengths=cache.lengths.at[slot].set(length),
-        ),
-        state.keys.at[slot].set(key[0]),
+    cache = cache._replace(
+        prompt=jax.tree.map(put, cache.prompt, prompt),
+        written=cache.written % cache.answer.slots,
+        lengths=cache.lengths.at[slot].set(length),
     )
+    rows = state.token.at[slot].set(token[0]), state.position.at[slot].set(length), state.done.at[slot].set(False)
+    return _placed(DecodeState(*rows, cache, state.keys.at[slot].set(key[0])))
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -96,7 +104,7 @@ def resized(state: DecodeState, *, slots: int) -> DecodeState:
     prompt = state.cache.prompt
     if slots < prompt.slots:
         prompt = jax.tree.map(lambda x: x[:, :, :slots], prompt)
-    return state._replace(cache=state.cache._replace(prompt=prompt.grown(slots)))
+    return _placed(state._replace(cache=state.cache._replace(prompt=prompt.grown(slots))))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="prompt")

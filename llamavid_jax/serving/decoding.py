@@ -1,7 +1,8 @@
-"""Pictures and films are decoded in a process of their own, with a memory limit: a file that crashes FFmpeg's or
-Pillow's libraries, or blows them up, costs its own request and not the server.
+"""Pictures, films and their sound are decoded in a process of their own, with a memory limit: a file that crashes
+FFmpeg's or Pillow's libraries, or blows them up, costs its own request and not the server.
 
     path ─ a process forked from one that holds no more than the readers ─▶ Sampling, then pixels [f, 3, S, S]
+                                                                         ─▶ Cues of what is said
 """
 
 import contextlib
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llamavid_jax.errors import InputError, printable
+from llamavid_jax.inference.film_text import film_speech
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.timeline import Sampling
+from llamavid_jax.text.subtitles import Cue
 
 PROCESSES = multiprocessing.get_context("forkserver")  # neither JAX's threads nor its memory are forked
 PROCESSES.set_forkserver_preload([__name__])
@@ -62,8 +65,42 @@ def decoded(
     The process has `max_bytes` of memory.  `check`, called while it works, raises where nobody waits any more.  Raises
     InputErrors, and MediaError where the process died.
     """
+    return _made_apart(_decode, path, (images, reading), max_bytes, check)
+
+
+def heard(path: Path, model: str, max_bytes: int, check: Callable[[], None]) -> list[Cue]:
+    """What is said in a film, by its sound; `model` is faster-whisper's.  All else as of `decoded`."""
+    (cues,) = _made_apart(_listen, path, (model,), max_bytes, check)
+    return cues
+
+
+Send = Callable[[Any], None]
+
+
+def _decode(send: Send, path: Path, images: LLaMAVIDLlavaImageProcessor, reading: Reading | None) -> None:
+    def on_read(sampling: Sampling, done: int) -> None:
+        if done == 1:
+            timeline = sampling.timeline
+            check_length(path, timeline.seconds, len(sampling), reading.most)
+            send(dataclasses.replace(sampling, timeline=dataclasses.replace(timeline, index=None)))
+
+    if reading is None:
+        send(images.image_pixels(path))
+    else:
+        for pixels, _ in images.stream_video(path, reading.fps, reading.chunk, on_read, reading.adapt):
+            send(np.ascontiguousarray(pixels))
+
+
+def _listen(send: Send, path: Path, model: str) -> None:
+    send(film_speech(path, model))
+
+
+def _made_apart(
+    make: Callable[..., None], path: Path, arguments: tuple, max_bytes: int, check: Callable[[], None]
+) -> Iterator[Any]:
+    """What `make(send, path, *arguments)` sends, in a process of its own."""
     receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=_work, args=(sender, images, path, reading, max_bytes), daemon=True)
+    process = PROCESSES.Process(target=_work, args=(sender, make, path, arguments, max_bytes), daemon=True)
     process.start()
     sender.close()
     try:
@@ -74,6 +111,7 @@ def decoded(
             if isinstance(got, Exception):
                 raise got
             if got is None:
+                process.join(1)  # it may have something to tidy up
                 return
             yield got
     except (EOFError, OSError):
@@ -88,31 +126,14 @@ def decoded(
         receiver.close()
 
 
-def _work(
-    sender: Connection,
-    images: LLaMAVIDLlavaImageProcessor,
-    path: Path,
-    reading: Reading | None,
-    max_bytes: int,
-) -> None:
+def _work(sender: Connection, make: Callable[..., None], path: Path, arguments: tuple, max_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which answers what it has begun
     with contextlib.suppress(ImportError, ValueError, OSError):  # a system without such limits
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
-
-    def on_read(sampling: Sampling, done: int) -> None:
-        if done == 1:
-            timeline = sampling.timeline
-            check_length(path, timeline.seconds, len(sampling), reading.most)
-            sender.send(dataclasses.replace(sampling, timeline=dataclasses.replace(timeline, index=None)))
-
     try:
-        if reading is None:
-            sender.send(images.image_pixels(path))
-        else:
-            for pixels, _ in images.stream_video(path, reading.fps, reading.chunk, on_read, reading.adapt):
-                sender.send(np.ascontiguousarray(pixels))
+        make(sender.send, path, *arguments)
         sender.send(None)
     except BrokenPipeError:  # nobody waits any more
         pass

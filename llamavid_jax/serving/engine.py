@@ -15,14 +15,12 @@ import traceback
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llamavid_jax.inference.generate import (
     BLOCK_STEPS,
     EVIDENCE_TOKENS,
     SMALLEST_LENGTH,
-    DecodeState,
     decode_block,
     evidence,
     extend,
@@ -36,7 +34,7 @@ from llamavid_jax.models.kv_cache import KeysValues
 from llamavid_jax.serving.batch import (
     SCORED,
     empty_batch,
-    empty_prompts,
+    empty_row,
     join,
     prompt_of,
     prompt_sizes,
@@ -57,8 +55,8 @@ class Engine:
 
     def __init__(self, model: LLaMAVIDLlavaForConditionalGeneration, slots: int = 8, max_new_tokens: int = 512):
         self.model, self.slots, self.max_new_tokens = model, slots, max_new_tokens
-        self.sizes = prompt_sizes(model.config.text_config.max_length, CHUNKS[-1])
-        self.room = bucket(max_new_tokens + BLOCK_STEPS, SMALLEST_LENGTH)
+        self.sizes = prompt_sizes(model.config.text_config.max_length, CHUNKS[-1])  # in positions, of prompts
+        self.room = bucket(max_new_tokens + BLOCK_STEPS, SMALLEST_LENGTH)  # in positions, of answers
         self.steps, self.decoding = 0, 0.0  # decoded so far, and in how many seconds; a step gives each row a token
         self._waiting: collections.deque[Job] = collections.deque()
         self._prefilling: collections.deque[Running] = collections.deque()
@@ -167,15 +165,14 @@ class Engine:
         """The next chunk of a prompt, after the last one the row joins; returns how many positions were run."""
         row, length = one.job.row, len(one.job.row.token_ids)
         if one.prompt is None:
-            one.prompt = empty_prompts(self.model.structure, self.model.params, 1, one.size)
-            one.token = jnp.zeros(1, jnp.int32)
+            one.token, one.prompt = empty_row(self.model.structure, self.model.params, one.size)
         size = next((size for size in CHUNKS if size >= length - one.start), CHUNKS[-1])
         part = slice(one.start, one.start + size)
         index = row.visual_index[part]
-        own = np.zeros((1, size, self.model.config.text_config.hidden_size), self.model.dtype)
-        own[0, : len(index)][index != TEXT] = one.job.table[index[index != TEXT]]
+        visual = np.zeros((1, size, self.model.config.text_config.hidden_size), self.model.dtype)
+        visual[0, : len(index)][index != TEXT] = one.job.table[index[index != TEXT]]
         places = np.where(index == TEXT, TEXT, np.arange(len(index), dtype=np.int32))
-        columns = pad_rows([row.token_ids[part]], 1, size, 0), own, pad_rows([places], 1, size, TEXT)
+        columns = pad_rows([row.token_ids[part]], 1, size, 0), visual, pad_rows([places], 1, size, TEXT)
         one.token, keys, one.prompt = self._extend(one.token, one.prompt, columns, one.start, length, one.job.settings)
         one.start += size
         if one.start >= length:
@@ -192,7 +189,7 @@ class Engine:
         return extend(self.model.structure, self.model.params, token, prompt, *columns, *arrays, greedy=False)
 
     def _fit(self, sizes: Sequence[int]) -> None:
-        """The batch with room for prompts of `sizes`, and no more."""
+        """Gives the batch room for prompts of `sizes`, and no more."""
         if self._state is None:
             empty = self.model.structure, self.model.params, self.slots, max(sizes), self.room
             self._state = empty_batch(*empty)
@@ -227,7 +224,7 @@ class Engine:
                     del self._running[slot]
 
     def _tell(self, one: Running, ids: list[int], eos: int) -> bool:
-        """Hands on the text of a block's ids; whether it was the answer's last."""
+        """Hands on the text of a block's ids; returns whether it was the answer's last."""
         length, positions = len(one.job.row.token_ids), self.model.config.text_config.max_length
         left = min(one.job.settings.max_new_tokens, positions - length) - one.new
         ids = ids[:left]
@@ -235,8 +232,9 @@ class Engine:
         ids = ids[: ids.index(eos)] if ended else ids
         one.new += len(ids)
         text = one.text.push(ids)
-        finish = "stop" if ended or one.text.stopped else "length" if len(ids) == left else None
-        text += one.text.finish() if finish else ""
+        is_last = ended or one.text.stopped or len(ids) == left
+        text += one.text.finish() if is_last else ""  # in which a stop string may be found, too
+        finish = None if not is_last else "stop" if ended or one.text.stopped else "length"
         own = one.job.row, one.text.ids
         looked_at = self._evidence(*own, self._prompt(one)) if finish and one.job.evidence else None
         scores = self._scores(*own, self._prompt(one)) if finish and one.job.scores else None
@@ -263,40 +261,32 @@ class Engine:
         return Scores(*(np.concatenate(arrays)[: len(ids)].tolist() for arrays in zip(*made, strict=True)))
 
     def _warm(self) -> None:
-        """Runs every program once on what each of the others may leave, whose layouts are programs of their own."""
-        eos, width = np.int32(self.model.config.text_config.eos_token_id), self.model.config.text_config.hidden_size
-        weights, rows = (self.model.structure, self.model.params), {}
+        """Runs every program once, for each of the sizes that its arrays may have."""
+        weights, eos = (self.model.structure, self.model.params), np.int32(self.model.config.text_config.eos_token_id)
+        width, zero, rows = self.model.config.text_config.hidden_size, np.int32(0), {}
         for size in self.sizes:
+            token, prompt = empty_row(*weights, size)
             for chunk in CHUNKS:
                 ids = np.zeros((1, chunk), np.int32)
                 columns = ids, np.zeros((1, chunk, width), self.model.dtype), np.full_like(ids, TEXT)
-                token, prompt = jnp.zeros(1, jnp.int32), empty_prompts(*weights, 1, size)
-                for _ in range(3):  # the first chunk of a prompt, and those behind another
-                    token, keys, prompt = self._extend(token, prompt, columns, 0, 1, Settings())
+                token, keys, prompt = self._extend(token, prompt, columns, 0, 1, Settings())
             rows[size] = prompt, token, keys
-
-        def joined(state: DecodeState, size: int) -> DecodeState:
-            return join(state, np.int32(0), *rows[size], np.int32(1))
-
-        def decoded(state: DecodeState, greedy: bool) -> DecodeState:
-            sampling, done = _sampling([Settings()] * self.slots), np.ones(self.slots, bool)
-            return decode_block(*weights, state._replace(done=done), np.int32(0), eos, sampling, greedy=greedy)[0]
-
+        nobody, sampling = np.ones(self.slots, bool), _sampling([Settings()] * self.slots)
         for size in self.sizes:
-            for before in self.sizes:  # what the batch held until a row joined that needs `size`
-                for other in (other for other in self.sizes if other <= size):
-                    for greedy in (True, False):
-                        state = joined(empty_batch(*weights, self.slots, before, self.room), before)
-                        for _ in range(2):
-                            state = resized(joined(state, before), slots=size) if before != size else state
-                            state = decoded(joined(joined(state, other), other), greedy)
-                            prompt = prompt_of(state, np.int32(0), slots=other)
-                            state = decoded(decoded(state, greedy), not greedy)
-                            state = resized(state, slots=before) if before != size else state
+            state = empty_batch(*weights, self.slots, size, self.room)
+            for other in self.sizes:
+                if other <= size:
+                    state = join(state, zero, *rows[other], np.int32(1))
+                    prompt = prompt_of(state, zero, slots=other)
+                if other != size:
+                    resized(state, slots=other)
+            for greedy in (True, False):
+                state = state._replace(done=nobody)
+                state, _ = decode_block(*weights, state, zero, eos, sampling, greedy=greedy)
             row = Row(np.zeros(1, np.int32), np.full(1, TEXT, np.int32), None)
             self._evidence(row, [], prompt)
             self._scores(row, [0], prompt)
-        jax.block_until_ready(prompt)
+        jax.block_until_ready(state)
 
 
 def _sampling(settings: Sequence[Settings]) -> Sampling:

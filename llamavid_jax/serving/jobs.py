@@ -55,13 +55,13 @@ class Job:
 
 @dataclasses.dataclass(eq=False)
 class Running:
-    """A job with a slot: its prompt up to `start` while it is prefilled, its text after that."""
+    """A job with a slot: its prompt's keys and values while it is prefilled, its text after that."""
 
     job: Job
     slot: int
     text: RowText
-    size: int  # of the prompt as the batch keeps it
+    size: int  # positions of the prompt as the batch keeps it: one of `Engine.sizes`
     prompt: KeysValues | None = None
-    token: jax.Array | None = None
-    start: int = 0
-    new: int = 0
+    token: jax.Array | None = None  # [1], the answer's first behind the whole prompt
+    start: int = 0  # positions of the prompt that have been run
+    new: int = 0  # ids of the answer that have been looked at

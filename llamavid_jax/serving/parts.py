@@ -121,6 +121,8 @@ class Parts:
         ConflictError where they have another `md5` than is said."""
         with self._ending:
             about, folder, order = self.find(key), self._folder(key), body.get("part_ids")
+            if about["status"] == "completed":  # whoever lost the reply asks again
+                return about
             sizes = {part["id"]: part["bytes"] for part in about["parts"]}
             if not isinstance(order, list) or not all(isinstance(part, str) and part in sizes for part in order):
                 raise InputError(f"part_ids is {str(order)[:200]}; name parts of {key} in their order")
@@ -150,13 +152,14 @@ class Parts:
         return about | {"status": "cancelled"}
 
     def _end(self, about: dict[str, Any], blocks: Iterable[bytes], md5: str | None) -> dict[str, Any]:
-        """Makes a file of the blocks; who has not heard of that may still ask."""
+        """Makes a file of the blocks; whoever has not heard of that may still ask."""
         file = self.uploads.add(_of_sum(blocks, md5), about["filename"], about["purpose"], about["bytes"])
         about |= {"status": "completed", "file": file, "parts": [], "received": about["bytes"]}
-        folder = self._folder(about["id"])
-        write_files(folder, {"about.json": json.dumps(about).encode()})
-        for left in (*folder.glob("part_*"), folder / "content"):
-            left.unlink(missing_ok=True)
+        with self._adding:  # else who sends the same bytes again finds them gone
+            folder = self._folder(about["id"])
+            write_files(folder, {"about.json": json.dumps(about).encode()})
+            for left in (*folder.glob("part_*"), folder / "content"):
+                left.unlink(missing_ok=True)
         return about
 
     def _content(self, about: dict[str, Any]) -> Path:

@@ -1,7 +1,8 @@
 """A request's messages -> the row that is prefilled, and the table of visual tokens that it points into.
 
     part ─ sources ─▶ file ─ once for all requests ─▶ features [F, P, E] ─ once a question ─▶ visual tokens [n, D]
-    messages ─ text/chat.py ─▶ turns ─▶ ids with a placeholder for each visual ─▶ Row
+                           └ where it is asked for ─▶ what is said ┐
+    messages ─ text/chat.py ─▶ turns ─────────────────────────────┴▶ ids with a placeholder for each visual ─▶ Row
 
 Every request has a thread of its own here; what needs the device goes to one queue in chunks of frames, of which each
 request has two at most at a time.  So chunks of different requests take turns, whatever the length of their films.
@@ -26,15 +27,15 @@ from llamavid_jax.inference.request import check_row
 from llamavid_jax.inference.sources import content, description, version, video_key
 from llamavid_jax.media.feature_file import Description
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.serving.decoding import Reading, check_length, decoded
+from llamavid_jax.media.source import MediaError
+from llamavid_jax.serving.decoding import Reading, check_length, decoded, heard
+from llamavid_jax.serving.layout import lay_out
 from llamavid_jax.serving.protocol import Asked
 from llamavid_jax.serving.sources import Sources
 from llamavid_jax.serving.store import Store
 from llamavid_jax.shapes import FRAME_CHUNK, Row, merge_row
 from llamavid_jax.text.chat import Chat, read_messages
-from llamavid_jax.text.conversation import IMAGE, long_video_text, marked
-from llamavid_jax.text.subtitles import interleave
-from llamavid_jax.text.tokenizer import encode_with_images
+from llamavid_jax.text.subtitles import Cue
 
 Check = Callable[[], None]  # raises where nobody waits for the row any more
 Look = Callable[[np.ndarray, str], np.ndarray]  # features [F, P, E] and a question -> attention [F, S, S]
@@ -42,14 +43,20 @@ LOOKED_AT = 8  # frames of a part for which it is told where the question looks 
 DECODING = 4  # films that are decoded at a time, and pictures, which wait for no film
 
 
-class Visual(NamedTuple):
-    """One in a row: which part of the messages it is, its features `[F, P, E]`, the times `[F]` of its frames, how many
-    visual tokens it has, and what it is asked."""
+class Shown(NamedTuple):
+    """A picture or a film: what its features are kept by, these `[F, P, E]`, and the times `[F]` of its frames."""
 
-    part: int
+    key: tuple
     features: np.ndarray
     times: np.ndarray
-    tokens: int
+
+
+class Visual(NamedTuple):
+    """One in a row: which part of the messages it is, what it shows, its visual tokens, and what it is asked."""
+
+    part: int
+    shown: Shown
+    tokens: int  # how many
     question: str
 
 
@@ -69,14 +76,14 @@ class Prepared(NamedTuple):
         parts: dict[int, np.ndarray] = {}
         last: dict[int, Visual] = {}
         for one in self.visuals:
-            own, weights = weights[: one.tokens].reshape(len(one.times), -1).sum(1), weights[one.tokens :]
+            own, weights = weights[: one.tokens].reshape(len(one.shown.times), -1).sum(1), weights[one.tokens :]
             parts[one.part], last[one.part] = parts.get(one.part, 0) + own, one
         total = sum(float(own.sum()) for own in parts.values()) or 1.0
         found = []
         for part, own in sorted(parts.items()):
             strongest = np.sort(np.argsort(own)[-LOOKED_AT:])
-            maps = look(last[part].features[strongest], last[part].question)
-            seconds = last[part].times.round(3).tolist()
+            maps = look(last[part].shown.features[strongest], last[part].question)
+            seconds = last[part].shown.times.round(3).tolist()
             looked = [
                 {"second": seconds[place], "attention": where.round(4).tolist()}
                 for place, where in zip(strongest, maps, strict=True)
@@ -87,9 +94,10 @@ class Prepared(NamedTuple):
 
 
 class Preparer:
-    """Called in any number of threads.  `max_bytes` are kept of features, and an eighth of that of visual tokens.
+    """Called in any number of threads.  Keeps up to `max_bytes` of features, and an eighth of that of visual tokens.
 
-    A process that decodes a file has `decoder_bytes` of memory.  `cache` keeps the features of films on disk.
+    A process that decodes a file has `decoder_bytes` of memory.  `cache` keeps the features of films on disk.  `speech`
+    is the model of faster-whisper that hears what is said in them, where a request wants that.
     """
 
     def __init__(
@@ -101,8 +109,9 @@ class Preparer:
         max_frames: int = 20_000,
         decoder_bytes: int = 4 << 30,
         cache: FeatureCache | None = None,
+        speech: str | None = None,
     ):
-        self.decoder_bytes, self.cache = decoder_bytes, cache
+        self.decoder_bytes, self.cache, self.speech = decoder_bytes, cache, speech
         self.model, self.image_processor, self.sources, self.max_frames = model, image_processor, sources, max_frames
         self.features, self.tokens = Store(max_bytes), Store(max_bytes // 8)
         self.frames = 0  # encoded so far
@@ -117,36 +126,49 @@ class Preparer:
             raise InputError("the last message is the assistant's; end the messages with the user's")
         if asked.evidence and not chat.prompts:
             raise InputError("evidence is asked of messages that show nothing; show a video, or leave it out")
-        config = self.model.config
+        config, names = self.model.config, self._names(chat, asked)
         with contextlib.ExitStack() as used:
-            films: dict[tuple, tuple[tuple, tuple[np.ndarray, ...]]] = {}
-            shown, parts = [], []
-            for image, video, fps in zip(chat.images, chat.videos, chat.fps, strict=True):
-                kind, source = ("video", video) if image is None else ("image", image)
-                rate = None
-                if kind == "video":
-                    count = asked.num_frames if fps is None else None
-                    rate = self.image_processor.rate(1 if count else asked.fps if fps is None else fps), count
-                if (name := (kind, str(source), rate)) not in films:
-                    films[name] = self._film(kind, source, rate, asked.room, check, used)
-                shown.append(films[name])
-                parts.append(list(films).index(name))
-            width = config.tokens_of(config.vision_tower_config.has_cls)
-            chat, first = self._that_fits(chat, [width * len(arrays[0]) for _, arrays in shown], asked)
-            blocks = [
-                self._tokens(key, arrays[0], question, check)
-                for (key, arrays), question in zip(shown[first:], chat.prompts[first:], strict=True)
-            ]
-            ids = np.array(self._ids(chat, shown, asked))
+            films, said = {}, asked.subtitles
+            for name in names:
+                if name not in films:
+                    kind, source, rate = name
+                    with self.sources.open(source) as path:
+                        digest = content(path)["sha256"]
+                        if asked.transcribe:
+                            said = self._heard(path, digest, check)
+                        films[name] = self._film(path, (digest, kind, rate), asked.room, check, used)
+            shown = [films[name] for name in names]
+            times = [one.times for one in shown]
+            ids, first = lay_out(config, self.model.tokenizer, chat, times, said, asked.times, asked.room)
+            shown, prompts = shown[first:], chat.prompts[first:]
+            blocks = [self._tokens(one, question, check) for one, question in zip(shown, prompts, strict=True)]
         check_row(config, 0, ids, len(blocks), sum(map(len, blocks)), asked.room)
         table, places = table_of([blocks], config.text_config.hidden_size, self.model.dtype)
+        parts = [list(films).index(name) for name in names[first:]]
         visuals = [
-            Visual(part, *arrays, len(block), question)
-            for part, (_, arrays), block, question in zip(
-                parts[first:], shown[first:], blocks, chat.prompts[first:], strict=True
-            )
+            Visual(part, one, len(block), question)
+            for part, one, block, question in zip(parts, shown, blocks, prompts, strict=True)
         ]
         return Prepared(merge_row(ids, places[0]), table, visuals)
+
+    def _names(self, chat: Chat, asked: Asked) -> list[tuple[str, Any, Any]]:
+        """Of each placeholder its kind, its source and, of a film, its frames a second and their number."""
+        names = []
+        for image, video, fps in zip(chat.images, chat.videos, chat.fps, strict=True):
+            if not isinstance(source := image if video is None else video, str):
+                raise MediaError(f"a part names a {type(source).__name__}; give a URL or the id of an uploaded file")
+            if video is None:
+                names.append(("image", image, None))
+            else:
+                count = asked.num_frames if fps is None else None
+                rate = self.image_processor.rate(1 if count else asked.fps if fps is None else fps)
+                names.append(("video", video, (rate, count)))
+        for field in ("subtitles", "transcribe", "times"):
+            if getattr(asked, field) and (len(set(names)) != 1 or names[0][0] != "video"):
+                raise InputError(f"{field} goes with one video alone; show that, and nothing else")
+        if asked.transcribe and self.speech is None:
+            raise InputError("transcribe is not done by this server; start it with --transcribe, or send subtitles")
+        return names
 
     def warm(self) -> float:
         """Compiles what frames and questions of all sizes need; returns the seconds that took."""
@@ -174,18 +196,37 @@ class Preparer:
 
     # ---- frames
 
-    def _film(self, kind: str, source: Any, rate: Any, new_tokens: int, check: Check, used: contextlib.ExitStack):
-        """The key, and features `[F, P, E]` and times `[F]`, of an image or a video; they stay until `used` ends."""
-        with self.sources.open(source) as path:
-            key = content(path)["sha256"], kind, rate
+    def _film(self, path: Path, key: tuple, new_tokens: int, check: Check, used: contextlib.ExitStack) -> Shown:
+        """A picture or a film, whose features stay until `used` ends."""
 
-            def make() -> tuple[np.ndarray, ...]:
-                try:
-                    return self._encode(path, key[0], kind, rate, new_tokens, check)
-                finally:
-                    self.encoding.pop(key[0], None)
+        def make() -> tuple[np.ndarray, ...]:
+            try:
+                return self._encode(path, *key, new_tokens, check)
+            finally:
+                self.encoding.pop(key[0], None)
 
-            return key, used.enter_context(self.features.use(key, make, check))
+        return Shown(key, *used.enter_context(self.features.use(key, make, check)))
+
+    def _heard(self, path: Path, digest: str, check: Check) -> list[Cue]:
+        """What is said in a film, by its sound: kept as its features are."""
+
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            with self._decoder("video", check):
+                cues = heard(path, self.speech, self.decoder_bytes, check)
+            return np.array([cue.end for cue in cues], float), np.array([cue.text for cue in cues], str)
+
+        with self.features.use((digest, "speech"), make, check) as (ends, texts):
+            return [Cue(*pair) for pair in zip(ends.tolist(), texts.tolist(), strict=True)]
+
+    @contextlib.contextmanager
+    def _decoder(self, kind: str, check: Check) -> Iterator[None]:
+        """One of those that may run at a time."""
+        while not self._decoding[kind].acquire(timeout=0.1):
+            check()
+        try:
+            yield
+        finally:
+            self._decoding[kind].release()
 
     def _encode(
         self, path: Path, digest: str, kind: str, rate: Any, new_tokens: int, check: Check
@@ -203,25 +244,21 @@ class Preparer:
                 check_length(path, found["sampling"]["seconds"], len(times), most)
                 with contextlib.suppress(DamagedEntryError):
                     return np.stack(list(self.cache.frames(key))).astype(model.dtype), times
-        while not self._decoding[kind].acquire(timeout=0.1):
-            check()
         reading = Reading(rate[0], most, FRAME_CHUNK, rate[1]) if kind == "video" else None
-        with contextlib.closing(decoded(self.image_processor, path, reading, self.decoder_bytes, check)) as chunks:
-            try:
-                plan = next(chunks) if reading else None
-                frames = self._told(digest, len(plan) if plan else 1, self._on_device(chunks, check))
-                if key is not None:
+        process = self.image_processor, path, reading, self.decoder_bytes, check
+        with self._decoder(kind, check), contextlib.closing(decoded(*process)) as chunks:
+            plan = next(chunks) if reading else None
+            frames = self._counted(digest, len(plan) if plan else 1, self._on_device(chunks, check))
+            if key is not None:
 
-                    def said() -> Description | None:  # of a file that was written to meanwhile nothing
-                        return description(path, key, plan, model) if version(path) == before else None
+                def described() -> Description | None:  # of a file that was written to meanwhile nothing
+                    return description(path, key, plan, model) if version(path) == before else None
 
-                    frames = self.cache.keep(key, frames, lambda: len(plan), said)
-                return np.stack(list(frames)), plan.times if plan else np.zeros(1)
-            finally:
-                self._decoding[kind].release()
+                frames = self.cache.keep(key, frames, lambda: len(plan), described)
+            return np.stack(list(frames)), plan.times if plan else np.zeros(1)
 
-    def _told(self, digest: str, count: int, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """The frames of all chunks, which `encoding` counts."""
+    def _counted(self, digest: str, count: int, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The frames of all chunks; `encoding` says how many of the film's `count` have come."""
         self.encoding[digest] = 0, count
         for done, frame in enumerate(itertools.chain.from_iterable(chunks), 1):
             self.encoding[digest] = done, count
@@ -245,9 +282,9 @@ class Preparer:
         self.frames += len(pixels)
         return self.model.vision_features(pixels)
 
-    # ---- text
+    # ---- a question
 
-    def _tokens(self, key: tuple, features: np.ndarray, question: str, check: Check) -> np.ndarray:
+    def _tokens(self, shown: Shown, question: str, check: Check) -> np.ndarray:
         """Visual tokens `[n, D]` of a film for a question."""
 
         def make() -> tuple[np.ndarray]:
@@ -255,37 +292,9 @@ class Preparer:
                 has_cls = self.model.config.vision_tower_config.has_cls
                 return self.model.visual_tokens(features=chunk, features_have_cls=has_cls, prompts=[question])[0]
 
-            chunks = (features[start : start + FRAME_CHUNK] for start in range(0, len(features), FRAME_CHUNK))
+            starts = range(0, len(shown.features), FRAME_CHUNK)
+            chunks = (shown.features[start : start + FRAME_CHUNK] for start in starts)
             return (np.concatenate(list(self._on_device(chunks, check, ask))),)
 
-        with self.tokens.use((key, question), make, check) as (tokens,):
+        with self.tokens.use((shown.key, question), make, check) as (tokens,):
             return tokens
-
-    def _that_fits(self, chat: Chat, sizes: list[int], asked: Asked) -> tuple[Chat, int]:
-        """The chat, and its first placeholder that is shown: beyond the positions that the model was trained for
-        earlier turns keep their words alone, as in a Session."""
-        text = self.model.config.text_config
-        room = min(text.max_length - asked.room, text.max_position_embeddings)
-        words = len(encode_with_images(self.model.tokenizer, chat.text("vicuna_v1")))
-        newest = chat.turns[-1].count(IMAGE)
-        if words + sum(sizes) <= room or len(sizes) == newest:
-            return chat, 0
-        bare = [turn.replace(IMAGE + "\n", "").replace(IMAGE, "") for turn in chat.turns[:-1]]
-        chat.turns[:-1] = bare
-        return chat, len(sizes) - newest
-
-    def _ids(self, chat: Chat, shown: list, asked: Asked) -> list[int]:
-        config = self.model.config
-        start_end, turns = config.mm_use_im_start_end, chat.turns
-        if asked.subtitles is None:
-            turns[:] = [turn.replace(IMAGE, marked(IMAGE, start_end)) for turn in turns]
-        else:
-            films = [(key, arrays) for key, arrays in shown if key[1] == "video"]
-            if len({key for key, _ in shown}) != 1 or not films:
-                raise InputError("subtitles go with one video alone; show that, and nothing else")
-            movie = interleave(films[0][1][1].tolist(), asked.subtitles)
-            for number, turn in enumerate(turns):
-                if IMAGE in turn:
-                    words = turn.replace(IMAGE, "").strip()
-                    turns[number] = long_video_text(movie, words, config.tokens_per_frame, start_end)
-        return encode_with_images(self.model.tokenizer, chat.text("vicuna_v1"))

@@ -11,7 +11,7 @@ from llamavid_jax.inference.request import Settings
 from llamavid_jax.serving.batch import MOST_LIKELY
 from llamavid_jax.serving.jobs import Scores
 from llamavid_jax.text.conversation import check_text
-from llamavid_jax.text.subtitles import Cue, parse_subtitles
+from llamavid_jax.text.subtitles import TIMES, Cue, parse_subtitles
 from llamavid_jax.text.tokenizer import Tokenizer
 
 LARGEST_N = 16
@@ -28,7 +28,8 @@ AT_REST = {
     "modalities": (None, ["text"]),
 }
 OWN = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n"}
-OWN |= {"stream", "stream_options", "fps", "subtitles", "evidence", "logprobs", "top_logprobs", "media_io_kwargs"}
+OWN |= {"stream", "stream_options", "logprobs", "top_logprobs", "media_io_kwargs"}
+OWN |= {"fps", "subtitles", "transcribe", "times", "evidence"}  # OpenAI's have none of these
 
 
 class ApiError(Exception):
@@ -49,11 +50,13 @@ class Asked:
     stream: bool
     include_usage: bool
     fps: Any
+    num_frames: int | None  # of each video, in place of a rate
     subtitles: list[Cue] | None
+    transcribe: bool  # whether subtitles are made from the sound
+    times: str | None  # one of TIMES: the frames that the text says the time of
     room: int  # tokens that an answer must have room for: those asked for, or one
-    evidence: bool = False  # whether the frames that the answer rests on are wanted
-    likely: int | None = None  # alternatives to each token that are wanted with its log-probability
-    num_frames: int | None = None  # of each video, in place of a rate
+    evidence: bool  # whether the frames that the answer rests on are wanted
+    likely: int | None  # alternatives to each token that are wanted with its log-probability
 
     def settings_of(self, choice: int) -> Settings:
         """Each answer has a seed of its own."""
@@ -62,7 +65,7 @@ class Asked:
 
 def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
     """Raises InputError for a field that is unknown or has a wrong value; an answer has up to `max_new_tokens`."""
-    for name, value in body.items():
+    for name, value in body.items():  # True is not 1 here, but 0.0 is 0
         if name in AT_REST and not any(value == rest and type(value) is type(rest) for rest in AT_REST[name]):
             if value != 0 or 0 not in AT_REST[name]:
                 raise InputError(f"{name} is not done here; leave it out")
@@ -88,12 +91,33 @@ def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
     n, stream, options = given.get("n", 1), given.get("stream", False), given.get("stream_options", {})
     if type(n) is not int or not 1 <= n <= LARGEST_N:
         raise InputError(f"n is {n!r}; give a whole number from 1 to {LARGEST_N}")
-    for name in ("stream", "evidence", "logprobs"):
+    for name in ("stream", "evidence", "logprobs", "transcribe"):
         if type(given.get(name, False)) is not bool:
             raise InputError(f"{name} is {given[name]!r}; give true or false")
     if not isinstance(options, dict) or type(options.get("include_usage", False)) is not bool:
         raise InputError(f"stream_options is {options!r}; give {{'include_usage': true}}")
-    cues = None
+    likely = given.get("top_logprobs", 0)
+    if type(likely) is not int or not 0 <= likely <= MOST_LIKELY or (likely and not given.get("logprobs")):
+        raise InputError(f"top_logprobs is {likely!r}; give a number up to {MOST_LIKELY}, with logprobs true")
+    fps, num_frames = _sampling(given)
+    return Asked(
+        messages=messages,
+        settings=settings,
+        n=n,
+        stream=stream,
+        include_usage=options.get("include_usage", False),
+        fps=fps,
+        num_frames=num_frames,
+        room=tokens if {"max_tokens", "max_completion_tokens"} & given.keys() else 1,
+        evidence=given.get("evidence", False),
+        likely=likely if given.get("logprobs") else None,
+        **_between_frames(given),
+    )
+
+
+def _between_frames(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that put text between the frames of a film: what is said, and when."""
+    cues, transcribe, times = None, given.get("transcribe", False), given.get("times")
     if "subtitles" in given:
         check_text(given["subtitles"], "subtitles")
         cues = parse_subtitles(given["subtitles"])
@@ -101,14 +125,11 @@ def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
             raise InputError(
                 "subtitles hold none, such as 00:01,000 --> 00:02,500; give the text of a .srt or .vtt file"
             )
-    include_usage = options.get("include_usage", False)
-    room = tokens if {"max_tokens", "max_completion_tokens"} & given.keys() else 1
-    likely = given.get("top_logprobs", 0)
-    if type(likely) is not int or not 0 <= likely <= MOST_LIKELY or (likely and not given.get("logprobs")):
-        raise InputError(f"top_logprobs is {likely!r}; give a number up to {MOST_LIKELY}, with logprobs true")
-    fps, num_frames = _sampling(given)
-    more = cues, room, given.get("evidence", False), likely if given.get("logprobs") else None, num_frames
-    return Asked(messages, settings, n, stream, include_usage, fps, *more)
+    if transcribe and cues:
+        raise InputError("transcribe makes subtitles from the sound; give it without subtitles")
+    if times not in (None, *TIMES):
+        raise InputError(f"times is {str(times)[:100]!r}; use one of {', '.join(TIMES)}, or leave it out")
+    return {"subtitles": cues, "transcribe": transcribe, "times": times}
 
 
 def _sampling(given: Mapping[str, Any]) -> tuple[Any, int | None]:

@@ -25,21 +25,27 @@ class Sources:
     timeout: float = 120.0
 
     @contextlib.contextmanager
-    def open(self, source: Any) -> Iterator[Path]:
+    def open(self, source: str) -> Iterator[Path]:
         """Raises MediaError, which names the source and no path of the server."""
-        if not isinstance(source, str):
-            raise MediaError(f"a part names a {type(source).__name__}; give a URL or the id of an uploaded file")
         if is_address(source):
             raise MediaError(f"{source[:200]} is in a bucket, which this server does not open to requests; upload it")
         if re.match(r"data:|[a-zA-Z][a-zA-Z0-9+.-]*:", source):
             with fetch(source, self.max_bytes, self.timeout, public=not self.allow_private) as path:
                 yield path
             return
-        path = self.uploads.path(source) if source.startswith("file-") else self._below_root(source)
-        try:
-            yield local_file(path)
-        except MediaError as error:
-            raise MediaError(str(error).replace(printable(path), source)) from None
+        if source.startswith("file-"):
+            opened = self.uploads.reading(source)
+        else:
+            opened = contextlib.nullcontext(self._below_root(source))
+        with opened as path:
+            try:
+                yield local_file(path)
+            except MediaError as error:
+                raise MediaError(str(error).replace(printable(path), source)) from None
+            except FileNotFoundError:
+                if path.exists():
+                    raise
+                raise MediaError(f"{source} was taken away while it was read; upload it to /v1/files") from None
 
     def keep(self, body: dict[str, Any]) -> dict[str, Any]:
         """Fetches the `url` of a request once and for all: an upload, which has its file object."""

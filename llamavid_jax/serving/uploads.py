@@ -3,6 +3,7 @@
 The name is the content's: a film that is uploaded twice is kept once, and an upload is whole or not there.
 """
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -11,7 +12,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ class Uploads:
 
     def __init__(self, folder: str | Path, max_bytes: int):
         self.folder, self.max_bytes = Path(folder), max_bytes
-        self._lock = threading.Lock()
+        self._lock, self._readers = threading.RLock(), collections.Counter()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for left in self.folder.glob("upload-*"):  # of a server that was killed; another's may still be coming
+            deleted = [path for path in self.folder.glob("file-*") if not path.with_suffix(".json").exists()]
+            for left in (*self.folder.glob("upload-*"), *deleted):  # by a server that was killed, or runs beside this
                 if time.time() - left.stat().st_mtime > STALE:
                     left.unlink()
         except OSError as error:
@@ -80,6 +82,8 @@ class Uploads:
                 about = {"id": key, "object": "file", "bytes": size, "created_at": int(time.time())}
                 about |= {"filename": printable(name)[:200], "purpose": printable(purpose)[:40], "status": "processed"}
                 with self._lock:
+                    if size > self.room() + reserved and not (self.folder / key).exists():
+                        raise FullError(f"{name} has no room beside what came at the same time; delete some uploads")
                     os.replace(file.name, self.folder / key)
                     write_files(self.folder, {f"{key}.json": json.dumps(about).encode()})
             except OSError as error:
@@ -109,9 +113,29 @@ class Uploads:
         """Of a file's content."""
         return self.folder / self.find(key)["id"]
 
+    @contextlib.contextmanager
+    def reading(self, key: str) -> Iterator[Path]:
+        """The path of a file's content, which stays there until the block ends, also where it is deleted meanwhile."""
+        with self._lock:
+            path = self.path(key)
+            self._readers[key] += 1
+        try:
+            yield path
+        finally:
+            with self._lock:
+                self._readers[key] -= 1
+                self._sweep(key)
+
     def delete(self, key: str) -> None:
-        """Answers that are reading it go on."""
+        """The file is found no more; whoever reads it goes on."""
         self.find(key)
         with self._lock:
             (self.folder / f"{key}.json").unlink(missing_ok=True)
-            (self.folder / key).unlink(missing_ok=True)
+            self._sweep(key)
+
+    def _sweep(self, key: str) -> None:
+        """Takes the content of a deleted file away once nobody reads it."""
+        if self._readers[key] == 0:
+            del self._readers[key]
+            if not (self.folder / f"{key}.json").exists():
+                (self.folder / key).unlink(missing_ok=True)

@@ -20,6 +20,8 @@ from typing import Any
 from llamavid_jax.text.conversation import IMAGE, ConversationError, check_text, prompt, question_turn, template_named
 
 SOURCES = ("path", "url")  # besides the key that is the part's own type
+# keys of other tools that choose frames, or of a training record: other ones are let pass, as clients add some
+UNREAD = ("num_frames", "nframes", "min_frames", "max_frames", "video_start", "video_end", "subtitles", "times")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,8 @@ def _read_content(content: Any, number: int, need_sources: bool) -> tuple[str, l
         name = f"part {index} of message {number}"
         if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
             raise ConversationError(f"{name} is {part!r}; it needs a 'type' of 'text', 'image' or 'video'")
+        if unread := [key for key in UNREAD if part.get(key) is not None]:
+            raise ConversationError(f"{name} has {unread[0]!r}, which is not read here; a video's part may say 'fps'")
         match part["type"].removesuffix("_url"):
             case "text":
                 text = part.get("text")

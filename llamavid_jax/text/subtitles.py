@@ -76,7 +76,7 @@ def parse_subtitles(text: str, as_original: bool = False) -> list[Cue]:
     Raises ConversationError for a line of times that are written in another way.
     """
     is_vtt, cues, end, lines = text.startswith("WEBVTT"), [], None, []
-    followed = itertools.pairwise([*text.splitlines(), "0:00.0 --> 0:00.0", ""])
+    followed = itertools.pairwise([*text.splitlines(), "", "0:00.0 --> 0:00.0", ""])
     for number, (line, after) in enumerate(followed, 1):
         timing = TIMING.match(line)
         if not timing and MEANT.match(line):

@@ -190,7 +190,7 @@ def train(
         # 7. The model.
         with journal.pause("save"):
             checkpoints.wait()
-            save_result(output, start, state.params, loop.dtype, config.lora, config.start)
+            save_result(output, start, state.params, loop.dtype, config.lora, config.start, data.fps)
         goodput.write(loader.steps)
         report(f"{output / 'model'}: the model after {loader.steps} steps. {journal.summary()}")
     return 0

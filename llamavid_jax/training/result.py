@@ -4,6 +4,7 @@ Each folder is made beside its place and renamed when it is complete, so that a 
 """
 
 import contextlib
+import dataclasses
 import fnmatch
 import shutil
 from collections.abc import Iterator
@@ -26,9 +27,9 @@ from llamavid_jax.training.start import Start, with_adapter
 
 
 def save_result(
-    output: Path, start: Start, trained: Params, dtype: str, lora: LoraConfig | None, source: StartConfig
+    output: Path, start: Start, trained: Params, dtype: str, lora: LoraConfig | None, source: StartConfig, fps: float
 ) -> None:
-    """Writes `output/adapter`, which is small, and then `output/model` in `dtype`.
+    """Writes `output/adapter`, which is small, and then `output/model` in `dtype`, which asks at the `fps` of the data.
 
     With LoRA the model holds the updates merged, and the adapter is in PEFT's layout, with whatever else was trained
     beside it in `adapter/weights`.  Raises InputError where they cannot be written.
@@ -52,7 +53,8 @@ def save_result(
         if jax.process_index() == 0:
             for part in (start.tokenizer, start.qformer_tokenizer):
                 part.save_pretrained(folder)
-            LLaMAVIDLlavaImageProcessor.of(start.config).save_pretrained(folder)
+            images = LLaMAVIDLlavaImageProcessor.of(start.config)
+            dataclasses.replace(images, fps=fps).save_pretrained(folder)
         save_weights(folder, {path: value.astype(parse_dtype(dtype)) for path, value in params.items()})
         if jax.process_index() == 0:
             start.config.save_pretrained(folder)  # last, for without it the folder is no model

@@ -156,6 +156,11 @@ class LoopConfig:
                 f"training.device_rows is {self.device_rows}, but training.loss_weighting is {self.loss_weighting!r}, "
                 "a loss that would change with the devices; use tokens, or give micro_batches"
             )
+        if self.steps and self.epochs > 1:
+            raise ConfigError(
+                f"training.epochs is {self.epochs}, but training.steps is {self.steps}, which goes before it; "
+                "set training.steps=0, or leave the epochs at 1"
+            )
         if self.batch_size % self.micro_batches:
             raise ConfigError(
                 f"training.batch_size is {self.batch_size}, no multiple of micro_batches = {self.micro_batches}"

@@ -286,6 +286,15 @@ def test_a_chat_goes_on_beyond_the_positions(ask, monkeypatch, tmp_path):
     assert err.count("are left out") == 1 and all(answer["visual_tokens"] >= 24 for answer in answers)
 
 
+def test_a_choice_of_words_that_greedy_decoding_does_not_make_is_told(capsys):
+    given = ["--model", "demo/model", "--question", "a", "--top-p", "0.9"]
+    infer.parse_arguments([*given, "--temperature", "0.5"])
+    infer.parse_arguments([*given, "--like-original"])
+    assert capsys.readouterr().err == ""
+    infer.parse_arguments(given)
+    assert "change nothing at temperature 0" in capsys.readouterr().err
+
+
 def test_like_the_original(ask, monkeypatch, picture):
     """Its template, crop and sampling; what is given beside it holds; the newest question alone shows the visuals."""
     lines = iter(["and then?\n", ""])

@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -112,9 +113,11 @@ def test_every_cell_in_a_fresh_folder(name, tmp_path):
     (stubs / "git").write_text(STUB.format(root=ROOT))
     (stubs / "git").chmod(0o755)
     fresh.mkdir()
+    shutil.copy(ROOT / "demo" / "held_out.mp4", fresh / "mine.mp4")  # a video beside the notebook, by its name alone
     notebook = read(name)
     parameters = next(cell for cell in notebook.cells if cell.id == "parameters")
     parameters.source = re.sub(r'^MODEL = ".*?"', f'MODEL = "{released}"', parameters.source).replace("= 128", "= 16")
+    parameters.source = parameters.source.replace("demo/held_out.mp4", "mine.mp4")
     path = {"PATH": f"{stubs}:{os.environ['PATH']}", "PYTHONPATH": str(stubs), "TMPDIR": str(fresh)}
     execute(notebook, fresh, tmp_path, devices=2, **path)
     asked = (stubs / "pip" / "__main__.py.asked").read_text()

@@ -104,6 +104,8 @@ def test_rows_that_fail_cost_themselves_alone(run, media, monkeypatch):
         {"id": "empty", "video": "1.mp4", "question": " "},
         {"id": "none", "video": "1.mp4"},
         {"id": "number", "video": 7, "question": "who?"},
+        {"id": "plural", "videos": ["1.mp4"], "question": "who?"},
+        {"id": "film", "video": "1.mp4", "subtitles": "1.srt", "question": "who?"},
         {"video": "1.mp4", "question": "what?"},
         "[1]",
         "{torn",
@@ -113,7 +115,7 @@ def test_rows_that_fail_cost_themselves_alone(run, media, monkeypatch):
     code, err = run()
     found = read(media / "a.jsonl")
     failed = {name: answer["error"] for name, answer in found.items() if "error" in answer}
-    assert code == 1 and set(found) - set(failed) == {"good", "8", "two"}
+    assert code == 1 and set(found) - set(failed) == {"good", "10", "two"}
     assert found["two"]["frames"] == 9 and found["two"]["video"] == ["1.mp4", "2.mp4"]
     for name, message in {
         "missing": "nothing.mp4 does not exist",
@@ -123,17 +125,30 @@ def test_rows_that_fail_cost_themselves_alone(run, media, monkeypatch):
         "empty": "the question is empty",
         "none": "the question is None",
         "number": "video is '7'",
-        "9": "row 9 is '[1]'",
-        "10": "q.jsonl is not readable JSON",
+        "plural": "it has 'videos', which is not read here",
+        "film": "it has 'subtitles', which is not read here",
+        "11": "row 11 is '[1]'",
+        "12": "q.jsonl is not readable JSON",
     }.items():
         assert message in failed.pop(name) and f"llamavid-batch: {name}: " in err
-    assert not failed and "failed: 9 of " in err
+    assert not failed and "failed: 11 of " in err
 
     lines[1]["video"] = "2.mp4"  # mended, and its line deleted
     save(media / "q.jsonl", lines)
     kept = [line for line in (media / "a.jsonl").read_text().splitlines() if '"missing"' not in line]
     save(media / "a.jsonl", kept)
     assert run()[0] == 1 and "answer" in read(media / "a.jsonl")["missing"]
+
+
+def test_other_settings_are_told_of_answers_that_are_there(run, media):
+    """They stay: a row that failed may be asked at another rate."""
+    save(media / "q.jsonl", rows()[:1])
+    assert "was begun" not in run()[1] and "was begun" not in run()[1]
+    code, err = run("--fps", "0.5", "--stop", "x")
+    assert code == 0 and "1 of 1 rows are answered already" in err
+    assert "a.jsonl was begun with fps None, now 0.5: " in err and "was begun with stop [], now ['x']: " in err
+    (media / "a.jsonl").unlink()
+    assert "was begun" not in run("--fps", "0.5")[1] and "with fps 0.5, now None" in run()[1]
 
 
 def test_one_that_cannot_be_answered_does_not_cost_its_batch(run, media, monkeypatch):

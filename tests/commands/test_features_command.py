@@ -102,6 +102,10 @@ def test_what_is_said(write, clips, tmp_path):
         assert "5 frames" in write(clips / "a.mp4", "--out", tmp_path, "--subtitles")[1]
         assert read_header(path).inputs == f"<image><image>{words}<image><image><image>"
     assert "5 frames" in write(clips / "a.mp4", "--out", tmp_path)[1] and read_header(path).inputs is None
+    srt.rename(clips / "a.SRT")
+    err = write(clips / "a.mp4", clips / "deep", "--out", tmp_path, "--subtitles")[1]
+    assert "1 of 2 videos have no .srt, .vtt, .ass of their name beside them" in err
+    assert read_header(path).inputs == "<image><image>Nobody.<image><image><image>"
 
 
 def test_what_is_heard(write, clips, tmp_path, monkeypatch):

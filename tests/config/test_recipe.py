@@ -15,6 +15,8 @@ YAML = {
     "itself": ("&a {b: *a}", "is an alias"),
     "merged": ("a: &a {b: 1}\nc: {<<: *a}", "is an alias"),
     "nested": ("[" * 20_000, "nested too deeply"),
+    "a section twice": ("training: {steps: 5}\ndata: {fps: 2}\ntraining: {seed: 1}", "'training' stands there twice"),
+    "a field twice": ("data:\n  fps: 1\n  fps: 2", "'fps' stands there twice"),
     "long": ("a: " + "x" * (1 << 18), "too many"),
     "a list": ("[1]", "no mapping of fields"),
     "not UTF-8": (b"a: \xff", "can't decode"),

@@ -45,12 +45,15 @@ def test_recorded_checkpoints_come_back(tmp_path, layout, limit):
 
 
 def test_from_one_layout_to_the_other(tmp_path):
-    """The documented checkpoint has the original's weights; only its vocabulary is padded."""
+    """The documented checkpoint has the original's weights; only its vocabulary is padded.  The videos' rate stays."""
     convert(ORIGINAL, tmp_path / "jax")
+    rate, again = (tmp_path / name / "video_preprocessor_config.json" for name in ("jax", "jax2"))
+    rate.write_text(rate.read_text().replace('"fps": 1.0', '"fps": 0.5'))
     written = back(tmp_path / "jax", tmp_path / "documented", "documented")
     for name, value in safetensors.torch.load_file(GOLDEN / "documented_format/model.safetensors").items():
         assert torch.equal(written[name], value[: len(written[name])]), name
     convert(tmp_path / "documented", tmp_path / "jax2")
+    assert again.read_text() == rate.read_text() and '"fps": 0.5' in rate.read_text()
     assert_bit_equal(back(tmp_path / "jax2", tmp_path / "original", "original"), state_dict())
 
 

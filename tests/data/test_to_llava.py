@@ -148,6 +148,8 @@ def test_split_chat_keeps_the_image_in_the_first_turn_of_each_piece():
 def test_a_record_of_as_many_rounds_as_allowed_stays_whole():
     row = {"id": 5, "image": "i.jpg", "conversations": talk("<image>", "a", "b", "c")}
     assert list(split_chat([row], 2, Counter())) == [row | {"id": "5"}]
+    film = {"id": "s", "video": "v.mp4", "subtitles": "v.srt", "conversations": talk("<image>", *"abcdefg")}
+    assert list(split_chat([film], 2, Counter())) == [film], "its frames stand in one turn, for all of its rounds"
 
 
 def test_an_id_of_null_is_no_id():

@@ -48,6 +48,35 @@ def test_standard_error():
     assert mean([1.0]).error is None and mean([]).count == 0
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_questions_of_one_picture_make_no_figure_more_certain(times):
+    """Not those of groups either, nor a mean over categories that ask about the same pictures."""
+    answers = ["yes", "no", "yes", "yes", "other", "yes", "no", "yes"]
+    labels = ["yes", "no", "no", "yes", "yes", "yes", "yes", "no"]
+
+    def rows(reference) -> list[dict]:
+        return [
+            {"id": f"{name} {place} {time}", "text": text, "media": f"{place}.jpg", "reference": reference(name, label)}
+            for name in ("popular", "random")
+            for time in range(times)
+            for place, (text, label) in enumerate(zip(answers, labels, strict=True))
+        ]
+
+    pope = SETS["pope"].score(rows(lambda name, label: {"category": name, "label": label}), False)
+    f1 = 6 / 10  # 3 true positives, 2 false ones, 2 lost
+    expected = 100 * math.sqrt(3 * ((2 - 2 * f1) / 10) ** 2 + 4 * (f1 / 10) ** 2)
+    figures = [*pope.groups["F1"].values(), pope.figures["mean F1 of the categories"]]
+    assert len(figures) == 3 and all(math.isclose(figure.value, 100 * f1) for figure in figures)
+    assert all(math.isclose(figure.error, expected) for figure in figures)
+
+    options = {"A": "yes", "B": "no"}
+    mlvu = SETS["mlvu"].score(
+        rows(lambda name, _: {"question_id": 0, "answer": "A", "options": options, "groups": {"task": name}}), False
+    )
+    figures, right = [*mlvu.groups["task"].values(), *mlvu.figures.values()], [answer == "yes" for answer in answers]
+    assert len(figures) == 4 and all(math.isclose(f.error, 100 * np.std(right) / math.sqrt(8)) for f in figures)
+
+
 def test_bootstrap_agrees_with_the_normal_interval():
     rng = np.random.default_rng(1)
     differences = rng.normal(0.1, 1.0, 400)

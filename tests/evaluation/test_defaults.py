@@ -53,6 +53,12 @@ def test_pope_counts_an_unclear_answer_wrong_either_way():
         ("B. two dogs", "B"),
         ("**B**", "B"),
         ("The answer is B", "B"),
+        ("The answer is: A", "A"),
+        ("Answer: **A**", "A"),
+        ("'A'", "A"),
+        ("A\n\nThe dog is alone.", "A"),
+        ("A - one dog", "A"),
+        ('The answer is "A".', "A"),
         ("the correct option: (B) two dogs", "B"),
         ("I think that it is C", "C"),
         ("two dogs", "B"),
@@ -178,6 +184,16 @@ def test_one_of_two_consistent_answers_missing(official):
     items, _ = SETS["video_chatgpt"].read(official("video_chatgpt"), False)
     rows = rows_of(items, ["an answer"] * len(items))[:-1]
     assert SETS["video_chatgpt"].score(rows, False, OfflineJudge()).figures["consistency"].count == 2
+
+
+def test_the_five_scores_of_a_video_belong_to_it(official):
+    """For the comparison of two runs, which draws whole videos."""
+    items, _ = SETS["video_chatgpt"].read(official("video_chatgpt"), False)
+    rows = rows_of(items, ["an answer"] * len(items))
+    scores = SETS["video_chatgpt"].score(rows, False, OfflineJudge())
+    media = {row["reference"]["key"]: row["media"] for row in rows if row["reference"]["file"] == "generic"}
+    assert set(scores.media) == set(scores.items)
+    assert all(scores.media[f"{name} {key}"] == video for key, video in media.items() for name in ("detail", "context"))
 
 
 def test_offline_figures_say_so(official):

@@ -16,6 +16,7 @@ from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizer
 from llamavid_jax.config.parts import LlamaConfig, LLaMAVIDLlavaQFormerConfig
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
+from llamavid_jax.media.source import MediaError
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import ConversationError
 from llamavid_jax.text.tokenizer import encode_with_images
@@ -212,6 +213,17 @@ def test_apply_chat_template_gives_what_chat_gives(processor):
     assert processor.decode(ids[0][ids[0] >= 0]).endswith("ASSISTANT:")
     with pytest.raises(ConversationError, match="names 0 sources"):
         processor.apply_chat_template(CHATS["one question"], True, True, True)
+
+
+def test_a_number_of_frames_in_place_of_a_rate(processor):
+    """As transformers' processors take it; with both it is not known which is meant."""
+    messages = [user({"type": "video", "video": video(8)}, {"type": "image", "image": image()}, words("?"))]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    found = processor.apply_chat_template(messages, **settings, num_frames=3)
+    assert [about.frames_indices.tolist() for about in found.video_metadata[0]] == [[0, 2, 5], [0]]
+    assert len(processor("<image>?", videos=video(8), num_frames=2).pixel_values[0]) == 2
+    with pytest.raises(MediaError, match="fps is 1 and num_frames 3; give one of them"):
+        processor.chat(messages, fps=1, num_frames=3)
 
 
 def test_arrays_of_jax_and_attributes(processor):

@@ -93,6 +93,34 @@ def test_closing_ends_the_threads_and_what_they_hold():
     assert threading.active_count() == before and len(closed) == 3
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_thread_that_takes_the_iterator_away_itself(threads, monkeypatch):
+    """As the garbage collector does in whichever thread it runs, here while that one hands over an item."""
+    held, taken, said = [], threading.Event(), []
+
+    class Item(np.ndarray):
+        @property
+        def nbytes(self):  # asked for while the thread holds the lock
+            if held and taken.is_set():
+                held.clear()
+            return 10
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: said.append(error.exc_value))
+    before = set(threading.enumerate())
+
+    @contextlib.contextmanager
+    def open_one():
+        yield lambda job: iter([np.zeros(1).view(Item)] * 99)
+
+    held.append(side_by_side(range(9), open_one, threads, 1000))
+    next(held[0])
+    taken.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not held and not said
+
+
 THREE_HOURS = """
 import resource, sys, threading
 import numpy as np

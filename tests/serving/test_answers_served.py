@@ -1,9 +1,14 @@
-"""What an answer says of its tokens."""
+"""What an answer says of its tokens, where it ends, and what becomes of it when its client goes."""
+
+import asyncio
+import itertools
+import threading
 
 import jax
 import numpy as np
 import pytest
-from servers import QUESTION, ask, events, video
+from servers import QUESTION, ask, call, events, make_server, text_of, video
+from starlette.testclient import TestClient
 
 from llamavid_jax.serving.batch import MOST_LIKELY
 
@@ -44,3 +49,82 @@ def test_logprobs_of_drawn_answers(client, stream):
     assert [one["logprob"] for one in most] == [one["logprob"] for one in content]
     assert any(one["token"] != one["top_logprobs"][0]["token"] for one in most)
     assert ask(client).json()["choices"][0]["logprobs"] is None
+
+
+def told(client, **fields) -> tuple[str, str]:
+    """The text of an answer and why it ended; a stream's, which must be the same, piece by piece."""
+    choice = ask(client, **fields).json()["choices"][0]
+    pieces = [event["choices"][0] for event in events(ask(client, **fields, stream=True))]
+    assert "".join(piece["delta"].get("content", "") for piece in pieces) == choice["message"]["content"]
+    assert pieces[-1]["finish_reason"] == choice["finish_reason"]
+    return choice["message"]["content"], choice["finish_reason"]
+
+
+def test_stop_strings_over_any_border(client):
+    """Of blocks, tokens and characters of several bytes: of what stops, whole or in part, nothing is told."""
+    drawn = {"temperature": 1.0, "max_tokens": 40}
+    texts = [(seed, text_of(ask(client, seed=seed, **drawn))) for seed in range(5)]
+    seed, text = max(texts, key=lambda pair: sum(len(letter.encode()) > 2 for letter in pair[1][:-4]))
+    assert any(len(letter.encode()) > 2 for letter in text)
+    wide = max(range(4, len(text) - 8), key=lambda at: len(text[at].encode()))  # a character of several bytes
+    for at, length in itertools.product((wide, *range(5, len(text) - 8, len(text) // 2)), (1, 6)):
+        stop = text[at:][:length]
+        if stop.strip() == stop:  # blanks around an answer are not told, and may be more than we know of
+            expected = text[: text.index(stop)].strip(), "stop"
+            assert told(client, seed=seed, stop=[stop + "\0", stop], **drawn) == expected
+    # what goes on otherwise is held back, and given free
+    assert told(client, seed=seed, stop=[text[wide:][:6] + "\0", text[-6:] + "\0"], **drawn)[0] == text
+
+
+def test_one_stop_string_inside_another(client):
+    """The one that is complete first ends the answer; where that is one token, the one that begins first."""
+    drawn = {"temperature": 1.0, "max_tokens": 40, "seed": 3}
+    text = text_of(ask(client, **drawn))
+    for at in range(3, len(text) - 8, len(text) // 4):
+        outer, inner = text[at : at + 6], text[at + 2 : at + 4]
+        if outer.strip() == outer and inner.strip() == inner:
+            found, why = told(client, stop=[outer, inner], **drawn)
+            assert why == "stop" and found in (text[: text.index(outer)].strip(), text[: text.index(inner)].strip())
+            assert told(client, stop=[inner, outer], **drawn) == (found, why)
+
+
+def test_a_client_that_goes_in_the_middle_of_its_stream(tiny_model, engine, tmp_path, monkeypatch):
+    """Its slot goes to who waits; the answers beside it, which go on, are what they are alone."""
+    server = make_server(tiny_model, engine, tmp_path)
+    client, left, begun = TestClient(server.app), threading.Event(), threading.Event()
+    questions = ["how many dogs", "hello", "why " * 60, "who goes there"]
+
+    def put(question: str, found: dict[str, str]) -> None:
+        pieces = events(ask(client, messages=[{"role": "user", "content": question}], max_tokens=40, stream=True))
+        found[question] = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces)
+
+    alone: dict[str, str] = {}
+    for question in questions:
+        put(question, alone)
+    tell, told_nobody = engine._tell, []
+
+    def waits(one, *arguments):
+        if one.job.settings.max_new_tokens == 48 and one.new >= 8:  # it has told something, and is not at its end
+            begun.set()
+            assert left.wait(60)
+        if one.job.cancelled:
+            told_nobody.append(one.new)
+        return tell(one, *arguments)
+
+    monkeypatch.setattr(engine, "_tell", waits)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "stream": True, "max_tokens": 48}
+
+    def goes() -> None:
+        asyncio.run(call(server, body, lambda _: begun.is_set()))
+        left.set()
+
+    found: dict[str, str] = {}
+    threads = [threading.Thread(target=goes)]
+    threads += [threading.Thread(target=put, args=(question, found)) for question in questions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == alone and server.answers == 0
+    assert engine.counts == {"waiting": 0, "prefilling": 0, "running": 0}
+    assert len(told_nobody) == 1  # what was being told when it went

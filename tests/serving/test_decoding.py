@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 
+import av
 import numpy as np
 import pytest
 from clips import write_clip
@@ -12,7 +13,7 @@ from servers import ask, text_of, video
 
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.serving.decoding import Reading, decoded
+from llamavid_jax.serving.decoding import Reading, decoded, heard
 
 IMAGES = LLaMAVIDLlavaImageProcessor(56)
 
@@ -26,6 +27,38 @@ def test_frames_are_those_of_the_image_processor(clip):
     pixels, times = IMAGES.video_pixels(clip, 2.0)
     assert [len(chunk) for chunk in chunks] == [3, 3, 3]
     assert np.array_equal(np.concatenate(chunks), pixels) and np.array_equal(plan.times, times)
+
+
+WHISPER = """
+class WhisperModel:
+    def __init__(self, name, **_):
+        self.name = name
+
+    def transcribe(self, sound, **_):
+        from types import SimpleNamespace as S
+        word = S(start=0.0, end=len(sound) / 16000, word=f" {self.name} heard it.")
+        return iter([S(words=[word])]), S(language="en")
+"""
+
+
+def test_what_is_said(tmp_path, monkeypatch, clip):
+    """By a stand-in for faster-whisper, which the process finds where this one does."""
+    (tmp_path / "faster_whisper.py").write_text(WHISPER)
+    monkeypatch.syspath_prepend(tmp_path)
+    with av.open(str(tmp_path / "film.mkv"), "w") as out, av.open(str(clip)) as source:
+        copy = out.add_stream_from_template(source.streams.video[0])
+        sound = out.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = copy
+                out.mux(packet)
+        frame = av.AudioFrame.from_ndarray(np.ones((1, 16_000), np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 8000, 0
+        out.mux(sound.encode(frame))
+    ((end, text),) = heard(tmp_path / "film.mkv", "tiny", 4 << 30, nothing)
+    assert text == "tiny heard it." and abs(end - 2) < 0.1
+    with pytest.raises(MediaError, match="no sound"):
+        heard(clip, "tiny", 4 << 30, nothing)
 
 
 def test_errors_come_over(clip, tmp_path):

@@ -1,5 +1,6 @@
 """Rows that join and leave a running batch: each answers as it does alone."""
 
+import math
 import queue
 
 import jax
@@ -8,8 +9,10 @@ import pytest
 
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import Settings
+from llamavid_jax.inference.stopping import RowText
+from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.serving import engine as module
-from llamavid_jax.serving.jobs import Job
+from llamavid_jax.serving.jobs import Job, Running
 from llamavid_jax.shapes import TEXT, Row
 
 
@@ -119,7 +122,17 @@ def test_stop_strings(tiny_model, engine):
     assert asked.text() == whole[: whole.index(stop)] and asked.finish == "stop"
 
 
-@pytest.mark.parametrize("name", ["decode_block", "extend", "empty_prompts", "join"])
+def test_a_stop_string_in_what_was_held_back(tiny_model, engine):
+    """Half of a character, which the last token allowed leaves: the answer ends before it, and says so."""
+    (half,) = tiny_model.tokenizer.encode("😀", add_bos=False)[-4:-3]
+    own, table = row(1, 9, 0, tiny_model.config.text_config.hidden_size)
+    for stop, text, finish in ((["\ufffd"], "", "stop"), ([], "\ufffd", "length")):
+        asked = Asked(own, table, max_new_tokens=1, stop=stop)
+        engine._tell(Running(asked.job, 0, RowText(tiny_model.tokenizer, stop), 512), [half], 2)
+        assert asked.text() == text and asked.finish == finish
+
+
+@pytest.mark.parametrize("name", ["decode_block", "extend", "empty_row", "join"])
 def test_an_error_loses_no_later_answer(tiny_model, engine, monkeypatch, capsys, name):
     own, table = row(2, 20, 0, tiny_model.config.text_config.hidden_size)
 
@@ -137,7 +150,7 @@ def test_an_error_loses_no_later_answer(tiny_model, engine, monkeypatch, capsys,
 
 
 def test_nothing_compiles_once_it_is_warm(tiny_model, engine):
-    programs = [module.decode_block, module.extend, module.join, module.resized, module.empty_prompts]
+    programs = [module.decode_block, module.extend, module.join, module.resized, module.empty_row]
     before = [program._cache_size() for program in programs]
     for seed, (length, temperature) in enumerate([(3, 0), (900, 1), (1500, 0), (129, 0.5)]):
         own, table = row(seed, length, 1, tiny_model.config.text_config.hidden_size)
@@ -147,13 +160,16 @@ def test_nothing_compiles_once_it_is_warm(tiny_model, engine):
     assert [program._cache_size() for program in programs] == before
 
 
-def test_every_program_is_made_at_the_start(checkpoint):
+@pytest.mark.parametrize("axes", [{}, pytest.param({"data": 2, "tensor": 2}, marks=pytest.mark.sharding)], ids=str)
+def test_every_program_is_made_at_the_start(checkpoint, axes):
     """Else the first row that needs one waits for its compiler, and all others with it: minutes, with a large model.
 
-    Of a model that was read from disk: its arrays are bound to their devices, and programs differ by that.
+    Of a model that was read from disk: its arrays are bound to their devices, and programs differ by that, and by where
+    on a mesh the rows of what they are given lie.
     """
-    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(checkpoint)
-    engine, made = module.Engine(model, slots=3, max_new_tokens=16), []
+    mesh = make_mesh(jax.devices()[: math.prod(axes.values())], **axes) if axes else None
+    model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(checkpoint, mesh=mesh)
+    engine, made = module.Engine(model, slots=4, max_new_tokens=16), []
     engine.start()
 
     def heard(name, *_, **about):

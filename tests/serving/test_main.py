@@ -33,11 +33,13 @@ from llamavid_jax.serving.__main__ import main, parse_arguments
         (["--api-key", ""], "--api-key is empty"),
         (["--decoder-memory", "0"], "--decoder-memory is 0"),
         (["--cache-size", "0"], "--cache-size is 0"),
+        (["--transcribe"], 'faster_whisper is not installed; pip install "llamavid_jax[speech]"'),
         ([], "nowhere"),
     ],
 )
 def test_wrong_arguments(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
     model = [] if words == "--model" else ["--model", "nowhere"]
     assert main([*model, *arguments]) == 2
     said = capsys.readouterr().err.strip()

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 import time
 
 import pytest
@@ -83,6 +84,56 @@ def test_ranges_go_on_behind_a_server_that_starts_again(parts, tmp_path):
         done = put(again, key, start, content)
         assert done["status"] == "completed" and done["file"]["bytes"] == 7 and done["received"] == 7
     assert again.uploads.path(done["file"]["id"]).read_bytes() == b"abcdefg" and again.uploads.room() == 13
+
+
+def test_two_clients_send_the_same_at_once(tmp_path):
+    """Byte by byte under one id: the file is made once, and each is told of it."""
+    parts, films = Parts(Uploads(tmp_path, 20)), []
+
+    def send(key: str, begun: threading.Barrier) -> None:
+        begun.wait()
+        for at in range(7):
+            parts.put(key, at, b"abcdefg"[at : at + 1])
+        films.append(parts.finish(key)["file"]["id"])
+
+    for _ in range(5):
+        key, begun = parts.create(FILM)["id"], threading.Barrier(4)
+        threads = [threading.Thread(target=send, args=(key, begun)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        parts.uploads.delete(films[-1])
+    assert films == [f"file-{hashlib.sha256(b'abcdefg').hexdigest()}"] * 20
+
+
+def test_the_last_bytes_again_while_the_file_is_made(parts, monkeypatch):
+    """The other client's bytes may not be taken away between looking for them and comparing."""
+    key, content, ending = parts.create(FILM)["id"], parts._content, []
+    parts.put(key, 0, b"abcdefg")
+
+    def overtaken(about):
+        monkeypatch.setattr(parts, "_content", content)
+        ending.append(threading.Thread(target=parts.finish, args=(key,)))
+        ending[0].start()
+        ending[0].join(1)  # which has to wait now
+        return content(about)
+
+    with parts._adding:  # what `put` looks at first: how much there is
+        about = parts.find(key)
+    monkeypatch.setattr(parts, "find", lambda _: dict(about))
+    monkeypatch.setattr(parts, "_content", overtaken)
+    parts.put(key, 3, b"defg")
+    monkeypatch.undo()
+    ending[0].join()
+    assert parts.find(key)["status"] == "completed" and parts.finish(key)["file"]["bytes"] == 7
+
+
+def test_a_completion_whose_reply_was_lost(parts):
+    """OpenAI's client asks again by itself."""
+    key = parts.create(FILM)["id"]
+    order = {"part_ids": [parts.add(key, [b"abcdefg"])["id"]]}
+    assert parts.complete(key, order) == parts.complete(key, order) == parts.find(key)
 
 
 def test_two_films_are_never_glued_together(parts):

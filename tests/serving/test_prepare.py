@@ -12,9 +12,10 @@ from servers import QUESTION, ask, call, events, make_server, picture, session, 
 from starlette.testclient import TestClient
 
 from llamavid_jax.inference.feature_cache import FeatureCache
+from llamavid_jax.inference.sources import content
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.serving import prepare as preparing
-from llamavid_jax.text.subtitles import parse_subtitles
+from llamavid_jax.text.subtitles import Cue, parse_subtitles
 
 SUBTITLES = "1\n00:00:00,500 --> 00:00:01,500\nHello there\n"
 
@@ -27,6 +28,69 @@ def test_subtitles(tiny_model, client, clip):
     for fields in ({"subtitles": "none"}, {"subtitles": 3}):
         assert ask(client, video("clip.mp4"), **fields).status_code == 400
     assert ask(client, subtitles=SUBTITLES).status_code == 400
+
+
+@pytest.mark.parametrize("times", ["frame", "minute"])
+@pytest.mark.parametrize("more", [{}, {"subtitles": SUBTITLES}])
+def test_times(tiny_model, client, clip, times, more):
+    """Also of a second question, whose room they take."""
+    chat = session(tiny_model, videos=[clip], times=times, subtitles=parse_subtitles(SUBTITLES) if more else None)
+    first, second = (chat.ask(question, max_new_tokens=12).text for question in (QUESTION, "how many dogs"))
+    messages = [{"role": "user", "content": [video("clip.mp4"), {"type": "text", "text": QUESTION}]}]
+    assert text_of(ask(client, messages=messages, times=times, **more)) == first
+    assert first != text_of(ask(client, messages=messages, **more))
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "how many dogs"}]
+    assert text_of(ask(client, messages=messages, times=times, **more)) == second
+
+
+def test_what_goes_with_one_film_alone(client):
+    """And is refused before anything is decoded."""
+    image = {"type": "image_url", "image_url": {"url": picture()}}
+    for fields, words in (
+        ({"times": "frame"}, "times goes with one video alone"),
+        ({"subtitles": SUBTITLES}, "subtitles goes with one video alone"),
+        ({"transcribe": True}, "transcribe goes with one video alone"),
+    ):
+        for shown in ([], [image], [video("nothing.mp4"), image], [video("nothing.mp4"), video("other.mp4")]):
+            made = ask(client, *shown, **fields)
+            assert made.status_code == 400 and words in made.json()["error"]["message"], made.text
+    for fields, words in (
+        ({"times": "hour"}, "times is 'hour'; use one of frame, minute"),
+        ({"times": True}, "times is 'True'"),
+        ({"transcribe": "small"}, "transcribe is 'small'; give true or false"),
+        ({"transcribe": True, "subtitles": SUBTITLES}, "without subtitles"),
+        ({"transcribe": True}, "start it with --transcribe"),
+    ):
+        made = ask(client, video("clip.mp4"), **fields)
+        assert made.status_code == 400 and words in made.json()["error"]["message"], made.text
+
+
+def test_transcribe(tiny_model, engine, tmp_path, clip, monkeypatch):
+    """What is heard stands where subtitles do, also where it is nothing; it is heard once."""
+    server = make_server(tiny_model, engine, tmp_path, media_root=clip.parent)
+    server.preparer.speech, asked, said = "tiny", [], [Cue(2.5, "Who goes there?")]
+    monkeypatch.setattr(preparing, "heard", lambda path, model, *_: asked.append((path, model)) or said)
+    client = TestClient(server.app)
+    for _ in "ab":
+        expected = session(tiny_model, videos=[clip], subtitles=said).ask(QUESTION, max_new_tokens=12).text
+        for _ in "ab":
+            assert expected == text_of(ask(client, video("clip.mp4"), transcribe=True))
+        assert expected != text_of(ask(client, video("clip.mp4")))
+        said.clear()
+        server.preparer.features.max_bytes = 0  # forgotten with the next request
+        text_of(ask(client))
+        text_of(ask(client, video("clip.mp4")))
+    assert asked[0] == (clip, "tiny") and len(asked) == 3
+
+
+def test_a_film_without_sound_cannot_be_heard(tiny_model, engine, tmp_path, clip, monkeypatch):
+    """In the process that decodes it, with a stand-in for faster-whisper; its sentence names no path of the server."""
+    (tmp_path / "faster_whisper.py").write_text("WhisperModel = lambda *_, **__: None")
+    monkeypatch.syspath_prepend(tmp_path)
+    server = make_server(tiny_model, engine, tmp_path / "uploads", media_root=clip.parent)
+    server.preparer.speech = "tiny"
+    made = ask(TestClient(server.app), video("clip.mp4"), transcribe=True)
+    assert made.status_code == 400 and made.json()["error"]["message"].startswith("clip.mp4 holds no sound that is")
 
 
 def test_a_film_is_encoded_once(client, server, clip):
@@ -149,6 +213,30 @@ def test_a_film_is_kept_on_disk(tiny_model, engine, tmp_path, clip):
         content[-5] ^= 255
         entry.write_bytes(content)
     assert [frames(), frames()] == [4, 0]
+
+
+def test_a_film_that_is_taken_away_while_it_is_read(tiny_model, engine, tmp_path, clip, monkeypatch):
+    """Below --media-root, by whoever keeps the files there: a sentence, and nothing is kept of it."""
+    root = tmp_path / "root"
+    root.mkdir()
+    server = make_server(
+        tiny_model, engine, tmp_path / "uploads", media_root=root, cache=FeatureCache(tmp_path / "cache")
+    )
+    for when, owner, name, function in (
+        ("decoded", server.preparer, "_vision", server.preparer._vision),
+        ("found", preparing, "content", content),
+    ):
+        film = root / f"{when}.mp4"
+        film.write_bytes(clip.read_bytes())
+
+        def then(argument, film=film, function=function):
+            film.unlink()
+            return function(argument)
+
+        monkeypatch.setattr(owner, name, then)
+        made = ask(TestClient(server.app), video(film.name))
+        assert made.status_code == 400 and f"{film.name} was taken away" in made.json()["error"]["message"]
+        assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
 def test_a_film_from_disk_is_not_longer_than_fits(tiny_model, engine, tmp_path, clip):

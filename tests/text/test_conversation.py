@@ -206,6 +206,8 @@ MALFORMED_MESSAGES = {
     "part 0 of message 0 names 0 sources": [user({"type": "image"})],
     "part 0 of message 0 names 2 sources": [user({"type": "image", "path": "a", "url": "b"})],
     "has no 'url' in its 'image_url'": [user({"type": "image_url", "image_url": {}})],
+    "has 'num_frames', which is not read here": [user({"type": "video", "path": "a", "num_frames": 8}, "b")],
+    "has 'subtitles', which is not read here": [user({"type": "video", "path": "a", "subtitles": "b.srt"}, "b")],
     "has <image> in its text": [user("<image> what?")],
     "shows the system an image": [{"role": "system", "content": [{"type": "image", "url": "a"}]}, user("b")],
     "is the assistant's and has an image": [

@@ -63,6 +63,7 @@ def test_srt():
     )
     assert parse_subtitles(text, as_original=True) == [Cue(4.25, "Hi  <font <im age> 5 < 6 behind")]
     assert parse_subtitles(text) == [Cue(4.25, "Hi  <font <im age> 5 < 6 behind 1984 ...")]
+    assert parse_subtitles("1\n00:00:01,000 --> 00:00:02,000\n1984") == [Cue(2.0, "1984")], "the last line is no number"
     assert parse_subtitles("no times\n1\n00:00:01,000 ->\n") == []
 
 

@@ -12,6 +12,7 @@ from training_cases import CONFIG, random_params
 from training_data import write_tokenizers
 
 from conversion import merge_lora
+from llamavid_jax import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.checkpoints.weights import load_weights, save_part, save_weights
 from llamavid_jax.errors import CheckpointError, ConfigError, InputError
 from llamavid_jax.models import quantize
@@ -55,7 +56,7 @@ def begin(model: Path, mesh, *overrides: str) -> start.Start:
 
 def leave(output: Path, run: start.Start, trained: dict[str, jax.Array], model: Path, *overrides: str) -> None:
     config = recipe(model, *overrides)
-    save_result(output, run, trained, config.training.dtype, config.lora, config.start)
+    save_result(output, run, trained, config.training.dtype, config.lora, config.start, config.data.fps)
 
 
 def moved(run: start.Start) -> dict[str, jax.Array]:
@@ -87,6 +88,12 @@ def test_the_adapter_merged_is_the_runs_model(base, model, mesh, tmp_path):
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         model
     )
+
+
+def test_the_model_asks_at_the_rate_that_it_was_trained_with(model, mesh, tmp_path):
+    run = begin(model, mesh, "data.fps=0.5")
+    leave(tmp_path, run, run.trained, model, "data.fps=0.5")
+    assert LLaMAVIDLlavaImageProcessor.from_pretrained(tmp_path / "model").fps == 0.5
 
 
 def test_full_parameters_of_another_model_are_not_merged(model, mesh, tmp_path, capsys):

@@ -218,6 +218,7 @@ def test_urls_are_refused_but_those_of_buckets(name):
         ("training.steps=-1", ("training.steps is -1", "0 or more")),
         ("training.batch_size=0", ("training.batch_size is 0", "above 0")),
         ("training.batch_size=131", ("training.batch_size is 131", "micro_batches = 2")),
+        ("training={steps: 20, epochs: 3}", ("training.epochs is 3", "training.steps is 20", "training.steps=0")),
         ("training.tracker=paper", ("training.tracker is 'paper'", "tensorboard or wandb")),
         ("training={device_rows: 1, loss_weighting: micro_batch}", ("device_rows is 1", "'micro_batch'", "use tokens")),
         ("training.dtype=float16", ("training.dtype is 'float16'", "float32 or bfloat16")),
