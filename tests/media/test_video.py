@@ -44,9 +44,9 @@ def test_stride_of_other_rates(fps, stride):
     assert frame_stride(25.0, fps) == stride  # 25 / 2 = 12.5 -> 12, 25 / 10 = 2.5 -> 2
 
 
-def test_too_slow_for_the_rate_names_the_file_its_rate_and_the_option(tmp_path):
+def test_too_slow_for_the_rate_names_the_file_its_rate_and_a_remedy(tmp_path):
     path = write_clip(tmp_path / "slow.mp4", [index_frame(i) for i in range(6)], Fraction(2, 5))
-    with pytest.raises(MediaError, match=r"slow\.mp4 has 0\.4 frames a second.*--fps 0\.4$"):
+    with pytest.raises(MediaError, match=r"slow\.mp4 has 0\.4 frames a second.*fps 0\.4 or"):
         read_video(path)
     assert [read_index(frame) for frame in read_video(path, fps=0.4).frames] == list(range(6))
 
