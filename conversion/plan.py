@@ -64,9 +64,9 @@ def plan(config, sources: list[Source], init_missing: bool) -> Plan:
     # of tokens that the language model lacks so far, and of [DEC], which BERT has not and no question holds
     new_rows = dict.fromkeys(("llama.embed.embedding", "llama.lm_head.kernel"), len(config.added_tokens))
     new_rows |= {"qformer.word_embeddings.embedding": 1}
-    table = weight_table(config, "original")
+    table, documented = weight_table(config, "original"), weight_table(config, "documented")
     by_name: dict[str, list[Weight]] = defaultdict(list)
-    for weight in {*table, *weight_table(config, "documented")}:
+    for weight in {*table, *documented}:
         by_name[weight.name].append(weight)
     fills: dict[tuple[str, int | None], Fill] = {}
     unused, overridden, leftovers = [], [], 0
@@ -83,7 +83,9 @@ def plan(config, sources: list[Source], init_missing: bool) -> Plan:
                 fills[place] = Fill(weight, tensor, _check(source, weight, tensor, new_rows))
     missing = [weight for weight in table if (weight.path, weight.index) not in fills]
     if missing and not init_missing:
-        _refuse_missing(sources[0], fills, missing)
+        given = max(table, documented, key=lambda one: len({weight.name for weight in one} & sources[0].tensors.keys()))
+        named = [weight.name for weight in given if (weight.path, weight.index) not in fills]
+        _refuse_missing(sources[0], fills, named, unused)
     if (count := sum(math.prod(weight.layer_shape) for weight in missing)) > MOST_AT_RANDOM:
         raise CheckpointError(
             f"--init-missing would start {count} values at random, more than 2**31; check config.json"
@@ -114,15 +116,18 @@ def _check(source: Source, weight: Weight, tensor: Tensor, new_rows: Mapping[str
     )
 
 
-def _refuse_missing(checkpoint: Source, fills: Iterable[tuple[str, int | None]], missing: list[Weight]) -> None:
+def _refuse_missing(
+    checkpoint: Source, fills: Iterable[tuple[str, int | None]], missing: list[str], unused: list[str]
+) -> None:
     if {path.split(".")[0] for path, _ in fills} == {"llama"}:
         raise CheckpointError(
             f"{checkpoint.origin} holds only the language model: no vlm_att weights and no vision tower. Give them "
             "with --vision, --qformer and --projectors, or start them at random with --init-missing SEED"
         )
-    names = ", ".join(weight.name for weight in missing[:6]) + (", ..." if len(missing) > 6 else "")
+    lacks, holds = (", ".join(names[:6]) + (", ..." if len(names) > 6 else "") for names in (missing, unused))
+    left = f", and has no place for {len(unused)}: {holds}" if unused else ""
     raise CheckpointError(
-        f"{checkpoint.origin} lacks {len(missing)} weights: {names}. Give the files that hold them (--vision, "
+        f"{checkpoint.origin} lacks {len(missing)} weights: {lacks}{left}. Give the files that hold them (--vision, "
         "--qformer, --projectors), or start them at random with --init-missing SEED"
     )
 

@@ -28,12 +28,10 @@ from llamavid_jax.inference.film_text import film_speech, film_subtitles
 from llamavid_jax.media.feature_file import SUFFIX, FeatureWriter, name_of
 from llamavid_jax.media.features import describe
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.media.source import MediaError, local_file
+from llamavid_jax.media.source import VIDEO_ENDINGS, MediaError, local_file
 from llamavid_jax.media.speech import SilentError
 from llamavid_jax.text.subtitles import Cue, interleave
 
-VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".ogv")
-VIDEOS += (".3gp", ".vob", ".gif", ".mts", ".mxf")
 SUBTITLES = (".srt", ".vtt", ".ass")
 
 
@@ -65,7 +63,7 @@ def find_videos(given: Sequence[str]) -> dict[str, Path]:
         kind = buckets.kind(path)
         if kind == "directory":
             below = map(Path, buckets.files_below(path))
-            videos = {name: path / name for name in below if name.suffix.lower() in VIDEOS}
+            videos = {name: path / name for name in below if name.suffix.lower() in VIDEO_ENDINGS}
         elif kind or not glob.has_magic(text):
             videos = {Path(path.name): path}
         elif buckets.url(path):

@@ -83,13 +83,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object for each answer")
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and stop")
     parser.add_argument("--topology", metavar="NAME", help="such as v5e:1x1: a generation of TPU, and chips")
-    parser.add_argument("--tokens", type=int, default=3584, metavar="N", help="of the compiled prompt, frames and all")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of the compiled prompt, frames and all (3584)")
     parser.set_defaults(**{"image_aspect_ratio": None} | (LIKE_ORIGINAL if "--like-original" in arguments else {}))
     options = parser.parse_args(arguments)
     if options.compile_only != bool(options.topology):
         parser.error("--compile-only and --topology go together, such as --compile-only --topology v5e:1x1")
-    if options.tokens < 1:
-        parser.error(f"--tokens is {options.tokens}; give the length of the prompt, such as 3584")
+    if options.tokens is not None and (options.tokens < 1 or not options.compile_only):
+        parser.error(f"--tokens is {options.tokens}; give the length of the prompt to compile, with --compile-only")
     # said now, not after minutes of loading
     options.settings = read_settings(options)
     if options.compile_only:
@@ -125,7 +125,14 @@ def compile_only(options: argparse.Namespace) -> int:
     read = LLaMAVIDLlavaConfig.from_yaml if options.model.endswith(".yaml") else LLaMAVIDLlavaConfig.from_pretrained
     config = read(options.model)
     config = config.quantized(options.quantize) if options.quantize else config
-    arguments = options.topology, options.mesh, options.tokens, options.max_new_tokens, options.dtype, options.model
+    arguments = (
+        options.topology,
+        options.mesh,
+        options.tokens or 3584,
+        options.max_new_tokens,
+        options.dtype,
+        options.model,
+    )
     return show(in_own_process(check_inference, config, *arguments, options.kv_cache))
 
 

@@ -117,18 +117,21 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("LLAMAVID_CACHE") or None,
         help="keep the features of videos there for the next question (LLAMAVID_CACHE)",
     )
-    parser.add_argument("--cache-size", type=float, default=20.0, metavar="GB", help="of that folder, at most (20)")
+    parser.add_argument("--cache-size", type=float, metavar="GB", help="of that folder, at most (20)")
 
 
 def read_cache(options: argparse.Namespace) -> Any:
     """The folder of features that --cache names, None without."""
-    if not 0 < options.cache_size < math.inf:
-        raise InputError(f"--cache-size is {options.cache_size}; give a number of GB above 0, such as 20")
+    size = 20.0 if options.cache_size is None else options.cache_size
+    if not 0 < size < math.inf:
+        raise InputError(f"--cache-size is {size}; give a number of GB above 0, such as 20")
     if options.cache is None:
+        if options.cache_size is not None:
+            say("--cache-size changes nothing where no features are kept; give --cache too")
         return None
     from llamavid_jax.inference.feature_cache import FeatureCache
 
-    return FeatureCache(options.cache, math.ceil(options.cache_size * 1e9), say)
+    return FeatureCache(options.cache, math.ceil(size * 1e9), say)
 
 
 def checked(text: str, name: str) -> str:

@@ -67,12 +67,18 @@ def build(
     if source.is_dir():
         raise InputError(f"{source} is a folder; give a .json or .jsonl file")
     options, records, sha256 = beam_options(beam), read_records(source, media), file_sha256(source)
+    home = os.path.realpath(media or source.parent)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
         raise InputError(f"{out} exists already and holds no complete shards; give another folder")
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
-        if manifest["source"].get("sha256") != sha256:
-            raise InputError(f"{out} holds the shards of another {manifest['source']['name']}; give another folder")
+        made_of = manifest["source"]
+        if made_of.get("sha256") != sha256:
+            raise InputError(f"{out} holds the shards of another {made_of['name']}; give another folder")
+        if made_of.get("media") != home:
+            raise InputError(
+                f"{out} holds shards of the media in {made_of.get('media')}, not {home}; give another folder"
+            )
         return manifest
     try:
         with working_folder(out) as folder:
@@ -80,7 +86,7 @@ def build(
             written = write_shards(sorted(folder.glob("*.plan")), folder, options)
             manifest = {
                 "format_version": FORMAT_VERSION,
-                "source": {"name": source.name, "sha256": sha256},
+                "source": {"name": source.name, "sha256": sha256, "media": home},
                 **counts,
                 "files": {file.name: file.stat().st_size for file in sorted(written.iterdir())},
             }

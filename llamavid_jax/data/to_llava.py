@@ -34,9 +34,9 @@ from llamavid_jax.data.records import PICKLES, JsonRows
 from llamavid_jax.errors import Parser, command
 from llamavid_jax.files import find, local
 from llamavid_jax.media import features
+from llamavid_jax.media.source import VIDEO_ENDINGS
 from llamavid_jax.text.conversation import IMAGE
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".gif")
 REQUESTS = (
     "Describe this video in one sentence.",
     "What does the video show?",
@@ -149,13 +149,13 @@ def _round(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def find_videos(folder: str | Path) -> dict[str, str]:
-    """Stem -> path relative to `folder` of all videos under it; of several, the first by VIDEO_SUFFIXES and name."""
+    """Stem -> path relative to `folder` of all videos under it; of several, the first by VIDEO_ENDINGS and name."""
     folder = local(folder)
     if buckets.kind(folder) != "directory":
         raise DataError(f"{folder} is not a folder; give --media the folder of the videos")
     paths = buckets.files_below(folder)
     videos = {}
-    for suffix in VIDEO_SUFFIXES:
+    for suffix in VIDEO_ENDINGS:
         for path in sorted(path for path in paths if path.lower().endswith(suffix)):
             videos.setdefault(os.path.basename(path)[: -len(suffix)], path)
     return videos

@@ -10,9 +10,9 @@ from typing import Any
 from llamavid_jax import buckets, copies
 from llamavid_jax.errors import InputError
 from llamavid_jax.files import local
+from llamavid_jax.media.source import VIDEO_ENDINGS
 
 LLAVA = "LLaVA's eval.zip has it (github.com/haotian-liu/LLaVA, docs/Evaluation.md)"
-VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv")  # in the original's order
 MAX_BYTES = 2 << 30  # of an annotation file; MMBench's pictures are in its table
 
 

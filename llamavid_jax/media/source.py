@@ -25,6 +25,10 @@ from llamavid_jax.buckets import is_address
 from llamavid_jax.errors import InputError, printable
 from llamavid_jax.files import find
 
+VIDEO_ENDINGS = (  # of the files in a folder; of one stem the first, in the original's order as far as that has them
+    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mpe", ".m2v", ".ts", ".m2ts", ".mts", ".vob"),
+    *(".flv", ".f4v", ".wmv", ".asf", ".ogv", ".3gp", ".3g2", ".mxf", ".divx", ".h264", ".264", ".hevc", ".gif"),
+)
 MAX_BYTES = 2 * 1024**3  # about an hour of 1080p at 4.5 Mbit/s
 TIMEOUT = 600.0  # seconds for a whole download
 STALL = 20.0  # seconds without a byte

@@ -30,7 +30,8 @@ def read_track(path: str | Path) -> list[tuple[float, str]]:
             found = []
             for packet in container.demux(track):
                 if packet.pts is not None and packet.size:
-                    end = float((packet.pts + (packet.duration or 0)) * packet.time_base) - start
+                    # FFmpeg gives the last cue of a .lrc no length: it stands behind the frame that is shown then
+                    end = float((packet.pts + max(packet.duration or 0, 1)) * packet.time_base) - start
                     texts = (part.dialogue for part in packet.decode() if hasattr(part, "dialogue"))
                     found += [(end, text.decode("utf-8", errors="replace")) for text in texts]
     except (av.FFmpegError, ValueError) as error:

@@ -136,8 +136,8 @@ def frame_stride(average_fps: float, fps: float | int, name: object = "the video
     stride = round(average_fps / fps)
     if stride == 0:
         raise MediaError(
-            f"{name} has {average_fps:.4g} frames a second, too few to sample {fps:g} a second; "
-            f"use --fps {average_fps:.3g}"
+            f"{name} has {average_fps:.4g} frames a second, too few to sample {fps:g} a second; use fps "
+            f"{average_fps:.3g} or, where it is fixed, write the video with more: ffmpeg -i IN -r {fps:g} OUT"
         )
     return stride
 

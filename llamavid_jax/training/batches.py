@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted({row for place in places for row in range(*place[0].indices(batch_size))})
 
 
-def open_data(data: DataConfig) -> tuple[Sequence, Sequence | None]:
+def open_data(data: DataConfig, report: Callable[[str], None]) -> tuple[Sequence, Sequence | None]:
     """The records to train on and the held-out ones.  Raises ConfigError or DataError for a path that is wrong."""
     if not data.path:
         raise ConfigError("data.path is empty; give a LLaVA-format .json or .jsonl, or a folder of shards")
@@ -71,6 +71,8 @@ def open_data(data: DataConfig) -> tuple[Sequence, Sequence | None]:
             opened.append(read_records(path, data.media) if path else None)
         except DataError as error:
             raise DataError(f"data.{name}: {error}") from None
+    if data.media and all(isinstance(records, Shards | None) for records in opened):
+        report(f"data.media={data.media} changes nothing: shards hold their media")
     return tuple(opened)
 
 

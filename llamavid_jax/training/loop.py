@@ -74,7 +74,7 @@ def train(
         config = dataclasses.replace(config, training=loop)
         check_rows(data.shapes, loop.batch_size, loop.micro_batches, mesh)
         rows = own_rows(mesh, loop.batch_size)
-        records, held_out_records = open_data(data)
+        records, held_out_records = open_data(data, report)
         check_adapter(config.start.adapter)
         check_tracker(loop.tracker)
         make_output(output)

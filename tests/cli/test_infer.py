@@ -201,7 +201,7 @@ BAD = {
     "is not a video that can be read": ["--model", "DIR", "--question", "a", "--video", "infer.py"],
     "is a still picture, not a video; give it with --image": ["--model", "DIR", "--question", "a", "--video", "PNG"],
     "is not a picture that Pillow can read": ["--model", "DIR", "--question", "a", "--image", "demo/space.mp4"],
-    "too few to sample 60 a second; use --fps 25": [
+    "too few to sample 60 a second; use fps 25 or, where it is fixed, ": [
         *["--model", "DIR", "--question", "a", "--video", "demo/space.mp4", "--fps", "60"]
     ],
     "--fps is 0.0; give a number above 0": ["--model", "DIR", "--question", "a", "--fps", "0"],
@@ -220,6 +220,9 @@ BAD = {
     ],
     "top_p is 2.0": ["--model", "DIR", "--question", "a", "--top-p", "2"],
     "max_new_tokens is 0": ["--model", "DIR", "--question", "a", "--max-new-tokens", "0"],
+    "--tokens is 99; give the length of the prompt to compile, with --compile-only": [
+        *["--model", "DIR", "--question", "a", "--tokens", "99"]
+    ],
     "--tokens is -5; give the length": ["--model", "DIR", "--compile-only", "--topology", "v5e:1x1", "--tokens", "-5"],
     "--subtitles goes with one --video alone": ["--model", "DIR", "--question", "a", "--subtitles", "a.srt"],
     "a.safetensors holds features": ["--model", "DIR", "--question", "a", "--video", "a.safetensors", "--fit"],

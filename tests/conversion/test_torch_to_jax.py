@@ -152,6 +152,20 @@ def test_bad_checkpoints(tmp_path, capsys, case):
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.parametrize(
+    "name", ["language_model.model.norm.weight", "language_model.model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_renamed_weight_of_the_documented_layout(tmp_path, capsys, name):
+    """What is lacking and what is left over, as that layout calls them."""
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "documented_format", source)
+    weights = safetensors.torch.load_file(source / "model.safetensors")
+    weights["renamed.weight"] = weights.pop(name)
+    safetensors.torch.save_file(weights, source / "model.safetensors")
+    assert torch_to_jax.main([str(source), str(tmp_path / "out")]) == 2
+    assert f"lacks 1 weights: {name}, and has no place for 1: renamed.weight. Give" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -129,6 +129,15 @@ def test_built_again_is_the_same_and_another_source_is_refused(source, shards, t
     assert "another set.json" in capsys.readouterr().err
 
 
+def test_built_again_of_other_media_is_refused(source, shards, tmp_path, capsys):
+    """The same JSON names other files there; another spelling of the folder is the same one."""
+    assert build_shards.main([str(source), str(shards), "--media", f"{source.parent}/folder/.."]) == 0
+    capsys.readouterr()
+    assert build_shards.main([str(source), str(shards), "--media", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"shards of the media in {source.parent}, not {tmp_path};" in error and error.count("\n") == 1
+
+
 def test_killed_build_leaves_nothing_readable_and_the_next_one_completes(source, tmp_path):
     out, stop = tmp_path / "out", tmp_path / "written"
     code = f"""

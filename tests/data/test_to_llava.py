@@ -100,7 +100,7 @@ def test_video_chatgpts_own_training_file(tmp_path, capsys):
 
 
 def test_of_several_files_of_one_name_the_likeliest_is_taken(tmp_path):
-    touch(tmp_path, "a.webm", "a.mp4", "b.mkv", "z/b.mkv", "z/b.avi", "a.srt")
+    touch(tmp_path, "a.webm", "a.mp4", "b.mkv", "z/b.mkv", "z/b.webm", "a.srt")
     assert find_videos(tmp_path) == {"a": "a.mp4", "b": "b.mkv"}
 
 

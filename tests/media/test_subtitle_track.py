@@ -6,6 +6,7 @@ from clips import index_frame, write_clip
 
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.subtitle_track import read_track
+from llamavid_jax.text.subtitles import cues_of_track, interleave
 
 SRT = "1\n00:00:01,000 --> 00:00:02,500\n<i>Hi</i> there,\nyou\n\n2\n00:00:04,000 --> 00:00:05,000\nBye...\n"
 ASS = """[Script Info]
@@ -49,6 +50,14 @@ def test_the_first_track_of_text(tmp_path, late):
 def test_a_file_of_its_own(tmp_path):
     (tmp_path / "film.ass").write_text(ASS)
     assert read_track(tmp_path / "film.ass") == [(2.5, "{\\i1}Hello{\\i0}, you\nthere")]
+
+
+def test_the_last_line_of_a_song(tmp_path):
+    """A .lrc says when lines begin: one ends at the next, and the last stands behind the frame of its beginning."""
+    (tmp_path / "song.lrc").write_text("[00:01.00]one\n[00:03.00]two\n[00:10.00]bye\n")
+    cues = cues_of_track(read_track(tmp_path / "song.lrc"))
+    film = interleave([float(second) for second in range(13)], cues)
+    assert film == "<image>" * 3 + "one" + "<image>" * 7 + "two" + "<image>bye" + "<image>" * 2
 
 
 @pytest.mark.parametrize("content", [b"", b"[Script Info]\n[Events]\n", b"RIFF\0\0", b"\x89PNG"])

@@ -130,7 +130,9 @@ def test_damaged_times_do_not_ask_for_all_memory():
 
 
 def test_too_low_a_rate_is_refused():
-    with pytest.raises(MediaError, match=r"use --fps 0\.4$"):
+    with pytest.raises(
+        MediaError, match=r"use fps 0\.4 or, where it is fixed, write the video with more: ffmpeg -i IN -r 1 OUT$"
+    ):
         frame_stride(0.4, 1)
 
 

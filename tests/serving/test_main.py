@@ -52,6 +52,14 @@ def test_names_and_keys(monkeypatch):
     assert options.name == "folder" and options.api_key == ["given", "hidden"]
 
 
+def test_a_size_of_no_cache_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("LLAMAVID_CACHE", raising=False)
+    for more in ([], ["--cache-size", "5", "--cache", str(tmp_path)], ["--cache-size", "5"]):
+        assert capsys.readouterr().err == ""
+        parse_arguments(["--model", "some", *more])
+    assert capsys.readouterr().err == "--cache-size changes nothing where no features are kept; give --cache too\n"
+
+
 JSON = {"Content-Type": "application/json"}
 
 

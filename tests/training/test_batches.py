@@ -1,6 +1,7 @@
 """What a run feeds the tower: the pictures as the model was trained on them."""
 
 import dataclasses
+import json
 from unittest.mock import Mock
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from training_data import conversation, write_tokenizers
 from llamavid_jax.checkpoints.tokenizers import load_tokenizers
 from llamavid_jax.checkpoints.tower import TowerHash
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.data.build_shards import build
 from llamavid_jax.data.record import Record
 from llamavid_jax.errors import InputError
 from llamavid_jax.media.feature_file import Description, FeatureWriter
@@ -21,7 +23,7 @@ from llamavid_jax.media.features import processing
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.vision import VisionTower
 from llamavid_jax.parallel.mesh import make_mesh
-from llamavid_jax.training.batches import make_loader
+from llamavid_jax.training.batches import make_loader, open_data
 from llamavid_jax.training.config import DataConfig, LoopConfig, TrainConfig
 from llamavid_jax.training.start import Start
 
@@ -75,6 +77,18 @@ def test_a_folder_that_lacks_one_of_the_two_files(tmp_path):
     assert TINY.with_pixels_of(tmp_path) == other
     (tmp_path / "preprocessor_config.json").write_text('{"size": 56}')
     assert LLaMAVIDLlavaImageProcessor.from_pretrained(tmp_path) == LLaMAVIDLlavaImageProcessor.of(other)
+
+
+def test_a_folder_of_media_beside_shards_is_said(tmp_path):
+    """It changes nothing there; with a JSON among the two it does."""
+    (tmp_path / "set.json").write_text(json.dumps([{"id": "a", "conversations": conversation("Who?", "He.")}]))
+    build(tmp_path / "set.json", tmp_path / "shards")
+    shards, listed = str(tmp_path / "shards"), str(tmp_path / "set.json")
+    for paths, count in (((shards, ""), 1), ((shards, shards), 1), ((shards, listed), 0), ((listed, ""), 0)):
+        for media in (str(tmp_path), ""):
+            said = []
+            open_data(DataConfig(path=paths[0], evaluation_path=paths[1], media=media), said.append)
+            assert said == [f"data.media={tmp_path} changes nothing: shards hold their media"] * (count if media else 0)
 
 
 def test_features_of_another_tower_are_refused(tiny_model, tmp_path):
