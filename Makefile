@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, as they are impo
 	touch $@
 
 .venv/ready-test: .venv/ready pyproject.toml
-	$(INSTALL) --editable ".[train,wandb,mlflow,serve,convert,demo,eval,test]" --editable tests/golden_option
+	$(INSTALL) --editable ".[train,gcs,wandb,mlflow,serve,convert,demo,eval,test]" --editable tests/golden_option
 	touch $@
 
 .venv/ready-serve: .venv/ready pyproject.toml
@@ -64,7 +64,7 @@ lint: .venv/ready-test
 # One version of each package for every Python, from the ranges; torch, whose CPU and CUDA builds differ, stays free.
 lock:
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest --no-annotate \
-	  --extra tpu --extra cuda --extra train --extra wandb --extra mlflow --extra serve --extra demo --extra eval \
+	  --extra tpu --extra cuda --extra train --extra gcs --extra wandb --extra mlflow --extra serve --extra demo --extra eval \
 	  --extra speech --extra test \
 	  --custom-compile-command "make lock" \
 	  pyproject.toml --output-file requirements.lock

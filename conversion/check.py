@@ -20,7 +20,7 @@ from rich.table import Table
 
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.commands.program import keep_programs
-from llamavid_jax.errors import CheckpointError, InputError, Parser, command
+from llamavid_jax.errors import CheckpointError, InputError, Parser, command, printable
 from llamavid_jax.files import find, local
 from llamavid_jax.shapes import IGNORE_LABEL, IMAGE_TOKEN
 
@@ -186,10 +186,10 @@ def read_expected(file: Path) -> Recording:
 @command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.check", description=__doc__)
-    parser.add_argument("directory", metavar="DIR", type=find, help="a converted checkpoint")
+    parser.add_argument("directory", metavar="DIR", type=local, help="a converted checkpoint")
     parser.add_argument("--expected", metavar="FILE", type=local, required=True, help="recorded outputs (.npz)")
     options = parser.parse_args(arguments)
-    expected = read_expected(options.expected)
+    expected = read_expected(find(options.expected))
     keep_programs()
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.directory, dtype="float32")
     try:
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise CheckpointError(
             f"{options.expected} does not record a case of this model ({error}); record it again"
         ) from None
-    table = Table("array", "relative error", "tolerance", "verdict", title=str(options.directory))
+    table = Table("array", "relative error", "tolerance", "verdict", title=printable(options.directory))
     for row in rows:
         table.add_row(row.name, f"{row.error:.2e}", f"{row.tolerance:.0e}", "ok" if row.passed else "FAILED")
     Console().print(table)

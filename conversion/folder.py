@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from llamavid_jax import buckets, copies, uploads
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError
@@ -30,10 +31,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
     One process makes it at a time.  A killed one leaves `OUT.partial`, never half of `out`; the next starts again.
     """
-    place = out.absolute()
+    place, in_bucket = out.absolute(), buckets.url(out) is not None
+    partial = place.with_name(f"{place.name}.partial")
+    if in_bucket:  # where nothing is renamed; arrays would go there at once
+        partial = buckets.root() / "partial" / place.relative_to(buckets.root())
+        for parent in (place.parent, partial.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        uploads.discard_unfinished(place)
+        copies.fetch(place)
     if not place.parent.is_dir():
         raise CheckpointError(f"{place.parent} does not exist; make it first")
-    partial = place.with_name(f"{place.name}.partial")
     with locked(place.with_name(f".{place.name}.lock"), f"{out}"):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(f"{out} exists and is not empty; remove it or give another OUT")
@@ -45,8 +52,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
         try:
             yield partial
             os.rename(partial, place)
+            uploads.send_folder(place, last="config.json")
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            if in_bucket:
+                shutil.rmtree(place, ignore_errors=True)
             raise
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from llamavid_jax.checkpoints.arrays import Arrays
 from llamavid_jax.checkpoints.weights import WEIGHTS, check_params
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.errors import CheckpointError, Parser, command
+from llamavid_jax.errors import CheckpointError, Parser, command, printable
 from llamavid_jax.files import find, local
 from llamavid_jax.media.image_processor import VIDEO_FILE
 from llamavid_jax.weights import inventory
@@ -120,6 +120,7 @@ def convert(
     """
     console = console or Console(stderr=True)
     began = time.monotonic()
+    source = find(source)
     config = LLaMAVIDLlavaConfig.from_pretrained(source).require_whole(source)
     if layout == "documented":
         values, write, stem, suffix = documented_config(config), write_safetensors, "model", "safetensors"
@@ -144,7 +145,7 @@ def convert(
         for file in _companions(source):
             (shutil.copytree if file.is_dir() else shutil.copy)(file, partial / file.name)
         _write_json(partial / "config.json", values)
-    report = Table(title=str(out), show_header=False)
+    report = Table(title=printable(out), show_header=False)
     report.add_row("weights", f"{len(weights)} in {len(groups)} files")
     report.add_row("size", f"{total / 2**30:.3f} GiB ({total:,} bytes)")
     report.add_row("time", f"{time.monotonic() - began:.1f} s")
@@ -160,7 +161,7 @@ def _require_torch() -> None:
 
 def _companions(source: Path) -> Iterator[Path]:
     names = (*folder.TEXT_FILES, "preprocessor_config.json", VIDEO_FILE, "qformer_tokenizer")
-    return (source / name for name in names if (source / name).exists())
+    return (source / name for name in names if find(source / name).exists())
 
 
 def _write_json(file: Path, values: dict) -> None:
@@ -170,7 +171,7 @@ def _write_json(file: Path, values: dict) -> None:
 @command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.jax_to_torch", description=__doc__)
-    parser.add_argument("source", metavar="DIR", type=find, help="a converted checkpoint")
+    parser.add_argument("source", metavar="DIR", type=local, help="a converted checkpoint")
     parser.add_argument("out", metavar="OUT", type=local, help="the folder to make")
     parser.add_argument("--layout", choices=tuple(SHARD_BYTES), required=True)
     parser.add_argument("--max-shard-bytes", metavar="N", type=int, help="size of one weight file (1 or 5 GiB)")

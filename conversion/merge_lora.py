@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llamavid_jax import copies
 from llamavid_jax.checkpoints.adapter import (
     REBUILT_STARTS,
     check_tensors,
@@ -150,6 +151,9 @@ def merged(
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """Writes the folder `out`.  Raises InputError, and leaves nothing at `out` then."""
+    base = find(base)
+    find(base / "qformer_tokenizer")
+    copies.fetch_all(adapter)
     config = LLaMAVIDLlavaConfig.from_pretrained(base).require_whole(base)
     table, arrays = weight_table(config, "original"), Arrays(base / WEIGHTS)
     lora, updates, how = read_adapter(adapter, config)
@@ -180,7 +184,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
 @command()
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m conversion.merge_lora", description=__doc__)
-    parser.add_argument("base", metavar="BASE", type=find, help="a converted checkpoint")
+    parser.add_argument("base", metavar="BASE", type=local, help="a converted checkpoint")
     parser.add_argument("adapter", metavar="ADAPTER", type=local, help="the folder of a LoRA adapter")
     parser.add_argument("out", metavar="OUT", type=local, help="the folder to make")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings

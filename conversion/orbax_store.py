@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llamavid_jax.checkpoints.arrays import Arrays, chunk_shape, first_line, write_arrays
-from llamavid_jax.errors import CheckpointError
+from llamavid_jax.checkpoints.arrays import Arrays, chunk_shape, write_arrays
+from llamavid_jax.errors import CheckpointError, first_line
 
 GATHER_BYTES = 4 << 20
 

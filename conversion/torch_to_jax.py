@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from llamavid_jax import copies
 from llamavid_jax.commands.program import keep_programs
-from llamavid_jax.errors import CheckpointError, Parser, command
+from llamavid_jax.errors import CheckpointError, Parser, command, printable
 from llamavid_jax.files import find, local
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.models.quantize import quantize_kernels
@@ -121,6 +122,9 @@ def convert(
     """
     console = console or Console(stderr=True)
     began = time.monotonic()
+    for origin in (source, tokenizer, bert_tokenizer, vision, qformer, projectors, listing):
+        if origin is not None:
+            copies.fetch_all(origin)
     if not source.exists():
         raise CheckpointError(f"{source} does not exist; give the folder or the file of a checkpoint")
     config = model_config(source, config_file, image_size)
@@ -151,7 +155,7 @@ def convert(
 
 
 def _report(console: Console, plan: Plan, out: Path, written: int, seconds: float, notes: list[str]) -> None:
-    table = Table(title=str(out), show_header=False)
+    table = Table(title=printable(out), show_header=False)
     table.add_row("weights", f"{len(plan.fills)}")
     table.add_row("parameters", f"{len(plan.shapes)}")
     table.add_row("size", f"{written / 2**30:.3f} GiB ({written:,} bytes)")
@@ -184,8 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", type=local, help="the folder to make")
     parser.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="stored type (keep: bit-exact)")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="LLaMA's kernels, for inference on small chips")
-    parser.add_argument("--tokenizer", metavar="DIR", type=find, help="LLaMA tokenizer, where SRC lacks it")
-    parser.add_argument("--bert-tokenizer", metavar="DIR", type=find, help="folder with bert-base-uncased's vocab.txt")
+    parser.add_argument("--tokenizer", metavar="DIR", type=local, help="LLaMA tokenizer, where SRC lacks it")
+    parser.add_argument("--bert-tokenizer", metavar="DIR", type=local, help="folder with bert-base-uncased's vocab.txt")
     parser.add_argument("--vision", metavar="FILE", type=local, help="eva_vit_g.pth, or a CLIP")
     parser.add_argument("--qformer", metavar="FILE", type=local, help="instruct_blip_*_trimmed.pth, or a BERT")
     parser.add_argument("--projectors", metavar="FILE", type=local, help="stage 1's mm_projector.bin")

@@ -4,8 +4,8 @@ set -euo pipefail
 
 # XPK signals the shell that it puts around the command, which must be one line: `exec` makes that shell the run.
 xpk workload create --workload=stage2 --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" \
-  --tpu-type=v5litepod-64 --docker-image="$IMAGE" --storage=bucket --priority=medium \
+  --tpu-type=v5litepod-64 --docker-image="$IMAGE" --priority=medium \
   --max-restarts=50 --restart-on-exit-codes=1,75 --termination-grace-period-seconds=600 \
   --command="exec llamavid-train --distributed --config=configs/stage2_instruct.yaml \
-    data.path=/bucket/data/chat start.model=/bucket/start/vicuna-7b-start start.adapter=/bucket/start/adapter \
-    output=/bucket/runs/stage2 mesh=fsdp=32,sequence=2 training.micro_batches=1 training.save_every=200"
+    data.path=gs://$BUCKET/data/chat start.model=gs://$BUCKET/start/vicuna-7b-start start.adapter=gs://$BUCKET/start/adapter \
+    output=gs://$BUCKET/runs/stage2 mesh=fsdp=32,sequence=2 training.micro_batches=1 training.save_every=200"

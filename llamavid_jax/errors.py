@@ -16,8 +16,11 @@ EXTRAS = {  # module → extra; the others are of `train`
     **dict.fromkeys(("matplotlib", "sklearn"), "demo"),
     "faster_whisper": "speech",
     "libtpu": "tpu",
+    "gcsfs": "gcs",
 }
 LONGEST = 3000  # characters of an error that a command says; names and values from files may have any number
+AWAY = 75  # the exit code of what may go well when it is run again, as in sysexits.h
+SHOWN: dict[str, str] = {}  # how paths begin, and what is said in place of that (`buckets.py`)
 
 
 class InputError(ValueError):
@@ -40,6 +43,13 @@ class CheckpointError(InputError):
 
 class TrainingError(InputError):
     """A run that cannot go on: says at which step, why, and what to do."""
+
+
+class OutageError(Exception):
+    """What is needed is away for now, such as a bucket.  No InputError: what it holds is not to be left out as bad."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(message))
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,6 +78,9 @@ def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[...,
                 return code
             except InputError as error:
                 return complain(error, name)
+            except OutageError as error:
+                complain(error, name)
+                return AWAY
             except ModuleNotFoundError as error:
                 extra = EXTRAS.get((error.name or "").partition(".")[0], "train")
                 return complain(InputError(f'{error.name} is not installed; pip install "llamavid_jax[{extra}]"'), name)
@@ -83,7 +96,7 @@ def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[...,
     return decorate
 
 
-def complain(error: InputError, command: str = "error") -> int:
+def complain(error: Exception, command: str = "error") -> int:
     """Says the error as one line that begins with `command`; returns the exit code."""
     text = " ".join(str(error).split())
     say(f"{command}: {text if len(text) <= LONGEST else f'{text[:-400][: LONGEST - 400]} ... {text[-400:]}'}")
@@ -102,10 +115,21 @@ def printable(text: object, kept: str = "") -> str:
 
     Names of files and answers of servers may hold anything; the characters of `kept` stay.
     """
+    text = str(text)
+    for path, address in SHOWN.items():
+        text = text.replace(path, address)
     return "".join(
         letter if letter.isprintable() or letter in kept else letter.encode("unicode_escape").decode()
-        for letter in str(text)
+        for letter in text
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Of the error that the others were raised from: it names the file and what is wrong with it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).strip().splitlines() or ["no message"])[0]
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"  # what is wrong often stands at its end
 
 
 def open_streams() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llamavid_jax import buckets, copies, uploads
 from llamavid_jax.errors import CheckpointError, InputError
 
 PACKAGE = Path(__file__).parent
@@ -22,13 +23,20 @@ MAX_JSON_BYTES = 16 << 20  # 40,000 names of weights take 4 MB; JSON takes some 
 
 
 def local(text: str | Path) -> Path:
-    """A path as it is typed: `~` is the user's folder.  A shell expands it at the beginning of a word only."""
-    return Path(os.path.expanduser(text))
+    """A path as it is typed, without looking whether anything is there.
+
+    `~` is the user's folder, which a shell expands at the beginning of a word only; gs://bucket/key is its place here.
+    """
+    return buckets.place(os.path.expanduser(text))
 
 
 def find(path: str | Path) -> Path:
-    """`path`, `~` expanded; where nothing is there and it begins with `configs/` or `demo/`, the package's own."""
+    """`local(path)` as it is to be read: from a bucket, it is fetched (`copies.fetch`).
+
+    Where nothing is there and it begins with `configs/` or `demo/`, the package's own.
+    """
     path = local(path)
+    copies.fetch(path)
     if path.parts[:1] in (("configs",), ("demo",)) and not os.path.exists(path) and (BROUGHT / path).exists():
         return BROUGHT / path
     return path
@@ -64,13 +72,14 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 def write_files(directory: str | Path, files: Mapping[str, bytes]) -> None:
     """Each file is written aside and renamed, so that a reader never meets half of one.  InputError if it cannot be."""
-    folder = Path(directory)
+    folder = local(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
             for name, content in files.items():
                 Path(aside, name).write_bytes(content)
                 os.replace(Path(aside, name), folder / name)
+                uploads.put(folder / name)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror}); give a folder that can") from None
 

@@ -17,7 +17,7 @@ MODULES = {
 }  # where the package's name is another
 
 
-@pytest.mark.parametrize("extra", ["tpu", "train", "serve", "convert", "eval", "speech", "demo"])
+@pytest.mark.parametrize("extra", ["tpu", "train", "serve", "convert", "eval", "speech", "demo", "gcs"])
 def test_the_extra_that_is_named_holds_the_package(extra):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     packages = [re.match(r"[\w-]+", line)[0].replace("-", "_") for line in extras[extra]]

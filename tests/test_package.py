@@ -60,10 +60,13 @@ def imports(file: Path) -> set[str]:
 
 PACKAGE = ROOT / "llamavid_jax"
 # What each room may import of the package, itself aside.  A room stands above all that it imports.
-GROUND = {"errors", "files", "pickles", "shapes"}
+GROUND = {"buckets", "copies", "errors", "files", "pickles", "shapes", "uploads"}
 BELOW = {
     "errors": set(),
-    "files": {"errors"},
+    "buckets": {"errors"},
+    "copies": {"buckets", "errors"},
+    "uploads": {"buckets", "errors"},
+    "files": {"buckets", "copies", "errors", "uploads"},
     "shapes": set(),
     "pickles": {"errors"},
     "config": GROUND,

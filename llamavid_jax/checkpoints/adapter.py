@@ -20,7 +20,7 @@ import safetensors.numpy
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.config.strict import strict
 from llamavid_jax.errors import CheckpointError, ConfigError
-from llamavid_jax.files import check_sums, read_object, with_sums, write_files
+from llamavid_jax.files import check_sums, find, read_object, with_sums, write_files
 from llamavid_jax.models.lora import LoraConfig
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import EMPTY, Weight, expand, to_jax, to_torch
@@ -74,7 +74,7 @@ def save_adapter(
 
 
 def is_adapter(directory: str | Path) -> bool:
-    return (Path(directory) / CONFIG_FILE).exists()
+    return (find(directory) / CONFIG_FILE).exists()
 
 
 def load_adapter(directory: str | Path, model: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
@@ -82,9 +82,9 @@ def load_adapter(directory: str | Path, model: LLaMAVIDLlavaConfig) -> tuple[Lor
 
     Raises CheckpointError for a missing or damaged file and for what `read_peft_config` and `check_tensors` refuse.
     """
-    folder = Path(directory)
+    folder = find(directory)
     values = read_values(folder)
-    if not (folder / WEIGHTS_FILE).is_file():
+    if not find(folder / WEIGHTS_FILE).is_file():
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not exist or is no plain file; save the adapter again")
     try:
         with safetensors.safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:

@@ -11,6 +11,7 @@ wrote by itself are read as well.
 import asyncio
 import logging
 import math
+import re
 import shutil
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from llamavid_jax.errors import CheckpointError
+from llamavid_jax import buckets
+from llamavid_jax.errors import CheckpointError, OutageError, first_line
 from llamavid_jax.parallel.processes import on_any
 
 CHUNK_BYTES = 32 << 20  # a chunk is read and checked as one
 AT_ONCE = 8  # arrays that are being written, of which the host holds a copy
+AWAY = r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED"  # of a bucket
 DRIVERS = {"zarr.json": "zarr3", ".zarray": "zarr"}  # an array's metadata → TensorStore's driver
 
 
@@ -38,13 +41,17 @@ class Arrays(Mapping):
 
     def __init__(self, folder: Path, remedy: str = "convert again"):
         self.folder, self.remedy = folder.resolve(), remedy  # TensorStore takes no `..`
-        self.ocdbt = (folder / "manifest.ocdbt").is_file()  # Orbax's own form: many arrays in a file
         self._opened: dict[str, tensorstore.TensorStore] = {}
         try:
-            if self.ocdbt:
-                keys = [key.decode() for key in tensorstore.KvStore.open(self._place("")).result().list().result()]
+            if buckets.url(self.folder):
+                keys = list(buckets.listing(self.folder))
             else:
                 keys = [f"{file.parent.name}/{file.name}" for name in DRIVERS for file in folder.glob(f"*/{name}")]
+            # Orbax's own form: many arrays in a file
+            self.ocdbt = "manifest.ocdbt" in keys or (folder / "manifest.ocdbt").is_file()
+            if self.ocdbt:
+                listed = tensorstore.KvStore.open(self._place("")).result().list().result()
+                keys = [key.decode() for key in listed]
         except (ValueError, OSError) as error:
             raise self._damaged(error) from error
         parts = (key.rpartition("/") for key in keys)
@@ -90,7 +97,9 @@ class Arrays(Mapping):
         except ValueError as error:
             raise self._damaged(error) from error
 
-    def _damaged(self, error: Exception) -> CheckpointError:
+    def _damaged(self, error: Exception) -> CheckpointError | OutageError:
+        if buckets.url(self.folder) and re.search(AWAY, str(error)):
+            return OutageError(f"{self.folder} cannot be read ({first_line(error)}); run the same again")
         return CheckpointError(f"{self.folder} is damaged ({first_line(error)}); {self.remedy}")
 
 
@@ -108,7 +117,9 @@ def write_arrays(folder: Path, arrays: Mapping[str, Any], chunks: Mapping[str, t
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**layout)) as checkpointer:
-            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(nest(arrays)), force=True)
+            checkpointer.save(
+                buckets.url(folder) or folder.absolute(), args=ocp.args.PyTreeSave(nest(arrays)), force=True
+            )
     except Exception as error:  # Orbax and TensorStore raise many kinds
         for half_made in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
             shutil.rmtree(half_made, ignore_errors=True)
@@ -166,7 +177,7 @@ async def _all(writes: Iterable[Awaitable]) -> None:
 
 
 def file_store(folder: Any) -> dict[str, Any]:
-    return {"driver": "file", "path": f"{folder}/"}  # not as a URL: names may hold # and %
+    return buckets.kvstore(folder) or {"driver": "file", "path": f"{folder}/"}  # not as a URL: names may hold # and %
 
 
 def open_store(place: Mapping[str, Any], driver: str, **options: Any) -> tensorstore.Future:
@@ -198,11 +209,3 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[last] = leaf
     return tree
-
-
-def first_line(error: BaseException) -> str:
-    """Of the error that the others were raised from: it names the file and what is wrong with it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = (str(error).strip().splitlines() or ["no message"])[0]
-    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"  # what is wrong often stands at its end

@@ -87,12 +87,11 @@ class PretrainedModel:
         return cls(config, params, dtype=dtype, mesh=mesh, kv_cache=kv_cache, **tokenizers)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `config.json`, the weights and the tokenizers."""
-        self.config.save_pretrained(directory)
+        """Writes the weights, the tokenizers and `config.json`, without which the folder is no model."""
         save_weights(directory, self.params)
-        for tokenizer in (self.tokenizer, self.qformer_tokenizer):
-            if tokenizer is not None:
-                tokenizer.save_pretrained(directory)
+        for part in (self.tokenizer, self.qformer_tokenizer, self.config):
+            if part is not None:
+                part.save_pretrained(directory)
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """Puts the mesh in context, where there is one."""

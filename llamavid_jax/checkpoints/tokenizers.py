@@ -42,7 +42,7 @@ def load_tokenizers(
     """
     directory = find(directory)
     has_text = (directory / "tokenizer.model").exists() or (directory / "tokenizer.json").exists()
-    qformer = directory / QFormerTokenizer.FOLDER
+    qformer = find(directory / QFormerTokenizer.FOLDER)
     return (
         load_tokenizer(directory, config.added_tokens if config else ()) if has_text else None,
         QFormerTokenizer(qformer) if (qformer / "vocab.txt").exists() else None,

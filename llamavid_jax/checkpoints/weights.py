@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from llamavid_jax import buckets
 from llamavid_jax.checkpoints.arrays import Arrays, chunk_shape, write_arrays
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import CheckpointError, ConfigError
-from llamavid_jax.files import find
+from llamavid_jax.files import find, local
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.parallel.mesh import host_mesh, local_mesh
 from llamavid_jax.parallel.sharding import param_shardings
@@ -32,13 +33,13 @@ def parse_dtype(name: Any) -> jnp.dtype:
 
 def weights_folder(directory: str | Path) -> Path:
     """The full path of the weights, without `..`, which TensorStore does not take."""
-    return Path(directory).resolve() / WEIGHTS
+    return local(directory).resolve() / WEIGHTS
 
 
 def save_weights(directory: str | Path, params: Mapping[str, Any]) -> None:
     """Writes `directory/weights`, complete or not at all; every process its own shards of what is sharded."""
     try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        local(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be made ({error.strerror}); give a folder, not a file") from None
 
@@ -64,7 +65,7 @@ def load_weights(
     Raises CheckpointError when the weights are missing, damaged, or not those of `config`.
     """
     folder = weights_folder(find(directory))
-    if not folder.is_dir():
+    if buckets.kind(folder) != "directory":
         raise CheckpointError(
             f"{folder} does not exist: {directory} is not a converted checkpoint; "
             "make one with `python -m conversion.torch_to_jax SRC OUT`"
@@ -122,7 +123,7 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
     Raises CheckpointError for a folder without a part, and for parameters that `onto` lacks or has in other shapes.
     """
     folder = weights_folder(directory)
-    if not folder.is_dir():
+    if buckets.kind(folder) != "directory":
         raise CheckpointError(f"{folder} does not exist; give the `adapter` folder of a training run")
     stored = Arrays(folder, "copy it again")
     known = {path: onto[path] for path in stored if path in onto}

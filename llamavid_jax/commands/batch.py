@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llamavid_jax import buckets, uploads
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import (
     add_cache,
@@ -183,7 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = out.with_name(f"{out.stem}.{index}-of-{count}{out.suffix}")
     places = {media: place for place, media in enumerate(dict.fromkeys((row.videos, row.images) for row in rows))}
     rows = [row for row in rows if places[row.videos, row.images] % count == index]
-    with locked(out.with_name(f".{out.name}.lock"), str(out)):
+    if buckets.url(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f".{out.name}.lock"), str(out)), uploads.sending(find(out)):
         return _run(options, images, rows, Answers(out, rows))
 
 

@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llamavid_jax import buckets, uploads
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import add_fps, add_model, add_transcribe, check_fps, load_model
 from llamavid_jax.commands.processes import add_shard, own_shard, read_shard
 from llamavid_jax.errors import InputError, Parser, command, printable, say
-from llamavid_jax.files import local
+from llamavid_jax.files import find, local
 from llamavid_jax.inference.film_text import film_speech, film_subtitles
 from llamavid_jax.media.feature_file import SUFFIX, FeatureWriter, name_of
 from llamavid_jax.media.features import describe
@@ -59,11 +60,14 @@ def find_videos(given: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for text in given:
         path = local(text)
-        if path.is_dir():
-            below = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-            videos = {file.relative_to(path): file for file in below if file.suffix.lower() in VIDEO_ENDINGS}
-        elif path.exists() or not glob.has_magic(text):
+        kind = buckets.kind(path)
+        if kind == "directory":
+            below = map(Path, buckets.files_below(path))
+            videos = {name: path / name for name in below if name.suffix.lower() in VIDEO_ENDINGS}
+        elif kind or not glob.has_magic(text):
             videos = {Path(path.name): path}
+        elif buckets.url(path):
+            videos = {Path(file.name): file for file in buckets.glob(path)}
         else:
             videos = {
                 Path(file.name): file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file()
@@ -72,7 +76,7 @@ def find_videos(given: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"{text} holds no video, such as .mp4; check the spelling and the folder it is in")
         for name, file in videos.items():
             key = f"{name}{SUFFIX}"
-            if key in found and not os.path.samefile(found[key], file):
+            if key in found and found[key] != file and not os.path.samefile(found[key], file):
                 raise InputError(
                     f"{found[key]} and {file} would both be written to {key}; give each an --out of its own"
                 )
@@ -125,7 +129,7 @@ class Extractor:
         if not self.options.subtitles:
             return None
         beside = (video.with_suffix(case) for suffix in SUBTITLES for case in (suffix, suffix.upper()))
-        file = next((file for file in beside if file.exists()), None)
+        file = next((file for file in beside if find(file).exists()), None)
         self.without += file is None
         return file and film_subtitles(str(file), video)
 
@@ -138,7 +142,7 @@ class Extractor:
 
     def _is_there(self, file: Path, made_as: dict[str, Any]) -> bool:
         try:
-            return file.exists() and (describe(file) or {}).get("made_as") == made_as
+            return find(file).exists() and (describe(file) or {}).get("made_as") == made_as
         except MediaError:
             return False  # damaged: made again
 
@@ -155,22 +159,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     extract, failures = Extractor(options, load_model(options), images), 0
     try:
         out.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
+        uploads.remove(log)
     except OSError as error:
         raise InputError(f"{out} cannot be written to ({error.strerror}); give a folder that can") from None
-    for number, (name, video) in enumerate(videos, 1):
-        started = time.perf_counter()
-        try:
-            frames = extract(video, out / name)
-        except InputError as error:
-            failures += 1
-            say(f"{number}/{len(videos)} {video}: {error}")
-            with log.open("a", encoding="utf-8") as file:
-                print(json.dumps({"video": printable(video), "error": str(error)}), file=file)
-            continue
-        seconds = time.perf_counter() - started
-        done = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.0f} a second" if frames else "there already"
-        say(f"{number}/{len(videos)} {video}: {done}")
+    with uploads.sending(log):
+        for number, (name, video) in enumerate(videos, 1):
+            started = time.perf_counter()
+            try:
+                frames = extract(video, out / name)
+            except InputError as error:
+                failures += 1
+                say(f"{number}/{len(videos)} {video}: {error}")
+                with log.open("a", encoding="utf-8") as file:
+                    print(json.dumps({"video": printable(video), "error": str(error)}), file=file)
+                continue
+            seconds = time.perf_counter() - started
+            done = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.0f} a second" if frames else "there already"
+            say(f"{number}/{len(videos)} {video}: {done}")
     if extract.without:
         say(f"{extract.without} of {len(videos)} videos have no {', '.join(SUBTITLES)} of their name beside them")
     if failures:

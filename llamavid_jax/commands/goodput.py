@@ -7,11 +7,12 @@ The numbers are those of `goodput.jsonl` in the run's folder (`training/goodput.
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from llamavid_jax import buckets, uploads
 from llamavid_jax.errors import InputError, Parser, command
+from llamavid_jax.files import find, local
 from llamavid_jax.inference.draw import clock
 
 COLOURS = {  # as of PARTS; steps that count are the only green
@@ -33,13 +34,13 @@ Spans = Sequence[tuple[float, float, dict[str, float]]]
 @command("goodput")
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="goodput", description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's output folder")
-    parser.add_argument("picture", type=Path, nargs="?", metavar="PICTURE", help="such as goodput.png")
+    parser.add_argument("run", type=local, metavar="RUN", help="a run's output folder")
+    parser.add_argument("picture", type=local, nargs="?", metavar="PICTURE", help="such as goodput.png")
     options = parser.parse_args(arguments)
     from llamavid_jax.training.goodput import FILE, PARTS, in_words, spans, tally  # JAX takes seconds to import
     from llamavid_jax.training.log import JsonLines
 
-    rows = JsonLines(options.run / FILE, print).rows()
+    rows = JsonLines(find(options.run / FILE), print).rows()
     totals = tally(rows)
     if not sum(totals.values()):
         raise InputError(f"{options.run / FILE} holds no hours; give the output folder of a run that has begun")
@@ -48,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{part:12}{clock(totals[part]):>10}  {totals[part] / sum(totals.values()):6.1%}  {what}")
     if options.picture:
         try:
+            if buckets.url(options.picture):
+                options.picture.parent.mkdir(parents=True, exist_ok=True)
             draw(spans(rows), totals).save(options.picture)
+            uploads.put(options.picture)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{options.picture} cannot be written ({error}); give a file such as goodput.png"

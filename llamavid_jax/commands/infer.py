@@ -10,12 +10,12 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from rich.text import Text
 
+from llamavid_jax import uploads
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import (
     add_cache,
@@ -30,6 +31,7 @@ from llamavid_jax.commands.options import (
     add_fps,
     add_model,
     add_settings,
+    check_film,
     check_fps,
     checked,
     load_model,
@@ -37,7 +39,8 @@ from llamavid_jax.commands.options import (
     read_settings,
 )
 from llamavid_jax.errors import InputError, Parser, command, complain, printable, say, was_closed
-from llamavid_jax.inference.film_text import film_speech, film_subtitles
+from llamavid_jax.files import local, write_files
+from llamavid_jax.inference.film_text import film_speech
 from llamavid_jax.media.features import is_features
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import is_url, local_file
@@ -101,26 +104,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     ready = next(filter(is_features, options.video), None)
     if ready and (options.fast_sampling or options.partial or options.fit):
         parser.error(f"{ready} holds features, whose frames are chosen; --fast-sampling, --partial, --fit read a video")
-    if options.subtitles is not None:
-        if len(options.video) != 1 or options.image:
-            parser.error("--subtitles goes with one --video alone; give that")
-        if options.subtitles == "auto" and "://" in options.video[0]:
-            parser.error("--subtitles auto reads the track in a file; give a --video that is one")
-        options.subtitles = film_subtitles(options.subtitles, options.video[0], options.like_original)
-    if options.transcribe is not None and (len(options.video) != 1 or options.image or options.subtitles):
-        parser.error("--transcribe goes with one --video alone, without --subtitles; give that")
-    if options.transcribe is not None and ("://" in options.video[0] or is_features(options.video[0])):
-        parser.error(f"--transcribe hears the sound in a file, and --video is {options.video[0]}; give a video file")
-    if options.times and (len(options.video) != 1 or options.image):
-        parser.error("--times goes with one --video alone; give that")
+    check_film(options)
     if options.evidence is not None:
-        folder = os.path.dirname(options.evidence) or "."
-        if len(options.video) != 1 or options.image or not options.evidence.endswith(".png"):
-            parser.error(f"--evidence is {options.evidence}; give a FILE.png, with one --video and no --image")
+        if not options.evidence.endswith(".png"):
+            parser.error(f"--evidence is {options.evidence}; give a FILE.png")
         if is_features(options.video[0]):
             parser.error(f"--evidence draws frames, and {options.video[0]} holds features alone; give the video")
-        if not os.access(folder, os.W_OK):
-            parser.error(f"--evidence is {options.evidence}, and {folder} cannot be written to; give another folder")
+        options.evidence = local(options.evidence)
+        write_files(options.evidence.parent, {})  # InputError where nothing can
     return options
 
 
@@ -222,14 +213,15 @@ def progress_bar(console: Console, session: Any) -> Iterator[Callable[[Any, int,
         yield show
 
 
-def draw_evidence(session: Any, question: str, answer: Any, file: str) -> None:
+def draw_evidence(session: Any, question: str, answer: Any, file: Path) -> None:
     """One picture for each answer of a chat: FILE.png, FILE-2.png, ..."""
     from llamavid_jax.inference.evidence import draw
 
-    stem, number = file.removesuffix(".png"), len(session.turns)
-    file = file if number < 2 else f"{stem}-{number}.png"
+    if (number := len(session.turns)) > 1:
+        file = file.with_stem(f"{file.stem}-{number}")
     try:
         draw(session, question, answer).save(file)
+        uploads.put(file)
     except OSError as error:
         raise InputError(f"{file} cannot be written ({error.strerror}); give another --evidence FILE.png") from None
     say(f"{file}: what the answer rests on")

@@ -7,13 +7,19 @@ import os
 from typing import Any
 
 from llamavid_jax.errors import InputError, say
+from llamavid_jax.files import local
+from llamavid_jax.inference.film_text import film_subtitles
 from llamavid_jax.inference.request import Settings
+from llamavid_jax.media.features import is_features
+from llamavid_jax.media.source import is_url
 from llamavid_jax.text.conversation import TEMPLATES
 from llamavid_jax.text.subtitles import TIMES
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, type=os.path.expanduser, metavar="DIR", help="a converted checkpoint")
+    parser.add_argument(
+        "--model", required=True, type=lambda text: str(local(text)), metavar="DIR", help="a converted checkpoint"
+    )
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
     )
@@ -70,6 +76,23 @@ def add_film(parser: argparse.ArgumentParser) -> None:
     )
     add_transcribe(parser, "subtitles from the sound of the one video")
     add_times(parser)
+
+
+def check_film(options: argparse.Namespace) -> None:
+    """Reads what `--subtitles` names.  InputError where an option does not go with the others."""
+    for option in ("subtitles", "transcribe", "times", "evidence"):
+        if getattr(options, option) is not None and (len(options.video) != 1 or options.image):
+            raise InputError(f"--{option} goes with one --video alone; give that")
+    if options.transcribe is not None and options.subtitles is not None:
+        raise InputError("--transcribe makes the subtitles that --subtitles gives; leave one of them out")
+    if options.subtitles is not None:
+        if options.subtitles == "auto" and is_url(options.video[0]):
+            raise InputError("--subtitles auto reads the track in a file; give a --video that is one")
+        options.subtitles = film_subtitles(options.subtitles, options.video[0], options.like_original)
+    if options.transcribe is not None and (is_url(options.video[0]) or is_features(options.video[0])):
+        raise InputError(
+            f"--transcribe hears the sound in a file, and --video is {options.video[0]}; give a video file"
+        )
 
 
 def add_transcribe(parser: argparse.ArgumentParser, what: str) -> None:

@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--simulate-fault",
         action="append",
         metavar="KIND@STEP",
-        help="kill, hang, slow, nan or disk: see what becomes of the run; may be repeated",
+        help="kill, hang, slow, nan, disk or bucket: see what becomes of the run; may be repeated",
     )
     parser.add_argument("--compile-only", action="store_true", help="compile the step for --topology and stop")
     compile_check.add_arguments(parser)

@@ -26,15 +26,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llamavid_jax import buckets
+from llamavid_jax.copies import fetch
 from llamavid_jax.data.examples import file_header
 from llamavid_jax.data.record import Record, as_utf8
 from llamavid_jax.data.records import media_file, read_records
 from llamavid_jax.data.shards import FORMAT_VERSION, MANIFEST, MediaHeader, read_manifest
 from llamavid_jax.errors import InputError, Parser, command, printable
+from llamavid_jax.files import find, local
 from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.video import read_timeline
 from llamavid_jax.text.subtitles import subtitle_text
+from llamavid_jax.uploads import discard_unfinished, send_folder
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
 MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
@@ -57,11 +61,14 @@ def build(
     """
     from llamavid_jax.data.shard_builder import write_shards  # here: it takes half a second, and the extra `train`
 
-    source, out = Path(source), Path(out).absolute()
+    source, out = find(source), local(out).absolute()
+    media = local(media) if media else source.parent
+    discard_unfinished(out)
+    fetch(out)
     if source.is_dir():
         raise InputError(f"{source} is a folder; give a .json or .jsonl file")
     options, records, sha256 = beam_options(beam), read_records(source, media), file_sha256(source)
-    home = os.path.realpath(media or source.parent)
+    home = buckets.url(media) or os.path.realpath(media)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
         raise InputError(f"{out} exists already and holds no complete shards; give another folder")
     if (out / MANIFEST).is_file():
@@ -76,7 +83,7 @@ def build(
         return manifest
     try:
         with working_folder(out) as folder:
-            counts = survey(records, Path(media or source.parent), folder, max_broken, shard_bytes)
+            counts = survey(records, media, folder, max_broken, shard_bytes)
             written = write_shards(sorted(folder.glob("*.plan")), folder, options)
             manifest = {
                 "format_version": FORMAT_VERSION,
@@ -86,6 +93,7 @@ def build(
             }
             (written / MANIFEST).write_text(json.dumps(manifest, indent=1))
             written.rename(out)
+            send_folder(out, last=MANIFEST)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error}); it was not made: run the same again") from None
     return manifest
@@ -212,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beam_help = f"write with Apache Beam; the options of its pipeline as one text, --beam='{LOCAL_BEAM}'"
     parser.add_argument("--beam", nargs="?", const=LOCAL_BEAM, metavar="OPTIONS", help=beam_help)
     options = parser.parse_args(arguments)
-    state = "was complete already" if (Path(options.out) / MANIFEST).is_file() else "is complete"
+    state = "was complete already" if (find(options.out) / MANIFEST).is_file() else "is complete"
     manifest = build(options.source, options.out, options.media, options.max_broken, options.beam)
     kinds = ", ".join(f"{counts['samples']} {kind}" for kind, counts in sorted(manifest["kinds"].items()))
     print(f"{options.out} {state}: {manifest['samples']} samples ({kinds}), {len(manifest['skipped'])} skipped")

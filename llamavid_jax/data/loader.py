@@ -25,7 +25,7 @@ from llamavid_jax.data.plan import Schedule, fit
 from llamavid_jax.data.record import DataError
 from llamavid_jax.data.rows import lay_out_row
 from llamavid_jax.data.sizes import KINDS, Sizes
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, OutageError
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
@@ -106,6 +106,8 @@ class _ReadRow:
                 thinned.append(self.sizes.frames[index] > self.room[index])
             except InputError as error:
                 skipped.append({"id": name, "reason": str(error)})
+            except OutageError:  # the sample is not to blame
+                raise
             except Exception as error:
                 raise RuntimeError(f"sample {name} cannot be read: {type(error).__name__}: {error}") from error
         ids = [example.id for example in examples]

@@ -19,13 +19,15 @@ import operator
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llamavid_jax.buckets import is_address, kind, place
 from llamavid_jax.data.record import DataError, Record, as_utf8
+from llamavid_jax.files import find, local
 from llamavid_jax.media import features
 from llamavid_jax.media.images import open_image
 from llamavid_jax.media.source import MediaError, local_file
@@ -64,7 +66,7 @@ class JsonRows(Sequence):
     def __getitem__(self, index: Any) -> Any:
         start, stop = self._spans[operator.index(index)].tolist()
         if self._content is None:
-            with open(self.path, "rb") as file:
+            with find(self.path).open("rb") as file:
                 self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             return json.loads(self._content[start:stop])
@@ -114,7 +116,7 @@ class Records(Sequence):
     """`records[i] -> Record`, which raises DataError where the i-th cannot be used."""
 
     def __init__(self, rows: Sequence[Any], media: str | Path):
-        self.rows, self.media = rows, str(media)
+        self.rows, self.media = rows, str(local(media))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -160,8 +162,11 @@ class Records(Sequence):
             )
         if subtitles is not None and kind == "features":
             raise DataError(f"record {name!r} has subtitles, but {value} holds its own in `inputs`; write them there")
-        subtitles = None if subtitles is None else os.path.join(self.media, subtitles)
-        return Record(name, conversations, os.path.join(self.media, value), kind, None, subtitles, times)
+        subtitles = None if subtitles is None else self._path(subtitles)
+        return Record(name, conversations, self._path(value), kind, None, subtitles, times)
+
+    def _path(self, name: str) -> str:
+        return str(place(name)) if is_address(name) else os.path.join(self.media, name)
 
 
 def read_records(path: str | Path, media: str | Path = "") -> Sequence:
@@ -171,22 +176,28 @@ def read_records(path: str | Path, media: str | Path = "") -> Sequence:
     folder; a record that cannot be used raises it only when it is read.  (So the type is not `Sequence[Record]`: a
     checker would read some of them.)
     """
-    if os.path.isdir(path):
+    path = find(path)
+    if path.is_dir():
         from llamavid_jax.data.shards import read_shards
 
         return read_shards(path)
-    if media and not os.path.isdir(media):
+    if media and kind(local(media)) != "directory":
         raise DataError(f"the folder of the media, {media}, does not exist; give the one that the paths start from")
-    return Records(JsonRows(path), media or Path(path).parent)
+    return Records(JsonRows(path), media or path.parent)
 
 
-def find_media(record: Record) -> str:
+def is_there(path: str) -> bool:
+    """Whether there is such a file, which is fetched where it is in a bucket."""
+    return os.path.exists(find(path))
+
+
+def find_media(record: Record, is_there: Callable[[str], bool] = is_there) -> str:
     """The path of the media file, by the original's fallbacks where the named file is missing."""
     path = record.media or ""
-    if record.kind == "image" and not os.path.exists(path):
+    if record.kind == "image" and not is_there(path):
         moved = path.replace("VG_100K_2", "images").replace("VG_100K", "images")
         candidates = [moved, path.removesuffix(".jpg") + ".png"] if "ocr" in path else [moved]
-        path = next((candidate for candidate in candidates if os.path.exists(candidate)), path)
+        path = next((candidate for candidate in candidates if is_there(candidate)), path)
     return path
 
 

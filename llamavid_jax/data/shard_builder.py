@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from llamavid_jax.data.shards import FORMAT_VERSION
+from llamavid_jax.files import find
 
 
 def write_shards(plans: Sequence[Path], folder: Path, pipeline_options) -> Path:
@@ -87,5 +88,5 @@ class PlannedShard(NamedTuple):
     def __call__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(self.plan.read_bytes().splitlines()):
             sample = json.loads(line)
-            data = Path(sample["path"]).read_bytes() if sample["path"] and self.with_data else b""
+            data = find(sample["path"]).read_bytes() if sample["path"] and self.with_data else b""
             yield number, sample["example"] | {"data": data}

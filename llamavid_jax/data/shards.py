@@ -6,14 +6,18 @@ megabytes instead of all of them.  `manifest.json` beside them says what the fol
 complete and is refused.  TensorFlow is not needed and not imported.
 """
 
+import bisect
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llamavid_jax.buckets import listing, url
+from llamavid_jax.copies import fetch, limit
 from llamavid_jax.data.record import DataError, Record
-from llamavid_jax.files import read_object
+from llamavid_jax.files import find, local, read_object
 
 FORMAT_VERSION = 2
 MANIFEST, INFO = "manifest.json", "dataset_info.json"  # ours; that of tensorflow-datasets
@@ -47,7 +51,7 @@ class MediaHeader(NamedTuple):
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a complete folder of shards; DataError where it is absent, unreadable or of another version."""
-    path = Path(folder) / MANIFEST
+    path = find(folder) / MANIFEST
     try:
         manifest = read_object(path)
     except FileNotFoundError:
@@ -72,12 +76,17 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
     """Samples by index.  Opens its files at the first reading, in each process and after each unpickling anew."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).resolve()
+        self.folder = local(folder).resolve()
         manifest = read_manifest(folder)
-        self._length = manifest["samples"]
+        self._length, there = manifest["samples"], listing(self.folder)
+        if url(self.folder) and (size := sum(size for size, _ in there.values())) > limit():
+            raise DataError(
+                f"{self.folder} has {size / 1e9:.3g} GB, more than LLAMAVID_BUCKETS_SIZE: samples are read in any "
+                "order, so the shards stay on each host; raise that, or mount the bucket"
+            )
         for name, size in manifest["files"].items():
             file = self.folder / name
-            found = file.stat().st_size if file.is_file() else None
+            found = there[name].size if name in there else None
             if found != size:
                 state = "is absent" if found is None else f"has {found} bytes"
                 raise DataError(f"{file} {state}, and {MANIFEST} says {size}; copy the folder again, or build it again")
@@ -110,6 +119,9 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
         if not -self._length <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
         index %= self._length
+        if self._is_remote and (file := self._file(split, index)) not in self._fetched:
+            fetch(file)
+            self._fetched.add(file)
         try:
             return parse(self._sources[split][index])
         except DataError:
@@ -122,6 +134,14 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
             ) from None
 
     @functools.cached_property
+    def _is_remote(self) -> bool:
+        return url(self.folder) is not None
+
+    @functools.cached_property
+    def _fetched(self) -> set[Path]:
+        return set()
+
+    @functools.cached_property
     def _builder(self):
         import tensorflow_datasets as tfds  # here, because it takes half a second
 
@@ -129,9 +149,9 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
         problem = f"it has not the {self._length} samples of {MANIFEST}, or not its files"
         try:
             builder = tfds.builder_from_directory(self.folder)
-            splits = [builder.info.splits[split] for split in SPLITS]
+            splits, there = [builder.info.splits[split] for split in SPLITS], listing(self.folder)
             if all(
-                split.num_examples == self._length and all(path.is_file() for path in split.filepaths)
+                split.num_examples == self._length and all(path.name in there for path in split.filepaths)
                 for split in splits
             ):
                 return builder
@@ -145,11 +165,17 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
 
     def _file(self, split: str, index: int) -> Path:
         """The shard that sample `index` is in."""
-        for instruction in self._builder.info.splits[split].file_instructions:
-            if index < instruction.take:
-                return Path(instruction.filename)
-            index -= instruction.take
-        return self.folder / INFO  # which counts fewer
+        ends, files = self._parts[split]
+        return [*files, self.folder / INFO][bisect.bisect_right(ends, index)]  # INFO where that counts fewer
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, tuple[list[int], list[Path]]]:
+        """Of each split the shards, and which sample each ends before."""
+        splits = {split: self._builder.info.splits[split].file_instructions for split in SPLITS}
+        return {
+            split: (list(itertools.accumulate(part.take for part in parts)), [Path(part.filename) for part in parts])
+            for split, parts in splits.items()
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "_length": self._length}

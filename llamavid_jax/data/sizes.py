@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from llamavid_jax.buckets import listing, url
 from llamavid_jax.data.examples import ExampleReader, SampleSize
 from llamavid_jax.data.shards import Shards
-from llamavid_jax.errors import InputError
-from llamavid_jax.files import write_files
+from llamavid_jax.errors import InputError, OutageError
+from llamavid_jax.files import find, write_files
 
 KINDS = ("text", "pixels", "features", "broken")
 TEXT_ONLY, BROKEN = KINDS.index("text"), KINDS.index("broken")
@@ -105,6 +106,8 @@ def _measure(records: Sequence, reader: ExampleReader, indices: Sequence[int]) -
             out.append(reader.size(record, index, header))
         except InputError as error:
             out.append({"id": name, "reason": str(error)})
+        except OutageError:  # the sample is not to blame
+            raise
         except Exception as error:
             raise RuntimeError(f"sample {name} cannot be measured: {type(error).__name__}: {error}") from error
     return out
@@ -112,10 +115,13 @@ def _measure(records: Sequence, reader: ExampleReader, indices: Sequence[int]) -
 
 def _key(records: Sequence, reader: ExampleReader, data_path: str | Path | None) -> bytes:
     """Changes with the data's files, the media's folder, the tokenizer, the template, ...: all that sizes depend on."""
-    path = Path(data_path or "")
-    files = sorted(path.iterdir()) if path.is_dir() and data_path else [path] if data_path else []
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    media = getattr(records, "media", "")  # shards hold their own
+    path = find(data_path or "")
+    files = sorted(listing(path).items()) if path.is_dir() and data_path else []
+    name = url(path) or str(path)  # every host has its own place for it
+    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns)] if data_path and not files else []
+    stats += [(f"{name}/{file}", *status) for file, status in files]
+    media = getattr(records, "media", "")
+    media = media and (url(media) or media)  # shards hold their own
     return hashlib.sha256(repr((len(records), stats, media)).encode() + pickle.dumps(reader)).digest()
 
 

@@ -28,9 +28,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamavid_jax import buckets, uploads
 from llamavid_jax.data.record import DataError
 from llamavid_jax.data.records import PICKLES, JsonRows
 from llamavid_jax.errors import Parser, command
+from llamavid_jax.files import find, local
 from llamavid_jax.media import features
 from llamavid_jax.media.source import VIDEO_ENDINGS
 from llamavid_jax.text.conversation import IMAGE
@@ -148,11 +150,10 @@ def _round(question: str, answer: str) -> list[dict[str, str]]:
 
 def find_videos(folder: str | Path) -> dict[str, str]:
     """Stem -> path relative to `folder` of all videos under it; of several, the first by VIDEO_ENDINGS and name."""
-    if not os.path.isdir(folder):
+    folder = local(folder)
+    if buckets.kind(folder) != "directory":
         raise DataError(f"{folder} is not a folder; give --media the folder of the videos")
-    paths = []
-    for parent, _, names in os.walk(folder):
-        paths += [os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/") for name in names]
+    paths = buckets.files_below(folder)
     videos = {}
     for suffix in VIDEO_ENDINGS:
         for path in sorted(path for path in paths if path.lower().endswith(suffix)):
@@ -163,7 +164,7 @@ def find_videos(folder: str | Path) -> dict[str, str]:
 def read_csv(path: str | Path) -> Iterator[dict[str, str]]:
     """Rows by column name.  Raises DataError for a file without the columns videoid and name."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with find(path).open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if not {"videoid", "name"} <= set(rows.fieldnames or ()):
                 raise DataError(f"{path} has the columns {rows.fieldnames}; videoid and name are needed")
@@ -174,7 +175,7 @@ def read_csv(path: str | Path) -> Iterator[dict[str, str]]:
 
 def write_records(path: str | Path, records: Iterable[Mapping[str, Any]], skipped: Skipped) -> int:
     """Writes a .jsonl or a .json list, aside and then renamed; returns how many.  Raises DataError, also for none."""
-    path, count = Path(path), 0
+    path, count = local(path), 0
     lines = path.suffix == ".jsonl"
     if path.suffix not in (".json", ".jsonl"):
         raise DataError(f"{path} is to be written, but ends in neither .json nor .jsonl; name it so")
@@ -191,6 +192,7 @@ def write_records(path: str | Path, records: Iterable[Mapping[str, Any]], skippe
             if not count:
                 raise DataError(f"{path} would hold no record: {_left_out(skipped) or 'the source is empty'}")
             os.replace(aside, path)
+            uploads.send(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}); give another place") from None
     return count

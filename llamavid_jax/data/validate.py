@@ -21,7 +21,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -34,7 +33,7 @@ from llamavid_jax.data.examples import ExampleReader, check_places, file_header,
 from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.data.records import decode, film_text, find_media, media_file, media_size, read_records
 from llamavid_jax.errors import InputError, Parser, command, printable
-from llamavid_jax.files import write_files
+from llamavid_jax.files import local, write_files
 from llamavid_jax.media.features import read_header
 from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
@@ -224,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.show(Console())  # before anything can be wrong with the file: the checks may have taken hours
     if options.json:
         full = report.summary() | {"broken": [dataclasses.asdict(check) for check in report.problems]}
-        file = Path(options.json)
+        file = local(options.json)
         write_files(file.parent, {file.name: json.dumps(full, indent=1).encode()})
     return int(bool(report.problems))
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from llamavid_jax import buckets, uploads
 from llamavid_jax.commands import program
 from llamavid_jax.commands.processes import add_processes, check_processes, own_shard
 from llamavid_jax.errors import InputError, Parser, command, printable, say
@@ -34,7 +35,7 @@ from llamavid_jax.evaluation.results import page
 from llamavid_jax.evaluation.score import RESULT, score_folder, table
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.evaluation.store import Store, gather, open_store, part_name
-from llamavid_jax.files import local, write_files
+from llamavid_jax.files import find, local, write_files
 
 REPLIES = "judge_replies.jsonl"
 SAY_EVERY = 60.0  # seconds, where stderr is no terminal
@@ -127,7 +128,7 @@ def evaluate(arguments: list[str]) -> int:
     if options.shard != (1, 1) and not merge(out, options.shard[1]):
         say(f"part {options.shard[0]} of {options.shard[1]} is answered; the last part to end scores all")
         return 0
-    return show(score_folder(out, None, judge_of(options, out)))
+    return show(scored(out, None, options))
 
 
 def identity_of(model: str) -> dict[str, str]:
@@ -150,7 +151,7 @@ def read(options: argparse.Namespace) -> tuple[list[Item], list[Row]]:
     if not items:
         raise InputError(f"{folder} holds no question of {one.title}; is it the right folder?")
     files = {item.media for item in items if isinstance(item.media, Path)}
-    lost = sorted(file for file in files if not file.exists())
+    lost = sorted(file for file in files if not buckets.kind(file))
     if lost and len(lost) == len(files):
         raise InputError(f"none of the {len(files)} pictures and videos of {one.title} is there, such as {lost[0]}")
     if lost:
@@ -203,7 +204,7 @@ def answer(
 def merge(out: Path, count: int) -> bool:
     """One file of all parts, in the set's order, once they are all answered."""
     files = [out / part_name((part, count)) for part in range(1, count + 1)]
-    if not all(file.exists() for file in files):
+    if not all(find(file).exists() for file in files):
         return False
     header, rows = gather(out)
     answered = sum(row["text"] is not None for row in rows)
@@ -221,8 +222,13 @@ def score(arguments: list[str]) -> int:
     rules.add_argument("--by-default", action="store_false", dest="like_original", help="by the default rules")
     add_judge(parser)
     options = parser.parse_args(arguments)
-    out = local(options.out)
-    return show(score_folder(out, options.like_original, judge_of(options, out)))
+    out = find(options.out)
+    return show(scored(out, options.like_original, options))
+
+
+def scored(out: Path, like_original: bool | None, options: argparse.Namespace) -> dict[str, Any]:
+    with uploads.sending(out):  # the judge's replies
+        return score_folder(out, like_original, judge_of(options, out))
 
 
 def show(result: dict[str, Any]) -> int:

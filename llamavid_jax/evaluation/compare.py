@@ -10,7 +10,7 @@ import numpy as np
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.score import RESULT
 from llamavid_jax.evaluation.store import gather
-from llamavid_jax.files import local
+from llamavid_jax.files import find
 
 RESAMPLES = 10_000
 SEED = 0
@@ -18,7 +18,7 @@ SEED = 0
 
 def read_result(path: str | Path) -> dict[str, Any]:
     """The result in a folder, or in the file itself."""
-    file = local(path)
+    file = find(path)
     file = file / RESULT if file.is_dir() else file
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ def compare(a: str | Path, b: str | Path) -> tuple[str, dict[str, Any]]:
         "better": [name for name, d in zip(common, differences, strict=True) if d > 0],
         "worse": [name for name, d in zip(common, differences, strict=True) if d < 0],
     }
-    texts = [_texts(local(path)) for path in (a, b)]
+    texts = [_texts(find(path)) for path in (a, b)]
     lines = [
         f"{len(common)} questions: {values[:, 0].mean():.4f} and {values[:, 1].mean():.4f}, difference "
         f"{differences.mean():+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, p = {p:.2g}",

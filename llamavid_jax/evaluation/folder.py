@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamavid_jax import buckets, copies
 from llamavid_jax.errors import InputError
 from llamavid_jax.files import local
 from llamavid_jax.media.source import VIDEO_ENDINGS
@@ -27,6 +28,7 @@ def need(folder: Path, names: Sequence[str], source: str) -> Path:
 def opened(path: str | Path) -> Path:
     """The folder that `--data` names."""
     folder = local(path)
+    copies.fetch_all(folder, media=False)
     if not folder.is_dir():
         raise InputError(f"--data {path} is no folder; give the set's official folder")
     return folder
@@ -87,4 +89,4 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
 def video_file(folder: Path, stem: object) -> Path:
     """The video of that stem: the first that is there; where none is, the name that was looked for first."""
     names = [folder / f"{stem}{ending}" for ending in VIDEO_ENDINGS]
-    return next((name for name in names if name.exists()), names[0])
+    return next((name for name in names if buckets.kind(name)), names[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import llamavid_jax
+from llamavid_jax.buckets import listing, url
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.items import Item
 from llamavid_jax.evaluation.sets import Set
@@ -52,6 +53,9 @@ def _checkpoint_defaults(model: Path) -> dict[str, Any]:
 def model_identity(folder: str | Path) -> dict[str, str]:
     """Name and SHA-256 of a checkpoint: of the names and contents of all its files."""
     root = find(folder)
+    if url(root):  # the objects' versions stand for their contents, which are on no disk
+        objects = sorted(listing(root).items())
+        return {"name": root.name, "sha256": hashlib.sha256(json.dumps(objects).encode()).hexdigest()}
     files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else []
     if not files:
         raise InputError(f"--model {folder} holds no file; give the folder of a converted checkpoint")

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llamavid_jax import uploads
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.items import Row
-from llamavid_jax.files import locked, write_files
+from llamavid_jax.files import find, locked, write_files
 
 NAME = "answers.jsonl"
 IDENTITY = "set", "like_original", "settings", "model", "data", "shard"  # of a header: what makes it the same run
@@ -76,6 +77,8 @@ def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry
         except OSError as error:
             raise InputError(f"{path.parent} cannot be made ({error.strerror}); give another --out") from None
         exits.enter_context(locked(path.with_suffix(".lock"), str(path)))
+        find(path)
+        exits.enter_context(uploads.sending(path))
         before, rows, whole = read_rows(path) if path.exists() else ({}, [], 0)
         if before:
             check_same(before, header, path)

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from llamavid_jax.buckets import is_address
+from llamavid_jax.copies import evict
 from llamavid_jax.errors import InputError
 from llamavid_jax.media.feature_file import SUFFIX, Description, FeatureWriter, name_of
 from llamavid_jax.media.features import describe, iter_features
@@ -37,6 +39,8 @@ class FeatureCache:
     def __init__(self, folder: str | Path, limit: int = DEFAULT_BYTES, notice: Callable[[str], None] = lambda _: None):
         if limit < 1:
             raise InputError(f"the cache's size is {limit} bytes; give it more than 0")
+        if is_address(folder):
+            raise InputError(f"the cache is {folder}; give a folder on a disk, which is faster")
         self.folder, self.limit, self.notice, self._has_said = Path(folder).expanduser(), limit, notice, False
 
     def path(self, key: Mapping[str, Any]) -> Path:
@@ -137,10 +141,8 @@ class FeatureCache:
                 with contextlib.suppress(OSError):  # another process has just taken it away
                     if entry.name.endswith((SUFFIX, ".part")):
                         found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-        size = sum(size for _, size, _ in found)
-        for used, bytes_, path in sorted(found):
-            is_left_over = path.endswith(".part") and time.time() - used > LEFT_OVER
-            if is_left_over or (path.endswith(SUFFIX) and size > self.limit):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                    size -= bytes_
+        left_over = {path for used, _, path in found if path.endswith(".part") and time.time() - used > LEFT_OVER}
+        for path in left_over:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        evict([one for one in found if one[2] not in left_over], self.limit, lambda path: path.endswith(".part"))

@@ -28,6 +28,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llamavid_jax import uploads
 from llamavid_jax.files import MAX_JSON_BYTES, parse_object
 from llamavid_jax.media.source import MediaError
 
@@ -157,6 +158,7 @@ class FeatureWriter:
             self._file.write(struct.pack("<Q", self.room - 8) + header.ljust(self.room - 8))
             self._file.close()
             os.replace(self.aside, self.path)
+            uploads.send(self.path)
 
     def discard(self) -> None:
         """Nothing stays.  Harmless when there is nothing any more."""

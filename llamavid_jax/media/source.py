@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from llamavid_jax.buckets import is_address
 from llamavid_jax.errors import InputError, printable
 from llamavid_jax.files import find
 
@@ -72,7 +73,12 @@ def local_file(path: str | Path) -> Path:
 
 
 def is_url(source: object) -> bool:
-    return isinstance(source, str) and re.match(r"data:|[a-zA-Z][a-zA-Z0-9+.-]*://", source) is not None
+    """Whether it is downloaded each time; what is in a bucket is fetched to its place and stays."""
+    return (
+        isinstance(source, str)
+        and not is_address(source)
+        and re.match(r"data:|[a-zA-Z][a-zA-Z0-9+.-]*://", source) is not None
+    )
 
 
 @contextlib.contextmanager

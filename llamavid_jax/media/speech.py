@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llamavid_jax import copies
 from llamavid_jax.files import local
 from llamavid_jax.media.container import open_video, packets_of
 from llamavid_jax.media.source import MediaError
@@ -68,6 +69,7 @@ def _load(model: str) -> Any:
     import faster_whisper  # whoever has not installed it is told so
 
     folder = local(model)
+    copies.fetch_all(folder)
     if (folder.is_dir() or model[:1] in "/.~") and not (folder / "model.bin").is_file():
         raise MediaError(f"{model} holds no model.bin; give a folder of faster-whisper's, or a name such as small")
     try:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from llamavid_jax.buckets import is_address
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import add_cache, add_transcribe, read_cache
 from llamavid_jax.errors import InputError, Parser, command, say
@@ -68,6 +69,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.api_key += [key] if (key := os.environ.get("LLAMAVID_API_KEY")) else []
     if not all(options.api_key):
         parser.error("--api-key is empty; give a key, or leave it out")
+    if is_address(options.uploads or ""):
+        parser.error(f"--uploads is {options.uploads}; give a folder on a disk")
     if options.transcribe and importlib.util.find_spec("faster_whisper") is None:
         raise ModuleNotFoundError(name="faster_whisper")  # now, and not at the first request
     options.cache = read_cache(options)

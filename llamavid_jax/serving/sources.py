@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from llamavid_jax.buckets import is_address
 from llamavid_jax.errors import printable
 from llamavid_jax.media.source import MediaError, fetch, local_file
 from llamavid_jax.serving.uploads import Uploads
@@ -26,6 +27,8 @@ class Sources:
     @contextlib.contextmanager
     def open(self, source: str) -> Iterator[Path]:
         """Raises MediaError, which names the source and no path of the server."""
+        if is_address(source):
+            raise MediaError(f"{source[:200]} is in a bucket, which this server does not open to requests; upload it")
         if re.match(r"data:|[a-zA-Z][a-zA-Z0-9+.-]*:", source):
             with fetch(source, self.max_bytes, self.timeout, public=not self.allow_private) as path:
                 yield path

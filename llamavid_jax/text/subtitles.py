@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from llamavid_jax.files import find
 from llamavid_jax.text.conversation import IMAGE, ConversationError
 
 CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}[.,]\d{1,3})"
@@ -49,7 +50,7 @@ def read_subtitles(path: str | Path, as_original: bool = False) -> list[Cue]:
 def subtitle_text(path: str | Path, as_original: bool = False) -> str:
     """The text of a .srt or .vtt file, which holds a cue at least.  Raises ConversationError."""
     try:
-        file = Path(path).expanduser()
+        file = find(path)
         if file.exists() and not file.is_file():
             raise OSError("no regular file")
         with file.open("rb") as opened:

@@ -3,10 +3,11 @@
     {pytree of arrays, position, config} ─ save, in the background ─▶ directory/STEP/{arrays, run} ─ restore ─▶ same
 
 Every host writes and reads its own shards through Orbax, which writes aside and renames: a checkpoint that bears its
-number is complete.  The arrays are stored flat, by the paths of `flat_paths`, so that optimiser states of any type and
-any mesh can take them back.  Deviation from plain Orbax, which does not notice a flipped bit: `run` holds type, shape
-and fingerprint of every array, and a checkpoint whose arrays have others is damaged.  What else Orbax writes is not
-read, so that damage there harms nothing.
+number is complete.  In a bucket nothing is renamed: there one is complete once Orbax has added `commit_success.txt`.
+The arrays are stored flat, by the paths of `flat_paths`, so that optimiser states of any type and any mesh can take
+them back.  Deviation from plain Orbax, which does not notice a flipped bit: `run` holds type, shape and fingerprint of
+every array, and a checkpoint whose arrays have others is damaged.  What else Orbax writes is not read, so that damage
+there harms nothing.
 """
 
 import contextlib
@@ -24,9 +25,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from llamavid_jax.checkpoints.arrays import Arrays, first_line
-from llamavid_jax.errors import CheckpointError
-from llamavid_jax.files import locked
+from llamavid_jax import buckets, uploads
+from llamavid_jax.checkpoints.arrays import Arrays
+from llamavid_jax.errors import CheckpointError, InputError, OutageError, first_line
+from llamavid_jax.files import find
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.parallel.processes import on_any
 from llamavid_jax.training.fingerprints import fingerprints
@@ -49,13 +51,22 @@ class RunCheckpoints:
 
     _own = False  # whether each process has a directory of its own
 
-    def __init__(self, directory: str | Path, keep: int, report: Callable[[str], None] = print):
-        """`report` is told, in one line, of every damaged checkpoint.  Raises CheckpointError."""
+    def __init__(
+        self,
+        directory: str | Path,
+        keep: int,
+        report: Callable[[str], None] = print,
+        taken: Callable[[], str] = str,
+    ):
+        """`report` is told, in one line, of every damaged checkpoint; `taken` says who has the run now, if others do.
+
+        Raises CheckpointError.
+        """
         if keep < 2:
             raise CheckpointError(f"keep is {keep}; use 2 or more, so that one is left when the newest is damaged")
-        self.directory, self._report = Path(directory).absolute(), report
+        self.directory, self._report, self._taken = Path(directory).absolute(), report, taken
         self._saving: int | None = None  # the step under way
-        self._failure: CheckpointError | None = None
+        self._failure: CheckpointError | OutageError | None = None
         self._heard: list[BaseException] = []  # what failed in the background of this process
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -67,14 +78,17 @@ class RunCheckpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._quiet.enter_context(quiet(self._hear))
             self._manager = self._open()
-        except OSError as error:
+        except Exception as error:  # of a bucket any kind
             self._quiet.close()
+            if isinstance(error, InputError | OutageError):
+                raise
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise CheckpointError(
-                f"{self.directory} cannot be made ({error.strerror}); give a folder that can be written to"
+                f"{self.directory} cannot be made ({reason}); give a folder that can be written to"
             ) from error
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self.directory, options=self._options)
+        return ocp.CheckpointManager(buckets.url(self.directory) or self.directory, options=self._options)
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -93,6 +107,11 @@ class RunCheckpoints:
         self.wait()
         if step in self._manager.all_steps():
             return
+        if on_any(holder := self._taken()):
+            raise CheckpointError(
+                f"{self.directory.parent} was taken over by another run ({holder}), which goes on from the newest "
+                "checkpoint; end that one, or give another output"
+            )
         flat = flat_paths(arrays)
         kinds = {path: _kind(array) for path, array in flat.items()}
         run = {"step": step, "position": position, "config": config, "kinds": kinds, "fingerprints": fingerprints(flat)}
@@ -154,9 +173,12 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            self._failure = CheckpointError(
+            kind, remedy = CheckpointError, "free space there or give another folder"
+            if buckets.url(self.directory):
+                kind, remedy = OutageError, "run the same again"
+            self._failure = kind(
                 f"{self.directory}: the checkpoint of step {self._saving} cannot be written "
-                f"({type(error).__name__}: {first_line(error)}); free space there or give another folder"
+                f"({type(error).__name__}: {first_line(error)}); {remedy}"
             )
             raise self._failure from error
 
@@ -190,7 +212,7 @@ class RunCheckpoints:
     def _read(self, step: int, abstract: Any) -> Restored:
         folder, targets = self.directory / str(step), flat_paths(abstract)
         with _damage(RUN):
-            written = json.loads((folder / RUN / "metadata").read_text(encoding="utf-8"))
+            written = json.loads(find(folder / RUN / "metadata").read_text(encoding="utf-8"))
             run = written["run"]
             if written["sha256"] != _sha256(run) or run["step"] != step:
                 raise _DamagedError("it is not what was written")
@@ -210,28 +232,16 @@ class RunCheckpoints:
         """Renames damaged checkpoints, so that the run can write those steps again."""
         if steps and (self._own or jax.process_index() == 0):
             for step in steps:
-                aside = self.directory / f"damaged-{step}"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.directory / str(step)).rename(aside)
+                folder, aside = self.directory / str(step), self.directory / f"damaged-{step}"
+                if buckets.url(folder):
+                    uploads.move(folder, aside)
+                else:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    folder.rename(aside)
         if steps:
             multihost_utils.sync_global_devices("damaged checkpoints put aside")
             self._manager.close()  # its `reload` would read metadata, which may be damaged in the others too
             self._manager = self._open()
-
-
-@contextlib.contextmanager
-def only_run(output: Path) -> Iterator[None]:
-    """Raises CheckpointError, on every process, where another run has `output`; process 0 holds a lock on it."""
-    problem = ""
-    with contextlib.ExitStack() as exits:
-        if jax.process_index() == 0:
-            try:
-                exits.enter_context(locked(output / ".lock", f"output, {output},"))
-            except CheckpointError as error:
-                problem = str(error)
-        if on_any(problem):
-            raise CheckpointError(problem or f"output, {output}, is in use by another run; process 0 says by which")
-        yield
 
 
 class _DamagedError(Exception):
@@ -246,6 +256,8 @@ def _damage(item: str) -> Iterator[None]:
         yield
     except (_DamagedError, CheckpointError) as error:
         problem = first_line(error)
+    except OutageError:  # the others end with this process
+        raise
     except Exception as error:  # TensorStore and damaged JSON raise many kinds
         problem = f"{type(error).__name__}: {first_line(error)}"
     if on_any(problem):

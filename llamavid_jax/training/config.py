@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from llamavid_jax.buckets import is_address
 from llamavid_jax.config.recipe import load_yaml, read_recipe
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.config.strict import strict
@@ -111,12 +112,12 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def _local(values: Any) -> Any:
     """`~/chat.json` as a full path: a shell expands it at the beginning of a word only, not after `data.path=`.
 
-    Raises ConfigError for a URL: as a path, gs://bucket would be a folder `gs:` on the machine's own disk.
+    Raises ConfigError for a URL of another kind than those of buckets: it would be a folder on the machine's own disk.
     """
     if isinstance(values, dict):
         return {key: _local(value) for key, value in values.items()}
-    if isinstance(values, str) and "://" in values:
-        raise ConfigError(f"{values} is a URL; give a path: mount a bucket with gcsfuse (docs/tpu-pod.md)")
+    if isinstance(values, str) and "://" in values and not is_address(values):
+        raise ConfigError(f"{values} is a URL; give a path, or a bucket's as gs://BUCKET/FOLDER (docs/tpu-pod.md)")
     return os.path.expanduser(values) if isinstance(values, str) else values
 
 

@@ -1,6 +1,7 @@
 """Faults that a run is made to have, to see what becomes of it: `--simulate-fault KIND@STEP`.
 
-They happen before that step, each time it is reached, on the last process; `nan` and `disk` on all, which share both.
+They happen before that step, each time it is reached, on the last process; `nan`, `disk` and `bucket` on all, which
+share these.
 """
 
 import os
@@ -8,7 +9,7 @@ import resource
 import signal
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ KINDS = {
     "slow": "from then on each step begins SLOW seconds late",
     "nan": "a frozen parameter is NaN in this step",
     "disk": "from then on nothing can be written to files",
+    "bucket": "for AWAY seconds no request to gs:// is answered, but those for arrays on their way",
 }
 SLOW = 0.5
+AWAY = 5.0
 
 
 class Fault(NamedTuple):
@@ -44,7 +47,7 @@ class Fault(NamedTuple):
         if self.kind == "nan":
             return _poisoned(frozen) if step == self.step else frozen
         due = step == self.step or (self.kind == "slow" and step > self.step)
-        if due and (self.kind == "disk" or jax.process_index() == jax.process_count() - 1):
+        if due and (self.kind in ("disk", "bucket") or jax.process_index() == jax.process_count() - 1):
             match self.kind:
                 case "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -54,7 +57,24 @@ class Fault(NamedTuple):
                     time.sleep(SLOW)
                 case "disk":  # the system refuses every write to a file, as a full disk does, by another error
                     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+                case "bucket":
+                    _take_bucket_away()
         return frozen
+
+
+def _take_bucket_away() -> None:
+    """What gcsfs sends fails as without a network, and it tries again; TensorStore's requests are not its own."""
+    from aiohttp import ClientConnectionError
+    from gcsfs import GCSFileSystem
+
+    connect, back = GCSFileSystem._set_session, time.monotonic() + AWAY
+
+    async def unless_away(self) -> Any:
+        if time.monotonic() < back:
+            raise ClientConnectionError("--simulate-fault bucket")
+        return await connect(self)
+
+    GCSFileSystem._set_session = unless_away
 
 
 def _poisoned(frozen: Params) -> Params:

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from jaxtyping import Int64
 
+from llamavid_jax.buckets import listing, status, url
 from llamavid_jax.data.records import find_media
 from llamavid_jax.data.shards import MANIFEST, Shards
 from llamavid_jax.errors import InputError, TrainingError
-from llamavid_jax.files import write_files
+from llamavid_jax.files import find, local, write_files
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.parallel.processes import on_any
 from llamavid_jax.training.config import TrainConfig
@@ -45,7 +46,7 @@ def identity(config: TrainConfig, start: Start) -> dict[str, Any]:
         recipe |= {name: x for name, x in named.items() if name not in free}
     sizes = {f"the model's {name}": x for name, x in flat_paths(dataclasses.asdict(start.config)).items()}
     weights = {f"the fingerprint of {path} in start.model": value for path, value in start.read.items()}
-    tokenizer, data = Path(config.data.tokenizer or config.start.model), Path(config.data.path)
+    tokenizer, data = find(config.data.tokenizer or config.start.model), find(config.data.path)
     texts = (file for pattern in ("*token*", "qformer_tokenizer/*") for file in sorted(tokenizer.glob(pattern)))
     contents = {
         "the SHA-256 of data.path": _sha256([data / MANIFEST if data.is_dir() else data]),
@@ -107,17 +108,24 @@ def check_same_media(
 
 
 def media_files(records: Sequence, threads: int) -> Int64[np.ndarray, "2 N"]:
-    """Size and time of every record's media file, a film's with its subtitles' added; -1 where it has none."""
+    """Size and time of every record's media file, a film's with its subtitles' added; -1 where it has none.
+
+    Those of a bucket are listed, and not fetched.
+    """
+    folder = local(getattr(records, "media", ""))
+    listed = {str(folder / name): found for name, found in listing(folder).items()} if url(folder) else {}
+
+    def is_there(path: str) -> bool:
+        return path in listed if listed else os.path.exists(path)
 
     def look(index: int) -> tuple[int, int]:
         try:
             record = records[index]
-            files = [find_media(record)] * bool(record.media) + [record.subtitles] * bool(record.subtitles)
-            found = [os.stat(file) for file in files]
+            files = [find_media(record, is_there)] * bool(record.media) + [record.subtitles] * bool(record.subtitles)
+            found = [listed.get(file) or status(file) for file in files]
         except (InputError, OSError, ValueError):
             found = []
-        sizes, times = (sum(getattr(status, name) for status in found) for name in ("st_size", "st_mtime_ns"))
-        return (sizes, times) if found else (-1, -1)
+        return (sum(one.size for one in found), sum(one.time for one in found)) if found else (-1, -1)
 
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         return np.array(list(pool.map(look, range(len(records)))), np.int64).reshape(-1, 2).T

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llamavid_jax.errors import CheckpointError
-from llamavid_jax.files import write_files
+from llamavid_jax.files import find, write_files
 from llamavid_jax.parallel.mesh import describe
 from llamavid_jax.parallel.processes import on_any
 from llamavid_jax.training.checkpoint import ARRAYS, LISTED, RUN, Restored, RunCheckpoints
@@ -60,7 +60,9 @@ class LocalCopies(RunCheckpoints):
             ARRAYS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=alone),
             RUN: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
         }
-        options = dataclasses.replace(self._options, multiprocessing_options=alone)
+        # In the background one process that has its folders would stand for all that wait for theirs.
+        at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        options = dataclasses.replace(self._options, multiprocessing_options=alone, async_options=at_once)
         return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def restore(self, abstract: Any, at_least: int = 0) -> Restored | None:
@@ -77,7 +79,7 @@ def _number(checkpoints: Path) -> str:
     number, file = secrets.token_bytes(8), checkpoints / NUMBER
     if jax.process_index() == 0:
         try:
-            number = bytes.fromhex(file.read_text())[:8].ljust(8, b"\0")
+            number = bytes.fromhex(find(file).read_text())[:8].ljust(8, b"\0")
         except (OSError, ValueError):
             write_files(checkpoints, {NUMBER: number.hex().encode()})
     return multihost_utils.broadcast_one_to_all(np.frombuffer(number, np.uint8)).tobytes().hex()

@@ -16,8 +16,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, OutageError
 from llamavid_jax.files import write_files
+from llamavid_jax.uploads import remove
 
 
 class Log:
@@ -30,7 +31,7 @@ class Log:
     def writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, InputError) as error:
+        except (OSError, InputError, OutageError) as error:
             if not self._failed:
                 reason = getattr(error, "strerror", None) or error
                 self._report(f"{self.path} cannot be written ({reason}); the run goes on without it")
@@ -68,7 +69,7 @@ class JsonLines(Log):
             if content:
                 write_files(self.path.parent, {self.path.name: content})
             else:
-                self.path.unlink(missing_ok=True)
+                remove(self.path)
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -10,15 +10,17 @@ long videos are the exception, as two batches of them may not fit.
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import yaml
 
+from llamavid_jax import buckets, uploads
 from llamavid_jax.data.plan import describe
 from llamavid_jax.errors import ConfigError
-from llamavid_jax.files import write_files
+from llamavid_jax.files import find, local, write_files
 from llamavid_jax.models.loss import LossSums
 from llamavid_jax.models.structure import Params
 from llamavid_jax.parallel.mesh import row_shards
@@ -32,7 +34,7 @@ from llamavid_jax.training.batches import (
     room_ahead,
     upcoming,
 )
-from llamavid_jax.training.checkpoint import RunCheckpoints, only_run
+from llamavid_jax.training.checkpoint import RunCheckpoints
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.faults import Fault
 from llamavid_jax.training.forecast import forecast
@@ -42,6 +44,7 @@ from llamavid_jax.training.journal import Journal
 from llamavid_jax.training.layout import check_rows, initial_state, on_mesh, run_mesh
 from llamavid_jax.training.local_copies import LocalCopies
 from llamavid_jax.training.optimizer import lr_factors
+from llamavid_jax.training.owner import only_run
 from llamavid_jax.training.preemption import Preemption
 from llamavid_jax.training.result import save_result
 from llamavid_jax.training.start import check_adapter, load_start
@@ -60,7 +63,7 @@ def train(
     are what happens to it (`faults.py`).  Raises InputErrors before the first step for whatever can be checked,
     TrainingError and DataError later.
     """
-    output, data, loop = Path(config.output), config.data, config.training
+    output, data, loop = local(config.output), config.data, config.training
     report = report if jax.process_index() == 0 else _nobody
     with contextlib.ExitStack() as exits:
         # 1. What can be wrong is said before the weights are read, which takes minutes.
@@ -75,11 +78,12 @@ def train(
         check_adapter(config.start.adapter)
         check_tracker(loop.tracker)
         make_output(output)
-        exits.enter_context(only_run(output))
+        taken = exits.enter_context(only_run(output))
+        send_logs = exits.enter_context(uploads.sending(output, _is_own, report, taken))
         goodput = Goodput(output, report)
         exits.enter_context(jax.set_mesh(mesh))
         preemption = exits.enter_context(Preemption())
-        checkpoints = exits.enter_context(RunCheckpoints(output / "checkpoints", loop.keep, report))
+        checkpoints = exits.enter_context(RunCheckpoints(output / "checkpoints", loop.keep, report, taken))
         copies = None
         if loop.local_copies:
             copies = exits.enter_context(LocalCopies(loop.local_copies, checkpoints.directory, mesh, report))
@@ -164,6 +168,7 @@ def train(
                     if copies:  # two at a time would hold the state twice in the host's memory
                         copies.wait()
                     if due:
+                        send_logs()  # what is said of the steps before this one
                         checkpoints.save(done, state, current.position, made_of)
                     elif not checkpoints.busy():
                         copies.save(done, state, current.position, made_of)
@@ -197,6 +202,9 @@ def make_output(output: Path) -> None:
         str(output.absolute()).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"output is {output}, a name that UTF-8 cannot hold; give another") from None
+    if (buckets.url(output) or "gs:").startswith("s3:"):
+        raise ConfigError(f"output is {output}, where checkpoints would be renamed by copying; give gs:// or a folder")
+    find(output)  # the logs of an earlier life, where they are in a bucket
     write_files(output, {})
 
 
@@ -218,6 +226,12 @@ def evaluate(
         del one
     loss, correct, tokens = (float(sum(getattr(one, name) for one in sums)) for name in LossSums._fields)
     return {"evaluation_loss": loss / max(tokens, 1), "evaluation_token_accuracy": correct / max(tokens, 1)}
+
+
+def _is_own(name: str) -> bool:
+    """Whether this process writes the log of that name: process 0 all but those that end in the number of another."""
+    number = re.search(r"-(\d+)\.jsonl$", name)
+    return int(number[1] if number else 0) == jax.process_index()
 
 
 def _nobody(text: str) -> None:

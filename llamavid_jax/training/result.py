@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llamavid_jax import buckets, uploads
 from llamavid_jax.checkpoints.adapter import save_adapter
 from llamavid_jax.checkpoints.weights import load_weights, parse_dtype, save_part, save_weights
 from llamavid_jax.errors import InputError
@@ -50,11 +51,13 @@ def save_result(
         params = merge_lora(params, lora) if lora else params
     with replaced(output / "model") as folder:
         if jax.process_index() == 0:
-            for part in (start.config, start.tokenizer, start.qformer_tokenizer):
+            for part in (start.tokenizer, start.qformer_tokenizer):
                 part.save_pretrained(folder)
             images = LLaMAVIDLlavaImageProcessor.of(start.config)
             dataclasses.replace(images, fps=fps).save_pretrained(folder)
         save_weights(folder, {path: value.astype(parse_dtype(dtype)) for path, value in params.items()})
+        if jax.process_index() == 0:
+            start.config.save_pretrained(folder)  # last, for without it the folder is no model
 
 
 def merged_on_host(
@@ -73,21 +76,27 @@ def merged_on_host(
 
 @contextlib.contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, for all processes, which takes its place once all have left the block."""
-    aside, first = folder.with_name(f"{folder.name}.incomplete"), jax.process_index() == 0
+    """A new folder beside `folder`, for all processes, which takes its place once all have left the block.
+
+    In a bucket, where nothing is renamed, it is the folder itself, emptied.
+    """
+    in_bucket, first = buckets.url(folder) is not None, jax.process_index() == 0
+    aside = folder if in_bucket else folder.with_name(f"{folder.name}.incomplete")
     try:
         if first:
+            if in_bucket:
+                uploads.delete(folder, first="config.json")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         multihost_utils.sync_global_devices(f"{aside} made")
         yield aside
         multihost_utils.sync_global_devices(f"{aside} written")
-        if first:
+        if first and not in_bucket:
             if folder.exists():
                 shutil.rmtree(folder)
             aside.rename(folder)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error}); free space there, and run the same again") from None
     finally:
-        if first:
+        if first and not in_bucket:
             shutil.rmtree(aside, ignore_errors=True)

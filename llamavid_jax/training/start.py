@@ -7,18 +7,19 @@ run's own newest checkpoint (`loop.py`).
 import dataclasses
 import fnmatch
 from collections.abc import Container
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from llamavid_jax import buckets
 from llamavid_jax.checkpoints.adapter import is_adapter, load_adapter
 from llamavid_jax.checkpoints.tokenizers import check_tokenizers, load_tokenizers
 from llamavid_jax.checkpoints.weights import WEIGHTS, load_part, load_weights, parse_dtype
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import ConfigError
+from llamavid_jax.files import local
 from llamavid_jax.models.lora import ADAPTERS, LoraConfig
 from llamavid_jax.models.structure import Params, Structure, params_of
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
@@ -51,14 +52,14 @@ class Start:
 
 def with_adapter(params: Params, adapter: str) -> Params:
     """`params` with those of a run's `adapter` folder in their places; LoRA's updates are not among them."""
-    if not adapter or (is_adapter(adapter) and not (Path(adapter) / WEIGHTS).is_dir()):
+    if not adapter or (is_adapter(adapter) and not buckets.kind(local(adapter) / WEIGHTS)):
         return params
     return params | load_part(adapter, params)
 
 
 def check_adapter(adapter: str) -> None:
     """Raises ConfigError where `start.adapter` is no folder."""
-    if adapter and not Path(adapter).is_dir():
+    if adapter and buckets.kind(local(adapter)) != "directory":
         raise ConfigError(
             f"start.adapter is {adapter}, which does not exist; run the stage that leaves it, or give "
             "another folder, or start.adapter= for none"

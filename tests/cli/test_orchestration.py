@@ -20,11 +20,11 @@ BAD_INPUT, GRACE, RESTARTS = 2, 600, 50
 
 # Every name that the manifests use, as the schemas of JobSet v1alpha2 and Kueue v1beta2 spell it.
 NAMES = """
-  action annotations apiVersion args backoffLimit bucketName clusterQueue command completions containerName containers
-  coveredResources csi driver failurePolicy flavors image kind labels limits maxRestarts metadata mountOptions mountPath
-  name namespace namespaceSelector nodeLabels nodeSelector nominalQuota onExitCodes onJobFailureReasons operator
-  parallelism podFailurePolicy preemption replicas replicatedJobs resourceGroups resources restartPolicy rules spec
-  template terminationGracePeriodSeconds value values volumeAttributes volumeMounts volumes withinClusterQueue
+  action annotations apiVersion args backoffLimit clusterQueue command completions containerName containers
+  coveredResources failurePolicy flavors image kind labels limits maxRestarts metadata name namespace
+  namespaceSelector nodeLabels nodeSelector nominalQuota onExitCodes onJobFailureReasons operator parallelism
+  podFailurePolicy preemption replicas replicatedJobs resourceGroups resources restartPolicy rules spec template
+  terminationGracePeriodSeconds value values withinClusterQueue
 """
 
 
@@ -49,22 +49,22 @@ def pod() -> dict:
 
 
 def xpk() -> list[str]:
-    done = told("xpk.sh", "xpk", PROJECT="p", ZONE="z", CLUSTER="c", IMAGE="i")
+    done = told("xpk.sh", "xpk", PROJECT="p", ZONE="z", CLUSTER="c", IMAGE="i", BUCKET="BUCKET")
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 def slurm(code: int = 0, restarts: int = 0) -> subprocess.CompletedProcess:
-    return told("slurm.sh", "srun", code, SHARED="/bucket", SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restarts))
+    return told("slurm.sh", "srun", code, SHARED="gs://BUCKET", SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restarts))
 
 
 def arguments() -> dict[str, list[str]]:
     """What each of the files gives to train.py."""
     (command,) = (line.removeprefix("--command=") for line in xpk() if line.startswith("--command="))
-    managed = yaml.safe_load(read("skypilot.yaml"))["run"].replace("\\\n", " ").replace("~/", "/")
-    page = (ROOT / "docs" / "tpu-pod.md").read_text(encoding="utf-8").replace("~/bucket", "/bucket")
+    managed = yaml.safe_load(read("skypilot.yaml"))["run"].replace("\\\n", " ").replace("$BUCKET", "BUCKET")
+    page = (ROOT / "docs" / "tpu-pod.md").read_text(encoding="utf-8").replace("$BUCKET", "BUCKET")
     return {
-        "docs/tpu-pod.md": shlex.split(re.search(r"^RUN='.*?train\.py (.*?)>>", page, re.DOTALL | re.MULTILINE)[1]),
+        "docs/tpu-pod.md": shlex.split(re.search(r'^RUN=".*?train\.py (.*?)>>', page, re.DOTALL | re.MULTILINE)[1]),
         "jobset.yaml": pod()["containers"][0]["args"],
         "xpk.sh": shlex.split(command.partition("llamavid-train ")[2]),
         "skypilot.yaml": shlex.split(managed.partition("train.py ")[2]),

@@ -1,10 +1,15 @@
 """What `--simulate-fault` takes, and what a step sees of it; the runs are in tests/cli."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import pytest
+from bucket import emulated
+from gcsfs import GCSFileSystem
 
 from llamavid_jax.errors import InputError
+from llamavid_jax.files import write_files
 from llamavid_jax.training import faults
 from llamavid_jax.training.faults import Fault
 
@@ -36,3 +41,18 @@ def test_the_last_process_is_slow_from_then_on(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     fault.strike(4, {})
     assert slept == [faults.SLOW] * 2
+
+
+def test_a_bucket_that_is_away_is_waited_for(tmp_path, monkeypatch):
+    """All requests fail at first, and are tried again."""
+    monkeypatch.setattr(faults, "AWAY", 0.5)
+    with emulated(tmp_path) as bucket, monkeypatch.context() as patch:
+        patch.setattr("gcsfs.GCSFileSystem._set_session", GCSFileSystem._set_session)  # put back at the end
+        for name, value in bucket.env.items():
+            patch.setenv(name, value)
+        Fault.parse("bucket@2").strike(1, {})
+        write_files(bucket.url, {"a": b"1"})
+        Fault.parse("bucket@2").strike(2, {})
+        began = time.monotonic()
+        write_files(bucket.url, {"a": b"2"})
+        assert time.monotonic() - began > 0.5 and bucket.store.cat_file("films/a") == b"2"

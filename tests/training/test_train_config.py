@@ -198,10 +198,11 @@ def test_overrides_are_yaml():
 
 
 @pytest.mark.parametrize("name", ["output", "data.path", "start.model"])
-def test_buckets_are_mounted(name):
-    """As a path gs://bucket/run is a folder `gs:`, which is gone with the machine."""
-    with pytest.raises(ConfigError, match=r"gs://bucket/run is a URL.*gcsfuse"):
-        recipe("stage2_instruct", f"{name}=gs://bucket/run")
+def test_urls_are_refused_but_those_of_buckets(name):
+    """As a path it would be a folder `http:` on the machine's own disk.  A bucket's is a path."""
+    with pytest.raises(ConfigError, match=r"http://bucket/run is a URL.*gs://BUCKET"):
+        recipe("stage2_instruct", f"{name}=http://bucket/run")
+    recipe("stage2_instruct", f"{name}=gs://bucket/run")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,177 @@
+"""What is written at a place of a bucket goes there: a file, a whole folder, logs as they grow.
+
+    FOLDER/gs/bucket/model/ ── send_folder ──▶ gs://bucket/model/.unfinished, weights/..., config.json
+
+A folder has a file without which it is none, such as a model's config.json: that is sent last and deleted first.
+Until then UNFINISHED stands in it, a list of what is to come, by which the next one tells what a killed process left.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from llamavid_jax.buckets import asked, kind, listing, status, status_of, url
+from llamavid_jax.errors import InputError, OutageError
+
+UNFINISHED = ".unfinished"
+AT_ONCE = 8  # requests
+
+
+def put(file: Path) -> None:
+    """Puts a file into its bucket and keeps it, as it may grow; nothing is done where `file` is no place of one."""
+    if (address := url(file)) is not None:
+        with asked(address) as (store, key):
+            store.put_file(str(file), key)
+            os.utime(file, ns=(time.time_ns(), status_of(store.info(key)).time))
+
+
+def send(file: Path) -> None:
+    """Puts a file into its bucket; what is here is then a copy like those that were fetched."""
+    if url(file):
+        put(file)
+        file.chmod(0o444)
+
+
+def send_folder(folder: Path, last: str) -> None:
+    """`send` of all files below a folder, the one called `last` behind the others."""
+    if url(folder) is None:
+        return
+    files = [file for file in folder.rglob("*") if file.is_file() and file != folder / last]
+    marker = folder / UNFINISHED
+    names = (os.path.relpath(file, folder) for file in (folder / last, *files))
+    with asked(url(marker)) as (store, key):
+        store.pipe_file(key, "\n".join((f"{os.getpid()} on {socket.gethostname()}", *names)).encode())
+    claim = Claim(marker)
+    together(send, files)
+    if holder := claim.holder():
+        raise InputError(f"{folder} was taken over by another process ({holder}), which makes it anew")
+    send(folder / last)
+    remove(marker)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Deletes what a killed `send_folder` has left, here and in the bucket; not where other files are among it."""
+    if url(folder) and kind(folder / UNFINISHED):
+        with asked(url(folder / UNFINISHED)) as (store, key):
+            _, last, *names = store.cat_file(key).decode().split("\n")
+        if listing(folder).keys() <= {last, *names, UNFINISHED}:
+            delete(folder, first=last)
+
+
+def delete(folder: Path, first: str = "") -> None:
+    """Deletes what is below a folder, here and in its bucket; the file called `first` before all others."""
+    names = listing(folder).keys()
+    for some in (names & {first}, names - {first, UNFINISHED}, names & {UNFINISHED}):
+        together(remove, [folder / name for name in some])
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(file: Path) -> None:
+    """Deletes a file, here and in its bucket; there may be none."""
+    file.unlink(missing_ok=True)
+    if url(file):
+        with asked(url(file)) as (store, key), contextlib.suppress(FileNotFoundError):
+            store.rm_file(key)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a folder in its bucket, object by object."""
+    delete(target)
+    to = url(target).partition("://")[2]
+    with asked(url(source)) as (store, key):
+        together(lambda name: store.cp_file(f"{key}/{name}", f"{to}/{name}"), listing(source))
+    delete(source)
+
+
+def together(action: Callable[[Any], object], items: Iterable[Any]) -> None:
+    """`action` of all items, some at once.  Where one fails no more are begun, and that is raised."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for _ in pool.map(action, items):
+            pass
+
+
+class Claim:
+    """A file that says who writes a folder: the newest one holds, and whoever wrote it before sees that.
+
+    It takes the place of a lock, which nobody would release for a process that was killed.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self._version = file, status(file)
+
+    def holder(self) -> str:
+        """Who wrote it since, its first line; empty where nobody did."""
+        if not kind(self.file):
+            return f"its {self.file.name} is gone"
+        if status(self.file) == self._version:
+            return ""
+        with asked(url(self.file)) as (store, key):
+            return store.cat_file(key).decode(errors="replace").partition("\n")[0]
+
+
+@contextlib.contextmanager
+def sending(
+    folder: Path,
+    mine: Callable[[str], bool] = lambda name: True,
+    report: Callable[[str], None] | None = None,
+    taken: Callable[[], str] = str,
+    every: float = 30.0,
+) -> Iterator[Callable[[], None]]:
+    """While the block runs, files below `folder` that are written here and are `mine(name)` go to its bucket.
+
+    They go now and then, at the block's end, and when what is yielded is called; once it is `taken` by others, none.
+    Names that begin with a point stay.  A failure is told to `report`, once; without one it ends the block.
+    """
+    if url(folder) is None:
+        yield lambda: None
+        return
+    sent: dict[Path, tuple[int, int]] = {}
+    over, one_at_a_time, failed = threading.Event(), threading.Lock(), []
+
+    def changed() -> Iterator[Path]:
+        for file in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
+            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if not is_hidden and not file.name.endswith(".lock") and mine(file.name) and file.is_file():
+                found = file.stat()
+                if found.st_mode & 0o200 and sent.get(file) != (found.st_size, found.st_mtime_ns):
+                    yield file
+
+    def send_changed() -> None:
+        with one_at_a_time:
+            for file in () if taken() else changed():
+                put(file)
+                found = file.stat()
+                sent[file] = found.st_size, found.st_mtime_ns
+
+    def tried(quietly: bool = False) -> None:
+        try:
+            send_changed()
+        except (InputError, OutageError, OSError) as error:
+            if report is None and not quietly:
+                raise
+            if report is not None and not failed:
+                failed.append(error)
+                report(f"{folder}: logs cannot be sent ({error}); the run goes on without them")
+
+    def now_and_then() -> None:
+        while not over.wait(every):
+            tried(quietly=True)
+
+    for file in folder.iterdir() if folder.is_dir() else [folder]:
+        if mine(file.name) and file.is_file():
+            file.chmod(0o644)  # it was fetched, and goes on
+    thread = threading.Thread(target=now_and_then, daemon=True)
+    thread.start()
+    try:
+        yield tried
+    finally:
+        over.set()
+        thread.join()
+        tried()
