@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llamavid_jax import buckets
 from llamavid_jax.copies import fetch
 from llamavid_jax.data.examples import file_header
 from llamavid_jax.data.record import Record, as_utf8
@@ -67,7 +68,7 @@ def build(
     if source.is_dir():
         raise InputError(f"{source} is a folder; give a .json or .jsonl file")
     options, records, sha256 = beam_options(beam), read_records(source, media), file_sha256(source)
-    home = os.path.realpath(media or source.parent)
+    home = buckets.url(media) or os.path.realpath(media)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
         raise InputError(f"{out} exists already and holds no complete shards; give another folder")
     if (out / MANIFEST).is_file():
