@@ -77,7 +77,7 @@ BELOW = {
     "attention": {"parallel"},
     "models": GROUND | {"config", "weights", "parallel", "attention"},
     "checkpoints": GROUND | {"config", "text", "weights", "parallel", "models"},
-    "data": GROUND | {"config", "media", "text"},
+    "data": GROUND | {"config", "media", "text", "checkpoints"},  # validate.py asks for a tower
 }
 BELOW["auto"] = set()  # it imports the public classes when they are asked for
 BELOW["inference"] = set(BELOW) - {"data"}

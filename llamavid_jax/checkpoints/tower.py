@@ -4,12 +4,20 @@ import dataclasses
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+
+from llamavid_jax.checkpoints.arrays import Arrays
+from llamavid_jax.checkpoints.weights import abstract_params, check_params, weights_folder
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
+from llamavid_jax.files import find
+from llamavid_jax.parallel.mesh import host_mesh
 
 PREFIX = "vision."  # of the tower's parameters
 
@@ -47,6 +55,15 @@ class TowerHash:
                     whole.update(digest)
             self._known[dtype] = whole.hexdigest()
         return self._known[dtype]
+
+
+def stored_tower(directory: str | Path, config: LLaMAVIDLlavaConfig) -> str:
+    """`TowerHash.rounded` of a checkpoint's folder, of which the tower alone is read.  Raises CheckpointError."""
+    stored, wanted = Arrays(weights_folder(find(directory))), abstract_params(config, "bfloat16", host_mesh())
+    held, wanted = ({path: one[path] for path in one if path.startswith(PREFIX)} for one in (stored, wanted))
+    check_params(stored.folder, held, {path: leaf.shape for path, leaf in wanted.items()})
+    params = {path: stored.restore(path, leaf) for path, leaf in wanted.items()}
+    return TowerHash(SimpleNamespace(params=params, config=config)).rounded()
 
 
 def _whole(array: jax.Array) -> np.ndarray:

@@ -18,8 +18,9 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,9 +33,9 @@ from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.examples import ExampleReader, check_places, file_header, thinned_inputs
 from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.data.records import decode, film_text, find_media, media_file, media_size, read_records
-from llamavid_jax.errors import InputError, Parser, command, printable
+from llamavid_jax.errors import CheckpointError, InputError, Parser, command, printable
 from llamavid_jax.files import local, write_files
-from llamavid_jax.media.features import read_header
+from llamavid_jax.media.features import check_made_by, describe, processing, read_header
 from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.timeline import check_fps
@@ -67,6 +68,8 @@ class Validator:
         self.reader: ExampleReader | None = None
         self.frame_shape: tuple[int, int] | None = None  # (P, E) of ready features
         self.max_tokens: int | None = None
+        self.tower: Callable[[], str] | None = None  # its hash
+        self.prepared: dict[str, Any] = {}  # what frames go through before it
 
     def __call__(self, records: Sequence, index: int) -> Check:
         """Never raises for a bad sample."""
@@ -78,6 +81,8 @@ class Validator:
         try:
             self._check_medium(record)
             frames, tokens = self._check_text(record, index)
+        except CheckpointError:  # of the model, not of the sample
+            raise
         except MediaError as error:
             there = record.data is not None or os.path.exists(find_media(record))
             return dataclasses.replace(check, problem="unreadable" if there else "missing", reason=str(error))
@@ -105,6 +110,11 @@ class Validator:
                         f"{path} holds {header.patches} patches of {header.width} numbers a frame, the model takes "
                         f"{self.frame_shape[0]} of {self.frame_shape[1]}; make the features with its own tower"
                     )
+                if made := describe(path):
+                    try:
+                        check_made_by(record.media, made, self.tower(), self.prepared)
+                    except MediaError as error:
+                        raise DataError(str(error)) from None
 
     def _check_text(self, record: Record, index: int) -> tuple[int, int]:
         """Frames of the media file, and tokens after expansion where there is a tokenizer."""
@@ -196,7 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--media", default="", metavar="DIR", help="what the paths are relative to (the JSON's folder)")
     parser.add_argument("--template", default="imgsp_v1", help="conversation format (imgsp_v1)")
     parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
-    parser.add_argument("--model", metavar="DIR", help="a checkpoint folder: its tokenizer counts the tokens")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a checkpoint folder, whose tokenizer counts the tokens and whose tower features must be of",
+    )
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="longer samples are oversized (the model's positions)"
     )
@@ -213,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         validator.reader = _reader(options, config)
         validator.frame_shape = (vision.num_patches, vision.hidden_size)
         validator.max_tokens = options.max_tokens or config.text_config.max_length
+        validator.tower = _tower(options.model, config)
+        validator.prepared = processing(vision.image_size, vision.image_mean, vision.image_std)
     records = read_records(options.path, options.media)
     report = Report(options.fps)
     with warnings.catch_warnings():
@@ -226,6 +242,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file = local(options.json)
         write_files(file.parent, {file.name: json.dumps(full, indent=1).encode()})
     return int(bool(report.problems))
+
+
+def _tower(model: str, config: LLaMAVIDLlavaConfig) -> Callable[[], str]:
+    """The hash of the model's tower, whose weights are read when the first thread asks."""
+    lock, known = threading.Lock(), []
+
+    def tower() -> str:
+        from llamavid_jax.checkpoints.tower import stored_tower  # JAX takes seconds to import
+
+        with lock:
+            known.extend([] if known else [stored_tower(model, config)])
+        return known[0]
+
+    return tower
 
 
 def _reader(options: argparse.Namespace, config: LLaMAVIDLlavaConfig) -> ExampleReader:

@@ -2,14 +2,22 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from clips import cut, index_frame, write_clip
 from paths import ROOT
 from PIL import Image
 
+from llamavid_jax.checkpoints.tower import TowerHash
+from llamavid_jax.checkpoints.weights import save_weights
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data import validate
+from llamavid_jax.media.feature_file import Description, FeatureWriter
+from llamavid_jax.media.features import processing
+from llamavid_jax.weights import inventory
 
 
 def talk(*values):
@@ -141,6 +149,34 @@ def test_features_of_another_tower(tmp_path, media, model):
     code, report = run(tmp_path, media, rows, "--model", model)
     assert code == 1 and [check["problem"] for check in report["broken"]] == ["malformed"]
     assert "16 patches of 32 numbers a frame, the model takes 16 of 64" in report["broken"][0]["reason"]
+
+
+def test_feature_files_that_name_another_tower(tmp_path, media, model, capsys):
+    """Of the right shape: the file says which weights made it, of which pixels, and a run would refuse it."""
+    config = LLaMAVIDLlavaConfig.from_pretrained(model)
+    shapes = {path: shape for path, shape in inventory.shapes(config).items() if path.startswith("vision.")}
+    params = {path: jnp.full(shape, 0.3 + number) for number, (path, shape) in enumerate(shapes.items())}
+    own = TowerHash(SimpleNamespace(params=params, config=config)).rounded()
+    vision = config.vision_tower_config
+    usual = processing(vision.image_size, vision.image_mean, vision.image_std)
+    made = {"own": (own, usual), "another": ("ab", usual), "paler": (own, usual | {"mean": [0.0] * 3})}
+    for name, (tower, prepared) in made.items():
+        writer = FeatureWriter(media / f"{name}.safetensors", 3, "F16")
+        for frame in np.ones(FEATURES, np.float16):
+            writer.add(frame)
+        sampling = {"fps": 1.0, "rule": "stride", "seconds": 3.0}
+        writer.commit(Description(True, [0.0, 1.0, 2.0], {"name": name}, sampling, prepared, {"sha256": tower}))
+    rows = [{"id": name, "video": f"{name}.safetensors", "conversations": ASKED} for name in made]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert validate.main([str(tmp_path / "data.json"), "--media", str(media), "--model", model]) == 2
+    assert "weights is not an Orbax checkpoint" in capsys.readouterr().err
+    save_weights(model, params)
+    code, report = run(tmp_path, media, rows, "--model", model)
+    assert code == 1 and [check["problem"] for check in report["broken"]] == ["malformed"] * 2
+    for check, reason in zip(
+        report["broken"], ("was made by another vision tower", "that were prepared by"), strict=True
+    ):
+        assert reason in check["reason"]
 
 
 def test_too_long_for_the_model(tmp_path, media, model):
