@@ -94,7 +94,7 @@ class Run:
         preemption = MagicMock()
         preemption.__enter__.return_value.requested = lambda: stop_after is not None and next(asked) >= stop_after
         for name, stand_in in {
-            "open_data": lambda data: ([], [] if held_out else None),
+            "open_data": lambda data, report: ([], [] if held_out else None),
             "load_start": lambda config, mesh: start,
             "make_loader": lambda *_, held_out=False, resumed=False: loaders[held_out],
             "check_same_data": lambda *_: None,
