@@ -13,7 +13,9 @@ FORBIDDEN = {
     "machine path": r"(?<![\w.~$}/-])/(?:home|root|tmp|work|mnt|Users)/\w",
     "outside folder": r"(?<!\w)shared/",
 }
-TEXT = re.compile(r"\.(py|md|ya?ml|toml|sh|ipynb)$|(^|/)(Makefile|Dockerfile|requirements[\w-]*\.txt)$")
+TEXT = re.compile(
+    r"\.(py|md|ya?ml|toml|sh|ipynb)$|(^|/)(Makefile|Dockerfile|commit_success\.txt|requirements[\w-]*\.txt)$"
+)
 
 
 def tracked() -> list[str]:
