@@ -9,8 +9,11 @@ import pytest
 from bucket import NAME, emulated
 
 from llamavid_jax import buckets, copies, uploads
+from llamavid_jax.config.recipe import read_recipe
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig, stated_pixels
 from llamavid_jax.errors import InputError, OutageError, printable
 from llamavid_jax.files import find, local, write_files
+from llamavid_jax.media.processor_settings import read_settings
 
 
 @pytest.fixture
@@ -176,6 +179,13 @@ def folder(bucket) -> Path:
     for name in ("a.json", "config.json", *(f"weights/{number}" for number in range(20))):
         (folder / name).write_text(name)
     return folder
+
+
+@pytest.mark.parametrize("read", [LLaMAVIDLlavaConfig.from_pretrained, stated_pixels, read_settings, read_recipe])
+def test_a_bucket_that_may_not_be_read_is_no_bad_file(bucket, read):
+    bucket.fail("GET .*", 403, 99)
+    with pytest.raises(InputError, match=r"^gs://films/model[^ ]* may not be used "):
+        read(local(f"{bucket.url}/model"))
 
 
 def test_a_folder_is_sent(bucket, folder):

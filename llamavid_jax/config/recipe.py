@@ -59,8 +59,9 @@ def read_recipe(path: str | Path, whole: Collection[str] = (), home: str = "conf
 
 
 def _read(path: Path, home: str) -> dict[str, Any]:
+    file = find(path)
     try:
-        values = load_yaml(read_bytes(find(path), MAX_BYTES).decode("utf-8")) or {}
+        values = load_yaml(read_bytes(file, MAX_BYTES).decode("utf-8")) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; such files are in {home}") from None
     except IsADirectoryError:

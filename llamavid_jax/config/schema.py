@@ -60,8 +60,9 @@ def stated_pixels(directory: str | Path, settings: str = "config.json") -> dict[
     found: dict[str, tuple[float, ...]] = {}
     for name in (settings, "preprocessor_config.json"):
         path = Path(directory) / name
+        file = find(path)
         try:
-            values = read_object(find(path))
+            values = read_object(file)
             values = (values.get("vision_tower_config") or {}) if name == settings else values
             stated = {key: tuple(map(float, values[key])) for key in ("image_mean", "image_std") if key in values}
         except (FileNotFoundError, NotADirectoryError):
@@ -197,8 +198,9 @@ class LLaMAVIDLlavaConfig:
             path = Path(directory) if Path(directory).suffix == ".json" else Path(directory) / "config.json"
         except TypeError:
             raise ConfigError(f"the checkpoint is {directory!r}; give the path of its folder") from None
+        file = find(path)  # what is wrong with a bucket is no matter of JSON
         try:
-            values = read_object(find(path))
+            values = read_object(file)
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
         except (OSError, ValueError) as error:

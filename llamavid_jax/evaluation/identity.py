@@ -43,8 +43,9 @@ def settings(one: Set, model: Path, original: bool, dtype: str, quantize: str | 
 
 def _checkpoint_defaults(model: Path) -> dict[str, Any]:
     """top_p and top_k where the checkpoint's folder has a generation_config.json."""
+    folder = find(model)
     try:
-        values = read_object(find(model) / "generation_config.json")
+        values = read_object(folder / "generation_config.json")
     except (OSError, ValueError):
         return {}
     return {name: values[name] for name in ("top_p", "top_k") if isinstance(values.get(name), int | float)}

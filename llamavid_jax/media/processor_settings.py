@@ -14,8 +14,9 @@ ALWAYS_ON = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
 def read_settings(path: Path) -> Mapping[str, Any]:
+    file = find(path)
     try:
-        return read_object(find(path))
+        return read_object(file)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} does not exist; give the folder of a converted checkpoint") from None
     except (OSError, ValueError) as error:
