@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # A run at tiny size through what befalls one on a pod: bash deploy/rehearse.sh [gs://BUCKET/NEW_FOLDER]
-# Without an address the bucket is an emulator in memory (pip install gcp-storage-emulator); two processes are the hosts.
+# Without an address the bucket is an emulator in memory; two processes are the hosts.
 set -euo pipefail
+python -c "import grain, gcsfs, matplotlib, gcp_storage_emulator" 2> /dev/null || {
+  echo 'rehearse.sh needs packages; pip install --constraint requirements.lock ".[train,gcs,demo]" gcp-storage-emulator' >&2
+  exit 2
+}
 bucket=${1:-gs://films} work=$(mktemp -d)
 trap 'kill $(jobs -p) 2> /dev/null || true; rm -rf "$work"' EXIT
 export LLAMAVID_BUCKETS=$work/disk
