@@ -52,10 +52,10 @@ class Needle:
     answer: str
 
 
-def needle(kind: str, seconds: int, number: int, seed: int = 0) -> Needle:
+def needle(kind: str, seconds: int, number: int, seed: int = 0, test: bool = True) -> Needle:
     """Question `number` of a kind; the film follows from the seed, the length and the number."""
-    rng = generator(f"{kind} {seconds}", number, seed)
-    scene = digits.long_clip(rng, True, seconds, {"locate": 1, "order": 2, "count": 1 + number % 3}[kind])
+    rng = generator(f"{kind} {seconds}" if test else f"train {kind} {seconds}", number, seed)
+    scene = digits.long_clip(rng, test, seconds, {"locate": 1, "order": 2, "count": 1 + number % 3}[kind])
     if kind == "locate":
         asked = questions.long_questions(rng, scene)
     else:
@@ -64,16 +64,21 @@ def needle(kind: str, seconds: int, number: int, seed: int = 0) -> Needle:
     return Needle(scene, *asked[number % len(asked)][1:])
 
 
+def different_frames(scene: digits.Scene, every: float) -> tuple[np.ndarray, list[int]]:
+    """Of a frame every so many seconds those that differ, first the one without a digit, and which one each is."""
+    taken = np.arange(0, scene.seconds, every).tolist()
+    shown = [second for second in taken if any(event.centre(second) for event in scene.events)]
+    empty = [second for second in taken if second not in shown][:1]
+    index = {second: place for place, second in enumerate(shown, len(empty))}
+    return np.stack([digits.frame(scene, at) for at in empty + shown]), [index.get(second, 0) for second in taken]
+
+
 def film_tokens(model, images, needle: Needle, every: float) -> np.ndarray:
     """Visual tokens `[F·(n+1), D]` of a frame every so many seconds."""
-    scene, taken = needle.scene, np.arange(0, needle.scene.seconds, every).tolist()
-    shown = [second for second in taken if any(event.centre(second) for event in scene.events)]
-    empty = next(second for second in taken if second not in shown)
-    frames = np.stack([digits.frame(scene, second) for second in (empty, *shown)])
+    frames, places = different_frames(needle.scene, every)
     (pixels,) = images(videos=frames)["pixel_values"]
     tokens = model.visual_tokens(pixels, [needle.question])[0].reshape(len(frames), model.config.tokens_per_frame, -1)
-    index = {second: place for place, second in enumerate(shown, 1)}
-    return tokens[[index.get(second, 0) for second in taken]].reshape(-1, tokens.shape[-1])
+    return tokens[places].reshape(-1, tokens.shape[-1])
 
 
 def answers(model, images, needles: Sequence[Needle], every: float) -> Iterator[dict[str, Any]]:
@@ -99,7 +104,7 @@ def fitted(model, seconds: int, beyond: str, every: float = 1.0) -> tuple[Any, f
     if beyond == "stretch":
         text = dataclasses.replace(text, rope_factor=float(math.ceil(needed / text.max_position_embeddings)))
     else:
-        text = dataclasses.replace(text, max_position_embeddings=needed)
+        text = dataclasses.replace(text, max_position_embeddings=math.ceil(needed / text.rope_factor))
     config = dataclasses.replace(model.config, text_config=text)
     tokenizers = {"tokenizer": model.tokenizer, "qformer_tokenizer": model.qformer_tokenizer}
     return type(model)(config, model.params, dtype=model.dtype, **tokenizers), every
@@ -107,7 +112,7 @@ def fitted(model, seconds: int, beyond: str, every: float = 1.0) -> tuple[Any, f
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line for each length and way, longest last; accuracy with its standard error."""
-    heads = ["film", "a frame every", "beyond 2,048 positions", "tokens", *KINDS, "s a question", "memory, GB"]
+    heads = ["film", "a frame every", "beyond its positions", "tokens", *KINDS, "s a question", "memory, GB"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (minutes, beyond, every), own in sorted(grouped(rows, "minutes", "beyond", "every").items()):
         kinds = grouped(own, "kind")

@@ -61,6 +61,11 @@ def test_beyond_the_positions(shipped):
     assert stretched.rope_factor == 4 and stretched.max_position_embeddings == 2048
     same, stride = length.fitted(model, 3600, "thin")
     assert same is model and 1024 * 0.8 < 3600 / stride < 1024
+    hour, _ = length.fitted(model, 3600, "stretch")  # one that was trained so has room for an hour, and goes on from it
+    assert length.fitted(hour, 3600, "extend") == (hour, 1)
+    further, wider = (length.fitted(hour, 3 * 3600, how)[0].config.text_config for how in ("extend", "stretch"))
+    assert further.rope_factor == 4 and 21600 < further.max_length < 22000
+    assert wider.rope_factor == 11 and wider.max_position_embeddings == 2048
 
 
 def test_a_run_goes_on(tmp_path, capsys):
