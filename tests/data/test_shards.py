@@ -19,6 +19,7 @@ from paths import ROOT
 from PIL import Image
 
 from llamavid_jax.data import build_shards
+from llamavid_jax.data.beam import LOCAL
 from llamavid_jax.data.build_shards import build
 from llamavid_jax.data.record import DataError
 from llamavid_jax.data.records import read_records
@@ -243,7 +244,7 @@ def test_beam_writes_the_same(tmp_path):
     # two samples to a shard: from ten shards on, tfds confuses their order, and the last one is shorter
     manifests = [
         build(tmp_path / "set.json", tmp_path / name, beam=beam, shard_bytes=750)
-        for name, beam in (("plain", None), ("beam", build_shards.LOCAL_BEAM))
+        for name, beam in (("plain", None), ("beam", LOCAL))
     ]
     assert len([name for name in manifests[1]["files"] if "train" in name]) == 12
     assert manifests[0]["files"].keys() == manifests[1]["files"].keys()
