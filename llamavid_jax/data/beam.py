@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ def beam_options(flags: str | None) -> Any:
     """What --beam gives -> Beam's PipelineOptions; None -> None.  InputError where Beam is not installed."""
     if flags is None:
         return None
+    if not flags.strip().startswith("-"):
+        raise InputError(f"--beam is {flags!r}; give the pipeline's options as one text, --beam='{LOCAL}'")
     try:
         from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
         from apache_beam.runners import create_runner
     except ImportError:
         raise InputError("--beam needs Apache Beam; install it with: pip install apache-beam") from None
-    if not flags.startswith("-"):
-        raise InputError(f"--beam is {flags!r}; give the pipeline's options as one text, --beam='{LOCAL}'")
     with contextlib.redirect_stderr(io.StringIO()) as said:  # its usage of a hundred lines
         try:
             options = PipelineOptions(flags.split())
@@ -51,30 +51,12 @@ def beam_map(make: Callable[[], Callable[..., Any]], items: Iterable[tuple], opt
     import apache_beam as beam
     from apache_beam.utils.shared import Shared
 
-    shared, address = Shared(), buckets.address(file)
-
-    def made() -> Any:
-        try:
-            return make()
-        except InputError as error:
-            return error  # raised, it would be logged as a traceback, and tried for each item
-
-    def work(task: str) -> str:
-        number, item = json.loads(task)
-        call = shared.acquire(made)
-        wrong = str(call) if isinstance(call, InputError) else ""
-        return json.dumps([number, None if wrong else call(*item), wrong])
-
-    def keep(results: list[str]) -> None:
-        place = local(address)
-        write_files(place.parent, {place.name: "\n".join(results).encode()})
-
     uploads.remove(file)
     tasks = [json.dumps(task) for task in enumerate(items)]  # ASCII alone, whatever the names of files hold
     try:
         with beam.Pipeline(options=options) as pipeline:
-            results = pipeline | beam.Create(tasks) | beam.Reshuffle() | beam.Map(work)
-            results | beam.combiners.ToList() | beam.Map(keep)
+            results = pipeline | beam.Create(tasks) | beam.Reshuffle() | beam.Map(work, Shared(), make)
+            results | beam.combiners.ToList() | beam.Map(keep, buckets.address(file))
     except Exception as error:  # of any kind; from other processes it comes as the text of a traceback
         text = str(error).strip()
         reason = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
@@ -87,3 +69,22 @@ def beam_map(make: Callable[[], Callable[..., Any]], items: Iterable[tuple], opt
         if wrong:
             raise InputError(wrong)
         yield result
+
+
+def work(task: str, shared: Any, make: Callable[[], Callable[..., Any]]) -> str:
+    number, item = json.loads(task)
+    call = shared.acquire(lambda: made(make))
+    wrong = str(call) if isinstance(call, InputError) else ""
+    return json.dumps([number, None if wrong else call(*item), wrong])
+
+
+def made(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | InputError:
+    try:
+        return make()
+    except InputError as error:
+        return error  # raised, it would be logged as a traceback, and tried for each item
+
+
+def keep(results: Sequence[str], address: str) -> None:
+    file = local(address)
+    write_files(file.parent, {file.name: "\n".join(results).encode()})

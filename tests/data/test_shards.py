@@ -238,7 +238,7 @@ def test_other_folder_is_left_alone(source, tmp_path):
 
 
 def test_beam_writes_the_same(tmp_path):
-    """Where Beam is installed: its protobuf is older than sentencepiece's, so it needs an environment of its own."""
+    """Where Beam is installed: it takes older versions of some packages than requirements.lock has."""
     pytest.importorskip("apache_beam")
     (tmp_path / "set.json").write_text(json.dumps([{"id": str(i), "conversations": TURNS} for i in range(23)]))
     # two samples to a shard: from ten shards on, tfds confuses their order, and the last one is shorter
