@@ -183,13 +183,14 @@ BEAM = {"threads": "--direct_running_mode=multi_threading", "processes": "--dire
 def test_beam_writes_the_same(workers, write, clips, tmp_path, monkeypatch):
     """Where Beam is installed.  Threads share one model."""
     pytest.importorskip("apache_beam")
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")  # of the processes
     loads, load = [], features.load_model
     monkeypatch.setattr(features, "load_model", lambda options: loads.append(1) or load(options))
     shutil.copy(clips / "a.mp4", clips / os.fsdecode(b"latin\xe9.mp4"))
     write(clips, "--out", tmp_path / "plain")
     del loads[:]
     for _ in range(2):
-        code, err = write(clips, "--out", tmp_path / "out", f"--beam=--direct_num_workers=3 {BEAM[workers]}")
+        code, err = write(clips, "--out", tmp_path / "out", f"--beam=--direct_num_workers=2 {BEAM[workers]}")
         assert code == 1 and "1 of 4 videos failed" in err
     assert tree(tmp_path / "out") == tree(tmp_path / "plain")
     assert len(loads) == (2 if workers == "threads" else 0)
