@@ -183,7 +183,7 @@ def sample_at_most(
     return sample(timeline, fps, name), fps
 
 
-def rate_that_fits(timelines: Sequence[Timeline], frames: float) -> float:
+def rate_that_fits(timelines: Sequence[Timeline], frames: float | int) -> float:
     """Frames a second at which the videos together have nine tenths of `frames`, or fewer where strides ask for it."""
     fps = max(0.9 * frames / sum(timeline.seconds for timeline in timelines), 1e-9)
     rates = [timeline.average_fps for timeline in timelines if timeline.average_fps]
