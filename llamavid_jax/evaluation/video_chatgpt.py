@@ -127,7 +127,7 @@ DIMENSIONS = (
 def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     videos, items = need(folder, VIDEOS, SOURCE), []
     for name, fields in (("generic", ["Q"]), ("temporal", ["Q"]), ("consistency", [FIRST, SECOND])):
-        file = need(folder, (f"{name}_qa.json", f"evaluation/{name}_qa.json"), SOURCE)
+        file = need(folder, [f"{place}{name}_qa.json" for place in ("", "evaluation/", "Benchmarking_QA/")], SOURCE)
         entries = checked(file, read_json(file), *fields, "A", "video_name")
         for place, (key, entry) in enumerate(zip(counted(one["video_name"] for one in entries), entries, strict=True)):
             for field in fields:

@@ -30,7 +30,7 @@ from llamavid_jax.evaluation.vqa_text import one_line
 POPE_SOURCE = "the POPE repository has it (github.com/AoiDragon/POPE, output/coco)"
 POPE_IMAGES = ("val2014",), "val2014.zip of images.cocodataset.org has it"
 MME_SOURCE = "its release has it (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation)"
-MME_IMAGES = ("MME_Benchmark_release_version",), MME_SOURCE
+MME_IMAGES = ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version"), MME_SOURCE
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 YES_OR_NO = "Please answer yes or no."

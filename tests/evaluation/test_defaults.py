@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -211,8 +212,35 @@ def test_numbers_of_videos(official):
     folder = official("msvd")
     lines = json.loads((folder / "test_qa.json").read_text())
     (folder / "test_qa.json").write_text(json.dumps([{**lines[0], "video_id": 101}]))
-    assert SETS["msvd"].read(folder, False)[0][0].media.name == "vid101.avi"
-    assert SETS["msvd"].read(folder, True)[0][0].media.name == "101.mp4"
+    assert [SETS["msvd"].read(folder, mode)[0][0].media.name for mode in (False, True)] == ["vid101.avi"] * 2
+
+
+@pytest.mark.parametrize(
+    "name, moved",
+    [
+        ("mme", {"MME_Benchmark_release_version": "MME_Benchmark_release_version/MME_Benchmark"}),
+        ("mmbench", {"mmbench_dev_20230712.tsv": "MMBench_DEV_EN.tsv"}),
+        ("mmbench_cn", {"mmbench_dev_cn_20231003.tsv": "MMBench_DEV_CN_V11.tsv"}),
+        ("video_chatgpt", {f"{file}_qa.json": "Benchmarking_QA/" for file in ("generic", "temporal", "consistency")}),
+        ("activitynet_qa", {"test_q.json": "dataset/", "test_a.json": "dataset/"}),
+        ("msvd", {"video/vid101.avi": "video/vid101.AVI"}),
+        ("msvd", {"video/vid101.avi": "video/-4wsuPCjDBc_5_15.avi", "video": "YouTubeClips"}),
+    ],
+)
+def test_layouts_that_the_owners_have_too(official, name, moved):
+    """The same questions with the same answers, about files that are there."""
+    data = official(name.removesuffix("_cn"))
+    before, _ = SETS[name].read(data, False)
+    (data / "youtube_mapping.txt").write_text("x_1_2 vid1\n-4wsuPCjDBc_5_15 vid101\n")
+    for old, new in moved.items():
+        (data / old).rename(aside := data / "aside")
+        target = data / new / old if new.endswith("/") else data / new
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.rename(target)
+    items, _ = SETS[name].read(data, False)
+    told = [[(item.id, item.text, item.reference) for item in some] for some in (before, items)]
+    assert told[0] == told[1]
+    assert all(Path(item.media).is_file() for item in items if not str(item.media).startswith("data:"))
 
 
 @pytest.mark.parametrize("name", sorted(set(SETS) - {"mmbench_rounds"}))
