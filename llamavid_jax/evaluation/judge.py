@@ -3,8 +3,8 @@
     Case ─ messages ─▶ address ─ reply ─ read ─▶ Verdict       a reply that cannot be read is asked for again, ATTEMPTS
          └ answer, predictions ─▶ offline ─────▶ Verdict       times in all; then the case is counted as failed
 
-Replies are kept in a file, so that a score is computed again without a call.  The original asks again for ever and
-stops at replies of a wrong form; nothing here loops, and nothing stops the scoring.
+Replies are kept in a file, so that a score is computed again without a call.  Nothing here asks for ever, as the
+original does, and no reply stops the scoring.
 """
 
 import ast
@@ -53,7 +53,10 @@ Read = Callable[[str], Verdict]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One judgement: the messages as sent, what an offline judge compares, and how a reply is read."""
+    """One judgement: the messages as sent, what an offline judge compares, and how a reply is read.
+
+    Without `predictions` it is wrong, and nobody is asked.
+    """
 
     messages: list[dict[str, str]]
     answer: str
@@ -145,14 +148,10 @@ class OfflineJudge:
         return [self._one(case) for case in cases]
 
     def _one(self, case: Case) -> Verdict:
-        answer = _comparable(case.answer)
-        right = all(f" {answer} " in f" {_comparable(prediction)} " for prediction in case.predictions)
+        answer = official(case.answer)
+        right = all(f" {answer} " in f" {official(prediction)} " for prediction in case.predictions)
         right = right and bool(answer) and bool(case.predictions)
         return Verdict(right, 5.0 if right else 0.0, {"pred": "yes" if right else "no", "score": 5 if right else 0})
-
-
-def _comparable(text: str) -> str:
-    return official(text.lower())
 
 
 def _was_reached(error: Exception) -> bool:
@@ -190,8 +189,7 @@ class ModelJudge:
         self._retry = Patient(  # a reply that does not come in time is not asked for again: read=False
             RETRIES, read=False, backoff_factor=1.0, status_forcelist=BUSY, allowed_methods=None, raise_on_status=False
         )
-        self._requests, self._is_said = requests, False
-        self._replies = self._read_kept()
+        self._requests, self._is_said, self._replies = requests, False, self._read_kept()
 
     def verdicts(self, cases: Sequence[Case]) -> list[Verdict | None]:
         """One a case, None where it failed.  InputError where the address answers nothing that a judge would."""
@@ -211,6 +209,8 @@ class ModelJudge:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _one(self, case: Case) -> Verdict | None:
+        if not case.predictions:
+            return OfflineJudge()._one(case)
         for attempt in range(ATTEMPTS):
             if self._stop.is_set():
                 return None

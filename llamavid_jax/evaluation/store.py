@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from llamavid_jax import uploads
@@ -65,11 +66,26 @@ class Store:
         self.broken += sum("error" in row for row in rows)
 
 
+def current(rows: Sequence[Row], rest: Sequence[Row], references: Mapping[str, Any], retry: bool) -> list[Row]:
+    """The rows with what is known now: the folder may have got annotations since they were written."""
+    known = {name: {"reference": reference} for name, reference in references.items()}
+    known |= {row["id"]: row for row in rest}
+    kept = [row for row in rows if not (retry and "error" in row)]
+    return [json.loads(as_line({**row, **known.get(row["id"], {})})) for row in kept]
+
+
 @contextlib.contextmanager
-def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry: bool = False) -> Iterator[Store]:
+def open_store(
+    path: Path,
+    header: Mapping[str, Any],
+    rest: Sequence[Row],
+    retry: bool = False,
+    references: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[Store]:
     """Goes on with the file, or begins it with the header and the rows that nobody is asked for.
 
-    `retry` takes the broken items out of it.  InputError where it was begun with other settings.
+    `retry` takes the broken items out of it; `references` are those of the questions by their ids.  InputError where it
+    was begun with other settings.
     """
     with contextlib.ExitStack() as exits:
         try:
@@ -82,8 +98,8 @@ def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry
         before, rows, whole = read_rows(path) if path.exists() else ({}, [], 0)
         if before:
             check_same(before, header, path)
-        if not before or retry:
-            kept = [row for row in rows if "error" not in row]
+        kept = current(rows, rest, references, retry)
+        if not before or kept != rows:
             lines = [{"header": before or dict(header)}, *kept]
             content = b"".join(map(as_line, lines))
             write_files(path.parent, {path.name: content})

@@ -125,7 +125,7 @@ def case(row: Row, original: bool, is_activitynet: bool) -> Case:
     return Case(
         messages(SYSTEM, USER.format(**words)),
         str(reference["answer"]),
-        [row["text"]],
+        [] if "error" in row else [row["text"]],
         read if original else functools.partial(read_leniently, keys=("pred", "predicted")),
     )
 

@@ -74,7 +74,8 @@ def score_pope(rows: Sequence[Row], original: bool) -> Scores:
     known = [row for row in rows if "label" in row["reference"] and row["text"] is not None]
     categories, media = [row["reference"]["category"] for row in known], [row.get("media") for row in known]
     labels = ["no" if row["reference"]["label"] == "no" else "yes" for row in known]
-    pairs = [(parse(row["text"]), label) for row, label in zip(known, labels, strict=True)]
+    given = ["other" if "error" in row else parse(row["text"]) for row in known]
+    pairs = list(zip(given, labels, strict=True))
     right = [float(given == label) for given, label in pairs]
     tables = {
         name: counts([pair for pair, own in zip(pairs, categories, strict=True) if own == name])

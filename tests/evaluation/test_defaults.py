@@ -13,7 +13,7 @@ from recorded_evaluation import rows_of
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation import video_chatgpt, video_qa, vqa, yes_no
 from llamavid_jax.evaluation.choice import chosen, numbered
-from llamavid_jax.evaluation.judge import OfflineJudge, read_leniently
+from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge, read_leniently
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 
@@ -42,6 +42,27 @@ def test_yes_or_no(text, found):
 def test_pope_counts_an_unclear_answer_wrong_either_way():
     table = yes_no.counts([("other", "yes"), ("other", "no"), ("yes", "yes"), ("no", "no")])
     assert (table["TP"], table["FP"], table["TN"], table["FN"], table["accuracy"]) == (1, 0, 1, 1, 0.5)
+
+
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("name", ["pope", "vqav2", "vizwiz", "textvqa", "msvd", "video_chatgpt"])
+def test_a_broken_question_is_wrong(name, original):
+    """Whatever the rules make of an empty text: yes (POPE), or what is left of "the"; and no judge is asked."""
+    people = {"people": ["a", *["the"] * 9]} if name != "textvqa" else {"people": ["the"] * 10}
+    entry = {"Q": "?", "A": "a", "video_name": "v"}
+    reference = {"question_id": 1, "image": "1", "key": "v_0", "question": "?", "answer": "a", **people}
+    reference |= {"category": "random", "label": "yes", "file": "generic", "place": 0, "field": "Q", "entry": entry}
+    rows = [{"id": "1", "index": 0, "prompt": "?", "text": "", "reference": reference, "error": "it is gone"}]
+
+    class Judge(ModelJudge):
+        def _call(self, sent):
+            return "{'pred': 'yes', 'score': 5}"
+
+    judge = [Judge("http://127.0.0.1:9/v1", "")] if SETS[name].is_judged else []
+    assert set(SETS[name].score(rows, original, *judge).items.values()) == {0.0}
+    counted = {key: value for key, value in rows[0].items() if key != "error"}
+    if (name, original) != ("pope", False):
+        assert set(SETS[name].score([counted], original, *judge).items.values()) != {0.0}
 
 
 @pytest.mark.parametrize(
