@@ -171,7 +171,8 @@ def test_two_parts_are_the_whole(checkpoint, official, tmp_path, short, limit, c
 def test_other_parts_go_on(checkpoint, official, tmp_path, short, capsys):
     """Of three parts one ends, and one process does the rest; a part with other settings is refused at once."""
     data, out = official("msvd"), tmp_path / "out"
-    (data / "video" / "vid101.avi").rename(tmp_path / "vid101.avi")
+    lost = SETS["msvd"].read(data, False)[0][0].media
+    lost.rename(tmp_path / "lost")
     assert run(checkpoint, "msvd", data, out, "--shard", "1/3") == 0
     first = rows(out, "answers-1-of-3.jsonl")
     assert any("error" in row for row in first) and any("error" not in row for row in first)
@@ -179,7 +180,7 @@ def test_other_parts_go_on(checkpoint, official, tmp_path, short, capsys):
     assert "was begun with another like original" in capsys.readouterr().err
     assert run(checkpoint, "msvd", data, out) == 0
     assert len(rows(out)) == 9 - len(first) and not {row["id"] for row in first} & texts(out).keys()
-    (tmp_path / "vid101.avi").rename(data / "video" / "vid101.avi")
+    (tmp_path / "lost").rename(lost)
     assert run(checkpoint, "msvd", data, out, "--retry") == 0
     result = json.loads((out / "result.json").read_text())
     assert (result["answered"], result["broken"]) == (9, 0)
