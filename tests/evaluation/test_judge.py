@@ -230,7 +230,13 @@ def test_lenient_reading(reply, expected):
         assert read_leniently(reply, ("pred",))[:2] == expected
 
 
-@pytest.mark.parametrize("reply", ["{4}", "b'yes'", "{'pred': b'yes', 'score': 1}", "{'pred': 'yes', 'score': 1e999}"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *("{4}", "b'yes'", "{'pred': b'yes', 'score': 1}", "{'pred': 'yes', 'score': 1e999}"),
+        "{'pred': 'yes', 'score': 1" + "0" * 400 + "}",
+    ],
+)
 def test_literals_that_stop_the_original(reply):
     with pytest.raises(UnreadError) as raised:
         read_original(reply, ("pred",))
