@@ -92,7 +92,10 @@ def shard(text: str) -> tuple[int, int]:
 def judge_of(options: argparse.Namespace, out: Path) -> Any:
     if not options.judge:
         return OfflineJudge()
-    return ModelJudge(options.judge, os.environ.get(options.judge_key_env, ""), options.judge_model, out / REPLIES)
+    key = os.environ.get(options.judge_key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):  # requests would show it
+        raise InputError(f"the key in {options.judge_key_env} has characters that no key has; set it again")
+    return ModelJudge(options.judge, key, options.judge_model, out / REPLIES)
 
 
 # ---- answers

@@ -88,7 +88,7 @@ def first_literal(reply: str) -> Any:
     for found in re.findall(r"\{[^{}]*\}", reply):
         for read in (ast.literal_eval, json.loads):
             try:
-                value = read(found)
+                json.dumps(value := read(found))  # bytes, say, could not be written down
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 continue
             if isinstance(value, dict):
@@ -99,12 +99,12 @@ def first_literal(reply: str) -> Any:
 def read_original(reply: str, keys: Sequence[str] = (), needs_word: bool = True) -> Verdict:
     """As the original: the whole reply a literal, the score as a whole number, "yes" or "no" anywhere in the word.
 
-    `keys` are those that the word may have, none where only a score is asked for.  Without `needs_word` a word that is
-    neither leaves only the score.
+    `keys` are those of the word, none where only a score is asked for; not `needs_word`: the score counts without it.
     """
     value = literal(reply)
     try:
-        score = float(int(value["score"]))  # what is too long for a float, too, stops the original
+        json.dumps(value)  # what cannot be written down, or is too long for a float, stops the original too
+        score = float(int(value["score"]))
         if not keys:
             return Verdict(None, score, value)
         word = value[next((key for key in keys if key in value), keys[-1])].lower()

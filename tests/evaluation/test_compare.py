@@ -135,6 +135,18 @@ def test_answers_of_a_set_that_is_not_known(result, capsys):
     assert "'another', which is no set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "key, said", [("sé-1", "characters that no key has"), ("s\r\nx: 1", "characters"), ("s-1\r\n", "")]
+)
+def test_keys(result, monkeypatch, capsys, key, said):
+    """No key is shown, and what an editor leaves at its end is no part of it."""
+    folder = result("a", range(3))
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert command.main(["score", str(folder), "--judge", "http://127.0.0.1:9/v1"]) == (2 if said else 0)
+    error = capsys.readouterr().err
+    assert said in error and key.strip() not in error
+
+
 def test_page(result, tmp_path):
     """Published numbers, and what was measured beside them with what a reader must know."""
     folder = result("a", range(3), like_original=True)

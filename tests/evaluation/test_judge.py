@@ -219,6 +219,7 @@ def test_a_file_of_replies_that_was_cut_off(server, tmp_path):
         ('{"pred": "yes", "score": NaN}', None),
         ("{'pred': 'yes', 'score': 1e999}", None),
         ("{4}", None),
+        ("{'pred': 'yes', 'score': 4, 'why': b'x'}", None),
     ],
 )
 def test_lenient_reading(reply, expected):
@@ -234,7 +235,7 @@ def test_lenient_reading(reply, expected):
     "reply",
     [
         *("{4}", "b'yes'", "{'pred': b'yes', 'score': 1}", "{'pred': 'yes', 'score': 1e999}"),
-        "{'pred': 'yes', 'score': 1" + "0" * 400 + "}",
+        *("{'pred': 'yes', 'score': 1" + "0" * 400 + "}", "{'pred': 'yes', 'score': 4, 'why': b'x'}"),
     ],
 )
 def test_literals_that_stop_the_original(reply):
