@@ -104,6 +104,7 @@ def judge_of(options: argparse.Namespace, out: Path) -> Any:
 def evaluate(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     one, out = SETS[options.name], local(options.out)
+    judge_of(options, out)  # what is wrong with it is said now, not when all is answered
     if options.distributed or options.coordinator:
         index, count = own_shard(options)
         options.shard = index + 1, count

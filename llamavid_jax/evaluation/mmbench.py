@@ -30,6 +30,8 @@ MISSING |= {"NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 
 
 def read(folder: Path, original: bool, *, language: str = "en", rounds: bool = False) -> tuple[list[Item], list[Row]]:
+    import openpyxl  # noqa: F401  for the upload: that it is missing is said now, not when all is answered
+
     file = need(folder, TABLES[language], SOURCE)
     rows = list(read_table(file))
     for name in ("index", "question", "image", "A"):

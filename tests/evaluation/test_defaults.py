@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,12 @@ def test_mmbench_keeps_every_option(tmp_path):
     assert like_original.question == "Which?"
     scores = SETS["mmbench"].score(rows_of([item], ["D"]), False)
     assert scores.figures["accuracy"].value == 100
+
+
+def test_the_upload_s_package_is_looked_for_before_any_question(official, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ModuleNotFoundError):
+        SETS["mmbench"].read(official("mmbench"), False)
 
 
 def test_another_table(tmp_path):
