@@ -201,6 +201,8 @@ def _mme_task(pictures: Sequence[Sequence[bool]]) -> dict[str, Figure]:
 
 
 def _sum(figures: Sequence[Figure]) -> Figure:
+    if not figures:
+        return mean([])
     known = all(figure.error is not None for figure in figures)
-    error = math.sqrt(sum(figure.error**2 for figure in figures)) if known and figures else None
+    error = math.sqrt(sum(figure.error**2 for figure in figures)) if known else None
     return Figure(sum(figure.value for figure in figures), error, sum(figure.count for figure in figures))

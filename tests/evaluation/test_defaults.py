@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -38,6 +39,13 @@ from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 )
 def test_yes_or_no(text, found):
     assert yes_no.yes_or_no(text) == found
+
+
+def test_mme_s_sum_of_no_task_is_none():
+    """Of perception alone, as with --limit: no points of cognition, rather than 0."""
+    reference = {"category": "count", "file": "1.txt", "wording": "?", "label": "Yes"}
+    figures = yes_no.score_mme([{"id": "1", "text": "Yes", "reference": reference}], False).figures
+    assert figures["perception"].value == 100 and math.isnan(figures["cognition"].value)
 
 
 def test_pope_counts_an_unclear_answer_wrong_either_way():
