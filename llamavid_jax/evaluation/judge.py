@@ -237,7 +237,7 @@ class ModelJudge:
                 self._replies[key] = reply
                 if self.kept is not None:
                     with self.kept.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+                        file.write("\n" + json.dumps({"key": key, "reply": reply}))  # behind what a kill cut off
         return reply
 
     def _call(self, sent: list[dict[str, str]]) -> str | None:
@@ -289,8 +289,6 @@ class ModelJudge:
         replies = {}
         if self.kept is not None and self.kept.exists():
             text = self.kept.read_text(encoding="utf-8", errors="replace")
-            if text and not text.endswith("\n"):
-                self.kept.write_text(text + "\n", encoding="utf-8")
             for line in text.splitlines():
                 try:
                     row = json.loads(line)
