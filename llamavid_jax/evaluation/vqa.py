@@ -26,7 +26,7 @@ TEXTVQA_IMAGES = ("train_images", "train_val_images/train_images"), "train_val_i
 def read_vqav2(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     """test-dev2015; the upload holds all questions of test2015, as its server wants, with '' for those not asked."""
     people = {}
-    if files := sorted(folder.glob("v2_mscoco_*annotations.json")):
+    if files := sorted(folder.glob("v2_mscoco_*annotations.json"), key=lambda file: "_train" in file.name):
         annotations = checked(files[0], read_json(files[0], dict).get("annotations", []), "question_id", "answers")
         people = {annotation["question_id"]: _people(annotation) for annotation in annotations}
     items = read_questions(

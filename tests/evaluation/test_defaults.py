@@ -133,6 +133,15 @@ def test_a_clear_answer_counts_by_default(official, name):
     assert sum(original.items.values()) < len(rows)
 
 
+def test_the_training_split_s_annotations_are_others(official):
+    folder = official("vqav2")
+    before, _ = SETS["vqav2"].read(folder, False)
+    (folder / "v2_mscoco_train2014_annotations.json").write_text('{"annotations": []}')
+    items, _ = SETS["vqav2"].read(folder, False)
+    assert [item.reference for item in items] == [item.reference for item in before]
+    assert any("people" in item.reference for item in items)
+
+
 def test_uploads_keep_possessives(official):
     items, _ = SETS["vizwiz"].read(official("vizwiz"), False)
     rows = rows_of(items, ["Bob's, 2 dogs?"] * len(items))
