@@ -131,9 +131,7 @@ class Extractor:
         writer = None
         try:
             for chunk in self.model.feature_chunks(frames):
-                writer = writer or FeatureWriter(
-                    file, len(plans[0]), self.dtype, " ".join(cue.text for cue in cues or ())
-                )
+                writer = writer or FeatureWriter(file, len(plans[0]), self.dtype, json.dumps(cues))
                 for frame in chunk:
                     writer.add(frame)
             if version(path) != before:

@@ -213,11 +213,11 @@ def progress_bar(console: Console, session: Any) -> Iterator[Callable[[Any, int,
         yield show
 
 
-def draw_evidence(session: Any, question: str, answer: Any, file: Path) -> None:
+def draw_evidence(session: Any, question: str, answer: Any, file: Path, number: int) -> None:
     """One picture for each answer of a chat: FILE.png, FILE-2.png, ..."""
     from llamavid_jax.inference.evidence import draw
 
-    if (number := len(session.turns)) > 1:
+    if number > 1:
         file = file.with_stem(f"{file.stem}-{number}")
     try:
         draw(session, question, answer).save(file)
@@ -264,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         return compile_only(options)
     if options.chat and was_closed(sys.stdin):
         raise InputError("stdin is closed, and --chat reads its questions there; leave it open, or leave out --chat")
-    console, start, code = Console(stderr=True), time.perf_counter(), 0
+    console, start, code, answered = Console(stderr=True), time.perf_counter(), 0, 0
     program.keep_programs()
     session = start_session(options, console)
     loaded = time.perf_counter() - start
@@ -279,8 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
             if options.chat and (session.features is not None or not (options.image or options.video)):
                 continue
             break
+        answered += 1
         if options.evidence:
-            draw_evidence(session, question, answer, options.evidence)
+            draw_evidence(session, question, answer, options.evidence, answered)
         if options.json:
             result = dataclasses.asdict(answer)
             frames = result.pop("evidence")

@@ -86,8 +86,10 @@ def check_film(options: argparse.Namespace) -> None:
     if options.transcribe is not None and options.subtitles is not None:
         raise InputError("--transcribe makes the subtitles that --subtitles gives; leave one of them out")
     if options.subtitles is not None:
-        if options.subtitles == "auto" and is_url(options.video[0]):
-            raise InputError("--subtitles auto reads the track in a file; give a --video that is one")
+        if options.subtitles == "auto" and (is_url(options.video[0]) or is_features(options.video[0])):
+            raise InputError(
+                f"--subtitles auto reads the track in a file, and --video is {options.video[0]}; give a video file"
+            )
         options.subtitles = film_subtitles(options.subtitles, options.video[0], options.like_original)
     if options.transcribe is not None and (is_url(options.video[0]) or is_features(options.video[0])):
         raise InputError(

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,12 +22,14 @@ import numpy as np
 from llamavid_jax.buckets import is_address
 from llamavid_jax.copies import evict
 from llamavid_jax.errors import InputError
+from llamavid_jax.files import local
 from llamavid_jax.media.feature_file import SUFFIX, Description, FeatureWriter, name_of
 from llamavid_jax.media.features import describe, iter_features
 from llamavid_jax.media.source import MediaError
 
 DEFAULT_BYTES = 20 * 10**9  # eight hours of film at one frame a second, for the 7B models
 LEFT_OVER = 24 * 3600.0  # seconds after which a file that nobody finished is taken away
+OWN = re.compile(r"\.?[0-9a-f]{40}\.safetensors(\..+\.part)?")  # all else in the folder is somebody's: it stays
 
 
 class DamagedEntryError(Exception):
@@ -41,7 +44,7 @@ class FeatureCache:
             raise InputError(f"the cache's size is {limit} bytes; give it more than 0")
         if is_address(folder):
             raise InputError(f"the cache is {folder}; give a folder on a disk, which is faster")
-        self.folder, self.limit, self.notice, self._has_said = Path(folder).expanduser(), limit, notice, False
+        self.folder, self.limit, self.notice, self._has_said = local(folder), limit, notice, False
 
     def path(self, key: Mapping[str, Any]) -> Path:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:40]
@@ -139,7 +142,7 @@ class FeatureCache:
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.folder):
                 with contextlib.suppress(OSError):  # another process has just taken it away
-                    if entry.name.endswith((SUFFIX, ".part")):
+                    if OWN.fullmatch(entry.name):
                         found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
         left_over = {path for used, _, path in found if path.endswith(".part") and time.time() - used > LEFT_OVER}
         for path in left_over:

@@ -143,6 +143,8 @@ class Session:
         `streamer` is given the answer as it comes; `settings` are those of `generate`, such as `max_new_tokens=128`.
         Raises InputErrors; the conversation is then what it was.
         """
+        if evidence and not (self.visuals.images or self.visuals.videos):
+            raise InputError("evidence is the attention to frames, and there are none; give an image or a video")
         chosen, started = Settings(**settings), time.perf_counter()
         turn = self._turn(question, chosen.max_new_tokens)
         earlier = self._that_fit(turn, chosen.max_new_tokens) if self.follow_ups else []

@@ -7,6 +7,7 @@ feature file ─▶ its features
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from llamavid_jax.media.feature_file import Description
 from llamavid_jax.media.features import is_features
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import fetch, is_url
-from llamavid_jax.media.timeline import Sampling
+from llamavid_jax.media.timeline import Sampling, rate_that_fits
 from llamavid_jax.media.video import plan_video
 from llamavid_jax.shapes import IMAGE_TOKEN
 from llamavid_jax.text.conversation import Template, long_video_text, prompt
@@ -148,14 +149,20 @@ class Visuals:
             yield frame
 
     def _video_frames(self, number: int, video: Any, new_tokens: int) -> Iterator[np.ndarray]:
-        expected = None
+        expected, readable = None, math.inf  # frames, seconds
         times = self.times[number] = []
+        tell = self.reading.damage(video, self.say)
 
         def on_read(sampling: Sampling, done: int) -> None:
             nonlocal expected
             if done == 1:
                 self.sampled[number], expected = sampling, len(sampling)
                 self._check_length(video, new_tokens)
+
+        def on_damage(seconds: float) -> None:
+            nonlocal readable
+            readable = seconds
+            tell(seconds)
 
         if isinstance(video, str | Path):
             pieces = self.image_processor.stream_video(
@@ -165,7 +172,7 @@ class Visuals:
                 adapt=lambda plan: self.reading.plan(
                     plan, self.fps, self._room(number, plan, new_tokens), video, self.say
                 ),
-                partial=self.reading.damage(video, self.say),
+                partial=tell and on_damage,
             )
         else:
             pieces = [self.image_processor.video_pixels(video, self.fps)]
@@ -174,19 +181,20 @@ class Visuals:
                 yield frame
                 times.append(time_)
                 self.progress(video, len(times), expected)
-        self.movie = self._film(times)
+        self.movie = self._film(times, until=readable)
 
-    def _film(self, times: Sequence[float], said: str | None = None) -> str | None:
-        """The text of the one video; None where nothing stands between its frames."""
+    def _film(self, times: Sequence[float], said: str | None = None, until: float = math.inf) -> str | None:
+        """The text of the one video, read `until` so many seconds; None where nothing stands between its frames."""
         if self.subtitles is not None:
-            said = interleave(times, self.subtitles, self.like_original)
+            said = interleave(times, [cue for cue in self.subtitles if cue.end <= until], self.like_original)
         return with_times(said, times, self.times_of)
 
     def _room(self, number: int, plan: Sampling, new_tokens: int) -> int:
         """Frames of the video that the model has room for beside all else, and a tenth of that for the question."""
         config, words = self.model.config, ""
         if self.subtitles is not None or self.times_of is not None:  # as they stand between frames
-            cues = self.subtitles or []
+            until = plan.timeline.seconds if self.reading.partial else math.inf
+            cues = [cue for cue in self.subtitles or () if cue.end <= until]
             movie = interleave([cue.end for cue in cues], cues, self.like_original)
             words = long_video_text(movie, words, config.tokens_per_frame, config.mm_use_im_start_end)
         ids = encode_with_images(self.model.tokenizer, prompt(self.template, [words]))
@@ -207,11 +215,11 @@ class Visuals:
     def _check_length(self, video: Any, new_tokens: int) -> None:
         """Says that the videos are too long at the first frame of the one too many, not after its last."""
         width, plans = self.model.config.tokens_per_frame, list(self.sampled.values())
-        frames, total = sum(map(len, plans)), sum(plan.timeline.seconds for plan in plans)
+        frames, timelines = sum(map(len, plans)), [plan.timeline for plan in plans]
         room = self._frames_in(self.model.config.text_config.max_length - new_tokens, plans[-1])
         if frames <= room:
             return
-        fps = 0.9 * room / total
+        fps, total = rate_that_fits(timelines, room), sum(timeline.seconds for timeline in timelines)
         remedy = f"--fps {fps:.2g}" if fps >= 0.001 else "a smaller --max-new-tokens"
         raise InputError(
             f"with {video} the videos last {total:.0f} s, at {self.fps:g} frames a second {frames * width} visual "

@@ -85,7 +85,7 @@ class FeatureWriter:
     """
 
     def __init__(self, path: Path, frames: int, dtype: str, text: str = ""):
-        """For up to `frames` frames and up to the characters of `text` in `inputs`; `dtype` of DTYPES."""
+        """For up to `frames` frames, and a description that may hold `text` twice; `dtype` of DTYPES."""
         self.path, self.dtype = path, dtype
         self.room = 8192 + 48 * frames + 2 * len(json.dumps(json.dumps(text)))
         self.shape: tuple[int, ...] | None = None

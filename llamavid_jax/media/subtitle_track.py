@@ -26,12 +26,12 @@ def read_track(path: str | Path) -> list[tuple[float, str]]:
                 raise MediaError(f"{path} holds {held}; give them as text with --subtitles FILE.srt")
             track = next((one for one in texts if one.disposition & av.stream.Disposition.default), texts[0])
             video = container.streams.best("video")  # whose start FFmpeg may take from another stream
-            start = float(int(read_timeline(path, lambda _: None).pts[0]) * video.time_base) if video else 0.0
+            start = int(read_timeline(path, lambda _: None).pts[0]) * video.time_base if video else 0
             found = []
             for packet in container.demux(track):
                 if packet.pts is not None and packet.size:
                     # FFmpeg gives the last cue of a .lrc no length: it stands behind the frame that is shown then
-                    end = float((packet.pts + max(packet.duration or 0, 1)) * packet.time_base) - start
+                    end = float((packet.pts + max(packet.duration or 0, 1)) * packet.time_base - start)
                     texts = (part.dialogue for part in packet.decode() if hasattr(part, "dialogue"))
                     found += [(end, text.decode("utf-8", errors="replace")) for text in texts]
     except (av.FFmpegError, ValueError) as error:

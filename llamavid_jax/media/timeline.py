@@ -183,6 +183,13 @@ def sample_at_most(
     return sample(timeline, fps, name), fps
 
 
+def rate_that_fits(timelines: Sequence[Timeline], frames: float | int) -> float:
+    """Frames a second at which the videos together have nine tenths of `frames`, or fewer where strides ask for it."""
+    fps = max(0.9 * frames / sum(timeline.seconds for timeline in timelines), 1e-9)
+    rates = [timeline.average_fps for timeline in timelines if timeline.average_fps]
+    return min([fps, *(rate / math.ceil(rate / fps) for rate in rates)])
+
+
 def nearest_keys(sampling: Sampling) -> Sampling | None:
     """In place of each frame the key frame nearest to it in time; None where the file does not tell its key frames."""
     timeline, index = sampling.timeline, sampling.timeline.index

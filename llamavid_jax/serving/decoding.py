@@ -20,7 +20,7 @@ from llamavid_jax.errors import InputError, printable
 from llamavid_jax.inference.film_text import film_speech
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.timeline import Sampling
+from llamavid_jax.media.timeline import Sampling, Timeline, rate_that_fits
 from llamavid_jax.text.subtitles import Cue
 
 PROCESSES = multiprocessing.get_context("forkserver")  # neither JAX's threads nor its memory are forked
@@ -44,12 +44,12 @@ class Reading(NamedTuple):
         return dataclasses.replace(sampling, rule="times", frames=frames, times=sampling.timeline.times[frames])
 
 
-def check_length(path: Path, seconds: float, frames: int, most: int) -> None:
+def check_length(path: Path, timeline: Timeline, frames: int, most: int) -> None:
     """Raises MediaError for more frames than fit."""
     if frames > most:
         raise MediaError(
-            f"{path} lasts {seconds:.0f} s, which are {frames} frames, and {most} fit; "
-            f"ask with fps {0.9 * most / max(seconds, 1e-3):.2g}"
+            f"{path} lasts {timeline.seconds:.0f} s, which are {frames} frames, and {most} fit; "
+            f"ask with fps {rate_that_fits([timeline], most):.2g}"
         )
 
 
@@ -81,7 +81,7 @@ def _decode(send: Send, path: Path, images: LLaMAVIDLlavaImageProcessor, reading
     def on_read(sampling: Sampling, done: int) -> None:
         if done == 1:
             timeline = sampling.timeline
-            check_length(path, timeline.seconds, len(sampling), reading.most)
+            check_length(path, timeline, len(sampling), reading.most)
             send(dataclasses.replace(sampling, timeline=dataclasses.replace(timeline, index=None)))
 
     if reading is None:

@@ -24,7 +24,7 @@ from llamavid_jax.inference.encode import table_of
 from llamavid_jax.inference.feature_cache import DamagedEntryError, FeatureCache
 from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import check_row
-from llamavid_jax.inference.sources import content, description, version, video_key
+from llamavid_jax.inference.sources import content, description, stored, version, video_key
 from llamavid_jax.media.feature_file import Description
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import MediaError
@@ -240,10 +240,10 @@ class Preparer:
         if self.cache is not None and kind == "video" and rate[1] is None:
             key = video_key(path, rate[0], model, self.image_processor)
             if found := self.cache.find(key):
-                times = np.array(found["timestamps"])
-                check_length(path, found["sampling"]["seconds"], len(times), most)
+                plan = stored(path, found).sampling
+                check_length(path, plan.timeline, len(plan), most)
                 with contextlib.suppress(DamagedEntryError):
-                    return np.stack(list(self.cache.frames(key))).astype(model.dtype), times
+                    return np.stack(list(self.cache.frames(key))).astype(model.dtype), plan.times
         reading = Reading(rate[0], most, FRAME_CHUNK, rate[1]) if kind == "video" else None
         process = self.image_processor, path, reading, self.decoder_bytes, check
         with self._decoder(kind, check), contextlib.closing(decoded(*process)) as chunks:

@@ -230,6 +230,9 @@ BAD = {
     "--transcribe hears the sound in a file, and --video is f.npz; give a video file": [
         *["--model", "DIR", "--question", "a", "--video", "f.npz", "--transcribe", "tiny.en"]
     ],
+    "--subtitles auto reads the track in a file, and --video is f.npz; give a video file": [
+        *["--model", "DIR", "--question", "a", "--video", "f.npz", "--subtitles", "auto"]
+    ],
     "--times goes with one --video alone; give that": ["--model", "DIR", "--question", "a", "--times"],
     "argument --times: invalid choice: 'hour'": ["--model", "DIR", "--question", "a", "--times", "hour"],
     "'nothing.srt' cannot be read": [
@@ -280,10 +283,11 @@ def test_a_question_that_is_no_text_is_said(ask, monkeypatch):
 
 
 def test_a_chat_goes_on_beyond_the_positions(ask, monkeypatch, tmp_path):
-    """The oldest turns are left out, which is said once."""
+    """The oldest turns are left out, which is said once; every answer has its picture."""
     lines = iter([f"{number} " + "what " * 400 + "\n" for number in range(4)] + [""])
     monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
-    code, out, err = ask("--video", CLIP, "--chat", "--json")
+    code, out, err = ask("--video", CLIP, "--chat", "--json", "--evidence", str(tmp_path / "looked.png"))
+    assert len(list(tmp_path.glob("looked*.png"))) == 4
     answers = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and len(answers) == 4 and 1500 < max(answer["prompt_tokens"] for answer in answers) <= 2040
     assert err.count("are left out") == 1 and all(answer["visual_tokens"] >= 24 for answer in answers)

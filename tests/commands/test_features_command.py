@@ -109,6 +109,16 @@ def test_what_is_said(write, clips, tmp_path):
     assert read_header(path).inputs == "<image><image>Nobody.<image><image><image>"
 
 
+def test_much_that_is_said_between_few_frames(write, clips, tmp_path):
+    cues = [
+        f'00:00:{i // 1000:02},{i % 1000:03} --> 00:00:{i // 1000:02},{i % 1000:03}\n"{i}"\n\n' for i in range(4000)
+    ]
+    (clips / "a.srt").write_text("".join(cues))
+    assert write(clips / "a.mp4", "--out", tmp_path, "--subtitles", "--fps", 0.2)[0] == 0
+    assert read_header(tmp_path / "a.mp4.safetensors").inputs == "<image>" + " ".join(f'"{i}"' for i in range(4000))
+    assert "there already" in write(clips / "a.mp4", "--out", tmp_path, "--subtitles", "--fps", 0.2)[1]
+
+
 def test_what_is_heard(write, clips, tmp_path, monkeypatch):
     """Where no subtitles lie beside a video; a video is heard once for each model, one without sound is read too."""
     heard = []

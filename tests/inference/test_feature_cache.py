@@ -211,14 +211,15 @@ def test_those_not_used_for_longest_go_first(tiny_model, tmp_path, encoded):
     asked(tiny_model, clips[0], cache)
     size = os.path.getsize(tmp_path / "cache" / entries(tmp_path / "cache")[0])
     cache = FeatureCache(tmp_path / "cache", limit=int(2.5 * size))
-    (tmp_path / "cache" / "notes.txt").write_text("not ours")
-    (tmp_path / "cache" / ".a.safetensors.1.f.part").write_text("left over")
-    os.utime(tmp_path / "cache" / ".a.safetensors.1.f.part", (1, 1))
+    others, left_over = {"notes.txt", "walk.mp4.safetensors", "model.safetensors"}, f".{40 * 'a'}.safetensors.1.f.part"
+    for name in (*others, left_over):
+        (tmp_path / "cache" / name).write_bytes(bytes(3 * size))
+        os.utime(tmp_path / "cache" / name, (1, 1))
     for clip in (clips[1], clips[0], clips[2], clips[0], clips[3], clips[0]):
         asked(tiny_model, clip, cache)
         time.sleep(0.01)
-    assert encoded == [5] * 4 and len(entries(tmp_path / "cache")) == 2  # the first one was always used in time
-    assert {name for name in os.listdir(tmp_path / "cache") if not name.endswith(".safetensors")} == {"notes.txt"}
+    assert encoded == [5] * 4  # the first one was always used in time
+    assert len(kept := set(os.listdir(tmp_path / "cache"))) == 5 and others < kept
     asked(tiny_model, clips[1], cache)
     assert encoded == [5] * 5
 

@@ -78,6 +78,17 @@ def test_a_rate_at_which_it_fits(tiny_model, film, positions, videos):
     assert said == []
 
 
+@pytest.mark.parametrize("videos", [1, 2])
+def test_the_rate_that_a_refusal_names_fits(tiny_model, film, positions, videos):
+    """There is room for nine frames of ten, and only every frame or every second one may be taken."""
+    positions(videos * 280)
+    with pytest.raises(InputError, match="--fps ") as refused:
+        ask(tiny_model, [film] * videos, fps=25)
+    rate = float(re.search(r"--fps ([\d.]+)", str(refused.value))[1])
+    answer, _ = ask(tiny_model, [film] * videos, fps=rate)
+    assert answer.frames == 75 * videos
+
+
 def test_what_is_said_has_its_room_too(tiny_model, film, positions):
     positions(300)
     cues = [Cue(second + 0.5, "what is it who is it " * 2) for second in range(6)]
@@ -109,6 +120,22 @@ def test_what_is_left_of_a_file(tiny_model, film, tmp_path):
     assert said and all(f"{path} is cut short or damaged: only its first 2." in text for text in said)
     whole, said = ask(tiny_model, [film], Reading(partial=True))
     assert whole.frames == 6 and said == []
+
+
+@pytest.mark.parametrize("at", ["end", "middle"])
+def test_what_is_said_after_the_damage_is_left_out(tiny_model, film, tmp_path, at):
+    """Else the rest of the film's words would stand behind the last frame that can be read."""
+    data = film.read_bytes()
+    half, path = len(data) // 2, tmp_path / "damaged.mkv"
+    path.write_bytes(data[:half] + (b"" if at == "end" else bytes(2000) + data[half + 2000 :]))
+    cues = [Cue(second + 0.5, f"word {second}") for second in range(6)]
+    sessions = [
+        Session(tiny_model, IMAGES, videos=[str(path)], fps=1, reading=Reading(partial=True), subtitles=some)
+        for some in (cues, cues[:2])
+    ]
+    lengths = [session.ask("what is it", **SHORT).prompt_tokens for session in sessions]
+    movies = [session.visuals.movie for session in sessions]
+    assert movies[0] == movies[1] and lengths[0] == lengths[1] and "word 1" in movies[0]
 
 
 @pytest.mark.parametrize("reading", [Reading(fast=True), Reading(fit=True), Reading(partial=True)])

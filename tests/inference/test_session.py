@@ -210,6 +210,8 @@ def test_evidence_is_a_part_for_every_frame(tiny_model):
         out = tiny_model.generate([ids[:-1], ids], visual_tokens=[tokens, tokens], evidence=True, **SHORT)
         assert len(out.evidence[1]) == sum(map(len, tokens)) == 12 * (number + 1)
     assert session.ask("why?", **SHORT).evidence is None
+    with pytest.raises(InputError, match="there are none; give an image or a video"):
+        Session(tiny_model, IMAGES).ask("why?", evidence=True, **SHORT)
 
 
 def test_evidence_of_a_row_is_what_it_is_alone(tiny_model):
