@@ -127,7 +127,7 @@ DIMENSIONS = (
 def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     videos, items = need(folder, VIDEOS, SOURCE), []
     for name, fields in (("generic", ["Q"]), ("temporal", ["Q"]), ("consistency", [FIRST, SECOND])):
-        file = need(folder, (f"{name}_qa.json", f"evaluation/{name}_qa.json"), SOURCE)
+        file = need(folder, [f"{place}{name}_qa.json" for place in ("", "evaluation/", "Benchmarking_QA/")], SOURCE)
         entries = checked(file, read_json(file), *fields, "A", "video_name")
         for place, (key, entry) in enumerate(zip(counted(one["video_name"] for one in entries), entries, strict=True)):
             for field in fields:
@@ -147,7 +147,7 @@ def question_set(texts: dict[str, str], entry: dict[str, Any], original: bool) -
     return {"q1": entry[FIRST], "q2": second, "a": entry["A"], "pred1": texts[FIRST], "pred2": texts[SECOND]}
 
 
-def case(dimension: Dimension, shown: dict[str, str], original: bool) -> Case:
+def case(dimension: Dimension, shown: dict[str, str], original: bool, is_broken: bool = False) -> Case:
     rules = "\n".join(f"- {rule}" for rule in dimension.instructions)
     system = (
         f"You are an intelligent chatbot designed for evaluating the {dimension.aspect}."
@@ -169,7 +169,7 @@ def case(dimension: Dimension, shown: dict[str, str], original: bool) -> Case:
         f"STRING.DO NOT PROVIDE ANY OTHER OUTPUT TEXT OR EXPLANATION. Only provide the Python dictionary string. For "
         "example, your response should look like this: {''score': 4.8}."
     )
-    predictions = [value for name, value in shown.items() if name.startswith("pred")]
+    predictions = [value for name, value in shown.items() if name.startswith("pred") and not is_broken]
     read_reply = functools.partial(read_original, keys=()) if original else read_leniently
     return Case(messages(system, user), shown["a"], predictions, read_reply)
 
@@ -187,10 +187,16 @@ def entries_of(rows: Sequence[Row], name: str) -> list[tuple[str, dict[str, Any]
 
 def score(rows: Sequence[Row], original: bool, judge: Any) -> Scores:
     scores, failed = Scores({}, notes=[f"judged by {judge.name}"]), {}
+    broken = {(row["reference"]["file"], row["reference"]["key"]) for row in rows if "error" in row}
     for dimension in DIMENSIONS:
         entries = entries_of(rows, dimension.file)
         shown = [question_set(texts, entry, original) for _, entry, texts, _ in entries]
-        verdicts = judge.verdicts([case(dimension, one, original) for one in shown])
+        verdicts = judge.verdicts(
+            [
+                case(dimension, one, original, (dimension.file, entry[0]) in broken)
+                for entry, one in zip(entries, shown, strict=True)
+            ]
+        )
         judged = [(*one, verdict) for one, verdict in zip(zip(entries, shown, strict=True), verdicts, strict=True)]
         judged = [(entry, one, verdict) for entry, one, verdict in judged if verdict is not None]
         values = [float(verdict.score) for *_, verdict in judged]

@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import math
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,7 +15,7 @@ from recorded_evaluation import rows_of
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation import video_chatgpt, video_qa, vqa, yes_no
 from llamavid_jax.evaluation.choice import chosen, numbered
-from llamavid_jax.evaluation.judge import OfflineJudge, read_leniently
+from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge, read_leniently
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 
@@ -38,9 +41,37 @@ def test_yes_or_no(text, found):
     assert yes_no.yes_or_no(text) == found
 
 
+def test_mme_s_sum_of_no_task_is_none():
+    """Of perception alone, as with --limit: no points of cognition, rather than 0."""
+    reference = {"category": "count", "file": "1.txt", "wording": "?", "label": "Yes"}
+    figures = yes_no.score_mme([{"id": "1", "text": "Yes", "reference": reference}], False).figures
+    assert figures["perception"].value == 100 and math.isnan(figures["cognition"].value)
+
+
 def test_pope_counts_an_unclear_answer_wrong_either_way():
     table = yes_no.counts([("other", "yes"), ("other", "no"), ("yes", "yes"), ("no", "no")])
     assert (table["TP"], table["FP"], table["TN"], table["FN"], table["accuracy"]) == (1, 0, 1, 1, 0.5)
+
+
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("name", ["pope", "vqav2", "vizwiz", "textvqa", "msvd", "video_chatgpt"])
+def test_a_broken_question_is_wrong(name, original):
+    """Whatever the rules make of an empty text: yes (POPE), or what is left of "the"; and no judge is asked."""
+    people = {"people": ["a", *["the"] * 9]} if name != "textvqa" else {"people": ["the"] * 10}
+    entry = {"Q": "?", "A": "a", "video_name": "v"}
+    reference = {"question_id": 1, "image": "1", "key": "v_0", "question": "?", "answer": "a", **people}
+    reference |= {"category": "random", "label": "yes", "file": "generic", "place": 0, "field": "Q", "entry": entry}
+    rows = [{"id": "1", "index": 0, "prompt": "?", "text": "", "reference": reference, "error": "it is gone"}]
+
+    class Judge(ModelJudge):
+        def _call(self, sent):
+            return "{'pred': 'yes', 'score': 5}"
+
+    judge = [Judge("http://127.0.0.1:9/v1", "")] if SETS[name].is_judged else []
+    assert set(SETS[name].score(rows, original, *judge).items.values()) == {0.0}
+    counted = {key: value for key, value in rows[0].items() if key != "error"}
+    if (name, original) != ("pope", False):
+        assert set(SETS[name].score([counted], original, *judge).items.values()) != {0.0}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +133,15 @@ def test_a_clear_answer_counts_by_default(official, name):
     assert sum(original.items.values()) < len(rows)
 
 
+def test_the_training_split_s_annotations_are_others(official):
+    folder = official("vqav2")
+    before, _ = SETS["vqav2"].read(folder, False)
+    (folder / "v2_mscoco_train2014_annotations.json").write_text('{"annotations": []}')
+    items, _ = SETS["vqav2"].read(folder, False)
+    assert [item.reference for item in items] == [item.reference for item in before]
+    assert any("people" in item.reference for item in items)
+
+
 def test_uploads_keep_possessives(official):
     items, _ = SETS["vizwiz"].read(official("vizwiz"), False)
     rows = rows_of(items, ["Bob's, 2 dogs?"] * len(items))
@@ -133,6 +173,12 @@ def test_mmbench_keeps_every_option(tmp_path):
     assert like_original.question == "Which?"
     scores = SETS["mmbench"].score(rows_of([item], ["D"]), False)
     assert scores.figures["accuracy"].value == 100
+
+
+def test_the_upload_s_package_is_looked_for_before_any_question(official, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ModuleNotFoundError):
+        SETS["mmbench"].read(official("mmbench"), False)
 
 
 def test_another_table(tmp_path):
@@ -211,8 +257,35 @@ def test_numbers_of_videos(official):
     folder = official("msvd")
     lines = json.loads((folder / "test_qa.json").read_text())
     (folder / "test_qa.json").write_text(json.dumps([{**lines[0], "video_id": 101}]))
-    assert SETS["msvd"].read(folder, False)[0][0].media.name == "vid101.avi"
-    assert SETS["msvd"].read(folder, True)[0][0].media.name == "101.mp4"
+    assert [SETS["msvd"].read(folder, mode)[0][0].media.name for mode in (False, True)] == ["vid101.avi"] * 2
+
+
+@pytest.mark.parametrize(
+    "name, moved",
+    [
+        ("mme", {"MME_Benchmark_release_version": "MME_Benchmark_release_version/MME_Benchmark"}),
+        ("mmbench", {"mmbench_dev_20230712.tsv": "MMBench_DEV_EN.tsv"}),
+        ("mmbench_cn", {"mmbench_dev_cn_20231003.tsv": "MMBench_DEV_CN_V11.tsv"}),
+        ("video_chatgpt", {f"{file}_qa.json": "Benchmarking_QA/" for file in ("generic", "temporal", "consistency")}),
+        ("activitynet_qa", {"test_q.json": "dataset/", "test_a.json": "dataset/"}),
+        ("msvd", {"video/vid101.avi": "video/vid101.AVI"}),
+        ("msvd", {"video/vid101.avi": "video/-4wsuPCjDBc_5_15.avi", "video": "YouTubeClips"}),
+    ],
+)
+def test_layouts_that_the_owners_have_too(official, name, moved):
+    """The same questions with the same answers, about files that are there."""
+    data = official(name.removesuffix("_cn"))
+    before, _ = SETS[name].read(data, False)
+    (data / "youtube_mapping.txt").write_text("x_1_2 vid1\n-4wsuPCjDBc_5_15 vid101\n")
+    for old, new in moved.items():
+        (data / old).rename(aside := data / "aside")
+        target = data / new / old if new.endswith("/") else data / new
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.rename(target)
+    items, _ = SETS[name].read(data, False)
+    told = [[(item.id, item.text, item.reference) for item in some] for some in (before, items)]
+    assert told[0] == told[1]
+    assert all(Path(item.media).is_file() for item in items if not str(item.media).startswith("data:"))
 
 
 @pytest.mark.parametrize("name", sorted(set(SETS) - {"mmbench_rounds"}))

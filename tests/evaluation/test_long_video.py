@@ -10,6 +10,7 @@ from test_answers import ask
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.answers import cues_of
+from llamavid_jax.evaluation.items import Item
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.text.subtitles import Cue
 
@@ -120,6 +121,18 @@ def test_longvideobench(tmp_path):
     assert item.reference["answer"] == "C" and item.subtitles is None
     (item,), _ = SETS["longvideobench_subtitles"].read(tmp_path, False)
     assert cues_of(item) == [Cue(1.5, "Hello"), Cue(2.0, "Bye")]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [5, {"line": "no end"}, {"end": "1:2", "line": ""}, {"timestamp": [None, None], "text": ""}, {"timestamp": [1]}],
+)
+def test_subtitles_of_another_form(tmp_path, bad):
+    """They are one line, which costs the questions of their video."""
+    write(tmp_path / "a.json", [bad])
+    item = Item("1", "?", "?", "?", tmp_path / "a.mp4", True, {}, tmp_path / "a.json")
+    with pytest.raises(InputError, match="not in the form of LongVideoBench's subtitles"):
+        cues_of(item)
 
 
 def test_answers_that_are_not_public(tmp_path):
