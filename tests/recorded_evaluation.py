@@ -121,7 +121,7 @@ def check_picture(item: Item, given: dict[str, Any] | None, crops: bool) -> None
 def sampled(frames: int, fps: float) -> list[int]:
     """The frames of a video that keeps its rate."""
     times = np.arange(frames) / fps
-    return sample(Timeline(np.arange(frames), times, frames / fps, fps), 1.0).frames.tolist()
+    return sample(Timeline(np.arange(frames), times, frames / fps, float(fps)), 1.0).frames.tolist()
 
 
 def check_video(item: Item, videos: dict[str, dict[str, Any]], recorded: dict[str, Any]) -> None:

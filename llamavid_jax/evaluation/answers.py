@@ -236,13 +236,18 @@ def cues_of(item: Item) -> list[Cue]:
     file = Path(item.subtitles)
     if file.suffix != ".json":
         return film_subtitles(str(file), item.media)
-    cues = []
-    for one in read_json(file):
-        if "timestamp" in one:
-            start, end = one["timestamp"]
-            end, text = (end if isinstance(end, int | float) else start), one["text"]
-        else:
-            hours, minutes, seconds = one["end"].split(":")
-            end, text = 3600 * int(hours) + 60 * int(minutes) + float(seconds), one["line"]
-        cues.append(Cue(float(end) - item.subtitles_start, text.replace(IMAGE, " ").strip()))
-    return cues
+    entries = read_json(file)
+    try:
+        return [_cue(one, item.subtitles_start) for one in entries]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} is not in the form of LongVideoBench's subtitles ({error!r}); get it anew") from None
+
+
+def _cue(one: Mapping[str, Any], begins: float) -> Cue:
+    if "timestamp" in one:
+        start, end = one["timestamp"]
+        end, text = (end if isinstance(end, int | float) else start), one["text"]
+    else:
+        hours, minutes, seconds = one["end"].split(":")
+        end, text = 3600 * int(hours) + 60 * int(minutes) + float(seconds), one["line"]
+    return Cue(float(end) - begins, text.replace(IMAGE, " ").strip())

@@ -125,7 +125,7 @@ def evaluate(arguments: list[str]) -> int:
             answer(options, header["settings"], left, store)
         if store.broken:
             say(f"{store.broken} questions are broken and count as wrong; their rows say why, --retry asks them again")
-    if options.shard != (1, 1) and not merge(out, options.shard[1]):
+    if options.shard != (1, 1) and not is_whole(out, options.shard[1], min(len(items), options.limit or len(items))):
         say(f"part {options.shard[0]} of {options.shard[1]} is answered; the last part to end scores all")
         return 0
     return show(scored(out, None, options))
@@ -201,14 +201,12 @@ def answer(
         Asker(model, images, asked, options.batch, write).ask(groups)
 
 
-def merge(out: Path, count: int) -> bool:
-    """One file of all parts, in the set's order, once they are all answered."""
+def is_whole(out: Path, count: int, questions: int) -> bool:
+    """Whether all parts are there, and hold so many answers together."""
     files = [out / part_name((part, count)) for part in range(1, count + 1)]
     if not all(find(file).exists() for file in files):
         return False
-    header, rows = gather(out)
-    answered = sum(row["text"] is not None for row in rows)
-    return answered == header["data"]["questions"]
+    return sum(row["text"] is not None for row in gather(out)[1]) >= questions
 
 
 # ---- scores

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from llamavid_jax.errors import InputError, say
 from llamavid_jax.evaluation.vqa_text import official
+from llamavid_jax.evaluation.yes_no import yes_or_no
 
 ATTEMPTS = 5  # of one case
 CALLS = 8  # at a time
@@ -47,11 +48,15 @@ class UnreadError(Exception):
 
 
 Read = Callable[[str], Verdict]
+WRONG = Verdict(False, 0.0, {"pred": "no", "score": 0})
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One judgement: the messages as sent, what an offline judge compares, and how a reply is read."""
+    """One judgement: the messages as sent, what an offline judge compares, and how a reply is read.
+
+    `predictions` are none where the question could not be asked: it counts as wrong, and no judge is.
+    """
 
     messages: list[dict[str, str]]
     answer: str
@@ -67,13 +72,17 @@ def messages(system: str, user: str) -> list[dict[str, str]]:
 
 
 def literal(reply: str) -> Any:
-    """The Python literal that a whole reply is; UnreadError for any other."""
+    """The Python literal that a whole reply is, as the file of judgements holds it; UnreadError for any other."""
     if len(reply) > LONGEST:
         raise UnreadError
     try:
-        return ast.literal_eval(reply)
+        value = ast.literal_eval(reply)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise UnreadError from None
+    try:
+        return json.loads(json.dumps(value))
+    except (ValueError, TypeError, RecursionError):  # a set, bytes
+        raise UnreadError(is_final=True) from None
 
 
 def first_literal(reply: str) -> Any:
@@ -83,7 +92,7 @@ def first_literal(reply: str) -> Any:
     for found in re.findall(r"\{[^{}]*\}", reply):
         for read in (ast.literal_eval, json.loads):
             try:
-                value = read(found)
+                value = json.loads(json.dumps(read(found)))
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 continue
             if isinstance(value, dict):
@@ -112,27 +121,31 @@ def read_original(reply: str, keys: Sequence[str] = (), needs_word: bool = True)
 
 
 def read_leniently(reply: str, keys: Sequence[str] = ()) -> Verdict:
-    """By default: the first dictionary in the reply, a score from 0 to 5 as it stands, a word that is yes or no."""
+    """By default: the first dictionary in the reply, a score from 0 to 5 as it stands, and words that say yes or no."""
     value = {str(key).lower(): one for key, one in first_literal(reply).items()}
     try:
         score = float(value["score"])
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UnreadError from None
-    if not 0 <= score <= 5:  # also what is no number
+    if not 0 <= score <= 5 or isinstance(value["score"], bool):  # also what is no number
         raise UnreadError
     if not keys:
         return Verdict(None, score, value)
-    word = str(next((value[key] for key in keys if key in value), "")).strip().lower()
-    if word not in ("yes", "no", "true", "false"):
+    words = str(next((value[key] for key in keys if key in value), "")).lower()
+    said = {word in ("yes", "true") for word in re.findall(r"\b(?:yes|no|true|false)\b", words)}
+    if len(said) != 1:
         raise UnreadError
-    return Verdict(word in ("yes", "true"), score, value)
+    return Verdict(said.pop(), score, value)
 
 
 # ---- judges
 
 
 class OfflineJudge:
-    """Right is what equals the answer once both are normalised as VQA's are, or holds it as whole words; 5 or 0."""
+    """Right is what equals the answer once both are normalised as VQA's are, or holds it as whole words; 5 or 0.
+
+    Where the answer is yes or no, right is what says the same.
+    """
 
     name = "offline: exact and normalised match; not the paper's judge"
 
@@ -144,9 +157,12 @@ class OfflineJudge:
 
     def _one(self, case: Case) -> Verdict:
         answer = _comparable(case.answer)
-        right = all(f" {answer} " in f" {_comparable(prediction)} " for prediction in case.predictions)
+        if answer in ("yes", "no"):
+            right = all(yes_or_no(prediction) == answer for prediction in case.predictions)
+        else:
+            right = all(f" {answer} " in f" {_comparable(prediction)} " for prediction in case.predictions)
         right = right and bool(answer) and bool(case.predictions)
-        return Verdict(right, 5.0 if right else 0.0, {"pred": "yes" if right else "no", "score": 5 if right else 0})
+        return Verdict(True, 5.0, {"pred": "yes", "score": 5}) if right else WRONG
 
 
 def _comparable(text: str) -> str:
@@ -196,6 +212,8 @@ class ModelJudge:
                 raise
 
     def _one(self, case: Case) -> Verdict | None:
+        if not case.predictions:
+            return WRONG
         for attempt in range(ATTEMPTS):
             if self._stop.is_set():
                 return None

@@ -139,7 +139,7 @@ def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     return items, []
 
 
-def question_set(texts: dict[str, str], entry: dict[str, Any], original: bool) -> dict[str, str]:
+def question_set(texts: dict[str, str | None], entry: dict[str, Any], original: bool) -> dict[str, str | None]:
     """What the judge is told of an entry; the original gives it the first of two questions twice."""
     if FIRST not in entry:
         return {"q": entry["Q"], "a": entry["A"], "pred": texts["Q"]}
@@ -147,7 +147,7 @@ def question_set(texts: dict[str, str], entry: dict[str, Any], original: bool) -
     return {"q1": entry[FIRST], "q2": second, "a": entry["A"], "pred1": texts[FIRST], "pred2": texts[SECOND]}
 
 
-def case(dimension: Dimension, shown: dict[str, str], original: bool) -> Case:
+def case(dimension: Dimension, shown: dict[str, str | None], original: bool) -> Case:
     rules = "\n".join(f"- {rule}" for rule in dimension.instructions)
     system = (
         f"You are an intelligent chatbot designed for evaluating the {dimension.aspect}."
@@ -170,18 +170,23 @@ def case(dimension: Dimension, shown: dict[str, str], original: bool) -> Case:
         "example, your response should look like this: {''score': 4.8}."
     )
     predictions = [value for name, value in shown.items() if name.startswith("pred")]
+    predictions = [] if None in predictions else predictions
     read_reply = functools.partial(read_original, keys=()) if original else read_leniently
-    return Case(messages(system, user), shown["a"], predictions, read_reply)
+    return Case(messages(system, user), str(shown["a"]), predictions, read_reply)
 
 
-def entries_of(rows: Sequence[Row], name: str) -> list[tuple[str, dict[str, Any], dict[str, str], Any]]:
-    """Key, entry, texts by field and video of each entry of a file that is wholly answered, in the file's order."""
-    found: dict[int, tuple[str, dict[str, Any], dict[str, str], Any]] = {}
+def entries_of(rows: Sequence[Row], name: str) -> list[tuple[str, dict[str, Any], dict[str, str | None], Any]]:
+    """Key, entry, texts by field and video of each entry of a file that is wholly answered, in the file's order.
+
+    The text is None where the question could not be asked.
+    """
+    found: dict[int, tuple[str, dict[str, Any], dict[str, str | None], Any]] = {}
     for row in rows:
         reference = row["reference"]
         if reference["file"] == name and row["text"] is not None:
             blank = (reference["key"], reference["entry"], {}, row.get("media"))
-            found.setdefault(reference["place"], blank)[2][reference["field"]] = row["text"]
+            text = None if "error" in row else row["text"]
+            found.setdefault(reference["place"], blank)[2][reference["field"]] = text
     return [one for _, one in sorted(found.items()) if len(one[2]) == (2 if FIRST in one[1] else 1)]
 
 
@@ -205,7 +210,7 @@ def score(rows: Sequence[Row], original: bool, judge: Any) -> Scores:
     for name in ("generic", "temporal", "consistency"):
         lines = []
         for _, entry, texts, _ in entries_of(rows, name):
-            predictions = {f"pred{field.removeprefix('Q')}": text for field, text in sorted(texts.items())}
+            predictions = {f"pred{field.removeprefix('Q')}": text or "" for field, text in sorted(texts.items())}
             lines.append({**entry, **predictions})
         scores.files[f"{name}_predictions.json"] = json_lines(lines)
     scores.counts["judgements failed"] = failed

@@ -59,16 +59,17 @@ def read_activitynet(folder: Path, original: bool) -> tuple[list[Item], list[Row
     questions = checked(question_file, read_json(question_file), "question_id", "question", "video_name")
     answers = checked(answer_file, read_json(answer_file), "question_id", "answer")
     if original:
-        if len(questions) != len(answers):
+        if len(questions) > len(answers):
             raise InputError(
                 f"{question_file} has {len(questions)} entries, {answer_file} {len(answers)}; get both anew"
             )
-        pairs = list(zip(questions, answers, strict=True))
+        pairs = list(zip(questions, answers, strict=False))
     else:
-        by_id = {one["question_id"]: one for one in answers}
-        if lost := [one["question_id"] for one in questions if one["question_id"] not in by_id]:
+        names, answered = (unique(one["question_id"] for one in entries) for entries in (questions, answers))
+        by_name = dict(zip(answered, answers, strict=True))
+        if lost := [name for name in names if name not in by_name]:
             raise InputError(f"{answer_file} has no answer to {lost[0]}; is it of another split?")
-        pairs = [(one, by_id[one["question_id"]]) for one in questions]
+        pairs = [(one, by_name[name]) for name, one in zip(names, questions, strict=True)]
     videos = need(folder, ("all_test", "videos", "video"), ACTIVITYNET_VIDEOS)
     return _items(
         [
@@ -113,7 +114,7 @@ def case(row: Row, original: bool, is_activitynet: bool) -> Case:
     return Case(
         messages(SYSTEM, USER.format(**words)),
         str(reference["answer"]),
-        [row["text"]],
+        [] if "error" in row else [row["text"]],
         read if original else functools.partial(read_leniently, keys=("pred", "predicted")),
     )
 

@@ -37,8 +37,9 @@ YES_OR_NO = "Please answer yes or no."
 
 
 def yes_or_no(text: str) -> str:
-    """The first word that is one of the two; "other" without."""
-    found = re.search(r"\b(yes|no|not|nope|yeah|yep)\b", text.lower())
+    """The first word that is one of the two; "other" without: "not sure" and "no idea" are neither."""
+    no = r"(?:no|not|isn't|aren't|doesn't)\b(?! (?:idea|sure|certain|clear)\b)"
+    found = re.search(rf"\b(yes|yeah|yep|nope|{no})\b", text.lower())
     return {None: "other", "yes": "yes", "yeah": "yes", "yep": "yes"}.get(found and found[1], "no")
 
 
@@ -74,7 +75,9 @@ def score_pope(rows: Sequence[Row], original: bool) -> Scores:
     known = [row for row in rows if "label" in row["reference"] and row["text"] is not None]
     categories, media = [row["reference"]["category"] for row in known], [row.get("media") for row in known]
     labels = ["no" if row["reference"]["label"] == "no" else "yes" for row in known]
-    pairs = [(parse(row["text"]), label) for row, label in zip(known, labels, strict=True)]
+    pairs = [
+        ("other" if "error" in row else parse(row["text"]), label) for row, label in zip(known, labels, strict=True)
+    ]
     right = [float(given == label) for given, label in pairs]
     tables = {
         name: counts([pair for pair, own in zip(pairs, categories, strict=True) if own == name])
@@ -146,8 +149,8 @@ def _wordings(release: Path, category: str, stem: str) -> dict[str, tuple[str, s
     file = next((release / name for name in names if (release / name).exists()), None)
     if file is None:
         return {}
-    lines = (line.split("\t") for line in read_text(file).split("\n") if line.strip())
-    return {_bare(line[0]): (line[0], line[1].strip()) for line in lines if len(line) == 2}
+    lines = (line.strip().split("\t") for line in read_text(file).split("\n"))
+    return {_bare(line[0]): (line[0], line[1]) for line in lines if len(line) == 2}
 
 
 def _bare(question: str) -> str:

@@ -165,6 +165,10 @@ def test_two_parts_are_the_whole(checkpoint, official, tmp_path, short, capsys):
     names = ("answers-1-of-2.jsonl", "answers-2-of-2.jsonl")
     both = [row for name in names for row in rows(tmp_path / "parts", name)]
     assert {row["id"]: row["text"] for row in both} == texts(tmp_path / "whole") and len(both) == 9
+    for part in ("1/2", "2/2"):  # the first questions alone are whole, too
+        assert run(checkpoint, "msvd", data, tmp_path / "first", "--shard", part, "--limit", "4") == 0
+    first = json.loads((tmp_path / "first" / "result.json").read_text())
+    assert first["answered"] == 4 and first["items"] == dict(list(whole["items"].items())[:4])
 
 
 def test_two_processes_are_the_whole(checkpoint, official, tmp_path):

@@ -10,9 +10,9 @@ from PIL import Image
 from recorded_evaluation import rows_of
 
 from llamavid_jax.errors import InputError
-from llamavid_jax.evaluation import video_chatgpt, video_qa, vqa, yes_no
+from llamavid_jax.evaluation import mmbench, video_chatgpt, video_qa, vqa, yes_no
 from llamavid_jax.evaluation.choice import chosen, numbered
-from llamavid_jax.evaluation.judge import OfflineJudge, read_leniently
+from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge, read_leniently
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 
@@ -32,6 +32,12 @@ from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
         ("Know", "other"),
         ("nothing", "other"),
         ("eyes", "other"),
+        ("Not sure", "other"),
+        ("I have no idea", "other"),
+        ("I am not sure, but yes", "yes"),
+        ("There isn't a kettle", "no"),
+        ("I don't know", "other"),
+        ("No, I am not sure", "no"),
     ],
 )
 def test_yes_or_no(text, found):
@@ -68,12 +74,36 @@ def test_pope_counts_an_unclear_answer_wrong_either_way():
         ("E", None),
         ("The answer is B. The answer is C.", None),
         ("B or C", None),
+        ("A and B", None),
+        ("A or C", None),
+        ("A, B", None),
+        ("(A), (B) and (C)", None),
+        ("Both A and C are right", None),
+        ("The answer is A or B", None),
+        ("The answer is not A", None),
+        ("The answer is B, A is wrong", "B"),
+        ("A and C are wrong. The answer is B.", "B"),
+        ("B, A cat", "B"),
+        ("Answer:A", "A"),
+        ("It is A.", "A"),
+        ("I choose A", "A"),
+        ("The answer is A because it barks", "A"),
+        ("a.m. or later", None),
+        ("I'm not sure", None),
     ],
 )
 def test_letters(text, letter):
     """ "A dog" names no option; "I" and "A" alone inside a sentence are words."""
     assert chosen(text, numbered(["one dog", "two dogs", "three dogs", "none"])) == letter
     assert chosen(text, {}) is None
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [("Vitamin C", "A"), ("A dog", "C"), ("Answer: a dog.", "C"), ("P.M.", "D"), ("C", "C"), ("A.", "A")],
+)
+def test_an_option_s_own_words_come_before_letters_in_them(text, letter):
+    assert chosen(text, numbered(["vitamin C", "vitamin D", "A dog", "p.m."])) == letter
 
 
 def test_an_answer_of_several_options_is_none():
@@ -155,6 +185,14 @@ def test_mmbench_rounds(tmp_path):
     assert (scores.figures["accuracy"].value, scores.figures["circular accuracy"].value) == (80, 50)
 
 
+def test_mmbench_hands_in_every_line(tmp_path):
+    """Also one that comes twice: as in the original both have the last answer."""
+    row = f"7\tWhich?\t\tcat\tdog\tfox\t\tB\tanimal\t{picture('RGB')}\tmade up\tperception\t\tdev"
+    items, _ = SETS["mmbench"].read(mmbench_table(tmp_path / "mmbench", row, row), False)
+    header, *lines = mmbench.cells(rows_of(items, ["A", "B"]))
+    assert [line[header.index("prediction")] for line in lines] == ["B", "B"]
+
+
 def test_activitynet_pairs_by_id(official):
     """Answers in another order than the questions go to other questions in the original."""
     folder = official("activitynet_qa")
@@ -166,6 +204,40 @@ def test_activitynet_pairs_by_id(official):
     for mode in (False, True):
         with pytest.raises(InputError, match=r"test_a\.json"):
             SETS["activitynet_qa"].read(folder, mode)
+
+
+def test_activitynet_ids_that_come_twice(official):
+    """Each of the two keeps its own answer; answers beyond the questions are nobody's."""
+    folder = official("activitynet_qa")
+    for name in ("test_q.json", "test_a.json"):
+        entries = json.loads((folder / name).read_text())
+        entries[2]["question_id"] = entries[0]["question_id"]
+        (folder / name).write_text(json.dumps(entries + entries[-1:] * ("a" in name.removeprefix("test_"))))
+    answers = [one["answer"] for one in json.loads((folder / "test_a.json").read_text())]
+    for mode in (False, True):
+        items, _ = SETS["activitynet_qa"].read(folder, mode)
+        assert [item.reference["answer"] for item in items] == answers[: len(items)]
+
+
+@pytest.mark.parametrize("name", ["pope", "msvd", "activitynet_qa", "video_chatgpt"])
+@pytest.mark.parametrize("original", [False, True])
+def test_what_could_not_be_asked_is_wrong(official, name, original):
+    """Also where the original takes an empty answer for yes; and no judge is asked."""
+    items, _ = SETS[name].read(official(name), original)
+    rows = [{**row, "error": "cut short"} for row in rows_of(items, [""] * len(items))]
+    judge = ModelJudge("http://127.0.0.1:9", "")
+    scores = SETS[name].score(rows, original, *[judge] * SETS[name].is_judged)
+    assert scores.items and not any(scores.items.values()) and not judge.counts["calls"]
+    assert all(figure.value == 0 for figure in scores.figures.values())
+
+
+def test_mme_questions_with_blanks_around_them(official):
+    """The original cuts them off a line of the benchmark's, and so does what is handed in."""
+    folder = official("mme")
+    before = SETS["mme"].score(rows_of(items := SETS["mme"].read(folder, True)[0], ["Yes"] * len(items)), True)
+    for file in (folder / "MME_Benchmark_release_version").rglob("*.txt"):
+        file.write_text("".join(f" {line} \n" for line in file.read_text().splitlines()))
+    assert SETS["mme"].score(rows_of(SETS["mme"].read(folder, True)[0], ["Yes"] * len(items)), True) == before
 
 
 def test_the_second_question_reaches_the_judge(official):

@@ -151,6 +151,12 @@ def test_a_file_of_replies_that_was_cut_off(server, tmp_path):
         ('{"pred": "yes", "score": NaN}', None),
         ("{'pred': 'yes', 'score': 1e999}", None),
         ("{4}", None),
+        ("{'pred': 'Yes.', 'score': 5}", (True, 5)),
+        ("{'pred': 'no, another colour', 'score': 1}", (False, 1)),
+        ("{'pred': 'yes/no', 'score': 1}", None),
+        ("{'pred': 'yes', 'score': True}", None),
+        ("{'pred': 'yes', 'score': b'4'}", None),
+        ("{'pred': 'yes', 'score': 4, 'why': ...}", None),
     ],
 )
 def test_lenient_reading(reply, expected):
@@ -162,11 +168,32 @@ def test_lenient_reading(reply, expected):
         assert read_leniently(reply, ("pred",))[:2] == expected
 
 
-@pytest.mark.parametrize("reply", ["{4}", "b'yes'", "{'pred': b'yes', 'score': 1}", "{'pred': 'yes', 'score': 1e999}"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *("{4}", "b'yes'", "{'pred': b'yes', 'score': 1}", "{'pred': 'yes', 'score': 1e999}"),
+        *("{'pred': 'yes', 'score': b'4'}", "{'pred': 'yes', 'score': 4, 'why': {'a'}}"),
+        *("{'pred': 'yes', 'score': 4, 'why': ...}", "{('a',): 1, 'pred': 'yes', 'score': 4}"),
+        "{'pred': 'yes', 'score': 4, 'n': 0x" + "F" * 6000 + "}",
+    ],
+)
 def test_literals_that_stop_the_original(reply):
+    """What its file of judgements cannot hold, or its scoring not use."""
     with pytest.raises(UnreadError) as raised:
         read_original(reply, ("pred",))
     assert raised.value.is_final
+
+
+def test_a_reply_is_kept_as_json():
+    verdict = read_original("{1: (2, None), 'pred': 'yes', 'score': 4}", ("pred",))
+    assert verdict == (True, 4, {"1": [2, None], "pred": "yes", "score": 4})
+
+
+def test_what_was_never_asked_is_wrong_without_a_judge(server):
+    judge = ModelJudge(server.address, "")
+    (verdict,) = judge.verdicts([Case([], "cat", [], read_leniently)])
+    assert verdict == OfflineJudge().verdicts([Case([], "cat", [], read_leniently)])[0]
+    assert verdict[:2] == (False, 0) and not server.asked
 
 
 @pytest.mark.parametrize(
@@ -180,6 +207,10 @@ def test_literals_that_stop_the_original(reply):
         ("cat", "", False),
         ("", "cat", False),
         ("the", "the", False),
+        ("no", "Yes, there is no dog.", False),
+        ("no", "It is not.", True),
+        ("yes", "not sure, yes and no", True),
+        ("yes", "Unsure", False),
     ],
 )
 def test_offline(answer, prediction, right):

@@ -120,6 +120,16 @@ def test_longvideobench(tmp_path):
     assert item.reference["answer"] == "C" and item.subtitles is None
     (item,), _ = SETS["longvideobench_subtitles"].read(tmp_path, False)
     assert cues_of(item) == [Cue(1.5, "Hello"), Cue(2.0, "Bye")]
+    for broken in (
+        [{"timestamp": [None, None], "text": "?"}],
+        [{"end": "12", "line": "?"}],
+        [{"start": "0"}],
+        ["?"],
+        {},
+    ):
+        write(item.subtitles, broken)
+        with pytest.raises(InputError, match=r"v_en\.json"):
+            cues_of(item)
 
 
 def test_answers_that_are_not_public(tmp_path):
