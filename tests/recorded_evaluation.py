@@ -14,8 +14,9 @@ from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.answers import as_row, by_media, clean, llm_prompt
 from llamavid_jax.evaluation.identity import settings
 from llamavid_jax.evaluation.items import Item
-from llamavid_jax.evaluation.judge import ATTEMPTS, UnreadError, Verdict
+from llamavid_jax.evaluation.judge import ATTEMPTS
 from llamavid_jax.evaluation.llava import answers_file
+from llamavid_jax.evaluation.replies import UnreadError, Verdict
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.media.images import open_image, pad_to_square
 from llamavid_jax.media.source import fetch

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from llamavid_jax.evaluation.folder import checked, need, read_json, video_file
 from llamavid_jax.evaluation.items import Item, Row, Scores, mean
-from llamavid_jax.evaluation.judge import Case, messages, read_leniently, read_original
+from llamavid_jax.evaluation.judge import Case, messages
 from llamavid_jax.evaluation.llava import json_lines
+from llamavid_jax.evaluation.replies import read_leniently, read_original
 from llamavid_jax.evaluation.video_qa import counted
 
 SOURCE = "Video-ChatGPT has it (github.com/mbzuai-oryx/Video-ChatGPT, quantitative_evaluation)"

@@ -12,8 +12,9 @@ from typing import Any
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.folder import checked, need, read_json, video_file
 from llamavid_jax.evaluation.items import Item, Row, Scores, by_group, mean, unique
-from llamavid_jax.evaluation.judge import Case, messages, read_leniently, read_original
+from llamavid_jax.evaluation.judge import Case, messages
 from llamavid_jax.evaluation.llava import json_lines
+from llamavid_jax.evaluation.replies import read_leniently, read_original
 
 QA_SOURCE = "LLaMA-VID's README links it (github.com/dvlab-research/LLaMA-VID, Preparation)"
 ACTIVITYNET_SOURCE = "it is part of ActivityNet-QA (github.com/MILVLG/activitynet-qa)"

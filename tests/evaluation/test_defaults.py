@@ -12,7 +12,8 @@ from recorded_evaluation import rows_of
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation import mmbench, video_chatgpt, video_qa, vqa, yes_no
 from llamavid_jax.evaluation.choice import chosen, numbered
-from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge, read_leniently
+from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge
+from llamavid_jax.evaluation.replies import read_leniently
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 

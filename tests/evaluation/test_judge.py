@@ -8,15 +8,8 @@ import pytest
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation import judge as judges
-from llamavid_jax.evaluation.judge import (
-    ATTEMPTS,
-    Case,
-    ModelJudge,
-    OfflineJudge,
-    UnreadError,
-    read_leniently,
-    read_original,
-)
+from llamavid_jax.evaluation.judge import ATTEMPTS, Case, ModelJudge, OfflineJudge
+from llamavid_jax.evaluation.replies import read_leniently
 
 
 class Server:
@@ -135,58 +128,6 @@ def test_a_file_of_replies_that_was_cut_off(server, tmp_path):
     assert len(server.asked) == 4
     ModelJudge(server.address, "", kept=kept).verdicts([case("one"), case("two"), case("three")])
     assert len(server.asked) == 4
-
-
-@pytest.mark.parametrize(
-    "reply, expected",
-    [
-        (GOOD, (True, 4)),
-        ('```json\n{"pred": "No", "score": 1}\n```', (False, 1)),
-        ("Sure! {'pred': 'yes', 'score': '4.5'}.", (True, 4.5)),
-        ('{"pred": true, "score": 5}', (True, 5)),
-        ("{'Pred': 'no', 'Score': 0}", (False, 0)),
-        ("{'pred': 'unknown', 'score': 2}", None),
-        ("{'pred': 'yes', 'score': 7}", None),
-        ("{'pred': 'yes', 'score': nan}", None),
-        ('{"pred": "yes", "score": NaN}', None),
-        ("{'pred': 'yes', 'score': 1e999}", None),
-        ("{4}", None),
-        ("{'pred': 'Yes.', 'score': 5}", (True, 5)),
-        ("{'pred': 'no, another colour', 'score': 1}", (False, 1)),
-        ("{'pred': 'yes/no', 'score': 1}", None),
-        ("{'pred': 'yes', 'score': True}", None),
-        ("{'pred': 'yes', 'score': b'4'}", None),
-        ("{'pred': 'yes', 'score': 4, 'why': ...}", None),
-    ],
-)
-def test_lenient_reading(reply, expected):
-    """No score is made up, none is beyond the scale, and "unknown" is no "no"."""
-    if expected is None:
-        with pytest.raises(UnreadError):
-            read_leniently(reply, ("pred",))
-    else:
-        assert read_leniently(reply, ("pred",))[:2] == expected
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        *("{4}", "b'yes'", "{'pred': b'yes', 'score': 1}", "{'pred': 'yes', 'score': 1e999}"),
-        *("{'pred': 'yes', 'score': b'4'}", "{'pred': 'yes', 'score': 4, 'why': {'a'}}"),
-        *("{'pred': 'yes', 'score': 4, 'why': ...}", "{('a',): 1, 'pred': 'yes', 'score': 4}"),
-        "{'pred': 'yes', 'score': 4, 'n': 0x" + "F" * 6000 + "}",
-    ],
-)
-def test_literals_that_stop_the_original(reply):
-    """What its file of judgements cannot hold, or its scoring not use."""
-    with pytest.raises(UnreadError) as raised:
-        read_original(reply, ("pred",))
-    assert raised.value.is_final
-
-
-def test_a_reply_is_kept_as_json():
-    verdict = read_original("{1: (2, None), 'pred': 'yes', 'score': 4}", ("pred",))
-    assert verdict == (True, 4, {"1": [2, None], "pred": "yes", "score": 4})
 
 
 def test_what_was_never_asked_is_wrong_without_a_judge(server):
