@@ -13,7 +13,7 @@ REFUSALS = (
 )
 
 
-ANSWER = r"(?i:\b(?:answer|option|choice)(?: is)?:?)"
+NAMED = r"(?i:\banswer(?: is:?|:))", r"(?i:\b(?:answer|option|choice)(?: is)?:?)"  # a letter; the first counts more
 
 
 def chosen(text: str, options: Mapping[str, str]) -> str | None:
@@ -24,7 +24,7 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
     letters, stripped = "".join(options), text.strip()
     if not letters:
         return None
-    bare = _bare(re.sub(rf"^(?i:the )?(?i:correct )?{ANSWER}\s+", "", stripped))
+    bare = _bare(re.sub(rf"^(?i:the )?(?i:correct )?(?:{'|'.join(NAMED)})\s+", "", stripped))
     own = [letter for letter, option in options.items() if _bare(str(option)) == bare]
     if len(own) == 1 and len(bare) > 1:
         return own[0]
@@ -34,8 +34,9 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
     end = r"[)\]}:,*\"]|\.(?!\w\.)|'(?!\w)|\s*$|\s*\n| - "
     if found := re.match(rf"[(\[{{*\"']*([{letters}{letters.lower()}])(?!{more})(?:{end})", stripped):
         return found[1].upper()
-    if found := re.findall(rf"{ANSWER}\s*[(*\"']*([{letters}])\b(?!{more})", stripped):
-        return found[0] if len(set(found)) == 1 else None
+    for words in NAMED:
+        if found := re.findall(rf"{words}\s*[(*\"']*([{letters}])\b(?!{more})", stripped):
+            return found[0] if len(set(found)) == 1 else None
     if re.search(rf"(?<![\w']){alone}{more}", stripped):
         return None
     # a capital by itself; "A" and "I" may be words, but not at the end of a clause

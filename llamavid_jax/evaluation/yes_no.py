@@ -27,7 +27,9 @@ from llamavid_jax.evaluation.items import (
 from llamavid_jax.evaluation.llava import read_questions
 from llamavid_jax.evaluation.vqa_text import one_line
 
-POPE_SOURCE = "the POPE repository has it (github.com/AoiDragon/POPE, output/coco)"
+POPE_SOURCE = (
+    "the POPE repository has it (github.com/AoiDragon/POPE, output/coco; LLaVA's questions are of commit e3e39262)"
+)
 POPE_IMAGES = ("val2014",), "val2014.zip of images.cocodataset.org has it"
 MME_SOURCE = "its release has it (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation)"
 MME_IMAGES = ("MME_Benchmark_release_version",), MME_SOURCE
@@ -47,22 +49,35 @@ def yes_or_no(text: str) -> str:
 
 
 def read_pope(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
-    """A label is that of the question at the same place of its category: the two files number them differently."""
-    labels: dict[str, list[dict[str, Any]]] = {}
+    """The two files number the questions differently.  A label is found by its question; in the original by its place,
+    which is that of another question where the labels are of another version than the questions."""
+    labels: dict[str, dict[Any, dict[str, Any]]] = {}
     for file in sorted(need(folder, ("coco",), POPE_SOURCE).glob("coco_pope_*.json")):
-        labels[file.stem.removeprefix("coco_pope_")] = checked(file, read_lines(file), "label")
+        lines = checked(file, read_lines(file), "label")
+        by_place = original or not all("image" in line and "text" in line for line in lines)
+        keys = range(len(lines)) if by_place else map(_pope_question, lines)
+        labels[file.stem.removeprefix("coco_pope_")] = dict(zip(keys, lines, strict=True))
     places: dict[str, int] = defaultdict(int)
 
     def reference(line: dict[str, Any]) -> dict[str, Any]:
-        category = line.get("category", "")
+        category, question = line.get("category", ""), _pope_question(line)
         place = places[category]
         places[category] += 1
-        known = labels.get(category, [])
-        return {"category": category, **({"label": known[place]["label"]} if place < len(known) else {})}
+        known = labels.get(category, {})
+        label = known.get(question) or known.get(place)
+        if label is None:
+            return {"category": category}
+        is_other = "text" in label and _pope_question(label) != question
+        return {"category": category, "label": label["label"], **({"label_of": label["text"]} if is_other else {})}
 
     if not labels:
         need(folder, ("coco/coco_pope_*.json",), POPE_SOURCE)
     return read_questions(folder, ("llava_pope_test.jsonl",), POPE_IMAGES, reference), []
+
+
+def _pope_question(line: dict[str, Any]) -> tuple[Any, str]:
+    """LLaVA's copies have a misspelling that later labels have not."""
+    return line.get("image"), _bare(str(line["text"])).replace("imange", "image")
 
 
 def pope_original(text: str) -> str:
@@ -97,8 +112,16 @@ def score_pope(rows: Sequence[Row], original: bool) -> Scores:
         },
         {"F1": f1},
         {row["id"]: value for row, value in zip(known, right, strict=True)},
+        notes=_pope_notes(rows),
         counts={"categories": tables},
     )
+
+
+def _pope_notes(rows: Sequence[Row]) -> list[str]:
+    lost = sum("label" not in row["reference"] for row in rows)
+    others = sum("label_of" in row["reference"] for row in rows)
+    notes = [f"{lost} questions have no label: {POPE_SOURCE}"] if lost else []
+    return notes + ([f"{others} labels belong to other questions: {POPE_SOURCE}"] if others else [])
 
 
 def counts(pairs: Sequence[tuple[str, str]]) -> dict[str, int | float]:
