@@ -1,4 +1,4 @@
-"""A CPU beside PyTorch on the same random weights, in float32: the last table of docs/performance.md.
+"""A CPU beside PyTorch on the same random weights, in float32: docs/performance.md, "On a CPU".
 
     python -m benchmarks.cpu --rounds 15
 

@@ -57,6 +57,11 @@ def url(path: str | Path) -> str | None:
     return f"{scheme}://{key}" if text.startswith(home) and scheme in EXTRAS and key else None
 
 
+def address(path: str | Path) -> str:
+    """What other processes and machines call it."""
+    return url(path) or str(Path(path).absolute())
+
+
 def kvstore(path: str | os.PathLike) -> dict[str, Any] | None:
     """The place of an array as TensorStore knows it; None where that is no bucket."""
     address = url(place(path))

@@ -31,12 +31,14 @@ def local(text: str | Path) -> Path:
 
 
 def find(path: str | Path) -> Path:
-    """`local(path)` as it is to be read: from a bucket, it is fetched (`copies.fetch`).
-
-    Where nothing is there and it begins with `configs/` or `demo/`, the package's own.
-    """
+    """`local(path)` as it is to be read: `brought`, and from a bucket fetched (`copies.fetch`)."""
     path = local(path)
     copies.fetch(path)
+    return brought(path)
+
+
+def brought(path: Path) -> Path:
+    """The package's own where `path` begins with `configs/` or `demo/` and nothing is there; else `path`."""
     if path.parts[:1] in (("configs",), ("demo",)) and not os.path.exists(path) and (BROUGHT / path).exists():
         return BROUGHT / path
     return path

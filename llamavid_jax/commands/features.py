@@ -8,6 +8,7 @@ video that fails costs itself alone: it is named in FEATURES/failures.jsonl, and
 """
 
 import argparse
+import functools
 import glob
 import itertools
 import json
@@ -22,8 +23,9 @@ from llamavid_jax import buckets, uploads
 from llamavid_jax.commands import program
 from llamavid_jax.commands.options import add_fps, add_model, add_transcribe, check_fps, load_model
 from llamavid_jax.commands.processes import add_shard, own_shard, read_shard
+from llamavid_jax.data.beam import add_beam, beam_map, beam_options
 from llamavid_jax.errors import InputError, Parser, command, printable, say
-from llamavid_jax.files import find, local
+from llamavid_jax.files import brought, find, local
 from llamavid_jax.inference.film_text import film_speech, film_subtitles
 from llamavid_jax.media.feature_file import SUFFIX, FeatureWriter, name_of
 from llamavid_jax.media.features import describe
@@ -49,8 +51,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_transcribe(parser, "where none lies beside a video: what is said by its sound")
     add_shard(parser)
+    add_beam(parser, "share the work")
     options = parser.parse_args(arguments)
     check_fps(options)
+    if options.beam is not None and (options.shard or options.coordinator or options.distributed):
+        raise InputError("--beam shares the work among its own workers; give it or --shard and --distributed")
     options.shard = read_shard(options)
     return options
 
@@ -85,14 +90,29 @@ def find_videos(given: Sequence[str]) -> dict[str, Path]:
 
 
 class Extractor:
-    """Writes the feature file of a video."""
+    """Writes the feature files of videos."""
 
-    def __init__(self, options: argparse.Namespace, model: Any, images: LLaMAVIDLlavaImageProcessor):
-        self.options, self.model, self.images = options, model, images
-        self.fps, self.without = images.rate(options.fps), 0  # videos without subtitles
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.images = images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
+        program.keep_programs()
+        self.model = model = load_model(options)
+        self.fps, self.without = images.rate(options.fps), set()  # videos without subtitles
         self.dtype = "I8" if options.int8 else "F16" if model.dtype == "float32" else name_of(model.dtype)
 
-    def __call__(self, video: Path, file: Path) -> int:
+    def __call__(self, number: str, name: str, video: str) -> dict[str, Any]:
+        """Says what became of a video; returns its line for the failures, or None, and whether it has no subtitles."""
+        started, path, error = time.perf_counter(), local(video), None
+        try:
+            frames = self.write(path, local(self.options.out) / name)
+            seconds = time.perf_counter() - started
+            done = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.0f} a second" if frames else "there already"
+        except InputError as failure:
+            done, error = str(failure), json.dumps({"video": printable(path), "error": str(failure)})
+        say(f"{number} {path}: {done}")
+        return {"error": error, "without": path in self.without}
+
+    def write(self, video: Path, file: Path) -> int:
         """The number of frames, 0 where the file is there already.  Raises InputError and OSError."""
         from llamavid_jax.inference.sources import description, version, video_key  # JAX takes seconds to import
 
@@ -130,7 +150,8 @@ class Extractor:
             return None
         beside = (video.with_suffix(case) for suffix in SUBTITLES for case in (suffix, suffix.upper()))
         file = next((file for file in beside if find(file).exists()), None)
-        self.without += file is None
+        if file is None:
+            self.without.add(video)
         return file and film_subtitles(str(file), video)
 
     def _heard(self, video: Path) -> list[Cue]:
@@ -150,34 +171,34 @@ class Extractor:
 @command("llamavid-features")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    pipeline = beam_options(options.beam)
     index, count = own_shard(options)
     videos = list(find_videos(options.videos).items())[index::count]
-    images = LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)
     out = local(options.out)
     log = out / ("failures.jsonl" if count == 1 else f"failures.{index}-of-{count}.jsonl")
-    program.keep_programs()
-    extract, failures = Extractor(options, load_model(options), images), 0
+    tasks = [(f"{number}/{len(videos)}", name, str(video)) for number, (name, video) in enumerate(videos, 1)]
+    if pipeline is None:
+        outcomes = itertools.starmap(Extractor(options), tasks)
+    else:  # workers may be other machines
+        LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)  # a wrong folder is told here
+        options.model, options.out = buckets.address(brought(Path(options.model))), buckets.address(out)
+        tasks = [(number, name, buckets.address(brought(Path(video)))) for number, name, video in tasks]
+        outcomes = beam_map(functools.partial(Extractor, options), tasks, pipeline, out / ".outcomes.jsonl")
     try:
         out.mkdir(parents=True, exist_ok=True)
         uploads.remove(log)
     except OSError as error:
         raise InputError(f"{out} cannot be written to ({error.strerror}); give a folder that can") from None
+    failures = without = 0
     with uploads.sending(log):
-        for number, (name, video) in enumerate(videos, 1):
-            started = time.perf_counter()
-            try:
-                frames = extract(video, out / name)
-            except InputError as error:
+        for outcome in outcomes:
+            without += outcome["without"]
+            if outcome["error"]:
                 failures += 1
-                say(f"{number}/{len(videos)} {video}: {error}")
                 with log.open("a", encoding="utf-8") as file:
-                    print(json.dumps({"video": printable(video), "error": str(error)}), file=file)
-                continue
-            seconds = time.perf_counter() - started
-            done = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.0f} a second" if frames else "there already"
-            say(f"{number}/{len(videos)} {video}: {done}")
-    if extract.without:
-        say(f"{extract.without} of {len(videos)} videos have no {', '.join(SUBTITLES)} of their name beside them")
+                    print(outcome["error"], file=file)
+    if without:
+        say(f"{without} of {len(videos)} videos have no {', '.join(SUBTITLES)} of their name beside them")
     if failures:
         say(f"{failures} of {len(videos)} videos failed; {log} names them")
     return int(failures > 0)

@@ -28,6 +28,7 @@ from typing import Any
 
 from llamavid_jax import buckets
 from llamavid_jax.copies import fetch
+from llamavid_jax.data.beam import add_beam, beam_options
 from llamavid_jax.data.examples import file_header
 from llamavid_jax.data.record import Record, as_utf8
 from llamavid_jax.data.records import media_file, read_records
@@ -43,7 +44,6 @@ from llamavid_jax.uploads import discard_unfinished, send_folder
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
 MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
 SURVEY_THREADS = 8
-LOCAL_BEAM = "--runner=DirectRunner"
 
 
 def build(
@@ -97,17 +97,6 @@ def build(
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error}); it was not made: run the same again") from None
     return manifest
-
-
-def beam_options(flags: str | None):
-    """Command-line flags -> Beam's PipelineOptions; None -> None.  InputError where Beam is not installed."""
-    if flags is None:
-        return None
-    try:
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError:
-        raise InputError("--beam needs Apache Beam; install it with: pip install apache-beam") from None
-    return PipelineOptions(flags.split())
 
 
 def file_sha256(path: Path) -> str:
@@ -217,8 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--media", default="", metavar="DIR", help="folder of the media (the JSON's own)")
     parser.add_argument("--max-broken", type=float, default=0.01, help="fraction that may be left out (0.01)")
-    beam_help = f"write with Apache Beam; the options of its pipeline as one text, --beam='{LOCAL_BEAM}'"
-    parser.add_argument("--beam", nargs="?", const=LOCAL_BEAM, metavar="OPTIONS", help=beam_help)
+    add_beam(parser, "write")
     options = parser.parse_args(arguments)
     state = "was complete already" if (find(options.out) / MANIFEST).is_file() else "is complete"
     manifest = build(options.source, options.out, options.media, options.max_broken, options.beam)

@@ -89,7 +89,7 @@ def read_stored(
         return Stored(Path(path), False, sampling, header.inputs)
     check_made_by(path, description, model.tower.rounded(), prepared(images))
     if fps not in (None, rate := description["sampling"]["fps"]):
-        raise MediaError(f"{path} holds {rate:g} frames a second, not {fps:g}; leave out --fps, or give the video")
+        raise MediaError(f"{path} holds {rate:g} frames a second, not {fps:g}; leave out fps, or give the video")
     return stored(Path(path), description)
 
 

@@ -75,10 +75,12 @@ def decode_parts(
 
     Raises IrregularError where it cannot.
     """
+    from av.stream import Discard
+
     with open_video(path, threads) as (container, stream):
         for other in container.streams:
             if other is not stream:
-                other.discard = "all"
+                other.discard = Discard.all
         size = stream.codec_context.width, stream.codec_context.height  # of the first frame
 
         def read(part: Part) -> Iterator[np.ndarray]:

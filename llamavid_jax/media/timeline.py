@@ -127,7 +127,7 @@ def _keeps_rate(times: Float64[np.ndarray, " N"], declared_fps: float, frames: f
 def check_fps(fps: Any, name: object) -> None:
     """Raises MediaError for a rate that is not a finite number above 0 (frames a second)."""
     if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < math.inf:
-        raise MediaError(f"{name} cannot be sampled at {fps!r} frames a second; use --fps 1")
+        raise MediaError(f"{name} cannot be sampled at {fps!r} frames a second; use fps 1")
 
 
 def frame_stride(average_fps: float, fps: float | int, name: object = "the video") -> int:
@@ -150,7 +150,7 @@ def count_samples(frames: int, average_fps: float, seconds: float, fps: float | 
     if seconds * fps > MAX_SAMPLES:
         raise MediaError(
             f"{name} lasts {seconds:.0f} seconds by its frames' times: more than {MAX_SAMPLES} samples at {fps:g} a "
-            "second; use a lower --fps, or convert it to .mp4 where the times are damaged"
+            "second; use a lower fps, or convert it to .mp4 where the times are damaged"
         )
     return max(1, math.ceil((seconds - ROUNDING) * fps))
 

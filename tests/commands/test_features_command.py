@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -147,6 +148,59 @@ def test_two_processes_share_the_work(write, clips, checkpoint, tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
 
 
+def tree(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_workers_of_beam_are_given(write, clips, tmp_path, monkeypatch):
+    """Pickled and as JSON, from relative paths, to be used in any order on a machine that stands elsewhere."""
+
+    def elsewhere(make, tasks, pipeline, file):
+        assert (pipeline, str(file)) == ("pipeline", "out/.outcomes.jsonl")
+        make, tasks = pickle.loads(pickle.dumps(make)), json.loads(json.dumps(tasks))
+        with monkeypatch.context() as patch:
+            patch.chdir("/")
+            call = make()
+            outcomes = [call(*task) for task in reversed(tasks)]
+        yield from reversed(outcomes)
+
+    shutil.copy(clips / "a.mp4", clips / os.fsdecode(b"latin\xe9.mp4"))
+    assert write(clips, "--out", tmp_path / "plain", "--subtitles")[0] == 1
+    monkeypatch.setattr(features, "beam_options", lambda flags: flags and "pipeline")
+    monkeypatch.setattr(features, "beam_map", elsewhere)
+    monkeypatch.chdir(tmp_path)
+    for word, count in (("5 frames", 2), ("there already", 3)):
+        code, err = write("clips", "--out", "out", "--subtitles", "--beam")
+        assert code == 1 and err.count(word) == count and "4 of 4 videos have no .srt" in err
+        assert err.endswith("1 of 4 videos failed; out/failures.jsonl names them\n")
+    assert tree(tmp_path / "out") == tree(tmp_path / "plain")
+
+
+BEAM = {"threads": "--direct_running_mode=multi_threading", "processes": "--direct_running_mode=multi_processing"}
+
+
+@pytest.mark.parametrize("workers", BEAM)
+def test_beam_writes_the_same(workers, write, clips, tmp_path, monkeypatch):
+    """Where Beam is installed.  Threads share one model."""
+    pytest.importorskip("apache_beam")
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")  # of the processes
+    loads, load = [], features.load_model
+    monkeypatch.setattr(features, "load_model", lambda options: loads.append(1) or load(options))
+    shutil.copy(clips / "a.mp4", clips / os.fsdecode(b"latin\xe9.mp4"))
+    write(clips, "--out", tmp_path / "plain")
+    del loads[:]
+    code, err = write(clips, "--out", tmp_path / "out", f"--beam=--direct_num_workers=2 {BEAM[workers]}")
+    assert code == 1 and "1 of 4 videos failed" in err
+    assert tree(tmp_path / "out") == tree(tmp_path / "plain")
+    assert len(loads) == (workers == "threads")
+
+
+def test_beam_absent_is_one_line(write, clips, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam.options.pipeline_options", None)
+    code, err = write(clips, "--out", tmp_path / "out", "--beam")
+    assert (code, err.count("\n")) == (2, 1) and "pip install apache-beam" in err and not (tmp_path / "out").exists()
+
+
 def test_infer_and_validate_read_it(write, clips, checkpoint, tmp_path, capsys):
     """The answer is the video's own."""
     write(clips / "a.mp4", "--out", tmp_path, "--dtype", "float32")
@@ -175,6 +229,9 @@ BAD = {
     "--shard is '2/2'; give I/N": ["clips", "--shard", "2/2"],
     "--shard is 'a'; give I/N": ["clips", "--shard", "a"],
     "--shard names the part that --distributed finds out": ["clips", "--shard", "0/2", "--distributed"],
+    "--beam shares the work among its own workers": ["clips", "--beam", "--shard", "0/2"],
+    "give it or --shard and --distributed": ["clips", "--beam", "--distributed"],
+    "--beam is 'clips'; give the pipeline's options": ["clips/a.mp4", "--beam", "clips"],
     "--coordinator, --processes and --process go together": ["clips", "--processes", "2"],
     "cannot be written to": ["clips/a.mp4", "--out", "clips/notes.txt"],
 }

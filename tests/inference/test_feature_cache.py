@@ -374,7 +374,7 @@ def test_a_feature_file_stands_for_its_video(tiny_model, clip, tmp_path, encoded
 def test_a_feature_file_has_its_rate(tiny_model, clip, tmp_path):
     path = film(tiny_model, tmp_path / "f.safetensors", clip, fps=0.5)
     assert asked(tiny_model, path) == asked(tiny_model, path, fps=0.5) == asked(tiny_model, clip, fps=0.5)
-    with pytest.raises(InputError, match=r"f\.safetensors holds 0\.5 frames a second, not 1; leave out --fps"):
+    with pytest.raises(InputError, match=r"f\.safetensors holds 0\.5 frames a second, not 1; leave out fps"):
         asked(tiny_model, path, fps=1)
 
 

@@ -1,5 +1,6 @@
 """Decoding only what a sampling needs gives the frames that decoding everything in order gives, bit for bit."""
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -7,7 +8,7 @@ import threading
 import av
 import numpy as np
 import pytest
-from clips import index_frame, read_index, write_clip
+from clips import index_frame, read_index, write_clip, write_sound
 
 from llamavid_jax.media import reading, video
 from llamavid_jax.media.index import Index
@@ -127,6 +128,23 @@ def test_in_order(tmp_path, small, name):
     path = film(tmp_path / name, *IN_ORDER[name])
     assert not parts_of(plan_video(path, 1))
     check_equal(path, fps=(1, 25))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.flv"])
+def test_a_film_with_sound(tmp_path, small, resorted, name):
+    path, files = tmp_path / name, [film(tmp_path / "mute.mp4"), write_sound(tmp_path / "sound.mp4", 6.0)]
+    with contextlib.ExitStack() as stack:
+        output, *inputs = (
+            stack.enter_context(av.open(str(file), mode)) for file, mode in zip([path, *files], "wrr", strict=True)
+        )
+        copies = {source.streams[0]: output.add_stream_from_template(source.streams[0]) for source in inputs}
+        packets = [packet for source in inputs for packet in source.demux() if packet.size]
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            packet.stream = copies[packet.stream]
+            output.mux(packet)
+    assert parts_of(plan_video(path, 1))
+    check_equal(path, fps=(1,))
+    assert len(resorted) == 1  # of the expected frames alone
 
 
 def test_a_varying_rate(tmp_path, small):
