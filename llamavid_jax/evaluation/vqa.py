@@ -104,8 +104,8 @@ def _unasked(question_id: Any, **reference: Any) -> Row:
 def _scores(rows: Sequence[Row], prepare: Callable[[str], str], files: dict[str, bytes]) -> Scores:
     """Accuracy of what is uploaded, where there are references; and of the texts as the model wrote them."""
     known = [row for row in rows if "people" in row["reference"]]
-    values = [vqa_accuracy(prepare(row["text"] or ""), row["reference"]["people"]) for row in known]
-    raw = [vqa_accuracy(row["text"] or "", row["reference"]["people"]) for row in known]
+    values = [_accuracy(row, prepare(row["text"] or "")) for row in known]
+    raw = [_accuracy(row, row["text"] or "") for row in known]
     media = [row.get("media") for row in known]
     figures = {"accuracy": mean(values, 100.0, media), "accuracy of the texts as they are": mean(raw, 100.0, media)}
     groups = {
@@ -117,6 +117,11 @@ def _scores(rows: Sequence[Row], prepare: Callable[[str], str], files: dict[str,
     notes = [] if known else ["the references are on the set's server: upload the file in submission/"]
     details = {"unprocessed": {row["id"]: value for row, value in zip(known, raw, strict=True)}} if known else {}
     return Scores(figures if known else {}, groups, items, files, notes, details=details)
+
+
+def _accuracy(row: Row, answer: str) -> float:
+    """Of what could not be asked 0, also where people's answers are nothing once they are normalised."""
+    return 0.0 if "error" in row else vqa_accuracy(answer, row["reference"]["people"])
 
 
 # ---- TextVQA
@@ -150,7 +155,10 @@ def asked_question(prompt: str) -> str:
 def score_textvqa(rows: Sequence[Row], original: bool) -> Scores:
     known = [row for row in rows if "people" in row["reference"] and row["text"] is not None]
     tables = [textvqa_scores(row["reference"]["people"]) for row in known]
-    values = [table.get(for_upload(row["text"]), 0.0) for table, row in zip(tables, known, strict=True)]
+    values = [
+        0.0 if "error" in row else table.get(for_upload(row["text"]), 0.0)
+        for table, row in zip(tables, known, strict=True)
+    ]
     upload = [
         {"question_id": row["reference"]["question_id"], "answer": one_line(row["text"])}
         for row in rows

@@ -239,12 +239,13 @@ def test_activitynet_ids_that_come_twice(official):
         assert [item.reference["answer"] for item in items] == answers[: len(items)]
 
 
-@pytest.mark.parametrize("name", ["pope", "msvd", "activitynet_qa", "video_chatgpt"])
+@pytest.mark.parametrize("name", ["pope", "vqav2", "textvqa", "msvd", "activitynet_qa", "video_chatgpt"])
 @pytest.mark.parametrize("original", [False, True])
 def test_what_could_not_be_asked_is_wrong(official, name, original):
     """Also where the original takes an empty answer for yes; and no judge is asked."""
     items, _ = SETS[name].read(official(name), original)
     rows = [{**row, "error": "cut short"} for row in rows_of(items, [""] * len(items))]
+    rows = [row | {"reference": row["reference"] | {"people": ["the"] * 10}} for row in rows]
     judge = ModelJudge("http://127.0.0.1:9", "")
     scores = SETS[name].score(rows, original, *[judge] * SETS[name].is_judged)
     assert scores.items and not any(scores.items.values()) and not judge.counts["calls"]
