@@ -156,12 +156,15 @@ def main(arguments: list[str] | None = None) -> int:
         for name in options.only:
             if not result(name, seed, options.steps).exists():
                 measure(name, seed, options.steps, options.limit)
-    found = {}
+    found, counts = {}, set()
     for name in VARIANTS:
         files = sorted(RUNS.glob(f"{result(name, '*', options.steps).relative_to(RUNS)}"))
         runs = [json.loads(file.read_text())["accuracy"] for file in files]
+        counts |= {run["all"]["questions"] for run in runs}
         if runs:
             found[name] = {kind: [100.0 * run[kind]["exact"] for run in runs] for kind in runs[0]}
+    if len(counts) > 1:
+        raise InputError(f"{RUNS} has runs about {sorted(counts)} questions; remove accuracy.json of another --limit")
     kinds = sorted(next(iter(found.values())), key=lambda kind: (kind == "all", kind))
     print(table(found, kinds))
 

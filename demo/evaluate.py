@@ -15,6 +15,7 @@ from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaPro
 from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.data.records import JsonRows
 from llamavid_jax.errors import InputError, Parser, command
+from llamavid_jax.files import write_files
 from llamavid_jax.inference.session import Session
 from llamavid_jax.text.conversation import IMAGE
 
@@ -71,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     for kind, row in table.items():
         print(f"{kind:8} {row['exact']:7.1%} of {row['questions']}")
     if options.json:
-        options.json.write_text(json.dumps({"accuracy": table, "wrong": wrong}, indent=1) + "\n")
+        written = json.dumps({"accuracy": table, "wrong": wrong}, indent=1) + "\n"
+        write_files(options.json.parent, {options.json.name: written.encode()})
     return 0
 
 

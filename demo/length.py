@@ -6,7 +6,8 @@
 A needle is a digit that crosses the frame.  Three kinds of questions: `locate` (one needle: which digit, what colour,
 which way), `order` (two: which comes before or after) and `count` (one to three).  A film's frames without a needle are
 all alike, so each of its different frames is encoded once and its visual tokens are repeated.  The answers are added to
-the file as they come, and what it holds is not asked again; the table and the picture are made of all of it.
+the file as they come, and what it holds is not asked again; it is of one model, and the table and the picture are made
+of all of it.
 
 Beyond the positions that the model was trained for there are three ways:
 
@@ -17,7 +18,6 @@ Beyond the positions that the model was trained for there are three ways:
 
 import collections
 import dataclasses
-import json
 import math
 import resource
 import sys
@@ -32,7 +32,9 @@ from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaPro
 from llamavid_jax.commands.program import keep_programs
 from llamavid_jax.errors import Parser, command
 from llamavid_jax.evaluation.answers import llm_prompt
+from llamavid_jax.evaluation.identity import model_identity
 from llamavid_jax.evaluation.items import mean
+from llamavid_jax.evaluation.store import open_store, read_rows
 from llamavid_jax.text.tokenizer import encode_with_images
 
 from . import digits, questions
@@ -167,26 +169,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args(arguments)
     keep_programs()
-    options.answers.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in options.answers.read_text().splitlines()] if options.answers.exists() else []
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32")
     images = LLaMAVIDLlavaProcessor.from_pretrained(options.model).image_processor
-    for minutes in sorted(options.minutes):
-        roomy, every = fitted(model, 60 * minutes, options.beyond, options.every)
-        beyond = "" if roomy is model and every == options.every else options.beyond
-        named = [
-            {"minutes": minutes, "every": every, "beyond": beyond, "kind": kind, "number": number}
-            for number in range(options.questions)
-            for kind in options.kinds
-        ]
-        left = [name for name in named if not any(name.items() <= row.items() for row in rows)]
-        for start in range(0, len(left), options.batch):
-            names = left[start : start + options.batch]
-            asked = [needle(name["kind"], 60 * minutes, name["number"]) for name in names]
-            found = [name | row for name, row in zip(names, answers(roomy, images, asked, every), strict=True)]
-            with options.answers.open("a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in found))
-            rows += found
+    with open_store(options.answers, {"set": "needles", "model": model_identity(options.model)}, []) as store:
+        for minutes in sorted(options.minutes):
+            roomy, every = fitted(model, 60 * minutes, options.beyond, options.every)
+            beyond = "" if roomy is model and every == options.every else options.beyond
+            named = [
+                {"minutes": minutes, "every": every, "beyond": beyond, "kind": kind, "number": number}
+                for number in range(options.questions)
+                for kind in options.kinds
+            ]
+            named = [{"id": " ".join(map(str, name.values()))} | name for name in named]
+            left = [name for name in named if name["id"] not in store.done]
+            for start in range(0, len(left), options.batch):
+                names = left[start : start + options.batch]
+                asked = [needle(name["kind"], 60 * minutes, name["number"]) for name in names]
+                found = answers(roomy, images, asked, every)
+                store.write([name | row for name, row in zip(names, found, strict=True)])
+    _, rows, _ = read_rows(options.answers)
     print(table(rows))
     if options.picture:
         draw(rows, options.picture)

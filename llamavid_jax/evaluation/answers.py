@@ -236,18 +236,17 @@ def cues_of(item: Item) -> list[Cue]:
     file = Path(item.subtitles)
     if file.suffix != ".json":
         return film_subtitles(str(file), item.media)
-    entries = read_json(file)
     try:
-        return [_cue(one, item.subtitles_start) for one in entries]
+        return [_cue(one, item.subtitles_start) for one in read_json(file)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{file} is not in the form of LongVideoBench's subtitles ({error!r}); get it anew") from None
+        raise InputError(f"{file} is not in the form of LongVideoBench's subtitles ({error!r})") from None
 
 
-def _cue(one: Mapping[str, Any], begins: float) -> Cue:
+def _cue(one: Mapping[str, Any], begin: float) -> Cue:
     if "timestamp" in one:
         start, end = one["timestamp"]
         end, text = (end if isinstance(end, int | float) else start), one["text"]
     else:
         hours, minutes, seconds = one["end"].split(":")
         end, text = 3600 * int(hours) + 60 * int(minutes) + float(seconds), one["line"]
-    return Cue(float(end) - begins, text.replace(IMAGE, " ").strip())
+    return Cue(float(end) - begin, text.replace(IMAGE, " ").strip())

@@ -92,7 +92,10 @@ def shard(text: str) -> tuple[int, int]:
 def judge_of(options: argparse.Namespace, out: Path) -> Any:
     if not options.judge:
         return OfflineJudge()
-    return ModelJudge(options.judge, os.environ.get(options.judge_key_env, ""), options.judge_model, out / REPLIES)
+    key = os.environ.get(options.judge_key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):  # requests would show it
+        raise InputError(f"the key in {options.judge_key_env} has characters that no key has; set it again")
+    return ModelJudge(options.judge, key, options.judge_model, out / REPLIES)
 
 
 # ---- answers
@@ -101,6 +104,7 @@ def judge_of(options: argparse.Namespace, out: Path) -> Any:
 def evaluate(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     one, out = SETS[options.name], local(options.out)
+    judge_of(options, out)  # what is wrong with it is said now, not when all is answered
     if options.distributed or options.coordinator:
         index, count = own_shard(options)
         options.shard = index + 1, count
@@ -118,14 +122,15 @@ def evaluate(arguments: list[str]) -> int:
     groups = groups_of(items, options)
     rest = [{**row, "index": len(items) + place, "media": None} for place, row in enumerate(rest)]
     rest = rest if options.shard[0] == 1 else []
-    with open_store(out / part_name(options.shard), header, rest, options.retry) as store:
+    references = {item.id: item.reference for item in items}
+    with open_store(out / part_name(options.shard), header, rest, options.retry, references) as store:
         left = [[pair for pair in group if pair[1].id not in store.done] for group in groups]
         left = [group for group in left if group]
         if left:
             answer(options, header["settings"], left, store)
         if store.broken:
             say(f"{store.broken} questions are broken and count as wrong; their rows say why, --retry asks them again")
-    if options.shard != (1, 1) and not is_whole(out, options.shard[1], min(len(items), options.limit or len(items))):
+    if options.shard != (1, 1) and not is_whole(out, options.shard[1], len(items[: options.limit])):
         say(f"part {options.shard[0]} of {options.shard[1]} is answered; the last part to end scores all")
         return 0
     return show(scored(out, None, options))
@@ -201,12 +206,12 @@ def answer(
         Asker(model, images, asked, options.batch, write).ask(groups)
 
 
-def is_whole(out: Path, count: int, questions: int) -> bool:
-    """Whether all parts are there, and hold so many answers together."""
+def is_whole(out: Path, count: int, asked: int) -> bool:
+    """Whether all parts are there and have answered the first `asked` questions."""
     files = [out / part_name((part, count)) for part in range(1, count + 1)]
     if not all(find(file).exists() for file in files):
         return False
-    return sum(row["text"] is not None for row in gather(out)[1]) >= questions
+    return sum(row["text"] is not None and row["index"] < asked for row in gather(out)[1]) == asked
 
 
 # ---- scores

@@ -88,5 +88,5 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
 
 def video_file(folder: Path, stem: object) -> Path:
     """The video of that stem: the first that is there; where none is, the name that was looked for first."""
-    names = [folder / f"{stem}{ending}" for ending in VIDEO_ENDINGS]
+    names = [folder / f"{stem}{ending}" for ending in (*VIDEO_ENDINGS, *map(str.upper, VIDEO_ENDINGS))]
     return next((name for name in names if buckets.kind(name)), names[0])

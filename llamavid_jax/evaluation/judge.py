@@ -3,8 +3,8 @@
     Case ─ messages ─▶ address ─ reply ─ read ─▶ Verdict       a reply that cannot be read is asked for again, ATTEMPTS
          └ answer, predictions ─▶ offline ─────▶ Verdict       times in all; then the case is counted as failed
 
-Replies are kept in a file, so that a score is computed again without a call.  The original asks again for ever and
-stops at replies of a wrong form; nothing here loops, and nothing stops the scoring.
+Replies are kept in a file, so that a score is computed again without a call.  Nothing here asks for ever, as the
+original does, and no reply stops the scoring.
 """
 
 import concurrent.futures
@@ -26,7 +26,9 @@ from llamavid_jax.evaluation.yes_no import yes_or_no
 ATTEMPTS = 5  # of one case
 CALLS = 8  # at a time
 RETRIES = 5  # of a call that the server refuses for now
-PATIENCE = 120  # seconds for one reply
+BUSY = 408, 409, 429, 500, 502, 503, 504  # by which it does
+PATIENCE = 10, 120  # seconds for a connection, and for a reply
+LONGEST_WAIT = 60  # seconds, whatever a busy server asks for
 SAY_EVERY = 60.0  # seconds
 MODEL = "gpt-3.5-turbo"  # the original's
 
@@ -67,17 +69,22 @@ class OfflineJudge:
         return [self._one(case) for case in cases]
 
     def _one(self, case: Case) -> Verdict:
-        answer = _comparable(case.answer)
+        answer = official(case.answer)
         if answer in ("yes", "no"):
             right = all(yes_or_no(prediction) == answer for prediction in case.predictions)
         else:
-            right = all(f" {answer} " in f" {_comparable(prediction)} " for prediction in case.predictions)
+            right = all(f" {answer} " in f" {official(prediction)} " for prediction in case.predictions)
         right = right and bool(answer) and bool(case.predictions)
         return Verdict(True, 5.0, {"pred": "yes", "score": 5}) if right else WRONG
 
 
-def _comparable(text: str) -> str:
-    return official(text.lower())
+def _was_reached(error: Exception) -> bool:
+    """Whether a server was there, whose reply broke off or did not come in time."""
+    from requests.exceptions import ChunkedEncodingError, ContentDecodingError, ReadTimeout
+    from urllib3.exceptions import ProtocolError
+
+    is_broken = isinstance(error, ReadTimeout | ChunkedEncodingError | ContentDecodingError)
+    return is_broken or isinstance((error.args or (None,))[0], ProtocolError)
 
 
 class ModelJudge:
@@ -90,37 +97,40 @@ class ModelJudge:
         import requests
         from urllib3.util import Retry
 
+        class Patient(Retry):
+            def get_retry_after(self, response):
+                seconds = super().get_retry_after(response)
+                return seconds and min(seconds, LONGEST_WAIT)
+
         if not re.match(r"https?://", address):
             raise InputError(f"the judge's address is {address!r}; give a URL such as https://api.openai.com/v1")
         self.url = address.rstrip("/") + "/chat/completions"
         self.model, self.key, self.kept = model, key, kept
-        self.name = f"{model} at {address}"
+        self.shown = re.sub("//[^/]*@", "//", self.url)  # a password in an address is nobody's business
+        self.name = f"{model} at {self.shown.removesuffix('/chat/completions')}"
         self.counts = dict.fromkeys(("calls", "tokens in", "tokens out", "kept replies", "unread", "failed"), 0)
         self._lock, self._local, self._stop = threading.Lock(), threading.local(), threading.Event()
-        self._retry = Retry(
-            total=RETRIES,
-            backoff_factor=1.0,
-            status_forcelist=(408, 409, 429, 500, 502, 503, 504),
-            allowed_methods=None,
-            raise_on_status=False,
+        self._retry = Patient(  # a reply that does not come in time is not asked for again: read=False
+            RETRIES, read=False, backoff_factor=1.0, status_forcelist=BUSY, allowed_methods=None, raise_on_status=False
         )
-        self._requests = requests
-        self._replies = self._read_kept()
+        self._requests, self._is_said, self._replies = requests, False, self._read_kept()
 
     def verdicts(self, cases: Sequence[Case]) -> list[Verdict | None]:
         """One a case, None where it failed.  InputError where the address answers nothing that a judge would."""
-        with concurrent.futures.ThreadPoolExecutor(CALLS) as pool:
+        pool = concurrent.futures.ThreadPoolExecutor(CALLS)
+        try:
             waiting, said = [pool.submit(self._one, case) for case in cases], time.monotonic()
-            try:
-                for done, _ in enumerate(concurrent.futures.as_completed(waiting), 1):
-                    if time.monotonic() - said > SAY_EVERY:
-                        said = time.monotonic()
-                        say(f"{done} of {len(cases)} answers judged, {self.counts['failed']} failed")
-                return [one.result() for one in waiting]
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+            for done, one in enumerate(concurrent.futures.as_completed(waiting), 1):
+                one.result()
+                if time.monotonic() - said > SAY_EVERY:
+                    said = time.monotonic()
+                    say(f"{done} of {len(cases)} answers judged, {self.counts['failed']} failed")
+            return [one.result() for one in waiting]
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:  # nobody waits for a slow server, at Ctrl-C or after an error
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _one(self, case: Case) -> Verdict | None:
         if not case.predictions:
@@ -151,35 +161,39 @@ class ModelJudge:
                 self._replies[key] = reply
                 if self.kept is not None:
                     with self.kept.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+                        file.write("\n" + json.dumps({"key": key, "reply": reply}))  # behind what a kill cut off
         return reply
 
     def _call(self, sent: list[dict[str, str]]) -> str | None:
         """The reply's text; None where the server has none for these messages."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        body = {"model": self.model, "messages": sent}
+        asked = {"json": {"model": self.model, "messages": sent}, "headers": headers, "timeout": PATIENCE}
         self._count(calls=1)
         try:
-            response = self._session().post(self.url, json=body, headers=headers, timeout=PATIENCE)
-        except self._requests.Timeout:
-            return None
+            response = self._session().post(self.url, **asked)
         except self._requests.RequestException as error:
-            raise InputError(f"the judge at {self.url} cannot be reached ({error}); check the address") from None
+            if _was_reached(error):
+                return self._nothing(f"{type(error).__name__}: {error}")
+            raise InputError(f"the judge at {self.shown} cannot be reached ({error}); check the address") from None
+        told = f"{response.status_code} {response.text[:200]}"
         if response.status_code in (401, 403, 404, 405):
-            remedy = "check the key" if response.status_code in (401, 403) else "check the address and the model's name"
-            raise InputError(f"the judge at {self.url} answered {response.status_code} {response.text[:200]}; {remedy}")
+            doubtful = "the key" if response.status_code in (401, 403) else "the address and the model's name"
+            raise InputError(f"the judge at {self.shown} answered {told}; check {doubtful}")
         try:
             content = response.json()
-            usage = content.get("usage") or {}
-            self._count(
-                **{
-                    "tokens in": int(usage.get("prompt_tokens") or 0),
-                    "tokens out": int(usage.get("completion_tokens") or 0),
-                }
-            )
-            return content["choices"][0]["message"]["content"] or ""
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return None
+            reply = content["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            return self._nothing(told)
+        used = content["usage"] if isinstance(content.get("usage"), dict) else {}
+        used = {"tokens in": used.get("prompt_tokens"), "tokens out": used.get("completion_tokens")}
+        self._count(**{name: number for name, number in used.items() if isinstance(number, int)})
+        return reply if isinstance(reply, str) else "" if reply is None else self._nothing(told)
+
+    def _nothing(self, reason: str) -> None:
+        """Why there is no reply, said once."""
+        if not self._is_said:
+            self._is_said = True
+            say(f"the judge at {self.shown} gave no reply, which counts as failed: {' '.join(reason.split())[:300]}")
 
     def _session(self) -> Any:
         """One a thread: connections are kept open in it."""
@@ -199,8 +213,6 @@ class ModelJudge:
         replies = {}
         if self.kept is not None and self.kept.exists():
             text = self.kept.read_text(encoding="utf-8", errors="replace")
-            if text and not text.endswith("\n"):
-                self.kept.write_text(text + "\n", encoding="utf-8")
             for line in text.splitlines():
                 try:
                     row = json.loads(line)

@@ -18,8 +18,8 @@ from llamavid_jax.evaluation.items import LETTER, LETTERS, Item, Row, Scores, by
 SOURCE = "it is at download.openmmlab.com/mmclassification/datasets/mmbench/"
 INSTRUCTIONS = {"en": LETTER, "cn": "请直接回答选项字母。"}
 TABLES = {
-    "en": ("mmbench_dev_20230712.tsv", "mmbench_dev_en*.tsv", "mmbench_test_en*.tsv"),
-    "cn": ("mmbench_dev_cn_20231003.tsv", "mmbench_dev_cn*.tsv", "mmbench_test_cn*.tsv"),
+    "en": ("mmbench_dev_20230712.tsv", "*_dev_en*.tsv", "*_DEV_EN*.tsv", "*_test_en*.tsv", "*_TEST_EN*.tsv"),
+    "cn": ("mmbench_dev_cn_20231003.tsv", "*_dev_cn*.tsv", "*_DEV_CN*.tsv", "*_test_cn*.tsv", "*_TEST_CN*.tsv"),
 }
 COPIES = 1_000_000
 NOT_UPLOADED = {"hint", "category", "source", "image", "comment", "l2-category"}
@@ -30,6 +30,8 @@ MISSING |= {"NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 
 
 def read(folder: Path, original: bool, *, language: str = "en", rounds: bool = False) -> tuple[list[Item], list[Row]]:
+    import openpyxl  # noqa: F401  for the upload: that it is missing is said now, not when all is answered
+
     file = need(folder, TABLES[language], SOURCE)
     rows = list(read_table(file))
     for name in ("index", "question", "image", "A"):

@@ -72,7 +72,7 @@ def read_original(reply: str, keys: Sequence[str] = (), needs_word: bool = True)
     """
     value = literal(reply)
     try:
-        score = int(value["score"])
+        score = float(int(value["score"]))  # one too long for a float stops the original too
         if not keys:
             return Verdict(None, score, value)
         word = value[next((key for key in keys if key in value), keys[-1])].lower()

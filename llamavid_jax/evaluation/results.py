@@ -31,15 +31,17 @@ def page(paths: Sequence[str | Path]) -> str:
         measured = [result for result in results if result["header"]["set"] == name]
         if not known and not measured:
             continue
-        figures = list(dict.fromkeys(f for row in known for f in row["figures"][name])) or list(measured[0]["figures"])
-        lines += ["", f"## {one.title}", "", "| model | " + " | ".join(figures) + " | how |"]
+        rows = [row["figures"][name] for row in known] or [result["figures"] for result in measured]
+        figures = list(dict.fromkeys(figure for row in rows for figure in row))
+        lines += ["", f"## {one.title}", "", "| " + " | ".join(["model", *figures, "how"]) + " |"]
         lines += ["|---" * (len(figures) + 2) + "|"]
         for row in known:
             values = [f"{row['figures'][name][figure]:.2f}".removesuffix("0") for figure in figures]
-            lines.append(f"| {row['model']} | " + " | ".join(values) + " | published |")
+            lines.append("| " + " | ".join([row["model"], *values, "published"]) + " |")
         for result in measured:
             values = [_measured(result["figures"].get(figure)) for figure in figures]
-            lines.append(f"| {result['header']['model']['name']} | " + " | ".join(values) + f" | {how(result)} |")
+            named = [result["header"]["model"]["name"], *values, how(result)]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in named) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -57,8 +59,8 @@ def how(result: Mapping[str, Any]) -> str:
     rules = "" if scored["like_original"] == header["like_original"] else ", scored by the other rules"
     sampled = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
     parts = [f"asked {asked}{rules}", sampled, f"{settings['quantize'] or settings['dtype']}"]
-    parts += [f"judge: {scored['judge']}"] if scored["judge"] else []
+    parts += result["notes"]  # such as the judge, or that the paper's figure is a server's
     parts += [f"{result['answered']} of {result['of']} questions"] if result["answered"] != result["of"] else []
     parts += [f"{result['broken']} broken"] if result["broken"] else []
     parts.append(f"model {header['model']['sha256'][:12]}, llamavid_jax {header['versions']['llamavid_jax']}")
-    return "; ".join(parts).replace("|", "\\|")
+    return "; ".join(parts)

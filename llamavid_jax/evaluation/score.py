@@ -23,7 +23,8 @@ def score_folder(folder: Path, original: bool | None, judge: Any) -> dict[str, A
     """
     header, rows = gather(folder)
     original = header["like_original"] if original is None else original
-    one = SETS[header["set"]]
+    if (one := SETS.get(header["set"])) is None:
+        raise InputError(f"the answers in {folder} are of {header['set']!r}, which is no set of this version")
     try:
         scores = one.score(rows, original, judge) if one.is_judged else one.score(rows, original)
     except InputError:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from llamavid_jax import uploads
@@ -65,11 +66,27 @@ class Store:
         self.broken += sum("error" in row for row in rows)
 
 
+def current(rows: Sequence[Row], rest: Sequence[Row], references: Mapping[str, Any], retry: bool) -> list[Row]:
+    """The rows with what is known now: the folder may have got annotations since they were written."""
+    known = {name: {"reference": reference} for name, reference in references.items()}
+    known |= {row["id"]: row for row in rest}
+    kept = [row for row in rows if not (retry and "error" in row)]
+    return [json.loads(as_line({**row, **known.get(row["id"], {})})) for row in kept]
+
+
 @contextlib.contextmanager
-def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry: bool = False) -> Iterator[Store]:
+def open_store(
+    path: Path,
+    header: Mapping[str, Any],
+    rest: Sequence[Row],
+    retry: bool = False,
+    references: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[Store]:
     """Goes on with the file, or begins it with the header and the rows that nobody is asked for.
 
-    `retry` takes the broken items out of it.  InputError where it was begun with other settings.
+    What other parts have answered is done as well: there may be more or fewer processes than before.  `retry` takes the
+    broken items out of it; `references` are those of the questions by their ids.  InputError where it, or another part,
+    was begun with other settings.
     """
     with contextlib.ExitStack() as exits:
         try:
@@ -82,8 +99,11 @@ def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry
         before, rows, whole = read_rows(path) if path.exists() else ({}, [], 0)
         if before:
             check_same(before, header, path)
-        if not before or retry:
-            kept = [row for row in rows if "error" not in row]
+        others = [part for part in parts(path.parent) if part[0] != path]
+        for file, theirs, _ in others:
+            check_same({**theirs, "shard": None}, {**header, "shard": None}, file)
+        kept = current(rows, rest, references, retry)
+        if not before or kept != rows:
             lines = [{"header": before or dict(header)}, *kept]
             content = b"".join(map(as_line, lines))
             write_files(path.parent, {path.name: content})
@@ -95,6 +115,7 @@ def open_store(path: Path, header: Mapping[str, Any], rest: Sequence[Row], retry
         file.truncate(whole)
         file.seek(whole)
         store = Store(file, rows)
+        store.done |= {row["id"] for *_, more in others for row in more if not (retry and "error" in row)}
         store.write([row for row in rest if row["id"] not in store.done])
         yield store
 
@@ -114,16 +135,23 @@ def _short(value: Any) -> str:
 
 
 def gather(folder: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The rows of all parts in the set's order.  InputError where there are none, or parts of different runs."""
-    files = sorted(folder.glob("answers*.jsonl")) if folder.is_dir() else []
+    """The rows of all parts in the set's order, each question once, a broken one only where no part has its answer.
+
+    InputError where there are none, or parts of different runs.
+    """
     header: dict[str, Any] = {}
     rows: dict[str, Row] = {}
-    for file in files:
-        own, more, _ = read_rows(file)
-        if own:
-            check_same({**own, "shard": None}, {**(header or own), "shard": None}, file)
-            header = header or own
-            rows |= {row["id"]: row for row in more}
+    for file, own, more in parts(folder):
+        check_same({**own, "shard": None}, {**(header or own), "shard": None}, file)
+        header = header or own
+        rows |= {row["id"]: row for row in more if "error" not in row or row["id"] not in rows}
     if not header:
         raise InputError(f"{folder} holds no {NAME}; give the --out of an evaluation")
     return header, sorted(rows.values(), key=lambda row: row["index"])
+
+
+def parts(folder: Path) -> list[tuple[Path, dict[str, Any], list[Row]]]:
+    """File, header and rows of each part that is begun."""
+    files = [folder / NAME, *sorted(folder.glob("answers-*-of-*.jsonl"))]
+    found = [(file, *read_rows(file)[:2]) for file in files if file.exists()]
+    return [part for part in found if part[1]]

@@ -128,7 +128,7 @@ DIMENSIONS = (
 def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     videos, items = need(folder, VIDEOS, SOURCE), []
     for name, fields in (("generic", ["Q"]), ("temporal", ["Q"]), ("consistency", [FIRST, SECOND])):
-        file = need(folder, (f"{name}_qa.json", f"evaluation/{name}_qa.json"), SOURCE)
+        file = need(folder, [f"{place}{name}_qa.json" for place in ("", "evaluation/", "Benchmarking_QA/")], SOURCE)
         entries = checked(file, read_json(file), *fields, "A", "video_name")
         for place, (key, entry) in enumerate(zip(counted(one["video_name"] for one in entries), entries, strict=True)):
             for field in fields:
@@ -140,7 +140,7 @@ def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     return items, []
 
 
-def question_set(texts: dict[str, str | None], entry: dict[str, Any], original: bool) -> dict[str, str | None]:
+def question_set(texts: dict[str, str], entry: dict[str, Any], original: bool) -> dict[str, str]:
     """What the judge is told of an entry; the original gives it the first of two questions twice."""
     if FIRST not in entry:
         return {"q": entry["Q"], "a": entry["A"], "pred": texts["Q"]}
@@ -148,7 +148,7 @@ def question_set(texts: dict[str, str | None], entry: dict[str, Any], original: 
     return {"q1": entry[FIRST], "q2": second, "a": entry["A"], "pred1": texts[FIRST], "pred2": texts[SECOND]}
 
 
-def case(dimension: Dimension, shown: dict[str, str | None], original: bool) -> Case:
+def case(dimension: Dimension, shown: dict[str, str], original: bool, is_broken: bool = False) -> Case:
     rules = "\n".join(f"- {rule}" for rule in dimension.instructions)
     system = (
         f"You are an intelligent chatbot designed for evaluating the {dimension.aspect}."
@@ -170,33 +170,34 @@ def case(dimension: Dimension, shown: dict[str, str | None], original: bool) -> 
         f"STRING.DO NOT PROVIDE ANY OTHER OUTPUT TEXT OR EXPLANATION. Only provide the Python dictionary string. For "
         "example, your response should look like this: {''score': 4.8}."
     )
-    predictions = [value for name, value in shown.items() if name.startswith("pred")]
-    predictions = [] if None in predictions else predictions
+    predictions = [value for name, value in shown.items() if name.startswith("pred") and not is_broken]
     read_reply = functools.partial(read_original, keys=()) if original else read_leniently
     return Case(messages(system, user), str(shown["a"]), predictions, read_reply)
 
 
-def entries_of(rows: Sequence[Row], name: str) -> list[tuple[str, dict[str, Any], dict[str, str | None], Any]]:
-    """Key, entry, texts by field and video of each entry of a file that is wholly answered, in the file's order.
-
-    The text is None where the question could not be asked.
-    """
-    found: dict[int, tuple[str, dict[str, Any], dict[str, str | None], Any]] = {}
+def entries_of(rows: Sequence[Row], name: str) -> list[tuple[str, dict[str, Any], dict[str, str], Any]]:
+    """Key, entry, texts by field and video of each entry of a file that is wholly answered, in the file's order."""
+    found: dict[int, tuple[str, dict[str, Any], dict[str, str], Any]] = {}
     for row in rows:
         reference = row["reference"]
         if reference["file"] == name and row["text"] is not None:
             blank = (reference["key"], reference["entry"], {}, row.get("media"))
-            text = None if "error" in row else row["text"]
-            found.setdefault(reference["place"], blank)[2][reference["field"]] = text
+            found.setdefault(reference["place"], blank)[2][reference["field"]] = row["text"]
     return [one for _, one in sorted(found.items()) if len(one[2]) == (2 if FIRST in one[1] else 1)]
 
 
 def score(rows: Sequence[Row], original: bool, judge: Any) -> Scores:
     scores, failed = Scores({}, notes=[f"judged by {judge.name}"]), {}
+    broken = {(row["reference"]["file"], row["reference"]["key"]) for row in rows if "error" in row}
     for dimension in DIMENSIONS:
         entries = entries_of(rows, dimension.file)
         shown = [question_set(texts, entry, original) for _, entry, texts, _ in entries]
-        verdicts = judge.verdicts([case(dimension, one, original) for one in shown])
+        verdicts = judge.verdicts(
+            [
+                case(dimension, one, original, (dimension.file, entry[0]) in broken)
+                for entry, one in zip(entries, shown, strict=True)
+            ]
+        )
         judged = [(*one, verdict) for one, verdict in zip(zip(entries, shown, strict=True), verdicts, strict=True)]
         judged = [(entry, one, verdict) for entry, one, verdict in judged if verdict is not None]
         values = [float(verdict.score) for *_, verdict in judged]
@@ -211,7 +212,7 @@ def score(rows: Sequence[Row], original: bool, judge: Any) -> Scores:
     for name in ("generic", "temporal", "consistency"):
         lines = []
         for _, entry, texts, _ in entries_of(rows, name):
-            predictions = {f"pred{field.removeprefix('Q')}": text or "" for field, text in sorted(texts.items())}
+            predictions = {f"pred{field.removeprefix('Q')}": text for field, text in sorted(texts.items())}
             lines.append({**entry, **predictions})
         scores.files[f"{name}_predictions.json"] = json_lines(lines)
     scores.counts["judgements failed"] = failed

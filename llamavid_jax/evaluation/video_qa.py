@@ -5,12 +5,13 @@ The paper's figures are gpt-3.5-turbo's of its time, and no score by another jud
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamavid_jax import buckets
 from llamavid_jax.errors import InputError
-from llamavid_jax.evaluation.folder import checked, need, read_json, video_file
+from llamavid_jax.evaluation.folder import checked, need, read_json, read_text, video_file
 from llamavid_jax.evaluation.items import Item, Row, Scores, by_group, mean, unique
 from llamavid_jax.evaluation.judge import Case, messages
 from llamavid_jax.evaluation.llava import json_lines
@@ -43,20 +44,31 @@ def read_qa(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     """MSVD-QA and MSRVTT-QA."""
     file = need(folder, ("test_qa.json",), QA_SOURCE)
     lines = checked(file, read_json(file), "id", "question", "answer", "video_id")
-    videos = need(folder, ("video", "videos"), QA_SOURCE)
-    return _items([(one["id"], one, numbered_video(videos, one["video_id"], original), {}) for one in lines]), []
+    videos = need(folder, ("video", "videos", "YouTubeClips"), QA_SOURCE)
+    clips = clip_names(folder)
+    return _items([(one["id"], one, numbered_video(videos, one["video_id"], clips), {}) for one in lines]), []
 
 
-def numbered_video(videos: Path, name: object, original: bool = False) -> Path:
-    """By its number the sets' authors call a video vid7 (MSVD) or video7 (MSR-VTT)."""
-    names = [f"{name}"] if original else [f"{name}", f"vid{name}", f"video{name}"]
-    files = [video_file(videos, one) for one in names]
-    return next((file for file in files if file.exists()), files[0])
+def numbered_video(videos: Path, name: object, clips: Mapping[str, str] | None = None) -> Path:
+    """By its number the sets' authors call a video vid7 (MSVD) or video7 (MSR-VTT); or as `clips` have it."""
+    clip = (clips or {}).get(str(name).removeprefix("vid"), name)
+    names = dict.fromkeys([f"{clip}", f"{name}", f"vid{name}", f"video{name}"])
+    files = (video_file(videos, one) for one in names)
+    return next((file for file in files if buckets.kind(file)), videos / f"{name}.mp4")
+
+
+def clip_names(folder: Path) -> dict[str, str]:
+    """The number of a video -> YouTube's name of its clip, by the table that MSVD's own download has."""
+    table = folder / "youtube_mapping.txt"
+    pairs = (line.split() for line in read_text(table).splitlines()) if table.exists() else ()
+    return {pair[1].removeprefix("vid"): pair[0] for pair in pairs if len(pair) == 2}
 
 
 def read_activitynet(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     """The original pairs the two files by place; by default they are paired by the questions' ids."""
-    question_file, answer_file = (need(folder, (f"test_{kind}.json",), ACTIVITYNET_SOURCE) for kind in "qa")
+    question_file, answer_file = (
+        need(folder, (f"test_{kind}.json", f"dataset/test_{kind}.json"), ACTIVITYNET_SOURCE) for kind in "qa"
+    )
     questions = checked(question_file, read_json(question_file), "question_id", "question", "video_name")
     answers = checked(answer_file, read_json(answer_file), "question_id", "answer")
     if original:

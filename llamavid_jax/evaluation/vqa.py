@@ -26,7 +26,7 @@ TEXTVQA_IMAGES = ("train_images", "train_val_images/train_images"), "train_val_i
 def read_vqav2(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     """test-dev2015; the upload holds all questions of test2015, as its server wants, with '' for those not asked."""
     people = {}
-    if files := sorted(folder.glob("v2_mscoco_*annotations.json")):
+    if files := sorted(folder.glob("v2_mscoco_*annotations.json"), key=lambda file: "_train" in file.name):
         annotations = checked(files[0], read_json(files[0], dict).get("annotations", []), "question_id", "answers")
         people = {annotation["question_id"]: _people(annotation) for annotation in annotations}
     items = read_questions(
@@ -101,11 +101,16 @@ def _unasked(question_id: Any, **reference: Any) -> Row:
     }
 
 
+def _accuracy(row: Row, prepare: Callable[[str], str]) -> float:
+    """Of a broken question 0: a person's "the" is as empty, once it is normalised."""
+    return 0.0 if "error" in row else vqa_accuracy(prepare(row["text"] or ""), row["reference"]["people"])
+
+
 def _scores(rows: Sequence[Row], prepare: Callable[[str], str], files: dict[str, bytes]) -> Scores:
     """Accuracy of what is uploaded, where there are references; and of the texts as the model wrote them."""
     known = [row for row in rows if "people" in row["reference"]]
-    values = [_accuracy(row, prepare(row["text"] or "")) for row in known]
-    raw = [_accuracy(row, row["text"] or "") for row in known]
+    values = [_accuracy(row, prepare) for row in known]
+    raw = [_accuracy(row, str) for row in known]
     media = [row.get("media") for row in known]
     figures = {"accuracy": mean(values, 100.0, media), "accuracy of the texts as they are": mean(raw, 100.0, media)}
     groups = {
@@ -117,11 +122,6 @@ def _scores(rows: Sequence[Row], prepare: Callable[[str], str], files: dict[str,
     notes = [] if known else ["the references are on the set's server: upload the file in submission/"]
     details = {"unprocessed": {row["id"]: value for row, value in zip(known, raw, strict=True)}} if known else {}
     return Scores(figures if known else {}, groups, items, files, notes, details=details)
-
-
-def _accuracy(row: Row, answer: str) -> float:
-    """Of what could not be asked 0, also where people's answers are nothing once they are normalised."""
-    return 0.0 if "error" in row else vqa_accuracy(answer, row["reference"]["people"])
 
 
 # ---- TextVQA

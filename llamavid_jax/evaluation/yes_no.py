@@ -32,7 +32,7 @@ POPE_SOURCE = (
 )
 POPE_IMAGES = ("val2014",), "val2014.zip of images.cocodataset.org has it"
 MME_SOURCE = "its release has it (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation)"
-MME_IMAGES = ("MME_Benchmark_release_version",), MME_SOURCE
+MME_IMAGES = ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version"), MME_SOURCE
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 YES_OR_NO = "Please answer yes or no."
@@ -90,9 +90,8 @@ def score_pope(rows: Sequence[Row], original: bool) -> Scores:
     known = [row for row in rows if "label" in row["reference"] and row["text"] is not None]
     categories, media = [row["reference"]["category"] for row in known], [row.get("media") for row in known]
     labels = ["no" if row["reference"]["label"] == "no" else "yes" for row in known]
-    pairs = [
-        ("other" if "error" in row else parse(row["text"]), label) for row, label in zip(known, labels, strict=True)
-    ]
+    given = ["other" if "error" in row else parse(row["text"]) for row in known]
+    pairs = list(zip(given, labels, strict=True))
     right = [float(given == label) for given, label in pairs]
     tables = {
         name: counts([pair for pair, own in zip(pairs, categories, strict=True) if own == name])
@@ -226,6 +225,8 @@ def _mme_task(pictures: Sequence[Sequence[bool]]) -> dict[str, Figure]:
 
 
 def _sum(figures: Sequence[Figure]) -> Figure:
+    if not figures:
+        return mean([])
     known = all(figure.error is not None for figure in figures)
-    error = math.sqrt(sum(figure.error**2 for figure in figures)) if known and figures else None
+    error = math.sqrt(sum(figure.error**2 for figure in figures)) if known else None
     return Figure(sum(figure.value for figure in figures), error, sum(figure.count for figure in figures))

@@ -10,12 +10,17 @@ import os
 import sys
 from typing import Any
 
-from vlmeval.config import supported_VLM
-from vlmeval.vlm.base import BaseModel
-
 from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration, LLaMAVIDLlavaImageProcessor
 from llamavid_jax.commands.program import keep_programs
+from llamavid_jax.errors import InputError, complain
 from llamavid_jax.inference.session import Session
+
+try:
+    from vlmeval.config import supported_VLM
+    from vlmeval.vlm.base import BaseModel
+except ModuleNotFoundError as missing:
+    error = InputError(f"{missing.name} is not there; run this in a clone of VLMEvalKit with its requirements")
+    sys.exit(complain(error, "vlmevalkit"))
 
 NAME = "llamavid_jax"
 

@@ -26,9 +26,9 @@ def test_every_variant_has_its_table():
     assert {name for names in ablation.TABLES.values() for name in names} == set(ablation.VARIANTS)
 
 
-def keep(folder, name, accuracy):
+def keep(folder, name, accuracy, questions=9):
     (folder / "runs/ablation" / name).mkdir(parents=True, exist_ok=True)
-    parts = {"all": {"exact": accuracy, "questions": 9}, "way": {"exact": 1.0, "questions": 3}}
+    parts = {"all": {"exact": accuracy, "questions": questions}, "way": {"exact": 1.0, "questions": 3}}
     (folder / "runs/ablation" / name / "accuracy.json").write_text(json.dumps({"accuracy": parts}))
 
 
@@ -45,6 +45,9 @@ def test_seeds_are_one_line(tmp_path, monkeypatch, capsys):
     assert "| both | 2 | 3 | 100.0 ± 0.0 | 85.0 ± 2.9 | 1 + 1 | 55.5 | 83.1 | 68.8 | 49.0 |" in lines
     assert "| grid:2 | 5 | 1 | 100.0 | 70.0 | 1 + 4 | 56.2 | 83.5 | 68.7 | 49.1 |" in lines
     assert (tmp_path / "out.png").stat().st_size > 5000
+    keep(tmp_path, "both_600_2", 0.9, questions=90)
+    assert ablation.main(["out.png", "--only", "both"]) == 2
+    assert "runs about [9, 90] questions" in capsys.readouterr().err
 
 
 def test_what_is_run(tmp_path, monkeypatch):

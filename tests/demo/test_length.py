@@ -78,7 +78,7 @@ def test_a_run_goes_on(tmp_path, capsys):
     ]
     assert length.main([*arguments, "--questions", "1", "--batch", "2"]) == 0
     first = file.read_text()
-    rows = [json.loads(line) for line in first.splitlines()]
+    rows = [json.loads(line) for line in first.splitlines()[1:]]
     assert [(row["minutes"], row["beyond"], row["kind"]) for row in rows] == [
         *((1, "", kind) for kind in length.KINDS),
         *((20, "thin", kind) for kind in length.KINDS),
@@ -86,8 +86,12 @@ def test_a_run_goes_on(tmp_path, capsys):
     assert [row["tokens"] for row in rows] == [120] * 3 + [1200] * 3 and all(row["peak_mb"] > 100 for row in rows)
     assert rows[0]["truth"] == rows[0]["answer"]
     assert [row["every"] for row in rows] == [1] * 3 + [2] * 3
+    with file.open("a") as cut:
+        cut.write('{"minutes": 1, "ev')  # by kill -9
     assert length.main([*arguments, "--questions", "2"]) == 0
-    assert file.read_text().startswith(first) and len(file.read_text().splitlines()) == 12
+    assert file.read_text().startswith(first) and len(file.read_text().splitlines()) == 13
     table = capsys.readouterr().out
     assert "| 1 min | 1 s | – | 120 | 100 % ± 0 (2) |" in table and "| 20 min | 2 s | thin | 1,200 |" in table
     assert (tmp_path / "a.png").stat().st_size > 5000
+    file.write_text(file.read_text().replace('"sha256": "', '"sha256": "0'))
+    assert length.main(arguments) == 2 and "was begun with another model" in capsys.readouterr().err

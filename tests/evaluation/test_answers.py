@@ -154,21 +154,64 @@ def test_text_alone_and_the_limit(checkpoint, official, tmp_path, short):
     assert len(found) == len({row["id"] for row in found}) == 14 and found[: len(first)] == first
 
 
-def test_two_parts_are_the_whole(checkpoint, official, tmp_path, short, capsys):
+@pytest.mark.parametrize("limit, count", [((), 9), (("--limit", "5"), 5)])
+def test_two_parts_are_the_whole(checkpoint, official, tmp_path, short, limit, count):
     data = official("msvd")
-    assert run(checkpoint, "msvd", data, tmp_path / "whole") == 0
-    assert run(checkpoint, "msvd", data, tmp_path / "parts", "--shard", "1/2") == 0
+    assert run(checkpoint, "msvd", data, tmp_path / "whole", *limit) == 0
+    assert run(checkpoint, "msvd", data, tmp_path / "parts", *limit, "--shard", "1/2") == 0
     assert not (tmp_path / "parts" / "result.json").exists()
-    assert run(checkpoint, "msvd", data, tmp_path / "parts", "--shard", "2/2") == 0
+    assert run(checkpoint, "msvd", data, tmp_path / "parts", *limit, "--shard", "2/2") == 0
     whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
-    assert parts["answered"] == 9 and parts["items"] == whole["items"] and parts["figures"] == whole["figures"]
+    assert parts["answered"] == count and parts["items"] == whole["items"] and parts["figures"] == whole["figures"]
     names = ("answers-1-of-2.jsonl", "answers-2-of-2.jsonl")
     both = [row for name in names for row in rows(tmp_path / "parts", name)]
-    assert {row["id"]: row["text"] for row in both} == texts(tmp_path / "whole") and len(both) == 9
-    for part in ("1/2", "2/2"):  # the first questions alone are whole, too
-        assert run(checkpoint, "msvd", data, tmp_path / "first", "--shard", part, "--limit", "4") == 0
-    first = json.loads((tmp_path / "first" / "result.json").read_text())
-    assert first["answered"] == 4 and first["items"] == dict(list(whole["items"].items())[:4])
+    assert {row["id"]: row["text"] for row in both} == texts(tmp_path / "whole") and len(both) == count
+
+
+def test_other_parts_go_on(checkpoint, official, tmp_path, short, capsys):
+    """Of three parts one ends, and one process does the rest; a part with other settings is refused at once."""
+    data, out = official("msvd"), tmp_path / "out"
+    lost = SETS["msvd"].read(data, False)[0][0].media
+    lost.rename(tmp_path / "lost")
+    assert run(checkpoint, "msvd", data, out, "--shard", "1/3") == 0
+    first = rows(out, "answers-1-of-3.jsonl")
+    assert any("error" in row for row in first) and any("error" not in row for row in first)
+    assert run(checkpoint, "msvd", data, out, "--shard", "2/3", "--like-original") == 2
+    assert "was begun with another like original" in capsys.readouterr().err
+    assert run(checkpoint, "msvd", data, out) == 0
+    assert len(rows(out)) == 9 - len(first) and not {row["id"] for row in first} & texts(out).keys()
+    (tmp_path / "lost").rename(lost)
+    assert run(checkpoint, "msvd", data, out, "--retry") == 0
+    result = json.loads((out / "result.json").read_text())
+    assert (result["answered"], result["broken"]) == (9, 0)
+    assert len(rows(out)) == 9 - sum("error" not in row for row in first)
+
+
+def test_annotations_that_come_later(checkpoint, official, tmp_path, monkeypatch):
+    """A run that goes on knows them: no answer is asked again, and the upload and the figures are complete."""
+    import dataclasses
+
+    monkeypatch.setitem(SETS, "vqav2", dataclasses.replace(SETS["vqav2"], max_new_tokens=4))
+    data = official("vqav2")
+    assert run(checkpoint, "vqav2", data, tmp_path / "whole") == 0
+    later = [*data.glob("v2_mscoco*"), data / "llava_vqav2_mscoco_test2015.jsonl"]
+    for file in later:
+        file.rename(file.with_suffix(".later"))
+    assert run(checkpoint, "vqav2", data, tmp_path / "out", "--limit", "4") == 0
+    first = rows(tmp_path / "out")
+    for file in later:
+        file.with_suffix(".later").rename(file)
+    assert run(checkpoint, "vqav2", data, tmp_path / "out") == 0
+    assert texts(tmp_path / "out") == texts(tmp_path / "whole")
+    assert [(row["id"], row["seconds"]) for row in rows(tmp_path / "out")[: len(first)]] == [
+        (row["id"], row["seconds"]) for row in first
+    ]
+    uploads, results = (
+        [(tmp_path / run / name).read_text() for run in ("whole", "out")]
+        for name in ("submission/vqav2_test2015.json", "result.json")
+    )
+    assert uploads[0] == uploads[1]
+    assert json.loads(results[0])["items"] == json.loads(results[1])["items"] != {}
 
 
 def test_two_processes_are_the_whole(checkpoint, official, tmp_path):

@@ -135,6 +135,25 @@ def test_scores_are_repeatable(result):
     assert json.loads((folder / "result.json").read_text())["scored"]["like_original"]
 
 
+def test_answers_of_a_set_that_is_not_known(result, capsys):
+    file = result("a", range(3)) / "answers.jsonl"
+    file.write_text(file.read_text().replace('"set": "gqa"', '"set": "another"'))
+    assert command.main(["score", str(file.parent)]) == 2
+    assert "'another', which is no set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "key, said", [("sé-1", "characters that no key has"), ("s\r\nx: 1", "characters"), ("s-1\r\n", "")]
+)
+def test_keys(result, monkeypatch, capsys, key, said):
+    """No key is shown, and what an editor leaves at its end is no part of it."""
+    folder = result("a", range(3))
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert command.main(["score", str(folder), "--judge", "http://127.0.0.1:9/v1"]) == (2 if said else 0)
+    error = capsys.readouterr().err
+    assert said in error and key.strip() not in error
+
+
 def test_page(result, tmp_path):
     """Published numbers, and what was measured beside them with what a reader must know."""
     folder = result("a", range(3), like_original=True)
@@ -144,5 +163,13 @@ def test_page(result, tmp_path):
     assert "| llama-vid-7b-full-224-video-fps-1 | 2.96 | 3.0 | 3.53 | 2.46 | 2.51 | published |" in page
     (line,) = [line for line in page.splitlines() if line.startswith("| llamavid-7b-336 ")]
     assert "| 25.00 ± " in line and "asked like the original; greedy; bfloat16; model 0123456789ab" in line
+    name = result("b", range(3)) / "result.json"
+    told = json.loads(name.read_text())
+    told["header"] |= {"set": "longvideobench", "model": {"name": "a|b", "sha256": "0" * 64}}
+    name.write_text(json.dumps(told | {"figures": {}, "notes": ["upload the answers"]}))
+    assert command.main(["results", str(tmp_path / "results.md"), str(name)]) == 0
+    table = (tmp_path / "results.md").read_text().partition("## LongVideoBench\n\n")[2].splitlines()
+    assert table[:2] == ["| model | how |", "|---|---|"] and table[2].startswith("| a\\|b | asked by default; ")
+    assert "; upload the answers; model 000000000000" in table[2]
     assert command.main(["results", str(tmp_path / "results.md")]) == 0
     assert "Nothing has been measured yet." in (tmp_path / "results.md").read_text()

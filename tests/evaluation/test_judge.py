@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -11,12 +12,17 @@ from llamavid_jax.evaluation import judge as judges
 from llamavid_jax.evaluation.judge import ATTEMPTS, Case, ModelJudge, OfflineJudge
 from llamavid_jax.evaluation.replies import read_leniently
 
+GOOD = "{'pred': 'yes', 'score': 4}"
+
 
 class Server:
     """Answers with `replies` in turn, the last one for ever; an int is a status."""
 
     def __init__(self):
         self.replies: list = []
+        self.lost = 0  # bytes that are promised and do not come
+        self.seconds = 0.0  # before an answer
+        self.headers: dict[str, str] = {}
         self.asked: list = []
         server = self
 
@@ -25,9 +31,12 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.asked.append((self.path, self.headers.get("Authorization"), body))
                 reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
+                time.sleep(server.seconds)
                 status, content = (reply, b"{}") if isinstance(reply, int) else (200, self.content(reply))
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
+                self.send_header("Content-Length", str(len(content) + server.lost))
+                for name, value in server.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -55,9 +64,6 @@ def server():
 
 def case(text: str = "a cat", read=read_leniently) -> Case:
     return Case([{"role": "user", "content": text}], "cat", [text], lambda reply: read(reply, ("pred",)))
-
-
-GOOD = "{'pred': 'yes', 'score': 4}"
 
 
 def test_what_is_sent_and_what_comes_back(server, tmp_path):
@@ -89,11 +95,72 @@ def test_malformed_replies_end(server, bad):
     assert len(server.asked) == 1 + ATTEMPTS and judge.counts["failed"] == 1 and judge.counts["unread"] == ATTEMPTS
 
 
-@pytest.mark.parametrize("body", [b"", b"no json", b"[]", b'{"choices": []}', b'{"choices": [{"message": null}]}'])
-def test_bodies_that_hold_no_reply(server, body):
-    server.replies = [body]
+def body(content, usage=None) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": content}}], "usage": usage}).encode()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(b"", b"no json", b"[]", b"<html>\nBusy", b"[" * 100_000, b'data: {"choices": []}', 400),
+        *(b'{"choices": []}', b'{"choices": [{"message": null}]}', body(5), body([{"type": "text", "text": GOOD}])),
+    ],
+)
+def test_bodies_that_hold_no_reply(server, capsys, bad):
+    """They cost their own case, and why is said once, in a line."""
+    server.replies = [bad]
     judge = ModelJudge(server.address, "")
-    assert judge.verdicts([case()]) == [None] and judge.counts["failed"] == 1
+    assert judge.verdicts([case(str(number)) for number in range(3)]) == [None] * 3 and judge.counts["failed"] == 3
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("lost, seconds", [(5, 0), (0, 0.5)])
+def test_a_reply_that_breaks_off_or_does_not_come(server, monkeypatch, lost, seconds):
+    """The others are judged; where nobody is, that is said."""
+    monkeypatch.setattr(judges, "PATIENCE", (1, 0.2))
+    server.replies, judge = [GOOD], ModelJudge(server.address, "")
+    assert judge.verdicts([case("one")])[0].yes
+    server.lost, server.seconds = lost, seconds
+    assert judge.verdicts([case("two")]) == [None] and judge.counts["failed"] == 1
+    server.lost = server.seconds = 0
+    assert judge.verdicts([case("two")])[0].yes
+
+
+@pytest.mark.parametrize("usage", [[1], {"prompt_tokens": "many"}, {"prompt_tokens": "1e400"}])
+def test_a_reply_counts_whatever_the_tokens_are(server, usage):
+    server.replies = [body(GOOD, usage).replace(b'"1e400"', b"1e400")]
+    judge = ModelJudge(server.address, "")
+    assert judge.verdicts([case()])[0].yes and judge.counts["tokens in"] == 0
+
+
+def test_nobody_waits_for_a_slow_server():
+    """A refusal ends it although another call has not come back, and so does Ctrl-C."""
+    judge, over = ModelJudge("http://127.0.0.1:9/v1", ""), threading.Event()
+
+    def call(sent):
+        if sent[0]["content"] == "slow":
+            assert over.wait(60)
+        raise InputError("refused")
+
+    judge._call = call
+    with pytest.raises(InputError, match="refused"):
+        judge.verdicts([case("slow"), case("refused")])
+    assert not over.is_set()
+    over.set()
+
+
+def test_a_password_in_the_address_is_not_shown(server):
+    server.replies = [404]
+    judge = ModelJudge(server.address.replace("//", "//me:secret@"), "")
+    with pytest.raises(InputError, match="answered 404") as raised:
+        judge.verdicts([case()])
+    assert "secret" not in judge.name + str(raised.value)
+
+
+def test_a_long_retry_after_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(judges, "LONGEST_WAIT", 0.1)
+    server.replies, server.headers = [429, GOOD], {"Retry-After": "3600"}
+    assert ModelJudge(server.address, "").verdicts([case()])[0].yes
 
 
 def test_busy_servers_are_asked_again(server, monkeypatch):
@@ -106,7 +173,8 @@ def test_busy_servers_are_asked_again(server, monkeypatch):
 
 
 @pytest.mark.parametrize("status, said", [(401, "check the key"), (404, "check the address")])
-def test_wrong_addresses_and_keys_are_said(server, status, said):
+def test_wrong_addresses_and_keys_are_said(server, status, said, monkeypatch):
+    monkeypatch.setattr(judges, "RETRIES", 0)
     server.replies = [status]
     with pytest.raises(InputError, match=said):
         ModelJudge(server.address, "").verdicts([case(str(n)) for n in range(20)])

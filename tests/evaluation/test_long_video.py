@@ -10,6 +10,7 @@ from test_answers import ask
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.answers import cues_of
+from llamavid_jax.evaluation.items import Item
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.text.subtitles import Cue
 
@@ -135,6 +136,18 @@ def test_longvideobench(tmp_path):
         write(item.subtitles, broken)
         with pytest.raises(InputError, match=r"v_en\.json"):
             cues_of(item)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [5, {"line": "no end"}, {"end": "1:2", "line": ""}, {"timestamp": [None, None], "text": ""}, {"timestamp": [1]}],
+)
+def test_subtitles_of_another_form(tmp_path, bad):
+    """They are one line, which costs the questions of their video."""
+    write(tmp_path / "a.json", [bad])
+    item = Item("1", "?", "?", "?", tmp_path / "a.mp4", True, {}, tmp_path / "a.json")
+    with pytest.raises(InputError, match="not in the form of LongVideoBench's subtitles"):
+        cues_of(item)
 
 
 def test_answers_that_are_not_public(tmp_path):

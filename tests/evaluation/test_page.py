@@ -55,6 +55,7 @@ def test_the_page_of_results_is_the_command_s():
         (["--model", "x", "--set", "gqa", "--data", ".", "--out", "o"], "holds no"),
         (["--model", "x", "--set", "gqa", "--data", ".", "--out", "o", "--shard", "3/2"], "is no part"),
         (["--model", "x", "--set", "gqa", "--data", ".", "--out", "o", "--limit", "0"], "--limit is 0"),
+        (["--model", "x", "--set", "msvd", "--data", ".", "--out", "o", "--judge", "localhost:8000"], "give a URL"),
         (["score", "."], "holds no answers.jsonl"),
         (["compare", ".", "."], "cannot be read"),
         (["results", "page.md", "."], "cannot be read"),

@@ -44,6 +44,7 @@ def test_lenient_reading(reply, expected):
         *("{4}", "b'yes'", "{'pred': b'yes', 'score': 1}", "{'pred': 'yes', 'score': 1e999}"),
         *("{'pred': 'yes', 'score': b'4'}", "{'pred': 'yes', 'score': 4, 'why': {'a'}}"),
         *("{'pred': 'yes', 'score': 4, 'why': ...}", "{('a',): 1, 'pred': 'yes', 'score': 4}"),
+        "{'pred': 'yes', 'score': 1" + "0" * 400 + "}",
         "{'pred': 'yes', 'score': 4, 'n': 0x" + "F" * 6000 + "}",
     ],
 )

@@ -56,8 +56,11 @@ def test_parts_in_the_order_of_the_set(tmp_path):
             store.write([row(str(number), number) for number in numbers])
     header, rows = gather(tmp_path)
     assert [one["index"] for one in rows] == [0, 1, 2, 3] and header["set"] == "gqa"
-    with open_store(tmp_path / part_name((3, 3)), {**HEADER, "set": "pope", "shard": [3, 3]}, []):
+    other = {**HEADER, "set": "pope", "shard": [3, 3]}
+    with pytest.raises(InputError, match="another set"), open_store(tmp_path / part_name((3, 3)), other, []):
         pass
+    assert gather(tmp_path) == (header, rows)
+    (tmp_path / part_name((3, 3))).write_text(json.dumps({"header": other}) + "\n")
     with pytest.raises(InputError, match="another set"):
         gather(tmp_path)
 

@@ -36,3 +36,10 @@ def main():
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and done.stdout.split() == ["2"], done.stderr
+
+
+def test_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "llamavid_jax.harness.vlmevalkit", MODEL]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "clone of VLMEvalKit" in done.stderr
