@@ -24,10 +24,11 @@ python -m llamavid_jax.data.build_shards "$work/chat.jsonl" "$bucket/shards"
 python -m llamavid_jax.data.validate "$bucket/shards"
 
 # 2. Two hosts, each with a disk of its own.  The bucket goes away for five seconds, and then one host is preempted: both save.
-run="python train.py --config configs/tiny/stage2_instruct.yaml data.path=$bucket/shards output=$bucket/run training.steps=24"
+run=(python train.py --config configs/tiny/stage2_instruct.yaml "data.path=$bucket/shards" "output=$bucket/run" training.steps=24
+  "data.buckets=[{frames: 8, pairs: 8, questions: 1, tokens: 64}]")
 coordinator=localhost:$(python -c "import socket; print(socket.create_server(('localhost', 0)).getsockname()[1])")
 host() {
-  LLAMAVID_BUCKETS=$work/disk$1 exec $run --simulate-fault bucket@1 --coordinator $coordinator --processes 2 --process $1
+  LLAMAVID_BUCKETS=$work/disk$1 exec "${run[@]}" --simulate-fault bucket@1 --coordinator $coordinator --processes 2 --process $1
 }
 host 0 & first=$!
 host 1 & second=$!
@@ -36,6 +37,6 @@ kill -TERM $second
 for one in $first $second; do wait $one || echo "ended with $?: 143 is a run that was stopped and goes on"; done
 
 # 3. Started again, here on one host, it goes on; and what became of its time.
-$run
+"${run[@]}"
 mkdir -p build
 python -m llamavid_jax.commands.goodput "$bucket/run" build/rehearsal.png

@@ -1,20 +1,28 @@
 """Eight simulated CPU devices for every test, float32 matmuls at full precision, and the golden folder."""
 
+import atexit
 import contextlib
 import gc
 import os
+import tempfile
 
-# Small models compile far longer than they compute: without LLVM's optimisations in less than half the time, and with
-# XLA's older way to write fusions, which does not go through MLIR, in a third of that.
+# Small models compile far longer than they compute: without LLVM's optimisations in less than half the time, with XLA's
+# older way to write fusions, which does not go through MLIR, in a third of that, and as one module in four fifths.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # but for the processes of `training_data.environment`
 
-import tempfile
+# What one worker has compiled, or a process that a test starts, the others load, from a folder that is empty at first.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have that of the session
+    COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+    atexit.register(COMPILED.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
 from pathlib import Path
 
 import jax
@@ -28,16 +36,6 @@ NEVER_SKIPPED = ("golden", "parity", "sharding", "real")
 def pytest_addoption(parser):
     with contextlib.suppress(ValueError):  # where it is installed (tests/golden_option), it has the option already
         parser.addoption("--golden", help="folder of recorded cases (tests/golden)")
-
-
-def pytest_configure(config):
-    """A folder for programs that one process of a test compiles and others load, such as the many of `train.py`."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return  # it has the one of all workers
-    folder = tempfile.TemporaryDirectory(prefix="compiled-")
-    config.add_cleanup(folder.cleanup)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -61,10 +61,9 @@ def command(config: str, data: Path, tokenizers: Path, output: Path, *extra: str
 
 
 def environment(devices: int) -> dict[str, str]:
-    """That of the tests, but with so many devices, no PyTorch, and what other processes have compiled."""
+    """That of the tests, but with so many devices, and no PyTorch."""
     return os.environ | {
         "XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"]),
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "PYTHONPATH": str(ROOT / "tests" / "without_torch"),
     }
 

@@ -16,6 +16,7 @@ from paths import ROOT
 
 from llamavid_jax import LLaMAVIDLlavaConfig
 from llamavid_jax.attention.attention import attention
+from llamavid_jax.precompile import infer
 from llamavid_jax.precompile.infer import check_inference
 from llamavid_jax.precompile.report import Report
 from llamavid_jax.precompile.topology import (
@@ -30,6 +31,12 @@ from llamavid_jax.precompile.train import check_training
 from llamavid_jax.training.config import read_config
 
 sys.path.append(str(Path(sys.prefix) / "libtpu"))  # processes that are started inherit it
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew(monkeypatch):
+    """JAX keeps programs for chips that are not there, but cannot load them, and says so."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 
 def tiny(name: str, *overrides: str):
@@ -128,12 +135,25 @@ def test_tiny_inference_for_one_chip():
     assert [report.fits for report in reports] == [True] * 4
 
 
-def test_13b_and_three_hours_of_video_on_four_chips():
+def check_alone(program: str, *arguments) -> Report:
+    """The report of one program of inference, without the compilers of the others, which go on beside it."""
+    compile_report, none = infer.compile_report, Report("", "", 1, "", 0.0, 0, 0.0, 0.0)
+
+    def alone(*given, **known) -> Report:
+        return compile_report(*given, **known) if f": {program} " in known["program"] else none
+
+    infer.compile_report = alone  # in a process of its own
+    (found,) = (report for report in check_inference(*arguments) if report.program)
+    return found
+
+
+@pytest.mark.parametrize("program", ["encode", "compress", "prefill", "decode"])
+def test_13b_and_three_hours_of_video_on_four_chips(program):
     """Ten heads a chip: a cache in tiles of eight would not fit."""
     model = LLaMAVIDLlavaConfig.from_yaml(ROOT / "configs" / "models" / "llamavid_13b_224_long_video.yaml")
     arguments = "v5e:2x2", "", 21800, 512, "bfloat16", "13b_224_long_video", "float", False
-    for report in in_own_process(check_inference, model, *arguments):
-        assert report.fits and report.peak_gib == pytest.approx(stated_peak(report), rel=0.05)
+    report = in_own_process(check_alone, program, model, *arguments)
+    assert report.fits and report.peak_gib == pytest.approx(stated_peak(report), rel=0.05)
 
 
 def test_decoding_makes_no_whole_kernel():
@@ -146,6 +166,6 @@ def test_decoding_makes_no_whole_kernel():
         text_config=dataclasses.replace(model.text_config, num_hidden_layers=2),
         vision_tower_config=dataclasses.replace(model.vision_tower_config, num_hidden_layers=1),
     )
-    *_, decode = in_own_process(check_inference, model, "v5e:1x1", "", 7400, 512, "bfloat16", "7b", "int8", False)
+    decode = in_own_process(check_alone, "decode", model, "v5e:1x1", "", 7400, 512, "bfloat16", "7b", "int8", False)
     assert decode.temporaries_gib * 2**30 < 4096 * 8192 * 2
     assert decode.program == "7b, int8 weights, int8 cache: decode one token"
