@@ -165,6 +165,7 @@ def scienceqa(scores, expected, rows) -> None:
     assert (overall.value, overall.count) == (expected["accuracy"], expected["count"])
     assert (pictured.value, pictured.count) == (expected["img_accuracy"], expected["img_count"])
     result = json.loads(scores.files["scienceqa_result.json"])
+    assert result["acc"] == expected["accuracy"]
     assert (result["correct"], result["results"]) == (expected["correct"], expected["parsed_index"])
     line = f"Total: {overall.count}, Correct: {result['correct']}, Accuracy: {overall.value:.2f}%, IMG-Accuracy: "
     assert f"{line}{pictured.value:.2f}%" == expected["printed"]

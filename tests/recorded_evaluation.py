@@ -14,8 +14,9 @@ from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.answers import as_row, by_media, clean, llm_prompt
 from llamavid_jax.evaluation.identity import settings
 from llamavid_jax.evaluation.items import Item
-from llamavid_jax.evaluation.judge import ATTEMPTS, UnreadError, Verdict
+from llamavid_jax.evaluation.judge import ATTEMPTS
 from llamavid_jax.evaluation.llava import answers_file
+from llamavid_jax.evaluation.replies import UnreadError, Verdict
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.media.images import open_image, pad_to_square
 from llamavid_jax.media.source import fetch
@@ -121,7 +122,7 @@ def check_picture(item: Item, given: dict[str, Any] | None, crops: bool) -> None
 def sampled(frames: int, fps: float) -> list[int]:
     """The frames of a video that keeps its rate."""
     times = np.arange(frames) / fps
-    return sample(Timeline(np.arange(frames), times, frames / fps, fps), 1.0).frames.tolist()
+    return sample(Timeline(np.arange(frames), times, frames / fps, float(fps)), 1.0).frames.tolist()
 
 
 def check_video(item: Item, videos: dict[str, dict[str, Any]], recorded: dict[str, Any]) -> None:

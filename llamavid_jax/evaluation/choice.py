@@ -13,6 +13,9 @@ REFUSALS = (
 )
 
 
+NAMED = r"(?i:\banswer(?: is:?|:))", r"(?i:\b(?:answer|option|choice)(?: is)?:?)"  # a letter; the first counts more
+
+
 def chosen(text: str, options: Mapping[str, str]) -> str | None:
     """The letter that an answer names: "B", "(b)", "B. two dogs", "The answer is B", or an option's own words.
 
@@ -21,19 +24,30 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
     letters, stripped = "".join(options), text.strip()
     if not letters:
         return None
-    if found := re.match(rf"[(\[*\"']*([{letters}{letters.lower()}])(?:[)\].:,*\"']|\s*$|\s*\n| - )", stripped):
+    bare = _bare(re.sub(rf"^(?i:the )?(?i:correct )?(?:{'|'.join(NAMED)})\s+", "", stripped))
+    own = [letter for letter, option in options.items() if _bare(str(option)) == bare]
+    if len(own) == 1 and len(bare) > 1:
+        return own[0]
+    # "A and B", "(A), (C)"; but "B, A dog" is B
+    alone = rf"[{letters}](?![\w'])"
+    more = rf"\W*(?:(?:/|&|\band\b|\bor\b)\W*{alone}|,\W*{alone}(?!\s+(?!and |or )[a-z]))"
+    end = r"[)\]}:,*\"]|\.(?!\w\.)|'(?!\w)|\s*$|\s*\n| - "
+    if found := re.match(rf"[(\[{{*\"']*([{letters}{letters.lower()}])(?!{more})(?:{end})", stripped):
         return found[1].upper()
-    if found := re.findall(rf"(?i:(?:answer|option|choice)(?: is)?:?)\s[(*\"']*([{letters}])\b", stripped):
-        return found[0] if len(set(found)) == 1 else None
-    if (
-        len(found := set(re.findall(rf"(?<![\w'])([{letters.replace('A', '').replace('I', '')}])(?![\w'])", stripped)))
-        == 1
-    ):
+    for words in NAMED:
+        if found := re.findall(rf"{words}\s*[(*\"']*([{letters}])\b(?!{more})", stripped):
+            return found[0] if len(set(found)) == 1 else None
+    if re.search(rf"(?<![\w']){alone}{more}", stripped):
+        return None
+    # a capital by itself; "A" and "I" may be words, but not at the end of a clause
+    capitals = rf"(?<![\w'])(?<!not )(?:(?![AI])({alone})|([{letters}])(?=[).,:;!?*\"\]]|$))"
+    if len(found := {one or other for one, other in re.findall(capitals, stripped)}) == 1:
         return found.pop()
-    words = [
-        letter for letter, option in options.items() if str(option).strip().lower() == stripped.rstrip(".").lower()
-    ]
-    return words[0] if len(words) == 1 else None
+    return own[0] if len(own) == 1 else None
+
+
+def _bare(text: str) -> str:
+    return text.strip().rstrip(".").lower()
 
 
 def toolkit(text: str, options: Mapping[str, str]) -> str | None:

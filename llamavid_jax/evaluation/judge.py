@@ -7,7 +7,6 @@ Replies are kept in a file, so that a score is computed again without a call.  N
 original does, and no reply stops the scoring.
 """
 
-import ast
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -17,10 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llamavid_jax.errors import InputError, say
+from llamavid_jax.evaluation.replies import UnreadError, Verdict
 from llamavid_jax.evaluation.vqa_text import official
+from llamavid_jax.evaluation.yes_no import yes_or_no
 
 ATTEMPTS = 5  # of one case
 CALLS = 8  # at a time
@@ -29,33 +30,18 @@ BUSY = 408, 409, 429, 500, 502, 503, 504  # by which it does
 PATIENCE = 10, 120  # seconds for a connection, and for a reply
 LONGEST_WAIT = 60  # seconds, whatever a busy server asks for
 SAY_EVERY = 60.0  # seconds
-LONGEST = 10_000  # characters of a reply that is read
 MODEL = "gpt-3.5-turbo"  # the original's
 
 
-class Verdict(NamedTuple):
-    """What a judge said.  `yes` is None where only a score is asked for, or where neither was said."""
-
-    yes: bool | None
-    score: float
-    reply: Any  # as it was read
-
-
-class UnreadError(Exception):
-    """A reply that cannot be used.  `is_final`: the original does not ask again, and stops at it later."""
-
-    def __init__(self, is_final: bool = False):
-        self.is_final = is_final
-
-
 Read = Callable[[str], Verdict]
+WRONG = Verdict(False, 0.0, {"pred": "no", "score": 0})
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One judgement: the messages as sent, what an offline judge compares, and how a reply is read.
 
-    Without `predictions` it is wrong, and nobody is asked.
+    `predictions` are none where the question could not be asked: it counts as wrong, and no judge is.
     """
 
     messages: list[dict[str, str]]
@@ -68,76 +54,11 @@ def messages(system: str, user: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-# ---- reading replies
-
-
-def literal(reply: str) -> Any:
-    """The Python literal that a whole reply is; UnreadError for any other."""
-    if len(reply) > LONGEST:
-        raise UnreadError
-    try:
-        return ast.literal_eval(reply)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise UnreadError from None
-
-
-def first_literal(reply: str) -> Any:
-    """The first dictionary in a reply: between code fences, behind a sentence, in Python's or JSON's words."""
-    if len(reply) > LONGEST:
-        raise UnreadError
-    for found in re.findall(r"\{[^{}]*\}", reply):
-        for read in (ast.literal_eval, json.loads):
-            try:
-                json.dumps(value := read(found))  # bytes, say, could not be written down
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                continue
-            if isinstance(value, dict):
-                return value
-    raise UnreadError
-
-
-def read_original(reply: str, keys: Sequence[str] = (), needs_word: bool = True) -> Verdict:
-    """As the original: the whole reply a literal, the score as a whole number, "yes" or "no" anywhere in the word.
-
-    `keys` are those of the word, none where only a score is asked for; not `needs_word`: the score counts without it.
-    """
-    value = literal(reply)
-    try:
-        json.dumps(value)  # what cannot be written down, or is too long for a float, stops the original too
-        score = float(int(value["score"]))
-        if not keys:
-            return Verdict(None, score, value)
-        word = value[next((key for key in keys if key in value), keys[-1])].lower()
-        yes = True if "yes" in word else False if "no" in word else None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        raise UnreadError(is_final=True) from None
-    if yes is None and needs_word:
-        raise UnreadError(is_final=True)
-    return Verdict(yes, score, value)
-
-
-def read_leniently(reply: str, keys: Sequence[str] = ()) -> Verdict:
-    """By default: the first dictionary in the reply, a score from 0 to 5 as it stands, a word that is yes or no."""
-    value = {str(key).lower(): one for key, one in first_literal(reply).items()}
-    try:
-        score = float(value["score"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise UnreadError from None
-    if not 0 <= score <= 5:  # also what is no number
-        raise UnreadError
-    if not keys:
-        return Verdict(None, score, value)
-    word = str(next((value[key] for key in keys if key in value), "")).strip().lower()
-    if word not in ("yes", "no", "true", "false"):
-        raise UnreadError
-    return Verdict(word in ("yes", "true"), score, value)
-
-
-# ---- judges
-
-
 class OfflineJudge:
-    """Right is what equals the answer once both are normalised as VQA's are, or holds it as whole words; 5 or 0."""
+    """Right is what equals the answer once both are normalised as VQA's are, or holds it as whole words; 5 or 0.
+
+    Where the answer is yes or no, right is what says the same.
+    """
 
     name = "offline: exact and normalised match; not the paper's judge"
 
@@ -149,9 +70,12 @@ class OfflineJudge:
 
     def _one(self, case: Case) -> Verdict:
         answer = official(case.answer)
-        right = all(f" {answer} " in f" {official(prediction)} " for prediction in case.predictions)
+        if answer in ("yes", "no"):
+            right = all(yes_or_no(prediction) == answer for prediction in case.predictions)
+        else:
+            right = all(f" {answer} " in f" {official(prediction)} " for prediction in case.predictions)
         right = right and bool(answer) and bool(case.predictions)
-        return Verdict(right, 5.0 if right else 0.0, {"pred": "yes" if right else "no", "score": 5 if right else 0})
+        return Verdict(True, 5.0, {"pred": "yes", "score": 5}) if right else WRONG
 
 
 def _was_reached(error: Exception) -> bool:
@@ -210,7 +134,7 @@ class ModelJudge:
 
     def _one(self, case: Case) -> Verdict | None:
         if not case.predictions:
-            return OfflineJudge()._one(case)
+            return WRONG
         for attempt in range(ATTEMPTS):
             if self._stop.is_set():
                 return None

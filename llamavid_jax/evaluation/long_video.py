@@ -31,9 +31,13 @@ VIDEO_MME_SOURCE = "it is part of Video-MME (huggingface.co/datasets/lmms-lab/Vi
 LONGVIDEOBENCH_SOURCE = "it is part of LongVideoBench (huggingface.co/datasets/longvideobench/LongVideoBench)"
 
 
+NO_OPTION = "@"
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One question: `answer` is a letter, None where it is not public.  `groups`: which parts of the set it is of."""
+    """One question: `answer` is a letter, None where it is not public, NO_OPTION where it is no option, which some of
+    MLVU's are: no answer is right.  `groups`: which parts of the set it is of."""
 
     name: str
     video: Path
@@ -59,7 +63,7 @@ def items_of(choices: Sequence[Choice]) -> list[Item]:
 def score(rows: Sequence[Row], original: bool, *, average_of: str | None = None) -> Scores:
     """Accuracy over all questions; over the parts of `average_of` first, where the set's own figure is their mean."""
     known = [row for row in rows if row["reference"]["answer"] is not None and row["text"] is not None]
-    right = [float(chosen(row["text"], row["reference"]["options"]) == row["reference"]["answer"]) for row in known]
+    right = [float(_is_right(row)) for row in known]
     titles = list(dict.fromkeys(title for row in known for title in row["reference"]["groups"]))
     names = {title: [row["reference"]["groups"].get(title, "") for row in known] for title in titles}
     media = [row.get("media") for row in known]
@@ -77,8 +81,21 @@ def score(rows: Sequence[Row], original: bool, *, average_of: str | None = None)
         groups,
         {row["id"]: value for row, value in zip(known, right, strict=True)},
         {"answers.json": json.dumps(letters, indent=1).encode()},
-        notes=[] if len(known) == len(rows) else ["some references are not public: upload the answers"],
+        notes=_notes(rows, known),
     )
+
+
+def _is_right(row: Row) -> bool:
+    """The letter, or another with the same words: a few questions have an option twice."""
+    options, answer = row["reference"]["options"], row["reference"]["answer"]
+    found = chosen(row["text"], options)
+    return found is not None and (found == answer or options[found] == options.get(answer) != "")
+
+
+def _notes(rows: Sequence[Row], known: Sequence[Row]) -> list[str]:
+    notes = [] if len(known) == len(rows) else ["some references are not public: upload the answers"]
+    without = sum(row["reference"]["answer"] == NO_OPTION for row in known)
+    return notes + ([f"{without} references are no option of their questions, which count as wrong"] * bool(without))
 
 
 # ---- MLVU: dev, the seven tasks with options
@@ -94,11 +111,8 @@ def read_mlvu(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
             if "candidates" not in entry:
                 continue  # free answers: sub-scenes and summaries
             options = [str(option) for option in entry["candidates"]]
-            if entry.get("answer") is not None and str(entry["answer"]) not in options:
-                raise InputError(
-                    f"{file}: the answer of entry {place + 1} is none of its candidates; download it again"
-                )
-            answer = None if entry.get("answer") is None else LETTERS[options.index(str(entry["answer"]))]
+            letters = {option: letter for letter, option in numbered(options).items()}
+            answer = None if entry.get("answer") is None else letters.get(str(entry["answer"]), NO_OPTION)
             task = str(entry.get("question_type", file.stem))
             video = folder / "video" / file.stem / entry["video"]
             choices.append(Choice(f"{file.stem} {place}", video, entry["question"], options, answer, {"task": task}))

@@ -108,7 +108,8 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
     circular = [float(all(answers)) for answers in copies.values()]
     values = list(right.values())
     clusters = [row["reference"]["question_id"] % COPIES for row in known]
-    figures = {"accuracy": mean(values, 100.0, clusters), "circular accuracy": mean(circular, 100.0)}
+    # the server's figure is the first
+    figures = {"circular accuracy": mean(circular, 100.0), "accuracy": mean(values, 100.0, clusters)}
     return Scores(
         figures if known else {},
         {"category": by_group((row["reference"]["category"] or "" for row in known), values, clusters)},
@@ -125,9 +126,9 @@ def cells(rows: Sequence[Row]) -> list[list[Any]]:
     """Every cell of the sheet that is uploaded, the header first; of several rounds the last answer."""
     header = list(rows[0]["reference"]["cells"])
     predictions = {row["reference"]["question_id"]: row["text"] for row in rows}
-    lines = {row["reference"]["question_id"]: list(row["reference"]["cells"].values()) for row in rows}
     table: list[list[Any]] = [[*header[:PREDICTION_PLACE], "prediction", *header[PREDICTION_PLACE:]]]
-    for number, line in lines.items():
+    for reference in (row["reference"] for row in rows if row["reference"]["round"] == 0):
+        number, line = reference["question_id"], list(reference["cells"].values())
         line[header.index("index")] = number
         table.append([*line[:PREDICTION_PLACE], predictions[number] or None, *line[PREDICTION_PLACE:]])
     return table

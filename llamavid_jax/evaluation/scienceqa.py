@@ -70,15 +70,16 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
     with_picture = [analyses[row["id"]]["is_multimodal"] for row in known]
     pictured = [value for value, is_pictured in zip(right, with_picture, strict=True) if is_pictured]
     references, media = [row["reference"] for row in known], [row.get("media") for row in known]
+    figures = {"accuracy with picture": mean(pictured, 100.0), "accuracy": mean(right, 100.0)}
     results = {
-        "acc": 100 * sum(right) / len(right) if right else None,
+        "acc": figures["accuracy"].value if right else None,
         "correct": int(sum(right)),
         "count": len(right),
         "results": {row["id"]: analyses[row["id"]]["index"] for row in known},
         "outputs": {row["id"]: analyses[row["id"]]["pred"] for row in known},
     }
     return Scores(
-        {"accuracy with picture": mean(pictured, 100.0), "accuracy": mean(right, 100.0)},
+        figures,
         {name: by_group((str(one.get(name)) for one in references), right, media) for name in ("subject", "grade")},
         {row["id"]: value for row, value in zip(known, right, strict=True)},
         {"scienceqa_result.json": json.dumps(results, indent=2).encode()},

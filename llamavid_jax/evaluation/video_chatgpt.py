@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from llamavid_jax.evaluation.folder import checked, need, read_json, video_file
 from llamavid_jax.evaluation.items import Item, Row, Scores, mean
-from llamavid_jax.evaluation.judge import Case, messages, read_leniently, read_original
+from llamavid_jax.evaluation.judge import Case, messages
 from llamavid_jax.evaluation.llava import json_lines
+from llamavid_jax.evaluation.replies import read_leniently, read_original
 from llamavid_jax.evaluation.video_qa import counted
 
 SOURCE = "Video-ChatGPT has it (github.com/mbzuai-oryx/Video-ChatGPT, quantitative_evaluation)"
@@ -171,7 +172,7 @@ def case(dimension: Dimension, shown: dict[str, str], original: bool, is_broken:
     )
     predictions = [value for name, value in shown.items() if name.startswith("pred") and not is_broken]
     read_reply = functools.partial(read_original, keys=()) if original else read_leniently
-    return Case(messages(system, user), shown["a"], predictions, read_reply)
+    return Case(messages(system, user), str(shown["a"]), predictions, read_reply)
 
 
 def entries_of(rows: Sequence[Row], name: str) -> list[tuple[str, dict[str, Any], dict[str, str], Any]]:

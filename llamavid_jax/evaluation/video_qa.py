@@ -13,8 +13,9 @@ from llamavid_jax import buckets
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.folder import checked, need, read_json, read_text, video_file
 from llamavid_jax.evaluation.items import Item, Row, Scores, by_group, mean, unique
-from llamavid_jax.evaluation.judge import Case, messages, read_leniently, read_original
+from llamavid_jax.evaluation.judge import Case, messages
 from llamavid_jax.evaluation.llava import json_lines
+from llamavid_jax.evaluation.replies import read_leniently, read_original
 
 QA_SOURCE = "LLaMA-VID's README links it (github.com/dvlab-research/LLaMA-VID, Preparation)"
 ACTIVITYNET_SOURCE = "it is part of ActivityNet-QA (github.com/MILVLG/activitynet-qa)"
@@ -71,16 +72,17 @@ def read_activitynet(folder: Path, original: bool) -> tuple[list[Item], list[Row
     questions = checked(question_file, read_json(question_file), "question_id", "question", "video_name")
     answers = checked(answer_file, read_json(answer_file), "question_id", "answer")
     if original:
-        if len(questions) != len(answers):
+        if len(questions) > len(answers):
             raise InputError(
                 f"{question_file} has {len(questions)} entries, {answer_file} {len(answers)}; get both anew"
             )
-        pairs = list(zip(questions, answers, strict=True))
+        pairs = list(zip(questions, answers, strict=False))
     else:
-        by_id = {one["question_id"]: one for one in answers}
-        if lost := [one["question_id"] for one in questions if one["question_id"] not in by_id]:
+        names, answered = (unique(one["question_id"] for one in entries) for entries in (questions, answers))
+        by_name = dict(zip(answered, answers, strict=True))
+        if lost := [name for name in names if name not in by_name]:
             raise InputError(f"{answer_file} has no answer to {lost[0]}; is it of another split?")
-        pairs = [(one, by_id[one["question_id"]]) for one in questions]
+        pairs = [(one, by_name[name]) for name, one in zip(names, questions, strict=True)]
     videos = need(folder, ("all_test", "videos", "video"), ACTIVITYNET_VIDEOS)
     return _items(
         [

@@ -27,7 +27,9 @@ from llamavid_jax.evaluation.items import (
 from llamavid_jax.evaluation.llava import read_questions
 from llamavid_jax.evaluation.vqa_text import one_line
 
-POPE_SOURCE = "the POPE repository has it (github.com/AoiDragon/POPE, output/coco)"
+POPE_SOURCE = (
+    "the POPE repository has it (github.com/AoiDragon/POPE, output/coco; LLaVA's questions are of commit e3e39262)"
+)
 POPE_IMAGES = ("val2014",), "val2014.zip of images.cocodataset.org has it"
 MME_SOURCE = "its release has it (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation)"
 MME_IMAGES = ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version"), MME_SOURCE
@@ -37,8 +39,9 @@ YES_OR_NO = "Please answer yes or no."
 
 
 def yes_or_no(text: str) -> str:
-    """The first word that is one of the two; "other" without."""
-    found = re.search(r"\b(yes|no|not|nope|yeah|yep)\b", text.lower())
+    """The first word that is one of the two; "other" without: "not sure" and "no idea" are neither."""
+    no = r"(?:no|not|isn't|aren't|doesn't)\b(?! (?:idea|sure|certain|clear)\b)"
+    found = re.search(rf"\b(yes|yeah|yep|nope|{no})\b", text.lower())
     return {None: "other", "yes": "yes", "yeah": "yes", "yep": "yes"}.get(found and found[1], "no")
 
 
@@ -46,22 +49,35 @@ def yes_or_no(text: str) -> str:
 
 
 def read_pope(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
-    """A label is that of the question at the same place of its category: the two files number them differently."""
-    labels: dict[str, list[dict[str, Any]]] = {}
+    """The two files number the questions differently.  A label is found by its question; in the original by its place,
+    which is that of another question where the labels are of another version than the questions."""
+    labels: dict[str, dict[Any, dict[str, Any]]] = {}
     for file in sorted(need(folder, ("coco",), POPE_SOURCE).glob("coco_pope_*.json")):
-        labels[file.stem.removeprefix("coco_pope_")] = checked(file, read_lines(file), "label")
+        lines = checked(file, read_lines(file), "label")
+        by_place = original or not all("image" in line and "text" in line for line in lines)
+        keys = range(len(lines)) if by_place else map(_pope_question, lines)
+        labels[file.stem.removeprefix("coco_pope_")] = dict(zip(keys, lines, strict=True))
     places: dict[str, int] = defaultdict(int)
 
     def reference(line: dict[str, Any]) -> dict[str, Any]:
-        category = line.get("category", "")
+        category, question = line.get("category", ""), _pope_question(line)
         place = places[category]
         places[category] += 1
-        known = labels.get(category, [])
-        return {"category": category, **({"label": known[place]["label"]} if place < len(known) else {})}
+        known = labels.get(category, {})
+        label = known.get(question) or known.get(place)
+        if label is None:
+            return {"category": category}
+        is_other = "text" in label and _pope_question(label) != question
+        return {"category": category, "label": label["label"], **({"label_of": label["text"]} if is_other else {})}
 
     if not labels:
         need(folder, ("coco/coco_pope_*.json",), POPE_SOURCE)
     return read_questions(folder, ("llava_pope_test.jsonl",), POPE_IMAGES, reference), []
+
+
+def _pope_question(line: dict[str, Any]) -> tuple[Any, str]:
+    """LLaVA's copies have a misspelling that later labels have not."""
+    return line.get("image"), _bare(str(line["text"])).replace("imange", "image")
 
 
 def pope_original(text: str) -> str:
@@ -95,8 +111,16 @@ def score_pope(rows: Sequence[Row], original: bool) -> Scores:
         },
         {"F1": f1},
         {row["id"]: value for row, value in zip(known, right, strict=True)},
+        notes=_pope_notes(rows),
         counts={"categories": tables},
     )
+
+
+def _pope_notes(rows: Sequence[Row]) -> list[str]:
+    lost = sum("label" not in row["reference"] for row in rows)
+    others = sum("label_of" in row["reference"] for row in rows)
+    notes = [f"{lost} questions have no label: {POPE_SOURCE}"] if lost else []
+    return notes + ([f"{others} labels belong to other questions: {POPE_SOURCE}"] if others else [])
 
 
 def counts(pairs: Sequence[tuple[str, str]]) -> dict[str, int | float]:
@@ -147,8 +171,8 @@ def _wordings(release: Path, category: str, stem: str) -> dict[str, tuple[str, s
     file = next((release / name for name in names if (release / name).exists()), None)
     if file is None:
         return {}
-    lines = (line.split("\t") for line in read_text(file).split("\n") if line.strip())
-    return {_bare(line[0]): (line[0], line[1].strip()) for line in lines if len(line) == 2}
+    lines = (line.strip().split("\t") for line in read_text(file).split("\n"))
+    return {_bare(line[0]): (line[0], line[1]) for line in lines if len(line) == 2}
 
 
 def _bare(question: str) -> str:

@@ -32,6 +32,7 @@ from llamavid_jax.pickles import PickleError
 
 SUFFIXES = (".npz", ".npy", ".safetensors", ".pkl", ".pickle")
 NAMES = ("feats", "features")
+SAFETENSORS = b"\0\0\0\0{"  # from the fifth byte on: the end of its header's length, and the header
 SAFETENSORS_DTYPES = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 REMEDY = "write it anew with numpy.savez(FILE, feats=FLOAT16_ARRAY, inputs=TEXT)"
 
@@ -55,6 +56,12 @@ class _Opened(NamedTuple):
 def is_features(path: object) -> bool:
     """Whether a file is one of features, by its name."""
     return isinstance(path, str | Path) and str(path).lower().endswith(SUFFIXES)
+
+
+def is_feature_file(path: Path) -> bool:
+    """Whether a local file is a .safetensors, by its first bytes."""
+    with path.open("rb") as opened:
+        return opened.read(9)[4:] == SAFETENSORS
 
 
 def read_header(path: str | Path) -> FeatureHeader:
@@ -107,7 +114,7 @@ def _open(path: str | Path) -> Iterator[_Opened]:
         with contextlib.ExitStack() as stack:
             with file.open("rb") as opened:
                 magic = opened.read(9)
-            if magic[4:] == b"\0\0\0\0{":  # the length of its header, and that
+            if magic[4:] == SAFETENSORS:
                 found = _safetensors(path, file, stack)
             elif magic.startswith(b"PK"):
                 archive = stack.enter_context(zipfile.ZipFile(file))

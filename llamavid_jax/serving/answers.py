@@ -14,7 +14,8 @@ from starlette.responses import StreamingResponse
 from llamavid_jax.serving.engine import Engine
 from llamavid_jax.serving.jobs import Job, Piece
 from llamavid_jax.serving.metrics import Metrics
-from llamavid_jax.serving.prepare import Prepared, Preparer
+from llamavid_jax.serving.prepare import Preparer
+from llamavid_jax.serving.prepared import Prepared
 from llamavid_jax.serving.protocol import ApiError, Asked, Reply, error_object, logprobs, usage
 
 

@@ -18,15 +18,16 @@ def lay_out(
     tokenizer: Tokenizer,
     chat: Chat,
     frame_times: Sequence[np.ndarray],
-    said: Sequence[Cue] | None,
+    said: Sequence[Cue] | str | None,
     times: str | None,
     new_tokens: int,
 ) -> tuple[np.ndarray, int]:
     """The ids, and the first placeholder of the chat that is shown.
 
     `frame_times` `[F]` are those of each placeholder.  Of the one film that all of them show, `said` stands between its
-    frames, and the time of each, where `times` is "frame" or "minute".  Where the prompt and `new_tokens` are more than
-    the positions that the model was trained for, earlier turns keep their words alone.
+    frames (a text has their placeholders), and the time of each, where `times` is "frame" or "minute".  Where the
+    prompt and `new_tokens` are more than the positions that the model was trained for, earlier turns keep their words
+    alone.
     """
 
     def ids_of(turns: list[str]) -> list[int]:
@@ -34,7 +35,7 @@ def lay_out(
 
     start_end, width, text = config.mm_use_im_start_end, config.tokens_per_frame, config.text_config
     words = [turn.replace(IMAGE + "\n", "").replace(IMAGE, "") for turn in chat.turns]
-    film = None if said is None else interleave(frame_times[0].tolist(), said)
+    film = said if said is None or isinstance(said, str) else interleave(frame_times[0].tolist(), said)
     if times is not None:
         film = with_times(film, frame_times[0].tolist(), times)
     if film is None:

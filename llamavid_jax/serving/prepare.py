@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,71 +26,22 @@ from llamavid_jax.inference.model import LLaMAVIDLlavaForConditionalGeneration
 from llamavid_jax.inference.request import check_row
 from llamavid_jax.inference.sources import content, description, stored, version, video_key
 from llamavid_jax.media.feature_file import Description
+from llamavid_jax.media.features import is_feature_file
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.serving.decoding import Reading, check_length, decoded, heard
 from llamavid_jax.serving.layout import lay_out
+from llamavid_jax.serving.prepared import LOOKED_AT, Prepared, Shown, Visual
 from llamavid_jax.serving.protocol import Asked
 from llamavid_jax.serving.sources import Sources
 from llamavid_jax.serving.store import Store
-from llamavid_jax.shapes import FRAME_CHUNK, Row, merge_row
+from llamavid_jax.serving.stored import stored_film, stored_text
+from llamavid_jax.shapes import FRAME_CHUNK, merge_row
 from llamavid_jax.text.chat import Chat, read_messages
 from llamavid_jax.text.subtitles import Cue
 
 Check = Callable[[], None]  # raises where nobody waits for the row any more
-Look = Callable[[np.ndarray, str], np.ndarray]  # features [F, P, E] and a question -> attention [F, S, S]
-LOOKED_AT = 8  # frames of a part for which it is told where the question looks in them
 DECODING = 4  # films that are decoded at a time, and pictures, which wait for no film
-
-
-class Shown(NamedTuple):
-    """A picture or a film: what its features are kept by, these `[F, P, E]`, and the times `[F]` of its frames."""
-
-    key: tuple
-    features: np.ndarray
-    times: np.ndarray
-
-
-class Visual(NamedTuple):
-    """One in a row: which part of the messages it is, what it shows, its visual tokens, and what it is asked."""
-
-    part: int
-    shown: Shown
-    tokens: int  # how many
-    question: str
-
-
-class Prepared(NamedTuple):
-    """A row, the table `[N, D]` of its visual tokens, and its visuals in their order."""
-
-    row: Row
-    table: np.ndarray
-    visuals: list[Visual]
-
-    def rests_on(self, weights: np.ndarray, look: Look) -> list[dict[str, Any]]:
-        """Attention `[N]` to the row's visual tokens -> of each part that shows something its frames' shares, and where
-        its last question looks in those with the most.
-
-        The turns of a chat that show the same part count together; all shares sum to 1.
-        """
-        parts: dict[int, np.ndarray] = {}
-        last: dict[int, Visual] = {}
-        for one in self.visuals:
-            own, weights = weights[: one.tokens].reshape(len(one.shown.times), -1).sum(1), weights[one.tokens :]
-            parts[one.part], last[one.part] = parts.get(one.part, 0) + own, one
-        total = sum(float(own.sum()) for own in parts.values()) or 1.0
-        found = []
-        for part, own in sorted(parts.items()):
-            strongest = np.sort(np.argsort(own)[-LOOKED_AT:])
-            maps = look(last[part].shown.features[strongest], last[part].question)
-            seconds = last[part].shown.times.round(3).tolist()
-            looked = [
-                {"second": seconds[place], "attention": where.round(4).tolist()}
-                for place, where in zip(strongest, maps, strict=True)
-            ]
-            shares = (own / total).round(6).tolist()
-            found.append({"part": part, "seconds": seconds, "weights": shares, "looked": looked})
-        return found
 
 
 class Preparer:
@@ -134,6 +85,11 @@ class Preparer:
                     kind, source, rate = name
                     with self.sources.open(source) as path:
                         digest = content(path)["sha256"]
+                        if kind == "video" and is_feature_file(path):
+                            kind, alone = "features", len(set(names)) == 1
+                            said = stored_text(path, alone) if said is None else said
+                        elif kind == "video":
+                            rate = self.image_processor.rate(1 if rate[1] else rate[0]), rate[1]
                         if asked.transcribe:
                             said = self._heard(path, digest, check)
                         films[name] = self._film(path, (digest, kind, rate), asked.room, check, used)
@@ -160,9 +116,9 @@ class Preparer:
             if video is None:
                 names.append(("image", image, None))
             else:
-                count = asked.num_frames if fps is None else None
-                rate = self.image_processor.rate(1 if count else asked.fps if fps is None else fps)
-                names.append(("video", video, (rate, count)))
+                given, count = (asked.fps, asked.num_frames) if fps is None else (fps, None)
+                self.image_processor.rate(1 if given is None else given)
+                names.append(("video", video, (given, count)))
         for field in ("subtitles", "transcribe", "times"):
             if getattr(asked, field) and (len(set(names)) != 1 or names[0][0] != "video"):
                 raise InputError(f"{field} goes with one video alone; show that, and nothing else")
@@ -236,6 +192,8 @@ class Preparer:
         A video's `rate` is frames a second and, in place of those, their number, which the cache does not keep."""
         config, model = self.model.config, self.model
         most = min((config.text_config.max_length - new_tokens) // config.tokens_per_frame, self.max_frames)
+        if kind == "features":
+            return stored_film(path, rate, model, self.image_processor, most)
         key, before = None, version(path)
         if self.cache is not None and kind == "video" and rate[1] is None:
             key = video_key(path, rate[0], model, self.image_processor)

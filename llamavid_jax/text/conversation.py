@@ -269,7 +269,7 @@ def _image_in_later_turns(turns: Sequence[str], image_sides: Iterable[int]) -> l
             side = next(sides, None)
             if side not in (0, 1):
                 raise ConversationError(f"image_sides gives {side!r} for turn {index}; give a 0 or a 1 per user turn")
-            turn = turn + "\n" + IMAGE if side else question_turn(1, turn)
+            turn = f"{turn}\n{IMAGE}" if side else f"{IMAGE}\n{turn}"  # with its newline also where the turn is empty
         result.append(turn)
     return result
 

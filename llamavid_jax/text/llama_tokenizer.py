@@ -80,6 +80,8 @@ class LlamaTokenizer:
                 )
         ids = {token.content: self._model.piece_to_id(token.content) for token in tokens}
         self._added = {number: token for number, token in known.items() if token.content not in ids}
+        # A fine-tune's tokens are read as today's transformers has them, the model's own as the original's did.
+        self._foreign = {number for number, token in self._added.items() if token.content not in added}
         self._ids = ids | {token.content: number for number, token in self._added.items()}
         self._cut_tokens = {token.content: token for token in (*tokens, *self._added.values())}
         longest_first = sorted(self._cut_tokens.values(), key=lambda token: -len(token.content))
@@ -120,7 +122,9 @@ class LlamaTokenizer:
             if index + 1 < len(parts) and self._cut_tokens[parts[index + 1]].lstrip:
                 part = part.rstrip()
             if part:
-                ids += self._encode_behind_added(part) if ids and ids[-1] in self._added else self._encode_stretch(part)
+                ids += (
+                    self._encode_behind_added(part) if ids and ids[-1] in self._foreign else self._encode_stretch(part)
+                )
         return ids
 
     def _encode_stretch(self, text: str) -> list[int]:

@@ -6,11 +6,10 @@
 The layout is the original's: a text stands behind the last frame before its end, but never before the text in front of
 it; several texts of one frame are joined by a blank, and so are the lines of a cue.
 
-Deviations: a text that ends before the first frame stands behind that one, not behind the last; `...` stays; of .srt
-files a line of digits is a cue's number only in front of its times.  `as_original` has these three as the original.
+Deviations: a text that ends before the first frame stands behind that one, not behind the last.  Tags, such as those
+for italics, are deleted, and so is `<image>`, which would take a frame's place; `...` stays.  The cues of a .srt file
+begin at their times, not at their numbers.  `as_original` has these as the original.
 With times, "[0:59]" or "[1:02:03]" stands in front of each frame, or of the first one of each minute.
-
-Tags, such as those for italics, are deleted, and so is `<image>`, which would take a frame's place.
 """
 
 import codecs
@@ -24,7 +23,7 @@ from typing import NamedTuple
 from llamavid_jax.files import find
 from llamavid_jax.text.conversation import IMAGE, ConversationError
 
-CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}[.,]\d{1,3})"
+CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})[.,](\d{1,6})"
 TIMING = re.compile(rf"\s*{CLOCK}\s*-->\s*{CLOCK}(?:\s|$)")
 MEANT = re.compile(r"[\s\d:.,-]*\d[\s\d:.,-]*-->[\s-]*\d")  # for times: else they would be read as words
 SRT_TAG = re.compile(r"</?(?:i|b|u|s|font)\b[^<>]*>|\{\\[^{}]*\}", re.IGNORECASE)
@@ -76,19 +75,35 @@ def parse_subtitles(text: str, as_original: bool = False) -> list[Cue]:
     Raises ConversationError for a line of times that are written in another way.
     """
     is_vtt, cues, end, lines = text.startswith("WEBVTT"), [], None, []
+    if as_original and not is_vtt:
+        return _cues_by_number(text)
     followed = itertools.pairwise([*text.splitlines(), "", "0:00.0 --> 0:00.0", ""])
     for number, (line, after) in enumerate(followed, 1):
-        timing = TIMING.match(line)
-        if not timing and MEANT.match(line):
-            raise ConversationError(f"line {number} is {line[:60]!r}; write times as 00:00:01,000 --> 00:00:02,500")
+        timing = _timing(number, line)
         words = html.unescape(VTT_TAG.sub("", line)) if is_vtt else SRT_TAG.sub("", line)
         words = words.replace(IMAGE, " ").strip()
-        words = words.replace("...", "").strip() if as_original else words
-        is_number = not is_vtt and words.isdigit() and (as_original or TIMING.match(after))
+        is_number = not is_vtt and words.isdigit() and TIMING.match(after)
         if timing or (is_vtt and not line.strip()):
             cues += [Cue(end, " ".join(lines))] if lines else []
-            end, lines = timing and _seconds(*timing.groups()[3:]), []
+            end, lines = timing and _end(timing), []
         elif end is not None and words and not is_number:
+            lines.append(words)
+    return cues
+
+
+def _cues_by_number(text: str) -> list[Cue]:
+    """Of a .srt, as the original: a line of digits begins a cue; one that lacks text or times goes on in the next."""
+    cues, end, lines = [], None, []
+    for number, line in enumerate([*re.split(r"\r\n?|\n", text), "0"], 1):
+        words = line.replace("\0", "").strip().replace("...", "").strip()
+        timing = _timing(number, words) if " --> " in words else None
+        if words.isdigit():
+            if lines and end is not None:
+                cues.append(Cue(end, " ".join(lines)))
+                end, lines = None, []
+        elif timing:
+            end = _end(timing)
+        elif words:
             lines.append(words)
     return cues
 
@@ -137,5 +152,15 @@ def clock(time: int) -> str:
     return f"[{minutes}:{seconds:02d}]" if minutes < 60 else f"[{minutes // 60}:{minutes % 60:02d}:{seconds:02d}]"
 
 
-def _seconds(hours: str | None, minutes: str, seconds: str) -> float:
-    return 3600 * int(hours or 0) + 60 * int(minutes) + float(seconds.replace(",", "."))
+def _timing(number: int, line: str) -> re.Match | None:
+    timing = TIMING.match(line)
+    if not timing and MEANT.match(line):
+        raise ConversationError(f"line {number} is {line[:60]!r}; write times as 00:00:01,000 --> 00:00:02,500")
+    return timing
+
+
+def _end(timing: re.Match) -> float:
+    """In seconds, rounded once: a frame may stand at just that time."""
+    hours, minutes, seconds, fraction = timing.groups()[4:]
+    whole = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
+    return (1000000 * whole + int(fraction.ljust(6, "0"))) / 1000000

@@ -1,4 +1,4 @@
-"""AdamW as the original trains with it: warm-up, cosine to zero, clipping, no decay on biases and norms.
+"""AdamW as the original trains with it: warm-up, cosine to zero, clipping, no decay on biases and LayerNorms.
 
 Parameters, gradients and factors are dicts by path; the state covers the trained ones alone.
 """
@@ -34,8 +34,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decays(path: str) -> bool:
-    """Whether a parameter has weight decay: all but biases and the scales of norms."""
-    return not path.endswith(("bias", "scale"))
+    """Whether a parameter has weight decay: all but biases and the scales of LayerNorms, as in the original."""
+    return not path.endswith("bias") and (path.startswith("llama.") or not path.endswith("scale"))
 
 
 def lr_factors(paths: Iterable[str], config: OptimizerConfig) -> dict[str, float]:

@@ -80,8 +80,8 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW; linear warm-up over `warmup` of the steps, cosine to zero.
 
-    Biases and norms do not decay.  `lr_factors` multiply the rate of the parameters that match a pattern, the
-    original's `lr_multi`.
+    Biases and LayerNorms do not decay, LLaMA's RMSNorms do.  `lr_factors` multiply the rate of the parameters that
+    match a pattern, the original's `lr_multi`.
     """
 
     learning_rate: float = 2e-5

@@ -3,6 +3,8 @@
 That it passes, with every recorded array in a row: tests/golden/test_golden.py.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from converted import ORIGINAL, convert
@@ -31,6 +33,12 @@ def test_a_wrong_array_fails(converted, recorded, tmp_path, capsys, name, change
     assert check.main([str(converted), "--expected", str(tmp_path / "expected.npz")]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
     assert len(failed) == 1 and name in failed[0]
+
+
+def test_a_text_among_pictures(converted):
+    """The original gave a row without a placeholder a black picture and its words, and showed neither."""
+    recorded = Path(__file__).with_name("text_among_pictures.npz")
+    assert check.main([str(converted), "--expected", str(recorded)]) == 0
 
 
 def test_nothing_compared_is_a_failure(converted, tmp_path, capsys):

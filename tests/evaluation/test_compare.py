@@ -89,6 +89,13 @@ def test_bootstrap_agrees_with_the_normal_interval():
     assert wider[1] - wider[0] > 2.5 * (high - low)
 
 
+@pytest.mark.parametrize("clusters, least", [(1, 1.0), (3, 0.25), (40, 2e-4)])
+def test_few_videos_prove_nothing(clusters, least):
+    """However many questions about them all became better: n signs are alike in one of 2^(n-1) cases."""
+    p = bootstrap(np.ones(120), np.arange(120) % clusters)[2]
+    assert p == pytest.approx(least)
+
+
 def test_compare(result, tmp_path, capsys):
     one, two = result("a", range(6)), result("b", range(2, 12), settings={**HEADER["settings"], "quantize": "int8"})
     text, outcome = compare(one, two)

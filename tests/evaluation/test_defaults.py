@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -13,44 +12,11 @@ from PIL import Image
 from recorded_evaluation import rows_of
 
 from llamavid_jax.errors import InputError
-from llamavid_jax.evaluation import video_chatgpt, video_qa, vqa, yes_no
-from llamavid_jax.evaluation.choice import chosen, numbered
-from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge, read_leniently
+from llamavid_jax.evaluation import mmbench, video_chatgpt, video_qa, vqa
+from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge
+from llamavid_jax.evaluation.replies import read_leniently
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-
-
-@pytest.mark.parametrize(
-    "text, found",
-    [
-        ("Yes", "yes"),
-        ("NO", "no"),
-        ("Nope", "no"),
-        ("no.", "no"),
-        ("There is not a kettle", "no"),
-        ("The answer is yes", "yes"),
-        ("yes. No car is parked.", "yes"),
-        ("", "other"),
-        ("Unsure", "other"),
-        ("Know", "other"),
-        ("nothing", "other"),
-        ("eyes", "other"),
-    ],
-)
-def test_yes_or_no(text, found):
-    assert yes_no.yes_or_no(text) == found
-
-
-def test_mme_s_sum_of_no_task_is_none():
-    """Of perception alone, as with --limit: no points of cognition, rather than 0."""
-    reference = {"category": "count", "file": "1.txt", "wording": "?", "label": "Yes"}
-    figures = yes_no.score_mme([{"id": "1", "text": "Yes", "reference": reference}], False).figures
-    assert figures["perception"].value == 100 and math.isnan(figures["cognition"].value)
-
-
-def test_pope_counts_an_unclear_answer_wrong_either_way():
-    table = yes_no.counts([("other", "yes"), ("other", "no"), ("yes", "yes"), ("no", "no")])
-    assert (table["TP"], table["FP"], table["TN"], table["FN"], table["accuracy"]) == (1, 0, 1, 1, 0.5)
 
 
 @pytest.mark.parametrize("original", [False, True])
@@ -72,44 +38,6 @@ def test_a_broken_question_is_wrong(name, original):
     counted = {key: value for key, value in rows[0].items() if key != "error"}
     if (name, original) != ("pope", False):
         assert set(SETS[name].score([counted], original, *judge).items.values()) != {0.0}
-
-
-@pytest.mark.parametrize(
-    "text, letter",
-    [
-        ("B", "B"),
-        ("b", "B"),
-        ("(B)", "B"),
-        ("B.", "B"),
-        ("B. two dogs", "B"),
-        ("**B**", "B"),
-        ("The answer is B", "B"),
-        ("The answer is: A", "A"),
-        ("Answer: **A**", "A"),
-        ("'A'", "A"),
-        ("A\n\nThe dog is alone.", "A"),
-        ("A - one dog", "A"),
-        ('The answer is "A".', "A"),
-        ("the correct option: (B) two dogs", "B"),
-        ("I think that it is C", "C"),
-        ("two dogs", "B"),
-        ("Two dogs.", "B"),
-        ("A dog and a cat", None),
-        ("", None),
-        ("E", None),
-        ("The answer is B. The answer is C.", None),
-        ("B or C", None),
-    ],
-)
-def test_letters(text, letter):
-    """ "A dog" names no option; "I" and "A" alone inside a sentence are words."""
-    assert chosen(text, numbered(["one dog", "two dogs", "three dogs", "none"])) == letter
-    assert chosen(text, {}) is None
-
-
-def test_an_answer_of_several_options_is_none():
-    assert chosen("I", numbered(list("abcdefghi"))) == "I"
-    assert chosen("Is A the best? I say D", numbered(list("wxyz"))) == "D"
 
 
 @pytest.mark.parametrize("name", ["pope", "mme", "seed", "scienceqa"])
@@ -201,6 +129,14 @@ def test_mmbench_rounds(tmp_path):
     assert (scores.figures["accuracy"].value, scores.figures["circular accuracy"].value) == (80, 50)
 
 
+def test_mmbench_hands_in_every_line(tmp_path):
+    """Also one that comes twice: as in the original both have the last answer."""
+    row = f"7\tWhich?\t\tcat\tdog\tfox\t\tB\tanimal\t{picture('RGB')}\tmade up\tperception\t\tdev"
+    items, _ = SETS["mmbench"].read(mmbench_table(tmp_path / "mmbench", row, row), False)
+    header, *lines = mmbench.cells(rows_of(items, ["A", "B"]))
+    assert [line[header.index("prediction")] for line in lines] == ["B", "B"]
+
+
 def test_activitynet_pairs_by_id(official):
     """Answers in another order than the questions go to other questions in the original."""
     folder = official("activitynet_qa")
@@ -212,6 +148,19 @@ def test_activitynet_pairs_by_id(official):
     for mode in (False, True):
         with pytest.raises(InputError, match=r"test_a\.json"):
             SETS["activitynet_qa"].read(folder, mode)
+
+
+def test_activitynet_ids_that_come_twice(official):
+    """Each of the two keeps its own answer; answers beyond the questions are nobody's."""
+    folder = official("activitynet_qa")
+    for name in ("test_q.json", "test_a.json"):
+        entries = json.loads((folder / name).read_text())
+        entries[2]["question_id"] = entries[0]["question_id"]
+        (folder / name).write_text(json.dumps(entries + entries[-1:] * ("a" in name.removeprefix("test_"))))
+    answers = [one["answer"] for one in json.loads((folder / "test_a.json").read_text())]
+    for mode in (False, True):
+        items, _ = SETS["activitynet_qa"].read(folder, mode)
+        assert [item.reference["answer"] for item in items] == answers[: len(items)]
 
 
 def test_the_second_question_reaches_the_judge(official):

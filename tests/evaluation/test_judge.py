@@ -9,15 +9,8 @@ import pytest
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation import judge as judges
-from llamavid_jax.evaluation.judge import (
-    ATTEMPTS,
-    Case,
-    ModelJudge,
-    OfflineJudge,
-    UnreadError,
-    read_leniently,
-    read_original,
-)
+from llamavid_jax.evaluation.judge import ATTEMPTS, Case, ModelJudge, OfflineJudge
+from llamavid_jax.evaluation.replies import read_leniently
 
 GOOD = "{'pred': 'yes', 'score': 4}"
 
@@ -205,43 +198,11 @@ def test_a_file_of_replies_that_was_cut_off(server, tmp_path):
     assert len(server.asked) == 4
 
 
-@pytest.mark.parametrize(
-    "reply, expected",
-    [
-        (GOOD, (True, 4)),
-        ('```json\n{"pred": "No", "score": 1}\n```', (False, 1)),
-        ("Sure! {'pred': 'yes', 'score': '4.5'}.", (True, 4.5)),
-        ('{"pred": true, "score": 5}', (True, 5)),
-        ("{'Pred': 'no', 'Score': 0}", (False, 0)),
-        ("{'pred': 'unknown', 'score': 2}", None),
-        ("{'pred': 'yes', 'score': 7}", None),
-        ("{'pred': 'yes', 'score': nan}", None),
-        ('{"pred": "yes", "score": NaN}', None),
-        ("{'pred': 'yes', 'score': 1e999}", None),
-        ("{4}", None),
-        ("{'pred': 'yes', 'score': 4, 'why': b'x'}", None),
-    ],
-)
-def test_lenient_reading(reply, expected):
-    """No score is made up, none is beyond the scale, and "unknown" is no "no"."""
-    if expected is None:
-        with pytest.raises(UnreadError):
-            read_leniently(reply, ("pred",))
-    else:
-        assert read_leniently(reply, ("pred",))[:2] == expected
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        *("{4}", "b'yes'", "{'pred': b'yes', 'score': 1}", "{'pred': 'yes', 'score': 1e999}"),
-        *("{'pred': 'yes', 'score': 1" + "0" * 400 + "}", "{'pred': 'yes', 'score': 4, 'why': b'x'}"),
-    ],
-)
-def test_literals_that_stop_the_original(reply):
-    with pytest.raises(UnreadError) as raised:
-        read_original(reply, ("pred",))
-    assert raised.value.is_final
+def test_what_was_never_asked_is_wrong_without_a_judge(server):
+    judge = ModelJudge(server.address, "")
+    (verdict,) = judge.verdicts([Case([], "cat", [], read_leniently)])
+    assert verdict == OfflineJudge().verdicts([Case([], "cat", [], read_leniently)])[0]
+    assert verdict[:2] == (False, 0) and not server.asked
 
 
 @pytest.mark.parametrize(
@@ -255,6 +216,10 @@ def test_literals_that_stop_the_original(reply):
         ("cat", "", False),
         ("", "cat", False),
         ("the", "the", False),
+        ("no", "Yes, there is no dog.", False),
+        ("no", "It is not.", True),
+        ("yes", "not sure, yes and no", True),
+        ("yes", "Unsure", False),
     ],
 )
 def test_offline(answer, prediction, right):

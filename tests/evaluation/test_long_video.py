@@ -48,10 +48,15 @@ def test_mlvu(mlvu):
     assert {name: figure.value for name, figure in scores.groups["task"].items()} == {"count": 0, "findNeedle": 100}
 
 
-def test_an_answer_that_is_no_candidate(mlvu):
-    write(mlvu / "MLVU/json/4_count.json", [{"video": "a", "question": "?", "candidates": ["1"], "answer": "2"}])
-    with pytest.raises(InputError, match="none of its candidates"):
-        SETS["mlvu"].read(mlvu, False)
+def test_answers_that_are_no_candidate_or_two(mlvu):
+    """As in MLVU's own files: two questions of "needle" have no right answer, five have an option twice."""
+    count = {"video": "a.mp4", "question": "?"}
+    twice = {**count, "candidates": ["Six", "Three", "Three", "Two"], "answer": "Three"}
+    write(mlvu / "MLVU/json/4_count.json", [{**count, "candidates": ["1", "2"], "answer": "3"}, twice, twice, twice])
+    items, _ = SETS["mlvu"].read(mlvu, False)
+    scores = SETS["mlvu"].score(rows_of(items, ["B", "B", "A", "B", "C", "D"]), False)
+    assert list(scores.items.values()) == [1, 1, 0, 1, 1, 0]
+    assert scores.notes == ["1 references are no option of their questions, which count as wrong"]
 
 
 @pytest.fixture
@@ -121,6 +126,16 @@ def test_longvideobench(tmp_path):
     assert item.reference["answer"] == "C" and item.subtitles is None
     (item,), _ = SETS["longvideobench_subtitles"].read(tmp_path, False)
     assert cues_of(item) == [Cue(1.5, "Hello"), Cue(2.0, "Bye")]
+    for broken in (
+        [{"timestamp": [None, None], "text": "?"}],
+        [{"end": "12", "line": "?"}],
+        [{"start": "0"}],
+        ["?"],
+        {},
+    ):
+        write(item.subtitles, broken)
+        with pytest.raises(InputError, match=r"v_en\.json"):
+            cues_of(item)
 
 
 @pytest.mark.parametrize(

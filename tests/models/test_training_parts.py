@@ -114,15 +114,15 @@ def test_learning_rate_by_hand():
     assert rates(0.0, 1, (0,)) == [8]
 
 
-def test_biases_and_norms_do_not_decay():
-    """The original leaves out `bias` in a name and every parameter of a norm: of ours these, and no others."""
+def test_biases_and_layer_norms_do_not_decay():
+    """The original leaves out `bias` in a name and every parameter of a LayerNorm, not LLaMA's RMSNorms."""
     paths = abstract_params(LLaMAVIDLlavaConfig())
     kept = {path for path in paths if not decays(path)}
     assert {path.rsplit(".", 1)[-1] for path in kept} == {"bias", "q_bias", "v_bias", "scale"}
     assert {path.rsplit(".", 1)[-1] for path in paths.keys() - kept} == {
-        "kernel", "embedding", "query", "cls_token", "position",
+        "kernel", "embedding", "query", "cls_token", "position", "scale",
     }  # fmt: skip
-    assert all("norm" in path for path in kept if path.endswith("scale"))
+    assert all("norm" in path and "llama" not in path for path in kept if path.endswith("scale"))
 
 
 def test_learning_rate_factors():

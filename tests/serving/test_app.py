@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from llamavid_jax.serving.app import Limits
 from llamavid_jax.serving.jobs import Job
-from llamavid_jax.serving.prepare import Prepared
+from llamavid_jax.serving.prepared import Prepared
 
 
 def test_answers_are_those_of_a_session(tiny_model, client, clip):

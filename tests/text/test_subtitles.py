@@ -61,7 +61,8 @@ def test_srt():
         "\r\n7\r\n00:00:01,000 --> 00:00:02,000\r\n\r\n8\r\n0:0:3,5 --> 00:00:04.25 X1:0\r\n{\\an8}<i>Hi</i>  <font\r\n"
         "<im<image>age> 5 < 6\r\n\r\nbehind\r\n1984\r\n...\r\n"
     )
-    assert parse_subtitles(text, as_original=True) == [Cue(4.25, "Hi  <font <im age> 5 < 6 behind")]
+    as_there = "{\\an8}<i>Hi</i>  <font <im<image>age> 5 < 6 behind"
+    assert parse_subtitles(text, as_original=True) == [Cue(4.25, as_there)]
     assert parse_subtitles(text) == [Cue(4.25, "Hi  <font <im age> 5 < 6 behind 1984 ...")]
     assert parse_subtitles("1\n00:00:01,000 --> 00:00:02,000\n1984") == [Cue(2.0, "1984")], "the last line is no number"
     assert parse_subtitles("no times\n1\n00:00:01,000 ->\n") == []
@@ -99,8 +100,9 @@ def test_no_text_takes_a_frames_place():
 )
 def test_files_that_are_refused(tmp_path, content, message):
     (tmp_path / "film.srt").write_bytes(content)
-    with pytest.raises(ConversationError, match=rf"film\.srt,? {message}"):
-        read_subtitles(tmp_path / "film.srt")
+    for as_original in (False, True):
+        with pytest.raises(ConversationError, match=rf"film\.srt,? {message}"):
+            read_subtitles(tmp_path / "film.srt", as_original)
 
 
 @pytest.mark.parametrize("name", ["nothing.srt", "", "a\0b", "~nobody-here/a.srt"])
