@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from llamavid_jax.errors import CheckpointError, InputError
 PACKAGE = Path(__file__).parent
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 BROUGHT = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent  # as installed; in a clone
+# Held while a Python literal is read, as in a .npy file's header: some releases (3.11.7, say) raise SystemError in one
+# of two threads that do so at once.
+LITERAL = threading.Lock()
 MAX_BYTES = 64 << 20  # of a file that is read whole; the largest tokenizer.json has 33 MB
 MAX_JSON_BYTES = 16 << 20  # 40,000 names of weights take 4 MB; JSON takes some 20 times its size in memory
 

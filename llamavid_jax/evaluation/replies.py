@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from llamavid_jax.files import LITERAL
+
 LONGEST = 10_000  # characters of a reply that is read
 
 
@@ -33,7 +35,8 @@ def literal(reply: str) -> Any:
     if len(reply) > LONGEST:
         raise UnreadError
     try:
-        value = ast.literal_eval(reply)
+        with LITERAL:
+            value = ast.literal_eval(reply)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise UnreadError from None
     try:
@@ -56,7 +59,9 @@ def first_literal(reply: str) -> Any:
             (ast.literal_eval, found.replace("''", "'")),
         ):
             try:
-                value = json.loads(json.dumps(read(text)))
+                with LITERAL:
+                    value = read(text)
+                value = json.loads(json.dumps(value))
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 continue
             if isinstance(value, dict):

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from llamavid_jax.files import LITERAL
 from llamavid_jax.media.feature_file import described_frames, read_description
 from llamavid_jax.media.feature_pickle import pickled_frames, read_pickle
 from llamavid_jax.media.source import MediaError, local_file
@@ -177,7 +178,8 @@ def _npy_frames(path: str | Path, stream: Any, size: int) -> tuple[tuple[int, ..
     """The array in `stream`, a .npy file of `size` bytes."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, by_column, dtype = read(stream)
+    with LITERAL:
+        shape, by_column, dtype = read(stream)
     _check(path, shape, dtype)
     if by_column:
         raise MediaError(f"{path}: the array is stored by columns; write numpy.ascontiguousarray of it")
@@ -199,7 +201,8 @@ def _npz_text(path: str | Path, archive: zipfile.ZipFile) -> str | None:
     if "inputs.npy" not in archive.namelist():
         return None
     with archive.open("inputs.npy") as member:
-        text = np.lib.format.read_array(member, allow_pickle=False)
+        with LITERAL:
+            text = np.lib.format.read_array(member, allow_pickle=False)
         member.read(1)  # for the CRC-32, as above
     if text.dtype.kind != "U" or text.size != 1:
         raise MediaError(f"{path}: `inputs` is an array {list(text.shape)} of {text.dtype}; one text is needed")
