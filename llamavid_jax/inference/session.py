@@ -16,6 +16,7 @@ half of the turns is left out.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,13 +75,14 @@ class Turn:
 class Session:
     """One conversation.
 
-    `images` and `videos` are paths, URLs or pixels; `subtitles` those of the one video; `times` put the time of each
-    "frame" or each "minute" of it into the text, for a model that was trained so; `fps` holds in place of the image
-    processor's.  Without `follow_ups` every question stands alone and frames are forgotten as they are encoded; with
-    them their features stay in host memory (0.7 MB a frame for the 7B models).  `like_original` leaves the visual
-    tokens out of all earlier turns and places subtitles as the original's command lines do.  A video may be a file of
-    its features (`media/features.py`); `cache` keeps those of all others for the next session.  `progress(video, frames
-    done, frames in all or None)` and `notice(text)` are told what happens, each text once.
+    `images` and `videos` are paths, URLs or pixels, of which one path or URL alone need not be in a list; `subtitles`
+    those of the one video; `times` put the time of each "frame" or each "minute" of it into the text, for a model that
+    was trained so; `fps` holds in place of the image processor's.  Without `follow_ups` every question stands alone
+    and frames are forgotten as they are encoded; with them their features stay in host memory (0.7 MB a frame for the
+    7B models).  `like_original` leaves the visual tokens out of all earlier turns and places subtitles as the
+    original's command lines do.  A video may be a file of its features (`media/features.py`); `cache` keeps those of
+    all others for the next session.  `progress(video, frames done, frames in all or None)` and `notice(text)` are told
+    what happens, each text once.
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class Session:
         model: LLaMAVIDLlavaForConditionalGeneration,
         image_processor: LLaMAVIDLlavaImageProcessor,
         *,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: str | Path | Sequence[Any] = (),
+        videos: str | Path | Sequence[Any] = (),
         subtitles: Sequence[Cue] | None = None,
         times: str | None = None,
         fps: float | int | None = None,
@@ -110,6 +112,7 @@ class Session:
                 said.add(text)
                 notice(text)
 
+        images, videos = ([one] if isinstance(one, str | Path) else one for one in (images, videos))
         self.model, self.template, self.say = model, template_named(template), say
         self.visuals = Visuals(
             model,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +82,12 @@ def test_frames_are_decoded_and_encoded_once(tiny_model, monkeypatch):
     once = Session(tiny_model, IMAGES, videos=[CLIP], follow_ups=False)
     assert once.ask(QUESTIONS[0], **SHORT).text == session.turns[0].answer
     assert once.features is None and once.ask(QUESTIONS[1], **SHORT).visual_tokens == 24  # stands alone
+
+
+def test_one_path_alone(tiny_model):
+    expected = Session(tiny_model, IMAGES, videos=[CLIP]).ask(QUESTIONS[0], **SHORT).text
+    for video in (CLIP, Path(CLIP)):
+        assert Session(tiny_model, IMAGES, videos=video).ask(QUESTIONS[0], **SHORT).text == expected
 
 
 def test_a_question_that_fails_changes_nothing(tiny_model):
