@@ -23,7 +23,7 @@ from . import digits, questions
 from .length import KINDS, different_frames, needle
 from .make_data import TURNS, choose, generator, record, short_clip
 
-FILMS = ("1:1800", "4:120", "10:160", "30:24")
+FILMS = ("1:1800", "4:120", "10:160", "30:24", "60:24")
 
 
 def film_features(model, images, scene: digits.Scene) -> np.ndarray:
