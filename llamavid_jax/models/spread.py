@@ -1,7 +1,7 @@
 """The same function for many frames, or pairs of a frame and a question, spread over every device of the mesh.
 
     arrays [N, ...] ─ N/n a device ─▶ a bounded number at a time ─▶ [N, ...]
-    parameters, cut over the mesh ─ gathered once ─▶ whole on every device ─▶ gradients summed there, then reduced once
+    parameters, sharded ─ gathered once ─▶ whole on every device ─▶ gradients summed there, then reduced once
 
 Left to the compiler, each chunk would gather the parameters and reduce their gradients anew.
 """

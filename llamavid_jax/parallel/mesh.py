@@ -122,7 +122,7 @@ def host_mesh() -> Mesh:
 
 
 def shards(sizes: Mapping[str, int], name: str) -> int:
-    """Into how many parts a mesh of these sizes (`mesh.shape`) cuts a dimension, such as "batch"."""
+    """Into how many parts a mesh of these sizes (`mesh.shape`) shards a dimension, such as "batch"."""
     return math.prod(sizes[axis] for axis in AXIS_RULES[name])
 
 
