@@ -92,7 +92,7 @@ def _pixel_case(model, expected: Mapping[str, np.ndarray], kind: str) -> Iterato
 
 
 def _long_case(model, expected: Mapping[str, np.ndarray]) -> Iterator[Row]:
-    """Ready features without CLS; one placeholder for every visual token."""
+    """Precomputed features without CLS; one placeholder for every visual token."""
     features, prompt = expected["long.features"], str(expected["long.prompt"])
     if "long.tokens" in expected:
         yield compare("long.tokens", model.visual_tokens(features=features, prompts=[prompt]), expected["long.tokens"])

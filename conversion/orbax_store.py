@@ -2,7 +2,7 @@
 
 Parameters are stacked over layers: 2.7 GiB for the gate projections of a 7B model.  The arrays are created empty and
 filled layer by layer.  A chunk is one layer, or a part of one of at most `CHUNK_BYTES`, so that a host that holds a
-shard of a parameter reads little more than the shard.  Parameters of up to `GATHER_BYTES` (norms, biases) are one chunk;
+shard of a parameter reads little more than that.  Parameters of up to `GATHER_BYTES` (norms, biases) are one chunk;
 their layers are collected in memory before they are written.
 """
 
