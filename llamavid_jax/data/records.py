@@ -192,7 +192,7 @@ def is_there(path: str) -> bool:
 
 
 def find_media(record: Record, is_there: Callable[[str], bool] = is_there) -> str:
-    """The path of the media file, by the original's fallbacks where the named file is missing."""
+    """The path of the media file, by the original's fallbacks if the named file is missing."""
     path = record.media or ""
     if record.kind == "image" and not is_there(path):
         moved = path.replace("VG_100K_2", "images").replace("VG_100K", "images")

@@ -145,7 +145,7 @@ class RunCheckpoints:
             self._saving = None
 
     def busy(self) -> bool:
-        """Whether a save is under way on any process.  Raises CheckpointError, on all of them, where one has failed."""
+        """Whether a save is under way on any process.  Raises CheckpointError, on all of them, if one has failed."""
         own = np.array([self._manager.is_saving_in_progress(), bool(self._heard)])
         under_way, failed = multihost_utils.process_allgather(own).reshape(-1, 2).T
         with self._write_errors():

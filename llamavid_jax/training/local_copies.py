@@ -66,7 +66,7 @@ class LocalCopies(RunCheckpoints):
         return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def restore(self, abstract: Any, at_least: int = 0) -> Restored | None:
-        """None where no copy can be read, which is reported."""
+        """None if no copy can be read, which is reported."""
         try:
             return super().restore(abstract, at_least)
         except CheckpointError:

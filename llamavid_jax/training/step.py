@@ -49,7 +49,7 @@ class StepMetrics(NamedTuple):
 
 @jax.named_scope("visual_table")
 def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_keys: Key[Array, " B"] | None) -> jax.Array:
-    """Each row's visual tokens `[B, G·(n+1), D]`; zeros `[1, 1, D]` where the batch has no frames."""
+    """Each row's visual tokens `[B, G·(n+1), D]`; zeros `[1, 1, D]` if the batch has no frames."""
     rows, frames = batch.frames.shape[:2]
     if frames == 0:
         return jnp.zeros((1, 1, model.llama.config.hidden_size))
