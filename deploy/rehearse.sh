@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run at tiny size through what befalls one on a pod: bash deploy/rehearse.sh [gs://BUCKET/NEW_FOLDER]
-# Without an address the bucket is an emulator in memory; two processes are the hosts.
+# Rehearses a pod run with the tiny model, through a failure: bash deploy/rehearse.sh [gs://BUCKET/NEW_FOLDER]
+# Without an address the bucket is an in-memory emulator.  Two processes stand in for two hosts.
 set -euo pipefail
 python -c "import grain, gcsfs, matplotlib, gcp_storage_emulator" 2> /dev/null || {
   echo 'rehearse.sh needs packages; pip install --constraint requirements.lock ".[train,gcs,demo]" gcp-storage-emulator' >&2
@@ -23,7 +23,7 @@ done > "$work/chat.jsonl"
 python -m llamavid_jax.data.build_shards "$work/chat.jsonl" "$bucket/shards"
 python -m llamavid_jax.data.validate "$bucket/shards"
 
-# 2. Two hosts, each with a disk of its own.  The bucket goes away for five seconds, and then one host is preempted: both save.
+# 2. Two hosts, each with its own disk.  The bucket is away for five seconds; then one host is preempted: both save.
 run=(python train.py --config configs/tiny/stage2_instruct.yaml "data.path=$bucket/shards" "output=$bucket/run" training.steps=24
   "data.buckets=[{frames: 8, pairs: 8, questions: 1, tokens: 64}]")
 coordinator=localhost:$(python -c "import socket; print(socket.create_server(('localhost', 0)).getsockname()[1])")
@@ -36,7 +36,7 @@ until [ -s "$work/disk0/gs/${bucket#gs://}/run/metrics.jsonl" ]; do kill -0 $fir
 kill -TERM $second
 for one in $first $second; do wait $one || echo "ended with $?: 143 is a run that was stopped and goes on"; done
 
-# 3. Started again, here on one host, it goes on; and what became of its time.
+# 3. Started again on one host, the run resumes.  Then draw what its time went into.
 "${run[@]}"
 mkdir -p build
 python -m llamavid_jax.commands.goodput "$bucket/run" build/rehearsal.png

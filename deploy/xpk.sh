@@ -2,7 +2,7 @@
 # Stage 2 of 7B on a slice of 64 v5e chips, as a workload of XPK; docs/tpu-pod.md sets the variables.
 set -euo pipefail
 
-# XPK signals the shell that it puts around the command, which must be one line: `exec` makes that shell the run.
+# XPK wraps the one-line command in a shell and signals that shell; `exec` replaces the shell by the run.
 xpk workload create --workload=stage2 --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" \
   --tpu-type=v5litepod-64 --docker-image="$IMAGE" --priority=medium \
   --max-restarts=50 --restart-on-exit-codes=1,75 --termination-grace-period-seconds=600 \
