@@ -5,7 +5,7 @@ question only where all its copies are right.  `rounds` makes such copies of eve
 """
 
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,9 @@ def read(folder: Path, original: bool, *, language: str = "en", rounds: bool = F
             fields = {"text": question + "\n" + INSTRUCTIONS[language], "question": question, "prompt": question}
             fields |= {"media": f"data:image/png;base64,{image}", "reference": reference}
             items.append((row["index"] if not number else f"{row['index']}, round {number}", fields))
+    copies = Counter(fields["reference"]["question_id"] % COPIES for _, fields in items)
+    for _, fields in items:
+        fields["reference"]["copies"] = copies[fields["reference"]["question_id"] % COPIES]
     names = unique(name for name, _ in items)
     return [Item(id=name, is_video=False, **fields) for name, (_, fields) in zip(names, items, strict=True)], []
 
@@ -95,7 +98,7 @@ def _hint(row: dict[str, Any]) -> list[str]:
 
 
 def score(rows: Sequence[Row], original: bool) -> Scores:
-    right, extracted, copies, pictures = {}, {}, defaultdict(list), {}
+    right, extracted, copies, pictures, whole = {}, {}, defaultdict(list), {}, {}
     known = [row for row in rows if row["reference"]["answer"] is not None and row["text"] is not None]
     for row in known:
         reference = row["reference"]
@@ -106,20 +109,22 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
         right[row["id"]] = float(extracted[row["id"]] == reference["answer"])
         copies[name := str(reference["question_id"] % COPIES)].append(right[row["id"]] == 1.0)
         pictures.setdefault(name, row.get("media") or name)
-    circular = [float(all(answers)) for answers in copies.values()]
+        if len(copies[name]) >= reference.get("copies", 1):
+            whole[name] = float(all(copies[name]))
+    notes = ["by the rules of VLMEvalKit before a judge is asked; the paper's figure is the server's: upload the sheet"]
+    if lost := len(copies) - len(whole):
+        notes.append(f"{lost} questions, of whose copies some are not answered, are not in the circular accuracy")
     values = list(right.values())
     clusters = [pictures[str(row["reference"]["question_id"] % COPIES)] for row in known]
     # the server's figure is the first
-    figures = {"circular accuracy": mean(circular, 100.0, list(pictures.values()))}
+    figures = {"circular accuracy": mean([*whole.values()], 100.0, [pictures[name] for name in whole])}
     figures["accuracy"] = mean(values, 100.0, clusters)
     return Scores(
         figures if known else {},
         {"category": by_group((row["reference"]["category"] or "" for row in known), values, clusters)},
         right,
         {"mmbench.xlsx": sheet(rows, original)} if rows else {},
-        notes=[
-            "by the rules of VLMEvalKit before a judge is asked; the paper's figure is the server's: upload the sheet"
-        ],
+        notes=notes,
         details={"circular groups": dict(copies), "extracted": extracted},
     )
 

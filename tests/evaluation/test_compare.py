@@ -111,6 +111,14 @@ def test_compare(result, tmp_path, capsys):
     assert "within what chance makes" in same and outcome["p"] == 1
 
 
+def test_questions_that_one_alone_scored_are_said(result):
+    one, two = result("a", range(6)), result("b", range(6))
+    assert "left out" not in compare(one, two)[0]
+    found = json.loads((two / "result.json").read_text())
+    (two / "result.json").write_text(json.dumps({**found, "items": dict([*found["items"].items()][2:])}))
+    assert "2 questions that one of them alone scored are left out" in compare(one, two)[0]
+
+
 def test_what_cannot_be_compared(result, tmp_path, capsys):
     one, other = result("a", [0]), tmp_path / "other"
     other.mkdir()

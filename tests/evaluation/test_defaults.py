@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -170,6 +171,21 @@ def test_mmbench_questions_about_one_picture_are_one(tmp_path):
     items, _ = SETS["mmbench"].read(mmbench_table(tmp_path / "mmbench", *rows), False)
     figures = SETS["mmbench"].score(rows_of(items, ["B", "B", "C", "C"]), False).figures
     assert [round(figure.error, 2) for figure in figures.values()] == [35.36] * 2
+
+
+def test_circular_accuracy_is_of_questions_with_all_their_copies(tmp_path):
+    """With --limit the copies, behind all other questions, are not asked: one right answer is not a circle."""
+    rows = [
+        f"{number}\tWhich?\t\tcat\tdog\tfox\t\tB\tanimal\t{picture('RGB')}\tmade up\tperception\t\tdev"
+        for number in (1, 2, 3, 1_000_001, 1_000_002)
+    ]
+    items, _ = SETS["mmbench"].read(mmbench_table(tmp_path / "mmbench", *rows), False)
+    rows = rows_of(items, ["B"] * 4 + ["C"])
+    for asked, value, count in ((5, 100 * 2 / 3, 3), (4, 100, 2), (2, None, 0)):
+        scores = SETS["mmbench"].score(rows[:asked], False)
+        figure = scores.figures["circular accuracy"]
+        assert figure.count == count and (not count or math.isclose(figure.value, value))
+        assert any("not in the circular accuracy" in note for note in scores.notes) == (asked < 5)
 
 
 def test_mmbench_hands_in_every_line(tmp_path):
