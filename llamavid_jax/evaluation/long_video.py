@@ -167,11 +167,13 @@ def read_video_mme(folder: Path, original: bool, *, subtitles: bool = False) -> 
 
 
 def _parquet(file: Path) -> list[dict[str, Any]]:
+    """The rows of a table, all of whose files are read: test-00000-of-00002.parquet and so on."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file).to_pylist()
+        files = sorted(file.parent.glob(file.name.replace("-00000-of-", "-*-of-")))
+        return [row for one in files for row in pyarrow.parquet.read_table(one).to_pylist()]
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{file} is no parquet table ({error}); download it again") from None
 

@@ -102,6 +102,12 @@ def test_video_mme_as_parquet(video_mme):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     (video_mme / "video_mme.json").unlink()
     assert SETS["video_mme"].read(video_mme, False) == before
+    halves = [file.with_name(f"test-0000{number}-of-00002.parquet") for number in (0, 1)]
+    file.rename(halves[0])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**rows[0], "question_id": "001-2"}]), halves[1])
+    assert [item.id for item in SETS["video_mme"].read(video_mme, False)[0]] == ["001-1", "001-2"]
+    halves[1].unlink()
+    halves[0].rename(file)
     file.write_bytes(b"PAR1 nonsense")
     with pytest.raises(InputError, match="no parquet table"):
         SETS["video_mme"].read(video_mme, False)
