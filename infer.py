@@ -1,4 +1,4 @@
-"""Ask LLaMA-VID about videos and images: `python infer.py --help`, and `llamavid_jax/commands/infer.py`."""
+"""Ask LLaMA-VID about videos and images: see `python infer.py --help` and `llamavid_jax/commands/infer.py`."""
 
 from llamavid_jax.commands.infer import main, run
 

@@ -1,4 +1,4 @@
-"""Trains LLaMA-VID, a stage at a time: `python train.py --help`, and `llamavid_jax/commands/train.py`."""
+"""Train LLaMA-VID, one stage at a time: see `python train.py --help` and `llamavid_jax/commands/train.py`."""
 
 import sys
 

@@ -85,14 +85,14 @@ def _pixel_case(model, expected: Mapping[str, np.ndarray], kind: str) -> Iterato
         if f"{kind}.tokens.{i}" in expected:
             yield compare(f"{kind}.tokens.{i}", tokens, expected[f"{kind}.tokens.{i}"])
         merged.append(tokens.shape[1])
-    # a text alone: as in the original's training, frames go with it that it does not show
+    # text alone: frames were recorded with it that no token shows, as in the original's training
     for i in np.flatnonzero((expected[f"{kind}.input_ids"] != IMAGE_TOKEN).all(axis=1)):
         pixels[i], prompts[i] = None, None
     yield from _forward(model, expected, kind, merged, pixel_values=pixels, prompts=prompts)
 
 
 def _long_case(model, expected: Mapping[str, np.ndarray]) -> Iterator[Row]:
-    """Ready features without CLS; one placeholder for every visual token."""
+    """Precomputed features without CLS; one placeholder for every visual token."""
     features, prompt = expected["long.features"], str(expected["long.prompt"])
     if "long.tokens" in expected:
         yield compare("long.tokens", model.visual_tokens(features=features, prompts=[prompt]), expected["long.tokens"])
@@ -173,7 +173,7 @@ class Recording(dict):
 
 
 def read_expected(file: Path) -> Recording:
-    """A recording.  Raises CheckpointError when it is not a readable `.npz` file, and for one of many gigabytes."""
+    """A recording.  Raises CheckpointError when it is not a readable `.npz` file, and for one above MAX_RECORDING."""
     try:
         with zipfile.ZipFile(file) as archive:
             if (size := sum(entry.file_size for entry in archive.infolist())) > MAX_RECORDING:

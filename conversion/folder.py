@@ -1,4 +1,4 @@
-"""The folder around the weights: made beside its place and renamed once complete; tokenizers and image settings."""
+"""The output folder: built beside its final path and renamed once complete; its tokenizers and image settings."""
 
 import contextlib
 import os
@@ -27,13 +27,13 @@ TEXT_FILES = (
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` if the block ends well, and goes away if it raises.
+    """A new folder beside `out` that is renamed to `out` if the block succeeds, and deleted if it raises.
 
-    One process makes it at a time.  A killed one leaves `OUT.partial`, never half of `out`; the next starts again.
+    Only one process makes it at a time.  A killed one leaves `OUT.partial`, never half of `out`; the next starts anew.
     """
     place, in_bucket = out.absolute(), buckets.url(out) is not None
     partial = place.with_name(f"{place.name}.partial")
-    if in_bucket:  # where nothing is renamed; arrays would go there at once
+    if in_bucket:  # which cannot rename; arrays written there would be uploaded at once
         partial = buckets.root() / "partial" / place.relative_to(buckets.root())
         for parent in (place.parent, partial.parent):
             parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def copy_tokenizers(
 
 
 def video_rate(source: Path) -> dict[str, float]:
-    """`fps`, where a folder's video_preprocessor_config.json says it, as `jax_to_torch` leaves it there."""
+    """`fps`, where a folder's video_preprocessor_config.json states it; `jax_to_torch` copies that file."""
     file = source / VIDEO_FILE
     rate = read_settings(file).get("fps") if file.is_file() else None
     return {} if rate is None else {"fps": rate}

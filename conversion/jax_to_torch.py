@@ -3,8 +3,8 @@
 `original` writes `pytorch_model-0000i-of-0000n.bin`, their index and a `config.json` in the original's form (needs
 torch); `documented` writes safetensors and the configuration of the transformers port.  Every weight is written as it
 is stored: PyTorch → JAX → PyTorch is bit-exact, also from one layout to the other, the vocabulary included (the
-documented layout usually has rows for `<image>` and padding; they are neither added nor taken away).  Memory holds one
-`.bin` file, or one tensor of a safetensors file.
+documented layout usually has rows for `<image>` and padding; none are added or removed).  Memory holds one `.bin` file,
+or one tensor of a safetensors file.
 """
 
 import json
@@ -47,7 +47,7 @@ class FileWeight:
         self.nbytes = int(np.prod(self.shape)) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The values in the file's layout; a fused bias is put together around its zero third."""
+        """The values in the file's layout; a fused bias is assembled around its zero third."""
         values = [to_torch(self.arrays.read(part.path, part.index), part.pattern) for part in self.parts]
         if self.parts[0].third is not None:
             thirds = dict(zip((part.third for part in self.parts), values, strict=True))
@@ -82,7 +82,7 @@ def shards(weights: list[FileWeight], limit: int) -> list[list[FileWeight]]:
 
 
 def write_torch(shard: list[FileWeight], file: Path) -> Iterator[FileWeight]:
-    """Writes a dictionary of tensors with torch; yields each weight once it was read."""
+    """Writes a dictionary of tensors with torch; yields each weight after reading it."""
     import torch
 
     tensors = {}
@@ -95,7 +95,7 @@ def write_torch(shard: list[FileWeight], file: Path) -> Iterator[FileWeight]:
 
 
 def write_safetensors(shard: list[FileWeight], file: Path) -> Iterator[FileWeight]:
-    """Writes the header, then one tensor after the other (the library would hold them all); yields each weight."""
+    """Writes the header, then one tensor at a time (the library would hold all of them); yields each weight."""
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for weight in shard:
@@ -116,7 +116,7 @@ def convert(
 ) -> None:
     """Writes the folder `out` from the converted checkpoint `source`.
 
-    Raises CheckpointError or ConfigError, and leaves nothing at `out` then.
+    Raises CheckpointError or ConfigError, and then leaves nothing at `out`.
     """
     console = console or Console(stderr=True)
     began = time.monotonic()

@@ -1,10 +1,10 @@
 """Base + LoRA → one checkpoint: `python -m conversion.merge_lora BASE ADAPTER OUT`.
 
-BASE is a converted checkpoint.  ADAPTER is a folder as PEFT, `train.py` or the original's training leaves it:
-adapter_config.json, adapter_model.safetensors or .bin, and what was trained in full beside the updates: `weights`
-of `train.py`, non_lora_trainables.bin of the original, which cannot load these itself.  OUT is BASE with B·A·α/r
-added to the kernels in float32, in BASE's types, and with the full modules in place of its own.  PiSSA and OLoRA took
-a part off every kernel before they trained; the same is taken off here.  Memory holds one weight at a time.
+BASE is a converted checkpoint.  ADAPTER is a folder written by PEFT, `train.py` or the original's training.  It holds
+adapter_config.json, adapter_model.safetensors or .bin, and the weights that were trained in full: `weights` from
+`train.py`, non_lora_trainables.bin from the original, which cannot load its own folders.  OUT is BASE with B·A·α/r
+added to the kernels in float32 and with the fully trained weights in place of its own, all in BASE's types.  PiSSA and
+OLoRA subtract a part of every kernel before they train; it is subtracted here too.  Memory holds one weight at a time.
 """
 
 import logging
@@ -40,15 +40,15 @@ from .orbax_store import LayerWriter
 from .read_torch import read_file
 from .stored_tensor import StoredTensor
 
-PREFIX = "base_model.model."  # PEFT's, before every name of the model that it wraps
+PREFIX = "base_model.model."  # PEFT puts it before every name of the model that it wraps
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 FULL_MODULES = "non_lora_trainables.bin"
 
 
 def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig, dict[str, StoredTensor], Any]:
-    """An adapter's configuration, its tensors, `model....lora_A.weight` → tensor, and how it started.
+    """An adapter's configuration, its tensors, `model....lora_A.weight` → tensor, and its `init_lora_weights`.
 
-    Raises CheckpointError without a file of weights, and for weights of another model.
+    Raises CheckpointError if there is no file of weights, and for weights of another model.
     """
     file = next((source / name for name in ADAPTER_FILES if (source / name).is_file()), None)
     if file is None:
@@ -63,7 +63,7 @@ def read_adapter(source: Path, config: LLaMAVIDLlavaConfig) -> tuple[LoraConfig,
 
 
 def read_full_modules(source: Path, table: list[Weight]) -> dict[str, StoredTensor]:
-    """The tensors of non_lora_trainables.bin under the names of the table; none where there is no such file."""
+    """The tensors of non_lora_trainables.bin under the names of the table; empty if there is no such file."""
     file, shapes = source / FULL_MODULES, {weight.name: weight.shape for weight in table}
     tensors = read_file(file) if file.is_file() else {}
     full = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
@@ -79,7 +79,7 @@ def read_full_modules(source: Path, table: list[Weight]) -> dict[str, StoredTens
 
 
 def read_full_parameters(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays | None:
-    """The parameters that `train.py` trained in full; None where there are none."""
+    """The parameters that `train.py` trained in full; None if there are none."""
     directory = source / WEIGHTS
     if not directory.is_dir():
         return None
@@ -90,7 +90,7 @@ def read_full_parameters(source: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def plain_files(base: Path) -> list[Path]:
-    """What lies beside the weights, as paths within `base`.
+    """The files beside the weights, as paths within `base`.
 
     Raises CheckpointError for what cannot be copied or has no end: pipes, devices, links to nothing or to a folder.
     """
@@ -109,14 +109,14 @@ def plain_files(base: Path) -> list[Path]:
 def trained_base(kernel: np.ndarray, start: Any, lora: LoraConfig) -> np.ndarray:
     """The kernel `[out, in]` that an adapter was trained on.
 
-    PiSSA trains the part of the `rank` largest singular values and leaves the rest; OLoRA starts with the first columns
-    and rows of a QR decomposition.  Neither depends on the signs that a decomposition is free to choose.
+    PiSSA moves the `rank` largest singular components of the kernel into the adapter; OLoRA does so with the first
+    columns and rows of its QR decomposition.  Neither depends on the signs that a decomposition is free to choose.
     """
     if start == "pissa":
         if kernel.shape[0] > kernel.shape[1]:
             return trained_base(kernel.T, start, lora).T
         wide = kernel.astype(np.float64)
-        _, vectors = np.linalg.eigh(wide @ wide.T)  # in rising order; a fourth of the time of a decomposition of `wide`
+        _, vectors = np.linalg.eigh(wide @ wide.T)  # in ascending order; a quarter of the time of an SVD of `wide`
         largest = vectors[:, -lora.rank :]
         return (wide - largest @ (largest.T @ wide)).astype(np.float32)
     if start == "olora":
@@ -133,7 +133,7 @@ def merged(
     updates: Mapping[str, StoredTensor],
     full: Mapping[str, StoredTensor],
 ) -> np.ndarray:
-    """One weight of the base, in our layout, with its update, or the full module's in its place."""
+    """One weight of the base, in our layout: with its update added, or replaced by the fully trained one."""
     if weight.name in full:
         return to_jax(full[weight.name].read(), weight).astype(base.dtype)
     name = weight.name.removesuffix(".weight")
@@ -145,12 +145,12 @@ def merged(
     kernel = base.astype(np.float32)
     if start in REBUILT_STARTS:
         kernel = to_jax(trained_base(to_torch(kernel, weight.pattern), start, lora), weight)
-    with np.errstate(over="ignore", invalid="ignore"):  # looked at by the caller
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for it
         return (kernel + to_jax(lora.scale * (b @ a), weight)).astype(base.dtype)
 
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
-    """Writes the folder `out`.  Raises InputError, and leaves nothing at `out` then."""
+    """Writes the folder `out`.  Raises InputError, and then leaves nothing at `out`."""
     base = find(base)
     find(base / "qformer_tokenizer")
     copies.fetch_all(adapter)
@@ -174,7 +174,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
             start = (own if weight.path in replaced else arrays).read(weight.path, weight.index)
             start = start.astype(dtypes[weight.path])
             value = merged(start, weight, lora, how, updates, full)
-            if value is not start or weight.path in replaced:  # the product of finite numbers may be too large
+            if value is not start or weight.path in replaced:  # the product of finite numbers may overflow
                 require_finite(value, f"{weight.name}, merged,", adapter)
             written.write(weight.path, weight.index, value)
     count = len(full) + sum(weight.path in replaced for weight in table)

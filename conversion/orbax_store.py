@@ -1,9 +1,9 @@
 """An Orbax checkpoint written one layer at a time.
 
-Parameters are stacked over layers: 2.7 GiB for the gate projections of a 7B model.  The arrays are made empty, and
-their layers written in their places.  A chunk is one layer, or a part of one of at most `CHUNK_BYTES`, so that a host
-which holds a shard of a parameter reads little more than its shard.  Parameters of up to `GATHER_BYTES` (norms, biases)
-are one chunk and are gathered before they are written.
+Parameters are stacked over layers: 2.7 GiB for the gate projections of a 7B model.  The arrays are created empty and
+filled layer by layer.  A chunk is one layer, or a part of one of at most `CHUNK_BYTES`, so that a host that holds a
+shard of a parameter reads little more than that.  Parameters of up to `GATHER_BYTES` (norms, biases) are one chunk;
+their layers are collected in memory before they are written.
 """
 
 import math
@@ -21,7 +21,7 @@ GATHER_BYTES = 4 << 20
 
 
 class LayerWriter:
-    """Makes a checkpoint of empty arrays by dotted path, and fills them; the `stacked` ones have layers on axis 0."""
+    """Creates a checkpoint of empty arrays by dotted path and fills them; the `stacked` ones have layers on axis 0."""
 
     def __init__(self, directory: Path, arrays: Mapping[str, jax.ShapeDtypeStruct], stacked: Collection[str]):
         write_arrays(directory, arrays, {path: layer_chunk(x, path in stacked) for path, x in arrays.items()})

@@ -18,7 +18,7 @@ from .sources import Source, Tensor
 
 LEFTOVERS = (".rotary_emb.inv_freq", ".position_ids")  # buffers that are computed, not learned
 INIT_STD = 0.02  # LLaMA's and BERT's initializer_range
-MOST_AT_RANDOM = 1 << 31  # values that no file holds; all but the language model are 1.2 billion
+MOST_AT_RANDOM = 1 << 31  # randomly initialised values; all parts but the language model have 1.2 billion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +30,15 @@ class Fill:
     resize: bool  # the tensor has another length
 
     def read(self, seed: int | None) -> np.ndarray:
-        """The file's value, brought to the weight's length."""
+        """The file's value, resized to the weight's length."""
         value, shape = self.tensor.read(), self.weight.shape
         if not self.resize:
             return value
         if self.weight.path == "vision.position":
             side = math.isqrt(shape[-2] - 1)
             return resize_positions(value.reshape(-1, shape[-1]), side).reshape(shape)
-        has_patch_token = self.weight.path.startswith("llama.") and (shape[0] - len(value)) % 2  # alone, or before two
+        # an odd number of new rows: `<im_patch>` alone, or before `<im_start>` and `<im_end>`
+        has_patch_token = self.weight.path.startswith("llama.") and (shape[0] - len(value)) % 2
         drawn = INIT_STD * draw(self.weight, (1, shape[1]), seed or 0) if has_patch_token else None
         return grow_rows(value, shape[0], drawn)
 
@@ -49,7 +50,7 @@ class Plan:
     shapes: dict[str, tuple[int, ...]]
     fills: dict[tuple[str, int | None], Fill]
     missing: list[Weight]
-    unused: list[str]  # names in the sources that this model has no place for
+    unused: list[str]  # names in the sources that no weight of this model has
     overridden: list[str]  # names that a later source holds too
     leftovers: int
     not_finite: list[str] = dataclasses.field(default_factory=list)  # weights with NaN or infinity in them, as written
@@ -61,7 +62,7 @@ def plan(config, sources: list[Source], init_missing: bool) -> Plan:
     Raises CheckpointError for a wrong shape or dtype, and for missing weights unless they are to be initialised.
     """
     shapes = inventory.shapes(config)
-    # of tokens that the language model lacks so far, and of [DEC], which BERT has not and no question holds
+    # for tokens that the language model lacks, and for [DEC], which BERT lacks and no question contains
     new_rows = dict.fromkeys(("llama.embed.embedding", "llama.lm_head.kernel"), len(config.added_tokens))
     new_rows |= {"qformer.word_embeddings.embedding": 1}
     table, documented = weight_table(config, "original"), weight_table(config, "documented")
@@ -94,7 +95,7 @@ def plan(config, sources: list[Source], init_missing: bool) -> Plan:
 
 
 def _check(source: Source, weight: Weight, tensor: Tensor, new_rows: Mapping[str, int]) -> bool:
-    """Whether the tensor has another length that can be mended; CheckpointError if it does not fit."""
+    """Whether the tensor must be resized; CheckpointError if it does not fit and cannot be."""
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise CheckpointError(
             f"{source.origin}: {weight.name} is {tensor.dtype}; weights are float32, float16 or bfloat16"
@@ -133,7 +134,7 @@ def _refuse_missing(
 
 
 def random_layer(weight: Weight, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """A starting value that depends on the seed and the weight's name alone: ones, zeros or N(0, 0.02²)."""
+    """An initial value that depends on the seed and the weight's name alone: ones, zeros or N(0, 0.02²)."""
     if weight.path.endswith("scale"):
         return np.ones(shape, np.float32)
     if weight.path.endswith("bias"):

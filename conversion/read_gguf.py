@@ -1,8 +1,8 @@
 """A LLaMA in llama.cpp's GGUF file: weights under transformers' names, configuration and tokenizer from its metadata.
 
-Quantised tensors are dequantised one by one to float32.  llama.cpp interleaves the rotary pairs of q and k (row 2i and
-2i+1 of a head rotate together); here they go back to halves (row i and i + h/2).  Needs the `gguf` package
-(the extra `convert`).
+Quantised tensors are dequantised one by one to float32.  llama.cpp interleaves the rotary pairs of q and k (rows 2i and
+2i+1 of a head rotate together); reading restores the halves (rows i and i + h/2).  Needs the `gguf` package (the extra
+`convert`).
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ _NUMBERS = dict(enumerate(["<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"]
 MAX_HEADER_BYTES = 32 << 20  # 128,000 tokens and their merges take 8 MB
 FLOAT32 = np.dtype(np.float32)
 _CONTROL = 3  # token types of GGUF: never part of text, such as <|im_end|>
-_BYTE_LEVEL = ("default", "gpt-2", "smollm")  # pre-tokenizers that are GPT-2's, smollm with single digits
+_BYTE_LEVEL = ("default", "gpt-2", "smollm")  # GPT-2's pre-tokenizer; smollm's also splits numbers into digits
 _SINGLE_DIGITS = ("smollm",)
 
 
@@ -81,7 +81,7 @@ class GgufTensor:
 
 
 class Header(NamedTuple):
-    """What stands before the numbers of a GGUF file."""
+    """What precedes the tensor data of a GGUF file."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
@@ -117,7 +117,7 @@ class _Cursor:
         return self.take(self.number()).decode("utf-8")
 
     def value(self) -> Any:
-        """A number, a text or a list of either, behind its kind."""
+        """A number, a text or a list of either, preceded by its kind."""
         kind = self.number("<u4")
         if kind == _TEXT:
             return self.text()
@@ -133,7 +133,7 @@ class _Cursor:
 
 @functools.lru_cache(maxsize=1)
 def read_header(file: Path) -> Header:
-    """Raises CheckpointError for a damaged file, and for another architecture than LLaMA's."""
+    """A file's Header.  Raises CheckpointError for a damaged file, and for another architecture than LLaMA's."""
     try:
         with file.open("rb") as stream:
             header = _parse(file, _Cursor(stream.read(min(file.stat().st_size, MAX_HEADER_BYTES))))
@@ -148,7 +148,7 @@ def read_header(file: Path) -> Header:
 
 
 def _parse(file: Path, cursor: _Cursor) -> Header:
-    """Counts need no bound of their own: every field and every tensor takes bytes, which end."""
+    """Counts need no limit: every field and every tensor takes bytes of the header, whose size is limited."""
     import gguf
 
     magic, version = cursor.take(4), cursor.number("<u4")

@@ -37,8 +37,8 @@ SAFETENSORS_DTYPES = {
 def checkpoint_files(source: str | Path) -> list[Path]:
     """The files of weights of a checkpoint folder, the index first where there is one; or the file itself.
 
-    Of a folder that has both forms, transformers takes safetensors, and so it is here.  Raises CheckpointError for a
-    missing file or shard.
+    From a folder that has both forms, safetensors are read, as in transformers.  Raises CheckpointError for a missing
+    file or shard.
     """
     source = Path(source)
     if not source.exists():

@@ -1,4 +1,4 @@
-"""Tables of another length: positions of another image size, and vocabularies with new rows."""
+"""Resizes tables: positions for another image size, and vocabularies with new rows."""
 
 import math
 
@@ -23,9 +23,9 @@ def resize_positions(table: np.ndarray, side: int) -> np.ndarray:
 
 
 def grow_rows(table: np.ndarray, rows: int, drawn: np.ndarray | None = None) -> np.ndarray:
-    """Table [V, D] with new rows behind it: each the mean of all before it, as the original starts tokens of its own.
+    """Table [V, D] extended to `rows`: every new row is the mean of all before it, as the original starts new tokens.
 
-    `drawn` [1, D] comes first of them (`<im_patch>`, which nothing uses) and counts in the mean.
+    `drawn` [1, D] is the first new row (for `<im_patch>`, which nothing uses) and counts in the mean.
     """
     table = table if drawn is None else np.concatenate([table, drawn.astype(table.dtype)])
     mean = table.astype(np.float32).mean(axis=0, keepdims=True).astype(table.dtype)

@@ -1,6 +1,6 @@
 """Where weights come from: one checkpoint, or a language model and the files of the other parts.
 
-Parts have names of their own; here they get the names of a complete original checkpoint, which the tables know.
+Files of parts use other names; here they get those of a complete original checkpoint, which the tables list.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Source:
 def open_sources(
     checkpoint: Path, vision: Path | None, qformer: Path | None, projectors: Path | None, resizable: bool
 ) -> list[Source]:
-    """All sources, the complete checkpoint first: where two hold a weight, the later one counts."""
+    """All sources, the complete checkpoint first: where two hold a weight, the later one is used."""
     whole = read_gguf(checkpoint) if checkpoint.suffix == ".gguf" else unwrapped(read_checkpoint(checkpoint))
     found = [Source(checkpoint, whole, resizable)]
     parts = ((vision, vision_name), (qformer, qformer_name), (projectors, projector_name))
@@ -42,7 +42,7 @@ def open_sources(
 
 
 def unwrapped(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """The names without what wrappers of a trained module put before every one: DDP, compile, PEFT."""
+    """The tensors without the prefixes that DDP, torch.compile and PEFT put before every name."""
     for prefix in ("module.", "_orig_mod.", "module.", "base_model.model."):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -84,9 +84,10 @@ def projector_name(name: str) -> str:
 
 
 def model_config(checkpoint: Path, config_file: Path | None, image_size: int | None) -> LLaMAVIDLlavaConfig:
-    """The configuration: of the checkpoint itself, else of `config_file`, else the released constants.
+    """The configuration: `config_file`'s if given, else that of the checkpoint's `config.json`.
 
-    A bare language model (GGUF, or a `config.json` of model type llama) says only what `text_config` is.
+    A bare language model (GGUF, or a `config.json` of model type llama) states only `text_config`.  The rest is then
+    `config_file`'s or that of the released models.
     """
     given = read_config_file(config_file) if config_file else None
     own = checkpoint / "config.json"
@@ -113,7 +114,7 @@ def model_config(checkpoint: Path, config_file: Path | None, image_size: int | N
 
 
 def _with_text(config: LLaMAVIDLlavaConfig, text: LlamaConfig) -> LLaMAVIDLlavaConfig:
-    """With a language model that has no rows yet for the tokens that the configuration adds."""
+    """`config` with a language model that has no rows yet for the tokens that `config` adds."""
     rows = text.vocab_size + len(config.added_tokens)
     return dataclasses.replace(config, text_config=dataclasses.replace(text, vocab_size=rows))
 

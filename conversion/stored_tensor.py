@@ -1,7 +1,6 @@
 """One tensor in a checkpoint file: where its bytes lie, read only when asked for.
 
-Nothing is memory-mapped and nothing but the asked bytes is read, so a process stays as small as one tensor however
-large the file is.
+Nothing is memory-mapped and only the requested bytes are read, so memory holds one tensor however large the file is.
 """
 
 import dataclasses
@@ -28,14 +27,14 @@ DTYPES = {
     "uint8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
-MAX_INDEX_BYTES = 16 << 20  # of what says where tensors lie; 40,000 of them take 10 MB
+MAX_INDEX_BYTES = 16 << 20  # of an index of tensors; 40,000 of them take 10 MB
 MAX_NAME = 500  # characters in the name of a tensor
 MAX_AXES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A stretch of a file that tensors lie in, and its CRC-32 where the file states one."""
+    """A byte range of a file that tensors lie in, and its CRC-32 if the file states one."""
 
     file: Path
     offset: int
@@ -71,7 +70,7 @@ class StoredTensor:
     def read(self) -> np.ndarray:
         """The tensor's values, C-contiguous, in the stored dtype.
 
-        Raises CheckpointError where the file has become shorter, and where its bytes do not have their CRC-32.
+        Raises CheckpointError if the file has become shorter, and if its bytes do not match their CRC-32.
         """
         check_sum(self.storage)
         values = np.empty(self.span, self.dtype)
@@ -103,10 +102,9 @@ def check_sum(storage: Storage) -> None:
 def locate(
     name: str, storage: Storage, dtype: np.dtype, offset: int, shape: Sequence[int], strides: Sequence[int]
 ) -> StoredTensor:
-    """A tensor `offset` elements into its storage, after checking that it lies in there.
+    """A tensor `offset` elements into its storage, after checking that it lies inside.
 
-    Raises CheckpointError for numbers that are none or do not fit, and for a tensor larger than its file, as one with
-    strides of zero may be.
+    Raises CheckpointError for invalid numbers, and for a tensor larger than its file, as one with zero strides may be.
     """
     if len(name) > MAX_NAME or not name.isprintable():
         raise CheckpointError(f"{storage.file} holds the name {name[:60]!r}, which no weight has; save it again")

@@ -1,6 +1,6 @@
-"""SHA-256 sums of the files that were read, as `sha256sum` writes and checks them.
+"""SHA-256 checksums of the files that were read, as `sha256sum` writes and checks them.
 
-safetensors, GGUF and torch's older files carry no sums of their own: a damaged number in them shows nowhere else.
+safetensors, GGUF and torch's older files contain no checksums: nothing else detects a damaged number in them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ def sha256_sums(files: Iterable[Path]) -> dict[Path, str]:
 def verify(sums: Mapping[Path, str], listing: Path) -> None:
     """Raises CheckpointError unless `listing`, lines of `SUM  NAME`, states the sum of every file.
 
-    Of JSON and text, which repositories of weights state no sums for, it may be silent.
+    It may omit JSON and text files, for which repositories of weights state no checksums.
     """
     try:
         lines = read_bytes(listing).decode("utf-8").splitlines()

@@ -8,7 +8,7 @@ from llamavid_jax.errors import CheckpointError
 
 
 def llama_values(text: LlamaConfig) -> dict[str, Any]:
-    """transformers' names."""
+    """LLaMA's configuration under transformers' names."""
     return {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
@@ -27,7 +27,7 @@ def llama_values(text: LlamaConfig) -> dict[str, Any]:
     }
 
 
-BERT_LAYERS = 12  # of BERT-base; the original cuts off the others where `bert_type` says "layer:N"
+BERT_LAYERS = 12  # of BERT-base; the original drops those after N where `bert_type` says "layer:N"
 
 
 def _vision_values(vision: LLaMAVIDLlavaVisionConfig) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _vision_values(vision: LLaMAVIDLlavaVisionConfig) -> dict[str, Any]:
 def _part_values(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
     """The sizes of the tower and the text decoder, which the original keeps in code.
 
-    Raises CheckpointError for frames of one kind of token, which PyTorch's classes do not have.
+    Raises CheckpointError for frames of one kind of token, which the PyTorch classes do not support.
     """
     if config.frame_tokens != "both":
         raise CheckpointError(
@@ -100,14 +100,14 @@ def original_config(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
         "mm_use_im_start_end": config.mm_use_im_start_end,
         "mm_use_im_patch_token": config.mm_use_im_patch_token,
         "mm_vision_select_feature": vision.select_feature,
-        "mm_vision_select_layer": layer if is_clip else -2,  # which EVA does not look at
+        "mm_vision_select_layer": layer if is_clip else -2,  # which EVA ignores
         "image_aspect_ratio": config.image_aspect_ratio,
         "use_mm_proj": True,
     }
 
 
 def documented_config(config: LLaMAVIDLlavaConfig) -> dict[str, Any]:
-    """The transformers port's form.  Raises CheckpointError for what it does not know."""
+    """The transformers port's form.  Raises CheckpointError for what it does not support."""
     vision = config.vision_tower_config
     for name, value, known in (
         ("mm_projector_type", config.mm_projector_type, "mlp2x_gelu"),

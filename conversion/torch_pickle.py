@@ -1,7 +1,7 @@
-"""The pickle in a file of `torch.save`, read without running anything that it asks for.
+"""The pickle in a file of `torch.save`, read without running its code.
 
 The only names that it may hold are those of tensors, and the only calls build a description of one
-(`llamavid_jax/pickles.py` has the machine).
+(`llamavid_jax/pickles.py` is the pickle machine).
 """
 
 import io
@@ -35,14 +35,14 @@ class StorageType(NamedTuple):
 
 
 class StorageName(NamedTuple):
-    """What a pickle calls a storage, and what is in it."""
+    """A storage's name in the pickle, and its dtype."""
 
     key: str
     dtype: np.dtype
 
 
 class View(NamedTuple):
-    """A tensor before the place of its storage is known."""
+    """A tensor whose storage has not been located in the file yet."""
 
     storage: StorageName
     offset: int
@@ -86,8 +86,8 @@ VALUES = {
 def unpickle(stream: io.BytesIO, file: Path) -> tuple[Any, dict[str, np.dtype]]:
     """The next object of the stream, and the type of each storage that it names.
 
-    The object is of numbers, texts, tuples, lists, dictionaries and `View`s.  Raises CheckpointError for a damaged
-    pickle and for one that asks for anything else.
+    The object consists of numbers, texts, tuples, lists, dictionaries and `View`s.  Raises CheckpointError for a
+    damaged pickle and for one that asks for anything else.
     """
     dtypes: dict[str, np.dtype] = {}
 
@@ -109,7 +109,7 @@ def unpickle(stream: io.BytesIO, file: Path) -> tuple[Any, dict[str, np.dtype]]:
 
 
 def _build(made: Any, _state: Any) -> None:
-    """Of an OrderedDict alone, and forgotten: its attributes, such as the versions of a state_dict's modules."""
+    """Ignores the attributes of an OrderedDict, such as a state_dict's module versions; nothing else may have any."""
     if type(made) is not dict:
         raise ValueError("a dict is missing")
 

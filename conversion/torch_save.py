@@ -1,7 +1,7 @@
 """Tensors of a file written by `torch.save`, found without torch.
 
-Two containers: the zip of torch 1.6 and later (`NAME/data.pkl` beside one stored entry a storage, each with its
-CRC-32), and the older stream of five pickles followed by the storages, which has no sums.
+Two containers: the zip of torch 1.6 and later (`NAME/data.pkl` beside one uncompressed entry for each storage, each
+with its CRC-32), and the older stream of five pickles followed by the storages, which has no checksums.
 """
 
 import io
@@ -41,7 +41,7 @@ def read_saved(file: Path) -> dict[str, StoredTensor]:
 
 
 def _walk(values: dict, prefix: str, file: Path, seen: set[int]) -> Iterator[tuple[str, View]]:
-    """The tensors of nested dictionaries; each dictionary once, for those that share parts have no end of paths."""
+    """The tensors of nested dictionaries; each may occur once, since those that share parts can have endless paths."""
     if id(values) in seen or prefix.count(".") > 20 or len(prefix) > MAX_NAME:
         raise CheckpointError(
             f"{file} holds a dictionary in two places or too deep, at {prefix[:60]!r}; save the state_dict alone"
@@ -66,7 +66,7 @@ def _read_zip(stream: BinaryIO, file: Path) -> tuple[Any, dict[str, Storage]]:
     try:
         with zipfile.ZipFile(stream) as archive:
             entries = {info.filename: info for info in archive.infolist()}
-    except Exception as error:  # as a damaged directory has it
+    except Exception as error:  # a damaged directory may raise anything
         raise CheckpointError(f"{file} is truncated or damaged ({error}); download it again") from None
     pickled = next((name for name in entries if name.endswith("/data.pkl")), None)
     if pickled is None:
@@ -82,18 +82,18 @@ def _read_zip(stream: BinaryIO, file: Path) -> tuple[Any, dict[str, Storage]]:
 
 
 def _storage(stream: BinaryIO, info: zipfile.ZipInfo, file: Path) -> Storage:
-    """Where an entry's bytes lie: behind its local header, whose two lengths may differ from the directory's."""
+    """Where an entry's bytes lie: after its local header, whose two lengths may differ from the directory's."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
         raise CheckpointError(
             f"{file} was compressed or encrypted after saving ({info.filename}); unpack it and save it with torch"
         )
     stream.seek(max(info.header_offset, 0))
-    header = stream.read(30) if info.header_offset >= 0 else b""  # a damaged directory may say less
+    header = stream.read(30) if info.header_offset >= 0 else b""  # damaged directories state less
     lengths = struct.unpack("<HH", header[26:]) if len(header) == 30 and header.startswith(LOCAL_HEADER) else None
     begin = info.header_offset + 30 + sum(lengths or ())
     if lengths is None or info.file_size != info.compress_size or begin + info.file_size > os.path.getsize(file):
         raise CheckpointError(f"{file} is truncated or damaged at its entry {info.filename}; download it again")
-    return Storage(file, begin, info.file_size, info.CRC or None)  # torch can be told not to sum: it writes 0
+    return Storage(file, begin, info.file_size, info.CRC or None)  # torch set not to compute CRCs writes 0
 
 
 def _content(stream: BinaryIO, info: zipfile.ZipInfo, file: Path) -> bytes:

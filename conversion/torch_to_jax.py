@@ -4,7 +4,7 @@ SRC is a LLaMA-VID checkpoint in the original or the documented layout, or a LLa
 other parts come from `--vision`, `--qformer` and `--projectors`.  OUT gets config.json, `weights/` (Orbax), both
 tokenizers and the image settings: all that `from_pretrained` needs.  Weights stream one by one, so memory holds one
 tensor at a time.  The CRC-32 of `.bin` files is checked; the SHA-256 of every file is printed, and compared with
-`--verify FILE`, for the other formats carry no sums.
+`--verify FILE`, because the other formats have no checksums.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 
 def leaf_dtypes(plan: Plan, dtype: str) -> dict[str, np.dtype]:
-    """The stored type of every parameter: as asked, or ("keep") the one that holds all its layers exactly."""
+    """The stored type of every parameter: `dtype`, or ("keep") the one that holds all its layers exactly."""
     if dtype != "keep":
         return dict.fromkeys(plan.shapes, DTYPES[dtype])
     dtypes: dict[str, np.dtype] = {}
@@ -118,7 +118,7 @@ def convert(
 ) -> Plan:
     """Writes the folder `out`; see the command line for the arguments.
 
-    Raises CheckpointError or `llamavid_jax.errors.ConfigError`, and leaves nothing at `out` then.
+    Raises CheckpointError or `llamavid_jax.errors.ConfigError`, and then leaves nothing at `out`.
     """
     console = console or Console(stderr=True)
     began = time.monotonic()
@@ -193,11 +193,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vision", metavar="FILE", type=local, help="eva_vit_g.pth, or a CLIP")
     parser.add_argument("--qformer", metavar="FILE", type=local, help="instruct_blip_*_trimmed.pth, or a BERT")
     parser.add_argument("--projectors", metavar="FILE", type=local, help="stage 1's mm_projector.bin")
-    parser.add_argument("--config", metavar="FILE", type=find, help="sizes that SRC does not state (.yaml or .json)")
+    parser.add_argument("--config", metavar="FILE", type=find, help="sizes to use instead of SRC's (.yaml or .json)")
     parser.add_argument(
         "--image-size", metavar="N", type=int, help="resize the position table to N pixels, such as 336"
     )
-    parser.add_argument("--verify", metavar="FILE", type=local, help="SHA-256 sums that SRC must have, of sha256sum")
+    parser.add_argument("--verify", metavar="FILE", type=local, help="SHA-256 sums that SRC must have, from sha256sum")
     parser.add_argument("--init-missing", metavar="SEED", type=int, help="random values for weights that no file holds")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its own steps as warnings
     options = vars(parser.parse_args(arguments))

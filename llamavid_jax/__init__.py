@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"llamavid_jax has no {name!r}; it has {', '.join(_HOMES)}")
     collects = gc.isenabled()
-    gc.disable()  # what an import makes stays; to look for garbage in it would take a quarter of the time
+    gc.disable()  # imported objects stay alive; collecting garbage meanwhile takes a quarter of the import's time
     try:
         return getattr(importlib.import_module(f"llamavid_jax.{_HOMES[name]}"), name)
     finally:

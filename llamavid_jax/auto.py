@@ -4,8 +4,8 @@
     from transformers import AutoProcessor
     processor = AutoProcessor.from_pretrained("llamavid-7b-video")  # a converted folder
 
-The two modules of transformers that hold its tables are told as they are imported, or now where they are already.
-There is no AutoModel: the model is `LLaMAVIDLlavaForConditionalGeneration`.
+The entries are added when transformers imports the two modules that hold its tables, or now if it already has.  There
+is no AutoModel: the model is `LLaMAVIDLlavaForConditionalGeneration`.
 """
 
 import importlib.machinery
@@ -17,7 +17,7 @@ MODULES = ("transformers.models.auto.configuration_auto", "transformers.models.a
 
 
 class AutoConfigEntry:
-    """What AutoConfig calls; keywords are transformers' own, for its Hub."""
+    """What AutoConfig calls; other keywords are for transformers' Hub and ignored."""
 
     @staticmethod
     def from_dict(values: dict[str, Any], **_: Any) -> Any:
@@ -47,7 +47,7 @@ def register(module: ModuleType) -> None:
 
 
 class Finder:
-    """Of `sys.meta_path`: finds MODULES as always and registers once they are executed."""
+    """An entry of `sys.meta_path`: finds MODULES as usual and calls `register` after their execution."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> Any:

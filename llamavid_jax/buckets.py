@@ -1,13 +1,13 @@
-"""Buckets: what gs:// and s3:// name has a place on the local disk, where all else reads and writes plain files.
+"""Buckets: every gs:// and s3:// address has a local path, where all other code reads and writes plain files.
 
     gs://bucket/data/chat.json ── place ──▶ FOLDER/gs/bucket/data/chat.json
 
-FOLDER is `LLAMAVID_BUCKETS`, else `~/.cache/llamavid_jax/buckets`.  The bucket is right where it and a place differ.
-`copies.py` fetches what is there, `uploads.py` sends what is written here.
+FOLDER is `LLAMAVID_BUCKETS`, else `~/.cache/llamavid_jax/buckets`.  If a bucket and the local disk differ, the bucket
+is right.  `copies.py` downloads, `uploads.py` uploads.
 
-fsspec with gcsfs (extra `gcs`), for Orbax reaches buckets by it as well, and s3fs is the same to it; arrays go through
-TensorStore, which both have.  When a bucket is away these try again for half a minute, and TensorStore for a quarter of
-an hour; then it is an OutageError.
+Files go through fsspec: with gcsfs (extra `gcs`), which Orbax uses too, or with s3fs.  Arrays go through TensorStore,
+which supports both kinds of bucket.  If a bucket is unreachable, fsspec retries for half a minute and TensorStore for a
+quarter of an hour; then OutageError is raised.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from llamavid_jax.errors import SHOWN, InputError, OutageError, first_line
 
 ADDRESS = re.compile(r"(gs|s3):/{1,2}(?=[^/])")  # pathlib makes gs:/bucket of gs://bucket
 EXTRAS = {"gs": '"llamavid_jax[gcs]"', "s3": "s3fs"}
-STALL = 60.0  # seconds without a byte
+STALL = 60.0  # seconds without a byte before a request fails
 
 
 class Status(NamedTuple):
-    """Of a file: its bytes, and when it was made, in nanoseconds; of an object no two versions have the same time."""
+    """A file's size in bytes and modification time in nanoseconds; no two versions of an object have the same time."""
 
     size: int
     time: int
@@ -39,7 +39,7 @@ def is_address(path: str | Path) -> bool:
 
 
 def place(address: str | os.PathLike) -> Path:
-    """Where gs://bucket/key lies on the local disk; whatever is no address of a bucket as it is."""
+    """The local path of gs://bucket/key; a path that is no bucket address stays as it is."""
     text = os.fspath(address)
     if not (found := ADDRESS.match(text)):
         return Path(address)
@@ -51,19 +51,19 @@ def place(address: str | os.PathLike) -> Path:
 
 
 def url(path: str | Path) -> str | None:
-    """The address of what lies at `path`; None where that is no place of a bucket."""
+    """The bucket address of a local path; None if it belongs to no bucket."""
     text, home = os.path.abspath(path), f"{root()}/"
     scheme, _, key = text.removeprefix(home).partition("/")
     return f"{scheme}://{key}" if text.startswith(home) and scheme in EXTRAS and key else None
 
 
 def address(path: str | Path) -> str:
-    """What other processes and machines call it."""
+    """The path as other processes and machines know it: bucket address or absolute path."""
     return url(path) or str(Path(path).absolute())
 
 
 def kvstore(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The place of an array as TensorStore knows it; None where that is no bucket."""
+    """TensorStore's specification of an array's folder in a bucket; None outside buckets."""
     address = url(place(path))
     if address is None:
         return None
@@ -73,14 +73,14 @@ def kvstore(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def kind(path: str | Path) -> str:
-    """ "file", "directory", or "" where nothing is there; also of what is not in a bucket."""
+    """ "file", "directory", or "" where nothing exists; also for paths outside buckets."""
     if url(path) is None:
         return "directory" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
     return (info_of(url(path)) or {"type": ""})["type"]
 
 
 def status(path: str | Path) -> Status:
-    """Of one file, wherever it is.  FileNotFoundError where it is not."""
+    """The Status of one file, local or in a bucket.  Raises FileNotFoundError if it does not exist."""
     address = url(path)
     if address is None:
         found = os.stat(path)
@@ -91,14 +91,14 @@ def status(path: str | Path) -> Status:
 
 
 def glob(pattern: Path) -> list[Path]:
-    """The files of a bucket whose address matches."""
+    """Local paths of a bucket's files whose address matches `pattern`."""
     address = url(pattern)
     with asked(address) as (store, key):
         return [place(f"{address.partition(':')[0]}://{name}") for name in sorted(store.glob(key))]
 
 
 def listing(folder: Path) -> dict[str, Status]:
-    """All files below a folder by their path in it, without fetching them; of a local one those directly in it."""
+    """Path → Status of all files below a bucket's folder, not fetched; of a local folder, those directly in it."""
     address = url(folder)
     if address is None:
         found = (entry for entry in os.scandir(folder) if entry.is_file())
@@ -113,7 +113,7 @@ def listing(folder: Path) -> dict[str, Status]:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Paths of all files below a folder, relative to it; of a bucket without fetching them."""
+    """Paths of all files below a folder, relative to it; files in a bucket are not fetched."""
     if url(folder):
         return list(listing(folder))
     return [
@@ -143,7 +143,7 @@ def status_of(info: dict[str, Any]) -> Status:
 
 @contextlib.contextmanager
 def asked(address: str) -> Iterator[tuple[Any, str]]:
-    """The file system of an address, and the key in it; what is raised inside is said in one line."""
+    """The file system of an address, and the key in it; errors inside become one-line InputErrors or OutageErrors."""
     scheme, _, key = address.partition("://")
     try:
         yield file_system(scheme), key
@@ -165,7 +165,7 @@ def asked(address: str) -> Iterator[tuple[Any, str]]:
 
 
 def file_system(scheme: str) -> Any:
-    """One for all threads of a process; fsspec itself makes one for each."""
+    """One file system for all threads of a process; fsspec itself makes one for each thread."""
     return _file_system(scheme, os.getpid())
 
 
@@ -174,16 +174,16 @@ def _file_system(scheme: str, process: int) -> Any:
     try:
         import fsspec
 
-        options = {"use_listings_cache": False}  # other hosts write, too
+        options = {"use_listings_cache": False}  # other hosts write too
         if scheme == "gs":
             import aiohttp
 
-            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks for a minute whether it may
-            import gcsfs  # noqa: F401 (else fsspec says in many lines that it is absent)
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it checks permissions for a minute
+            import gcsfs  # noqa: F401 (else fsspec's error has many lines)
 
-            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of all that it raises
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of every exception
             options["requests_timeout"] = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
-            fsspec.config.conf["gcs"] = fsspec.config.conf.get("gcs", {}) | options  # Orbax's own, too
+            fsspec.config.conf["gcs"] = fsspec.config.conf.get("gcs", {}) | options  # also for Orbax's
         return fsspec.filesystem(scheme, **options)
     except ImportError:
         raise InputError(f"{scheme}:// needs a library; pip install {EXTRAS[scheme]}") from None

@@ -1,9 +1,9 @@
-"""Copies of what is in a bucket, at its place on the local disk: the newest, whole, and no more than there is room for.
+"""Local copies of what is in a bucket: always its newest version, complete, and within a size limit.
 
     gs://bucket/data/chat.json ── fetch ──▶ FOLDER/gs/bucket/data/chat.json
 
-A copy is read-only, has the object's version as its time, and is taken again when the bucket has another.  Copies take
-about `LLAMAVID_BUCKETS_SIZE` GB (100); those go first that were not used for longest.
+A copy is read-only, has the object's version as its modification time, and is fetched again when the bucket has another
+version.  Copies take about `LLAMAVID_BUCKETS_SIZE` GB (100); the least recently used are deleted first.
 """
 
 import base64
@@ -22,20 +22,20 @@ from typing import Any
 from llamavid_jax.buckets import asked, info_of, listing, root, status_of, url
 from llamavid_jax.errors import InputError, OutageError
 
-LARGE = 64 << 20  # bytes of a file that comes only when it is asked for by its own name
-FRESH = 5.0  # seconds for which the bucket is not asked again
-LEFT_OVER = 24 * 3600.0  # seconds
-LOCKS = 256  # files
+LARGE = 64 << 20  # bytes; larger files are fetched only by their own name
+FRESH = 5.0  # seconds during which the bucket is not checked again
+LEFT_OVER = 24 * 3600.0  # seconds until a killed process's temporary folder is deleted
+LOCKS = 256  # lock files
 TRIES = 3  # of a download whose object changes meanwhile
 _seen: dict[str, float] = {}
-_unswept = float("inf")  # bytes fetched since the copies were counted
+_unswept = float("inf")  # bytes fetched since the last `_sweep`
 
 
 def fetch(path: Path) -> None:
-    """Makes what lies at `path` what the bucket has: a file, or the small files directly in a folder, or nothing.
+    """Updates `path` to what the bucket has: a file, or the small files directly in a folder; else `path` is deleted.
 
-    Pictures, videos and files beyond LARGE come one by one, when they are asked for.  Nothing is done for `path` that
-    is no place of a bucket, and for one that was asked for FRESH seconds ago.
+    Images, videos and files larger than LARGE are fetched only by their own name.  Does nothing outside buckets, or if
+    the path was checked less than FRESH seconds ago.
     """
     address = url(path)
     if address is None or (time.monotonic() - _seen.get(address, -FRESH) < FRESH and path.exists()):
@@ -61,7 +61,7 @@ def fetch(path: Path) -> None:
 
 
 def fetch_all(folder: Path, media: bool = True) -> None:
-    """Fetches a file, or every file below a folder, perhaps without pictures, videos and files beyond LARGE."""
+    """Fetches a file, or every file below a folder; images, videos and files larger than LARGE only with `media`."""
     if url(folder) is None:
         return
     found = listing(folder).items()
@@ -71,14 +71,14 @@ def fetch_all(folder: Path, media: bool = True) -> None:
 
 
 def evict(files: Iterable[tuple[float, int, str]], limit: int, spared: Callable[[str], bool] = lambda _: False) -> None:
-    """Deletes of (last use, bytes, path) those not used for longest, until `limit` bytes are left."""
+    """Deletes the least recently used of `files`, (last use, bytes, path), until `limit` bytes are left."""
     files = sorted(files)
     size = sum(size for _, size, _ in files)
     for _, bytes_, path in files:
         if size <= limit:
             return
         if not spared(path):
-            with contextlib.suppress(OSError):  # another process has just taken it away
+            with contextlib.suppress(OSError):  # another process has just deleted it
                 os.unlink(path)
                 size -= bytes_
 
@@ -99,7 +99,7 @@ def _is_medium(name: str) -> bool:
 
 
 def _bring(store: Any, key: str, path: Path, info: dict[str, Any]) -> None:
-    """Fetches an object to `path` where that is not what is there already."""
+    """Fetches an object to `path` unless it is there already."""
     if _is_there(path, info):
         return
     if info["size"] > limit():
@@ -121,7 +121,7 @@ def _is_there(path: Path, info: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Of all threads and processes of this host that want a file one fetches it, and the others wait for that."""
+    """Lets one of this host's threads and processes that want a file fetch it; the others wait."""
     with (root() / f".lock-{zlib.crc32(os.fsencode(path)) % LOCKS}").open("w") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -129,7 +129,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _download(store: Any, key: str, path: Path, info: dict[str, Any]) -> None:
-    """Written aside and renamed."""
+    """Downloads to a temporary file and renames it."""
     global _unswept
     _unswept += info["size"]
     if _unswept > limit() / 20:
@@ -167,7 +167,7 @@ def _is_whole(store: Any, key: str, file: Path, info: dict[str, Any]) -> bool:
 
 
 def _sweep(room: int) -> None:
-    """Makes room for so many bytes more.  What is written here and not fetched stays."""
+    """Makes room for `room` more bytes.  Files that were written here, not fetched, stay."""
     copies = []
     for left in root().glob(".fetch-*"):  # of a process that was killed
         if time.time() - left.stat().st_mtime > LEFT_OVER:

@@ -1,4 +1,4 @@
-"""The one base of every error that bad input causes, and how commands say it: one line, and exit code 2."""
+"""The base class of every error that bad input causes, and how commands report it: one line, and exit code 2."""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-EXTRAS = {  # module → extra; the others are of `train`
+EXTRAS = {  # module → extra; all others are in `train`
     **dict.fromkeys(("starlette", "uvicorn", "multipart", "prometheus_client"), "serve"),
     **dict.fromkeys(("requests", "openpyxl", "pyarrow"), "eval"),
     **dict.fromkeys(("torch", "gguf"), "convert"),
@@ -18,15 +18,15 @@ EXTRAS = {  # module → extra; the others are of `train`
     "libtpu": "tpu",
     "gcsfs": "gcs",
 }
-LONGEST = 3000  # characters of an error that a command says; names and values from files may have any number
-AWAY = 75  # the exit code of what may go well when it is run again, as in sysexits.h
-SHOWN: dict[str, str] = {}  # how paths begin, and what is said in place of that (`buckets.py`)
+LONGEST = 3000  # characters of a reported error; names and values from files may have any number
+AWAY = 75  # exit code where running again may succeed; EX_TEMPFAIL in sysexits.h
+SHOWN: dict[str, str] = {}  # prefix of local paths → the bucket address shown instead (`buckets.py`)
 
 
 class InputError(ValueError):
     """Input that cannot be used.  The message names the thing, the value and the remedy.
 
-    Names of files and replies of servers stand in it: what would command a terminal is written as an escape.
+    It may contain file names and server replies, so terminal control characters are escaped.
     """
 
     def __init__(self, message: object = ""):
@@ -42,20 +42,20 @@ class CheckpointError(InputError):
 
 
 class TrainingError(InputError):
-    """A run that cannot go on: says at which step, why, and what to do."""
+    """A run that cannot continue: names the step, the reason and the remedy."""
 
 
 class OutageError(Exception):
-    """What is needed is away for now, such as a bucket.  No InputError: what it holds is not to be left out as bad."""
+    """Something needed, such as a bucket, is unreachable for now.  No InputError: its data are not to be skipped."""
 
     def __init__(self, message: object = ""):
         super().__init__(printable(message))
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments that cannot be read are bad input as any other: one line, without the usage.
+    """Reports unreadable arguments like other bad input: in one line, without the usage.
 
-    Of a `description`, such as a module's docstring, which `python -OO` leaves out, `--help` shows the first paragraph.
+    `--help` shows the first paragraph of `description`, usually a module's docstring (None under `python -OO`).
     """
 
     def __init__(self, *, description: str | None = None, **arguments: Any):
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Makes a function of arguments a command: its streams are usable, bad input is one line, Ctrl-C a code."""
+    """Decorates a command's `main`: makes streams usable, reports bad input in one line, gives Ctrl-C an exit code."""
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(main)
@@ -86,8 +86,8 @@ def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[...,
                 return complain(InputError(f'{error.name} is not installed; pip install "llamavid_jax[{extra}]"'), name)
             except KeyboardInterrupt:
                 return 130
-            except OSError as error:  # which nobody expected: of stdout, whose reader has gone or whose disk is full
-                with contextlib.suppress(OSError):  # else what is left of the output would be tried again at the end
+            except OSError as error:  # handled nowhere else: stdout's reader has gone or its disk is full
+                with contextlib.suppress(OSError):  # else Python would try to write the rest again at exit
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 141 if isinstance(error, BrokenPipeError) else complain(InputError(str(error)), name)
 
@@ -97,23 +97,23 @@ def command(name: str = "error") -> Callable[[Callable[..., int]], Callable[...,
 
 
 def complain(error: Exception, command: str = "error") -> int:
-    """Says the error as one line that begins with `command`; returns the exit code."""
+    """Prints the error as one line that begins with `command`; returns the exit code."""
     text = " ".join(str(error).split())
     say(f"{command}: {text if len(text) <= LONGEST else f'{text[:-400][: LONGEST - 400]} ... {text[-400:]}'}")
     return 2
 
 
 def say(text: str) -> None:
-    """Prints to stderr.  What cannot be said there, because it is closed or its disk is full, ends no command."""
-    if sys.stderr is not None:  # closed: print would take stdout in its place
+    """Prints to stderr.  If stderr is closed or its disk is full, the text is lost but the command continues."""
+    if sys.stderr is not None:  # None if closed: print would use stdout instead
         with contextlib.suppress(OSError):
             print(printable(text, kept="\n"), file=sys.stderr, flush=True)
 
 
 def printable(text: object, kept: str = "") -> str:
-    """`text` with all that a terminal would obey, and half surrogate pairs, written out: "\\x1b[2J".
+    """`text` with control characters and lone surrogates escaped, such as "\\x1b[2J".
 
-    Names of files and answers of servers may hold anything; the characters of `kept` stay.
+    File names and server replies may hold anything; the characters of `kept` stay.
     """
     text = str(text)
     for path, address in SHOWN.items():
@@ -125,19 +125,19 @@ def printable(text: object, kept: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of the error that the others were raised from: it names the file and what is wrong with it."""
+    """The first line of the root cause, which names the file and what is wrong with it."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = (str(error).strip().splitlines() or ["no message"])[0]
-    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"  # what is wrong often stands at its end
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"  # the reason is often at its end
 
 
 def open_streams() -> None:
-    """Makes the standard streams usable: those that are closed lead nowhere from now on.
+    """Makes the standard streams usable: closed ones are opened on `os.devnull`.
 
-    Else the next file that is opened would take their place.  Text that a stream cannot hold is escaped.
+    Otherwise the next file opened would get their descriptor.  Characters that a stream cannot encode are escaped.
     """
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers: a file gets the lowest that is free
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors: a file gets the lowest free one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -148,5 +148,5 @@ def open_streams() -> None:
 
 
 def was_closed(stream: Any) -> bool:
-    """Whether `open_streams` found it so."""
+    """Whether `open_streams` found the stream closed."""
     return getattr(stream, "name", None) == os.devnull

@@ -1,4 +1,4 @@
-"""Small files, read within bounds, written completely or not at all; and the files that come with the package."""
+"""Small files, read up to a size limit and written completely or not at all; and files that come with the package."""
 
 import contextlib
 import errno
@@ -27,29 +27,29 @@ MAX_JSON_BYTES = 16 << 20  # 40,000 names of weights take 4 MB; JSON takes some 
 
 
 def local(text: str | Path) -> Path:
-    """A path as it is typed, without looking whether anything is there.
+    """The local path of a path as typed, whether or not it exists.
 
-    `~` is the user's folder, which a shell expands at the beginning of a word only; gs://bucket/key is its place here.
+    `~` is expanded, which a shell does only at the beginning of a word; gs://bucket/key becomes its local path.
     """
     return buckets.place(os.path.expanduser(text))
 
 
 def find(path: str | Path) -> Path:
-    """`local(path)` as it is to be read: `brought`, and from a bucket fetched (`copies.fetch`)."""
+    """`local(path)`, ready to be read: fetched from its bucket (`copies.fetch`), or the package's own (`brought`)."""
     path = local(path)
     copies.fetch(path)
     return brought(path)
 
 
 def brought(path: Path) -> Path:
-    """The package's own where `path` begins with `configs/` or `demo/` and nothing is there; else `path`."""
+    """The package's own file where `path` begins with `configs/` or `demo/` and does not exist; else `path`."""
     if path.parts[:1] in (("configs",), ("demo",)) and not os.path.exists(path) and (BROUGHT / path).exists():
         return BROUGHT / path
     return path
 
 
 def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
-    """OSError where a file is absent, longer than `limit`, or none: pipes and devices may have no end."""
+    """A file's content.  OSError if it is absent, larger than `limit`, or no plain file: pipes may never end."""
     path = Path(path)
     if (size := path.stat().st_size) > limit:
         raise OSError(errno.EFBIG, f"{size} bytes are too many for such a file")
@@ -61,12 +61,12 @@ def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file.  OSError as `read_bytes`, ValueError as `parse_object`."""
+    """The JSON object in a file.  Raises OSError like `read_bytes`, ValueError like `parse_object`."""
     return parse_object(read_bytes(path, MAX_JSON_BYTES))
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """ValueError for what is no JSON object, and for one that is nested too deeply."""
+    """A JSON object.  Raises ValueError for anything else, and for one that is nested too deeply."""
     try:
         value = json.loads(content)
     except RecursionError:
@@ -77,7 +77,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 
 def write_files(directory: str | Path, files: Mapping[str, bytes]) -> None:
-    """Each file is written aside and renamed, so that a reader never meets half of one.  InputError if it cannot be."""
+    """Writes each file under a temporary name and renames it, so that nobody reads half of one.  Raises InputError."""
     folder = local(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,13 +91,13 @@ def write_files(directory: str | Path, files: Mapping[str, bytes]) -> None:
 
 
 def with_sums(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The same files, and their SHA-256 sums in one more."""
+    """The same files, and one more with their SHA-256 checksums."""
     lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
     return {**files, SUMS: "".join(lines).encode()}
 
 
 def check_sums(folder: Path) -> None:
-    """Raises CheckpointError where a file in `folder` is not what SHA256SUMS there says; silent where it says none."""
+    """Raises CheckpointError if a file in `folder` differs from its checksum in SHA256SUMS; unlisted files pass."""
     if not (folder / SUMS).is_file():
         return
     for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -115,10 +115,10 @@ def check_sums(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(file: Path, what: str) -> Iterator[None]:
-    """Holds `file` as a lock, which the system releases however the process ends; it goes away when the block ends.
+    """Locks `file`; the system releases it however the process ends, and the file is deleted when the block ends.
 
-    Raises CheckpointError at once where another process holds it: `what` is in use.  Where the file system has no
-    locks nothing is held.
+    Raises CheckpointError at once, saying that `what` is in use, if another process holds the lock.  On a file system
+    without locks nothing is locked.
     """
     with contextlib.ExitStack() as exits:
         while True:
@@ -137,7 +137,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
             except OSError:
                 pass  # a file system without locks
             if file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno())):
-                break  # else its holder has just taken it away
+                break  # else its holder has just deleted it
         stream.truncate(0)
         print(f"{os.getpid()} on {socket.gethostname()}", file=stream, flush=True)
         exits.callback(file.unlink, missing_ok=True)

@@ -1,10 +1,10 @@
 """A pickle, read without running anything that it asks for.
 
-A pickle is a program for a small stack machine that may call any Python function.  This is that machine with the
-instructions alone that arrays, texts, numbers, lists and dictionaries need.  The only calls are those of `calls`, and
-the only other names those of `values`: whoever reads a kind of file gives what it may name.  All else is refused, and
-the error says what it was.  Nothing is built that is larger than a small multiple of the pickle, and dictionaries have
-plain keys.
+A pickle is a program for a small stack machine that may call any Python function.  This module is that machine with
+only the instructions that arrays, texts, numbers, lists and dictionaries need.  It calls only functions in `calls`, and
+resolves other names only in `values`; the reader of each kind of file supplies both.  Anything else is refused, with an
+error that names it.  Nothing is built that is larger than a small multiple of the pickle, and dictionary keys are plain
+values.
 """
 
 import pickletools
@@ -21,7 +21,7 @@ Names = Mapping[tuple[str, str], Any]  # by module and name
 
 
 class PickleError(InputError):
-    """What a pickle asks for and does not get, as the rest of a sentence about its file: "names os.system"."""
+    """What a pickle asked for and was refused, as the end of a sentence about its file: "names os.system"."""
 
 
 def unpickle(
@@ -33,9 +33,8 @@ def unpickle(
 ) -> Any:
     """The next object of the stream.
 
-    `build(object, state)` is told what an object of `calls` is given after it was made; `storage` makes what a
-    reference to something outside the pickle stands for.  Raises PickleError, and for a damaged pickle any other
-    exception at all.
+    `build(object, state)` sets the state of an object that `calls` made; `storage` resolves a reference to something
+    outside the pickle (a persistent id).  Raises PickleError, and for a damaged pickle any other exception.
     """
     stack: list[Any] = []
     marks: list[int] = []  # heights of the stack
@@ -96,7 +95,7 @@ def unpickle(
 
 
 def _instructions(stream: Any) -> Iterator[tuple[str, Any]]:
-    """Names and arguments, as `pickletools.genops` has them, but for bytes that may be changed: those are bytes too."""
+    """Names and arguments, as from `pickletools.genops`, except that bytearrays are read as bytes."""
     while True:
         code = stream.read(1)
         instruction = pickletools.code2op.get(code.decode("latin-1"))
@@ -108,7 +107,7 @@ def _instructions(stream: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _pop(stack: list[Any], height: int) -> list[Any]:
-    """What lies above `height`, taken off."""
+    """Removes and returns the items above `height`."""
     if not 0 <= height <= len(stack):
         raise ValueError("its stack is empty")
     items = stack[height:]

@@ -18,7 +18,7 @@ FRAME_CHUNK = 32  # frames that go through the vision tower at a time
 
 
 def bucket(length: int, smallest: int = 1) -> int:
-    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... (powers of two and half-way steps) that holds both numbers.
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... (powers of two and half-way steps) that is at least both numbers.
 
     From 256 on all are multiples of 128, which the TPU attention kernel needs.
     """
@@ -38,7 +38,7 @@ class Row:
     """One conversation after merging: `T` positions of text or visual tokens."""
 
     token_ids: Int[np.ndarray, " T"]  # 0 where the position holds a visual token
-    visual_index: Int[np.ndarray, " T"]  # place in the table of visual tokens, TEXT elsewhere
+    visual_index: Int[np.ndarray, " T"]  # index into the table of visual tokens, TEXT elsewhere
     labels: Int[np.ndarray, " T"] | None
 
 
@@ -47,10 +47,10 @@ def merge_row(
     visuals: Sequence[Int[np.ndarray, " _"]],
     labels: Int[np.ndarray, " t"] | None = None,
 ) -> Row:
-    """Lays one row out.  `visuals[i]` holds the table places of one prompt's visual tokens, frame after frame.
+    """Lays one row out.  `visuals[i]` holds the table indices of one prompt's visual tokens, frame after frame.
 
-    One placeholder a prompt: each is replaced by its prompt's whole block, with ignored labels.  Or one
-    placeholder a visual token, with text between the frames, as in long videos: each is one slot and labels stay.
+    With one placeholder for each prompt, its whole block of visual tokens replaces it, with ignored labels.  With one
+    for each visual token, and text between the frames, as in long videos, each becomes one slot and labels stay.
     `inference/request.py` has checked that the placeholders fit one of the two.
     """
     places = np.flatnonzero(input_ids == IMAGE_TOKEN)
@@ -94,16 +94,16 @@ class Batch(NamedTuple):
     tokens g·(n+1) to (g+1)·(n+1) - 1, which `visual_index` points into.
     """
 
-    frames: Any  # uint8 [B, F, H, W, 3], or ready features [B, F, P, E] without CLS
+    frames: Any  # uint8 [B, F, H, W, 3], or precomputed features [B, F, P, E] without CLS
     pair_frame: Any  # int32 [B, G]: which of the row's frames
     pair_question: Any  # int32 [B, G]: which of the row's questions
     question_ids: Any  # int32 [B, U, Q]
     question_mask: Any  # bool [B, U, Q], True on tokens
     token_ids: Any  # int32 [B, T]
-    visual_index: Any  # int32 [B, T]: TEXT, or a place in the row's visual tokens
+    visual_index: Any  # int32 [B, T]: TEXT, or an index into the row's visual tokens
     labels: Any  # int32 [B, T], IGNORE_LABEL where there is no loss
     segment_ids: Any  # int32 [B, T]: 1, 2, ... for the row's samples, 0 for padding; None where each row is one sample
-    positions: Any  # int32 [B, T], from 0 in each sample; likewise
+    positions: Any  # int32 [B, T], from 0 in each sample; None likewise
 
 
 def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], batch: int, length: int, value: int) -> Int[np.ndarray, "B T"]:

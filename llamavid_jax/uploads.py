@@ -1,9 +1,9 @@
-"""What is written at a place of a bucket goes there: a file, a whole folder, logs as they grow.
+"""Uploads what is written at a bucket's local path: a file, a whole folder, logs as they grow.
 
     FOLDER/gs/bucket/model/ ── send_folder ──▶ gs://bucket/model/.unfinished, weights/..., config.json
 
-A folder has a file without which it is none, such as a model's config.json: that is sent last and deleted first.
-Until then UNFINISHED stands in it, a list of what is to come, by which the next one tells what a killed process left.
+The file that makes a folder complete, such as a model's config.json, is sent last and deleted first.  Until it is sent,
+the folder holds UNFINISHED, a list of the files to come, by which the next process recognises what a killed one left.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from llamavid_jax.buckets import asked, kind, listing, status, status_of, url
 from llamavid_jax.errors import InputError, OutageError
 
 UNFINISHED = ".unfinished"
-AT_ONCE = 8  # requests
+AT_ONCE = 8  # requests at a time
 
 
 def put(file: Path) -> None:
-    """Puts a file into its bucket and keeps it, as it may grow; nothing is done where `file` is no place of one."""
+    """Uploads a file and keeps it writable, as it may grow; does nothing outside buckets."""
     if (address := url(file)) is not None:
         with asked(address) as (store, key):
             store.put_file(str(file), key)
@@ -33,14 +33,14 @@ def put(file: Path) -> None:
 
 
 def send(file: Path) -> None:
-    """Puts a file into its bucket; what is here is then a copy like those that were fetched."""
+    """Uploads a file; the local one is then a read-only copy, like a fetched one."""
     if url(file):
         put(file)
         file.chmod(0o444)
 
 
 def send_folder(folder: Path, last: str) -> None:
-    """`send` of all files below a folder, the one called `last` behind the others."""
+    """Sends all files below a folder, the one called `last` after the others."""
     if url(folder) is None:
         return
     files = [file for file in folder.rglob("*") if file.is_file() and file != folder / last]
@@ -57,7 +57,7 @@ def send_folder(folder: Path, last: str) -> None:
 
 
 def discard_unfinished(folder: Path) -> None:
-    """Deletes what a killed `send_folder` has left, here and in the bucket; not where other files are among it."""
+    """Deletes what a killed `send_folder` has left, here and in the bucket, unless other files are among it."""
     if url(folder) and kind(folder / UNFINISHED):
         with asked(url(folder / UNFINISHED)) as (store, key):
             _, last, *names = store.cat_file(key).decode().split("\n")
@@ -66,7 +66,7 @@ def discard_unfinished(folder: Path) -> None:
 
 
 def delete(folder: Path, first: str = "") -> None:
-    """Deletes what is below a folder, here and in its bucket; the file called `first` before all others."""
+    """Deletes all files below a folder, here and in its bucket, the one called `first` before the others."""
     names = listing(folder).keys()
     for some in (names & {first}, names - {first, UNFINISHED}, names & {UNFINISHED}):
         together(remove, [folder / name for name in some])
@@ -74,7 +74,7 @@ def delete(folder: Path, first: str = "") -> None:
 
 
 def remove(file: Path) -> None:
-    """Deletes a file, here and in its bucket; there may be none."""
+    """Deletes a file, here and in its bucket, if it exists."""
     file.unlink(missing_ok=True)
     if url(file):
         with asked(url(file)) as (store, key), contextlib.suppress(FileNotFoundError):
@@ -91,23 +91,23 @@ def move(source: Path, target: Path) -> None:
 
 
 def together(action: Callable[[Any], object], items: Iterable[Any]) -> None:
-    """`action` of all items, some at once.  Where one fails no more are begun, and that is raised."""
+    """Applies `action` to all items, AT_ONCE at a time.  If one fails, no more are started and its error is raised."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for _ in pool.map(action, items):
             pass
 
 
 class Claim:
-    """A file that says who writes a folder: the newest one holds, and whoever wrote it before sees that.
+    """A file that says which process writes a folder: its latest writer does, and earlier writers notice.
 
-    It takes the place of a lock, which nobody would release for a process that was killed.
+    It replaces a lock, which nobody would release for a process that was killed.
     """
 
     def __init__(self, file: Path):
         self.file, self._version = file, status(file)
 
     def holder(self) -> str:
-        """Who wrote it since, its first line; empty where nobody did."""
+        """Who has written the file since (its first line); empty if nobody has."""
         if not kind(self.file):
             return f"its {self.file.name} is gone"
         if status(self.file) == self._version:
@@ -124,10 +124,11 @@ def sending(
     taken: Callable[[], str] = str,
     every: float = 30.0,
 ) -> Iterator[Callable[[], None]]:
-    """While the block runs, files below `folder` that are written here and are `mine(name)` go to its bucket.
+    """While the block runs, uploads files below `folder` that are written here and for which `mine(name)` is True.
 
-    They go now and then, at the block's end, and when what is yielded is called; once it is `taken` by others, none.
-    Names that begin with a point stay.  A failure is told to `report`, once; without one it ends the block.
+    It uploads every `every` seconds, at the block's end, and when the yielded function is called, but nothing once
+    `taken()` says that another process writes the folder.  Hidden files stay local.  The first failure is passed to
+    `report`; without `report`, failures outside the periodic uploads are raised.
     """
     if url(folder) is None:
         yield lambda: None
@@ -166,7 +167,7 @@ def sending(
 
     for file in folder.iterdir() if folder.is_dir() else [folder]:
         if mine(file.name) and file.is_file():
-            file.chmod(0o644)  # it was fetched, and goes on
+            file.chmod(0o644)  # a fetched copy is read-only, and this one will grow
     thread = threading.Thread(target=now_and_then, daemon=True)
     thread.start()
     try:

@@ -7,8 +7,8 @@
 | splash    | TPU, v4 and later    | causal self-attention; Pallas kernel, no scores in memory         |
 
 Rows that hold several samples (`segment_ids`) run on all three; cuDNN then gets the mask as an array `[B, 1, T, T]`.
-Causal rows that the mesh cuts over `sequence` go to `ring.ring_attention`, whose tiles splash computes on TPU.  Chunks
-of a prompt behind a cache, whose keys are more than their queries, go to `chunk.chunk_attention` everywhere.
+Causal rows that are sharded over the mesh's `sequence` axis go to `ring.ring_attention`, whose tiles splash computes on
+TPU.  Chunks of a prompt after a cached part have more keys than queries and use `chunk.chunk_attention` everywhere.
 
 Every backend is compared with `reference_attention` in `tests/attention/test_attention.py`.
 """
@@ -41,7 +41,7 @@ def attention(
     """softmax(q kᵀ / √H) v with grouped-query heads.
 
     `mask` is True where a query may look at a key and broadcasts to `[B, N, T, S]`; it excludes `causal`.
-    `segment_ids`, with `causal` only, number the samples that share a row: each sees itself alone.  `backend` None
+    `segment_ids`, with `causal` only, number the samples that share a row: each attends only to itself.  `backend` None
     takes the fastest one that fits the device, the type and the mask.
     """
     if causal and mask is not None:

@@ -1,10 +1,10 @@
 """Causal attention of a chunk of a row over itself and the positions before it, whose keys and values are in a cache.
 
-    cache   0 ............ start ....... S      looked at in blocks of KEY_BLOCK, up to `start`
+    cache   0 ............ start ....... S      read in blocks of KEY_BLOCK, up to `start`
     chunk                  start ... start + T  causally, among themselves
 
-What each block gives is merged by its log-sum-exp, as in `ring.py`: scores take `[N, T, KEY_BLOCK]` however long the
-row is, and `start` may change without another program.
+The blocks' results are merged by their log-sum-exp, as in `ring.py`: scores take `[N, T, KEY_BLOCK]` however long the
+row is, and another `start` needs no recompilation.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def chunk_attention(
     everywhere = jnp.ones((batch, 1, q.shape[2]), jnp.int32)
 
     def look(number: jax.Array, merged: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        first = jnp.minimum(number * size, slots - size)  # the last block lies over the one before it
+        first = jnp.minimum(number * size, slots - size)  # the last block overlaps the one before it
         positions = first + jnp.arange(size)
         seen = (positions >= number * size) & (positions < start)
         keys, values = (jnp.swapaxes(x, 1, 2) for x in earlier(first, size))

@@ -35,7 +35,7 @@ def reference_attention(
         mask = _causal(0, length, k.shape[-3], segment_ids) if causal else mask
         return _attend(q, k, v, mask, dropout_rate, dropout_key)
 
-    @jax.checkpoint  # the gradient makes a block's scores again instead of keeping those of all blocks
+    @jax.checkpoint  # the gradient recomputes a block's scores instead of keeping those of all blocks
     def block(start: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(padded, start, QUERY_BLOCK, axis=-3)
         mask = _causal(start, QUERY_BLOCK, k.shape[-3], segment_ids) if causal else None
@@ -58,7 +58,7 @@ def _causal(start: jax.Array | int, queries: int, keys: int, segment_ids: jax.Ar
 
 
 def _attend(q, k, v, mask, dropout_rate, dropout_key):
-    """One product of matrices a key-value head, its group's queries one after another: what a CPU is fast at."""
+    """One matrix product for each key-value head, over its group's concatenated queries: fast on a CPU."""
     *batch, length, heads, size = q.shape
     q, k, v = (jnp.moveaxis(x, -2, -3) for x in (q, k, v))
     kv_heads, keys = k.shape[-3:-1]
@@ -80,9 +80,9 @@ def cached_attention(
     parts: Sequence[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K H"]]],
     visible: Bool[Array, "B S"],
 ) -> Float[Array, "B 1 N H"]:
-    """Attention of one position over keys and values that lie in several arrays, S positions together.
+    """Attention of one position over keys and values in several arrays, S positions in total.
 
-    They are not put into one array: that would copy the cache in every step.
+    The arrays are not concatenated: that would copy the cache in every step.
     """
     scores = jnp.concatenate([_scores(q, k) for k, _ in parts], axis=-1)
     scores = jnp.where(visible[:, None, None, None, :], scores, jnp.finfo(jnp.float32).min)
@@ -101,9 +101,9 @@ def attention_to_prompt(
     own: tuple[Float[Array, "B A K H"], Float[Array, "B A K H"]],
     visible: Bool[Array, "B S"],
 ) -> tuple[Float[Array, "B A N H"], Float[Array, "B A S"]]:
-    """Attention of the A positions behind a prompt, and how much of it falls on each of the prompt's, mean over heads.
+    """Attention of the A positions after a prompt, and their weights on each prompt position, averaged over heads.
 
-    They see the prompt's keys and values where `visible`, and their `own` causally.
+    They attend to the prompt's keys and values where `visible` is True, and to their `own` causally.
     """
     batch, length = q.shape[:2]
     causal = jnp.broadcast_to(_causal(0, length, length, None), (batch, length, length))

@@ -5,10 +5,10 @@
     step s        the keys of chip j = i-s visit: j < i, all its queries see j's first half;
                   j > i, its second half of queries sees all of j's keys.  The same work for every chip (zig-zag)
 
-A chip holds its own share of keys and values and the one that visits, which travels on while it is used.  The gradient
-goes round likewise: it computes every tile again and sends each share's sums home.  Ring attention: arXiv 2310.01889;
-the zig-zag order is that of Llama 3's and MaxText's load-balanced context parallelism.  Tokamax has a ring too, but
-one that takes the whole mask as an array, 4 GB for 65,536 tokens.
+A chip holds its own share of keys and values and a visiting one, which is sent on while it is used.  The gradient goes
+round likewise: it recomputes every tile and returns each share's summed gradients to its chip.  Ring attention: arXiv
+2310.01889; the zig-zag order is that of Llama 3's and MaxText's load-balanced context parallelism.  Tokamax has a ring
+too, but one that takes the whole mask as an array, 4 GB for 65,536 tokens.
 """
 
 import functools
@@ -25,7 +25,7 @@ from llamavid_jax.parallel.rows import AXIS, send, ways
 
 
 def ring_supports(q: jax.Array, k: jax.Array) -> bool:
-    """Whether the mesh in context shards rows, and these divide into two halves a chip."""
+    """Whether the mesh in context shards rows, and their length divides into two halves for each chip."""
     return ways() > 1 and q.shape[1] == k.shape[1] and q.shape[1] % (2 * ways()) == 0
 
 
@@ -74,7 +74,7 @@ def _forward(tile: Tile, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Arra
     queries, keys = (q, ids), (k, v, ids)
 
     def look(carry, keys, number):
-        """Merges what the queries see of chip i - number's keys."""
+        """Merges the queries' attention to chip i - number's keys."""
 
         def earlier():
             return tile.forward(queries, _part(keys, first), False)

@@ -1,7 +1,7 @@
 """Causal self-attention on TPU by JAX's own Pallas splash-attention kernel.
 
 Tokamax wraps the same kernel; taken from JAX itself, it needs no further dependency.  Under a mesh it runs per shard:
-rows over the batch axes, heads over `tensor`.  Rows that are cut over `sequence` are `ring.py`'s.
+rows over the batch axes, heads over `tensor`.  Rows that are sharded over `sequence` are handled by `ring.py`.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ LANES = 128  # lengths must be a multiple of it
 
 
 def splash_supports(q: jax.Array, k: jax.Array) -> bool:
-    """Whether the shapes fit the kernel: self-attention over a multiple of 128 positions, heads of 64 or more."""
+    """Whether the shapes fit the kernel: self-attention, a length divisible by 128, a head size divisible by 64."""
     return q.shape[1] == k.shape[1] and q.shape[1] % LANES == 0 and q.shape[-1] % 64 == 0
 
 

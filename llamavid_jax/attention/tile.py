@@ -1,7 +1,7 @@
 """One tile of ring attention: some queries against some keys, alone or as a part of a row's softmax.
 
     forward   q, keys → out = softmax(q kᵀ) v [B, N, T, H] and lse = log Σ exp(q kᵀ) [B, N, T], to merge with others
-    backward  and the whole row's out, lse and gradient of out → the tile's share of the gradients of q, k and v
+    backward  also the whole row's out, lse and gradient of out → the tile's share of the gradients of q, k and v
 
 With the whole row's lse, exp(q kᵀ - lse) are the tile's final weights: nothing of size T × S is kept.  Two
 implementations: JAX's splash kernel on TPU, and lax in blocks of queries elsewhere.  Positions are axis 2 of all
@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from llamavid_jax.attention.splash import make_kernel
 
 QUERY_BLOCK = 1024  # of the lax tile, whose scores take [N, block, S] at a time
-HIDDEN = kernel.DEFAULT_MASK_VALUE  # the score of what is not seen; finite, so that a query may see nothing of a tile
+HIDDEN = kernel.DEFAULT_MASK_VALUE  # the score of masked keys; finite, so that a query may see no key of a tile
 
 Queries = tuple[jax.Array, jax.Array | None]
 Keys = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -38,7 +38,8 @@ class Tile(NamedTuple):
 def splash_tile(interpret: Any = False) -> Tile:
     """The Pallas kernel, for lengths in multiples of 128 and heads of 64.
 
-    JAX has no public gradient that takes the lse of a longer row, so this calls the one behind the public kernel.
+    JAX has no public gradient that takes the lse of a longer row, so this calls the private one behind the public
+    kernel.
     """
 
     def run(queries: Queries, keys: Keys, causal: bool) -> tuple[kernel.SplashAttentionKernel, Any]:
@@ -96,7 +97,7 @@ LAX_TILE = Tile(_lax_forward, _lax_backward)
 
 
 def merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Out and lse of both sets of keys from those of each."""
+    """Out and lse over two sets of keys, from those over each set."""
     (one_out, one_lse), (other_out, other_lse) = one, other
     lse = jnp.logaddexp(one_lse, other_lse)
     return one_out * jnp.exp(one_lse - lse)[..., None] + other_out * jnp.exp(other_lse - lse)[..., None], lse
@@ -108,7 +109,7 @@ def _scores(q: jax.Array, keys: Keys, seen: jax.Array) -> jax.Array:
 
 
 def _in_blocks(function: Callable, total: Any, queries: Queries, keys: Keys, row: tuple, causal: bool) -> Any:
-    """`total, outputs = function(total, q, seen, *row)` over blocks of queries, heads apart as `[K, N / K]`."""
+    """`total, outputs = function(total, q, seen, *row)` over blocks of queries, heads split as `[K, N / K]`."""
     (q, q_ids), (k, _, k_ids) = queries, keys
     length, keys_length = q.shape[2], k.shape[2]
     size = math.gcd(length, QUERY_BLOCK) if length > QUERY_BLOCK else length

@@ -1,10 +1,11 @@
 """A folder of LoRA updates as PEFT writes and reads it: adapter_config.json and adapter_model.safetensors.
 
-Safetensors have no sums: `save_adapter` writes SHA256SUMS beside the two files, and where it is there it is checked.
+Safetensors have no checksums: `save_adapter` writes SHA256SUMS beside the two files, and loading checks it if it
+exists.
 
 One A `[r, in]` and one B `[out, r]` a layer and target, under PEFT's names for a transformers LLaMA; here they are
-stacked over the layers and transposed, heads before their size on both sides.  Deviation: the original
-cannot load what its own training saves; `python -m conversion.merge_lora` merges such folders too.
+stacked over the layers and transposed, with heads before head size on both sides.  Deviation: the original cannot load
+what its own training saves; `python -m conversion.merge_lora` merges such folders too.
 """
 
 import json
@@ -29,15 +30,15 @@ from llamavid_jax.weights.row import low_rank
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MODULES = {row.name.split(".{l}.")[1].removesuffix(".weight"): target for target, row in KERNELS.items()}
-PLAIN = {"peft_type": ("LORA",), "bias": ("none",)}  # the values of fields with which they do not change the product
-# fields that do not, whatever they say; every other one must be absent or off
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",)}  # field → values with which the adapter is plain LoRA
+# fields that never change that; every other field must be absent or off
 FREE = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 FREE |= {"base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version"}
 FREE |= {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 FREE |= {"megatron_core", "qalora_group_size", "runtime_config"}
 OFF = (None, False, "", [], {})
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base as it is
-REBUILT_STARTS = ("pissa", "olora")  # those that change it in a way that the base and the rank alone tell
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that do not change the base
+REBUILT_STARTS = ("pissa", "olora")  # those whose change can be recomputed from base and rank
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -118,8 +119,8 @@ def read_peft_config(
     """The LoraConfig of an adapter_config.json.
 
     The targets are read off the tensors' names: `target_modules` may be a pattern.  Raises CheckpointError for an
-    adapter that is more than A and B of one rank (DoRA, biases, full modules), and for one whose start changed the base
-    (`init_lora_weights`), unless the caller rebuilds that one.
+    adapter that is more than A and B of one rank (DoRA, biases, full modules), and for one whose initialisation changed
+    the base (`init_lora_weights`), unless `rebuilt` names it: the caller then repeats the change.
     """
     for field, value in values.items():
         if field not in FREE and value not in PLAIN.get(field, OFF):
@@ -152,7 +153,7 @@ def read_peft_config(
 
 
 def _updates(names: Iterable[str]) -> str:
-    """What names of tensors that are not updated here belong to."""
+    """Part of an error: the modules of these tensors, which cannot be updated here."""
     modules = sorted({re.sub(r"^base_model\.model\.|\.lora_.*|\.weight$", "", name) for name in names})
     return (
         f"updates {', '.join(modules[:3]) or 'nothing'}, and here the decoder's {', '.join(MODULES)} alone are updated"
@@ -160,7 +161,7 @@ def _updates(names: Iterable[str]) -> str:
 
 
 def check_tensors(given: Mapping[str, Any], expected: Mapping[str, Weight], folder: Path) -> None:
-    """Raises CheckpointError unless a file holds just the tensors of an adapter of this model."""
+    """Raises CheckpointError unless a file holds exactly the tensors of an adapter of this model."""
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if others := [name for name in unknown if not any(f".{module}.lora_" in name for module in MODULES)]:
         raise CheckpointError(f"{folder} {_updates(others)}; merge it with PEFT, and convert the result")
@@ -189,7 +190,7 @@ def check_tensors(given: Mapping[str, Any], expected: Mapping[str, Weight], fold
 
 
 def require_finite(value: np.ndarray, name: str, folder: Path) -> None:
-    """Raises CheckpointError for an update with NaN or infinite numbers, which would make its kernel so."""
+    """Raises CheckpointError for an update with NaN or infinite numbers, which would spread to its kernel."""
     with np.errstate(invalid="ignore"):
         if np.isfinite(value).all():
             return

@@ -4,8 +4,8 @@
     weights/llama.embed.embedding/zarr.json  c/0/0  one folder an array (zarr 3), one file a chunk
 
 Every chunk ends with its CRC-32C, which TensorStore, the library under Orbax, checks whenever it reads one.  Orbax
-itself has no sums for values and no option for them, so that a handler writes in place of its own.  Folders that Orbax
-wrote by itself are read as well.
+itself has no checksums for values and no option for them, so a handler here replaces its own.  Folders that Orbax wrote
+by itself can be read too.
 """
 
 import asyncio
@@ -28,15 +28,15 @@ from llamavid_jax.errors import CheckpointError, OutageError, first_line
 from llamavid_jax.parallel.processes import on_any
 
 CHUNK_BYTES = 32 << 20  # a chunk is read and checked as one
-AT_ONCE = 8  # arrays that are being written, of which the host holds a copy
-AWAY = r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED"  # of a bucket
+AT_ONCE = 8  # arrays written at a time, of which the host holds a copy
+AWAY = r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED"  # of buckets
 DRIVERS = {"zarr.json": "zarr3", ".zarray": "zarr"}  # an array's metadata → TensorStore's driver
 
 
 class Arrays(Mapping):
-    """The arrays of a folder by dotted path, opened when first named.
+    """The arrays of a folder by dotted path, opened on first access.
 
-    Raises CheckpointError, which names the file, for whatever is damaged or missing.
+    Raises CheckpointError, which names the file, for anything damaged or missing.
     """
 
     def __init__(self, folder: Path, remedy: str = "convert again"):
@@ -78,7 +78,7 @@ class Arrays(Mapping):
         return self._result((self[path] if layer is None else self[path][layer]).read())
 
     def restore(self, path: str, target: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
-        """An array in the type and the place of `target`; of a sharded one this host's shards alone are read."""
+        """An array with the dtype and sharding of `target`; of a sharded one only this host's shards are read."""
         store, reads = tensorstore.cast(self[path], target.dtype.name), {}
         for index in target.sharding.addressable_devices_indices_map(target.shape).values():
             reads[str(index)] = reads.get(str(index)) or store[index].read()
@@ -104,10 +104,10 @@ class Arrays(Mapping):
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, Any], chunks: Mapping[str, tuple[int, ...]]) -> None:
-    """Writes arrays by dotted path; Orbax writes aside and renames, so that `folder` is complete or absent.
+    """Writes arrays by dotted path; Orbax writes a temporary folder and renames it, so `folder` is complete or absent.
 
-    Of a `jax.ShapeDtypeStruct` only the place is made.  No two processes may hold parts of one chunk.
-    Raises CheckpointError where they cannot be written.
+    A `jax.ShapeDtypeStruct` becomes an array without values.  No two processes may hold parts of one chunk.  Raises
+    CheckpointError if writing fails.
     """
     handler = _SummedArrayHandler(chunks)
     kinds = ((kind, handler) for kind in (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
@@ -145,7 +145,7 @@ class _SummedArrayHandler(ocp.type_handlers.ArrayHandler):
 
         try:
             await _all(map(write, values, infos))
-        except Exception as error:  # whatever it is, the others are told
+        except Exception as error:  # whatever it is, the other processes must know
             problem = error
         if on_any(problem):
             raise problem or OSError("another process cannot write its part")
@@ -170,7 +170,7 @@ class _SummedArrayHandler(ocp.type_handlers.ArrayHandler):
 
 
 async def _all(writes: Iterable[Awaitable]) -> None:
-    """Waits for all, also where one fails: what goes on behind the end of its loop prints a traceback each."""
+    """Waits for all, even if one fails: every write that outlives the event loop prints a traceback."""
     for done in await asyncio.gather(*writes, return_exceptions=True):
         if isinstance(done, BaseException):
             raise done
@@ -181,7 +181,7 @@ def file_store(folder: Any) -> dict[str, Any]:
 
 
 def open_store(place: Mapping[str, Any], driver: str, **options: Any) -> tensorstore.Future:
-    """One array.  Zeros are written as all else, so that a chunk that is missing is an error."""
+    """Opens one array.  Chunks of zeros are written too, so that a missing chunk is an error."""
     zeros = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
     return tensorstore.open({"driver": driver, "kvstore": place, "open": "create" not in options, **zeros} | options)
 

@@ -1,6 +1,6 @@
 """A model with its weights: made at random, or read from a checkpoint onto a mesh, and saved.
 
-`inference/model.py` says what can be asked of it.
+`inference/model.py` adds inference.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 from llamavid_jax.text.tokenizer import Tokenizer
 from llamavid_jax.weights import inventory
 
-Model = TypeVar("Model")  # the class that is asked; beartype knows no typing.Self
+Model = TypeVar("Model")  # the class it is called on; beartype does not support typing.Self
 
 
 class PretrainedModel:
@@ -71,12 +71,12 @@ class PretrainedModel:
         quantize: str | None = None,
         kv_cache: str = "float",
     ) -> Model:
-        """Loads a converted checkpoint as `dtype`, straight onto `mesh` where one is given, every host its shards.
+        """Loads a converted checkpoint as `dtype`, straight onto `mesh` if given; every host reads its shards.
 
-        `quantize` "int8" or "int4": LLaMA's kernels, before they reach the devices; None takes them as they are stored.
+        `quantize` "int8" or "int4" quantises LLaMA's kernels before they reach the devices; None takes them as stored.
         `kv_cache` "int8" halves the cache of decoding.
 
-        Raises ConfigError or CheckpointError, naming the file and what to do.
+        Raises ConfigError or CheckpointError, which name the file and the remedy.
         """
         config = LLaMAVIDLlavaConfig.from_pretrained(directory)
         config = config if quantize is None else config.quantized(quantize)
@@ -94,5 +94,5 @@ class PretrainedModel:
                 part.save_pretrained(directory)
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
-        """Puts the mesh in context, where there is one."""
+        """Puts the mesh in context, if there is one."""
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The two tokenizers of a checkpoint folder, and whether they are those of its model."""
+"""The two tokenizers of a checkpoint folder, and the check that they fit its model."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def check_tokenizers(
 ) -> None:
     """Raises ConfigError for a tokenizer of `directory` with ids that the model has no embeddings for.
 
-    Tables may have more rows (padding).  The Q-Former's may lack a row for [DEC], which no prompt contains.
+    Embedding tables may have more rows (padding).  The Q-Former's may lack a row for [DEC], which no prompt contains.
     """
     rows = config.text_config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -38,7 +38,7 @@ def load_tokenizers(
 ) -> tuple[Tokenizer | None, QFormerTokenizer | None]:
     """Both tokenizers of a checkpoint folder, None for the one whose files are missing.
 
-    With the tokens that `config` adds: those that the files do not know get the next ids, as the original gives them.
+    Tokens that `config` adds and the files lack get the next ids, as in the original.
     """
     directory = find(directory)
     has_text = (directory / "tokenizer.model").exists() or (directory / "tokenizer.json").exists()

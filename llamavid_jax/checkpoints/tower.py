@@ -1,4 +1,4 @@
-"""Which vision tower features are of: a hash of its weights."""
+"""A hash of a vision tower's weights, which tells what tower stored features come from."""
 
 import dataclasses
 import hashlib
@@ -23,9 +23,9 @@ PREFIX = "vision."  # of the tower's parameters
 
 
 class TowerHash:
-    """SHA-256 of a model's tower, configuration and weights; worked out once for the same arrays.
+    """SHA-256 of a model's tower, configuration and weights; computed once for the same arrays.
 
-    `model` has `params` and a `config`.  Where several processes share the weights all of them ask for it.
+    `model` has `params` and a `config`.  Where several processes share the weights, all of them must call it.
     """
 
     def __init__(self, model: Any):
@@ -33,11 +33,11 @@ class TowerHash:
         self._known: dict[Any, str] = {}
 
     def exact(self) -> str:
-        """Of the weights as they are."""
+        """The hash of the weights as they are."""
         return self._of(None)
 
     def rounded(self) -> str:
-        """Of the weights rounded to bfloat16: the same whatever type they were loaded as."""
+        """The hash of the weights rounded to bfloat16: the same whatever dtype they were loaded as."""
         return self._of(jnp.dtype("bfloat16"))
 
     def _of(self, dtype: Any) -> str:
@@ -58,7 +58,7 @@ class TowerHash:
 
 
 def stored_tower(directory: str | Path, config: LLaMAVIDLlavaConfig) -> str:
-    """`TowerHash.rounded` of a checkpoint's folder, of which the tower alone is read.  Raises CheckpointError."""
+    """`TowerHash.rounded` of a checkpoint folder; only the tower is read.  Raises CheckpointError."""
     stored, wanted = Arrays(weights_folder(find(directory))), abstract_params(config, "bfloat16", host_mesh())
     held, wanted = ({path: one[path] for path in one if path.startswith(PREFIX)} for one in (stored, wanted))
     check_params(stored.folder, held, {path: leaf.shape for path, leaf in wanted.items()})

@@ -32,12 +32,12 @@ def parse_dtype(name: Any) -> jnp.dtype:
 
 
 def weights_folder(directory: str | Path) -> Path:
-    """The full path of the weights, without `..`, which TensorStore does not take."""
+    """The full path of the weights, without `..`, which TensorStore rejects."""
     return local(directory).resolve() / WEIGHTS
 
 
 def save_weights(directory: str | Path, params: Mapping[str, Any]) -> None:
-    """Writes `directory/weights`, complete or not at all; every process its own shards of what is sharded."""
+    """Writes `directory/weights`, complete or not at all; every process writes its own shards."""
     try:
         local(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,12 +57,12 @@ def load_weights(
     mesh: Mesh | None = None,
     float32: Container[str] = (),
 ) -> dict[str, jax.Array]:
-    """Reads the parameters, by path, as `dtype` onto `mesh`, every host only its shards, or onto the default device.
+    """Reads the parameters, by path, as `dtype`: every host its shards on `mesh`, or all onto the default device.
 
-    The paths in `float32` are read so whatever `dtype` is: training keeps what it trains in full precision.
+    The paths in `float32` are read as float32 whatever `dtype` is: training keeps what it trains in full precision.
     Kernels that are quantised in `config` but not in the checkpoint are quantised by the host, one at a time: the
-    devices never hold them in full precision.
-    Raises CheckpointError when the weights are missing, damaged, or not those of `config`.
+    devices never hold them in full precision.  Raises CheckpointError when the weights are missing, damaged, or not
+    those of `config`.
     """
     folder = weights_folder(find(directory))
     if buckets.kind(folder) != "directory":
@@ -88,9 +88,9 @@ def abstract_params(
     mesh: Mesh | AbstractMesh | None = None,
     float32: Container[str] = (),
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every parameter of a configuration by its path: shape, type and place on `mesh` or the default device.
+    """Every parameter of a configuration by its path: shape, dtype and sharding on `mesh` or the default device.
 
-    All have the type `dtype` but quantised values and the paths in `float32`.
+    All have `dtype` except quantised values and the paths in `float32`.
     """
     found = {}
     for path, shape in inventory.shapes(config).items():
@@ -104,7 +104,7 @@ def abstract_params(
 def _quantized(
     path: str, kernel: jax.Array, kind: str, target: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """`{path}.qvalue` and `{path}.scale` in their places, of a kernel that only the host holds in full precision."""
+    """`{path}.qvalue` and `{path}.scale`, on their devices, of a kernel that only the host holds in full precision."""
     from llamavid_jax.models.quantize import quantize_kernels  # Qwix takes a second to import
 
     parts = flat_paths({path: quantize_kernels(kernel, QUANTISED[path], kind)})
@@ -118,7 +118,7 @@ def save_part(directory: str | Path, params: Mapping[str, jax.Array]) -> None:
 
 
 def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Reads what `save_part` wrote, each array in the type and the place of its namesake in `onto`.
+    """Reads what `save_part` wrote, each array with the dtype and sharding of the one at its path in `onto`.
 
     Raises CheckpointError for a folder without a part, and for parameters that `onto` lacks or has in other shapes.
     """
@@ -136,7 +136,7 @@ def load_part(directory: str | Path, onto: Mapping[str, jax.Array]) -> dict[str,
 def check_params(
     source: Any, given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], remedy: str = "convert again"
 ) -> None:
-    """Raises CheckpointError unless the arrays of `source` have the paths and shapes of the configuration's."""
+    """Raises CheckpointError unless the arrays of `source` have the configuration's paths and shapes."""
     missing, extra = sorted(shapes.keys() - given.keys()), sorted(given.keys() - shapes.keys())
     if missing or extra:
         raise CheckpointError(

@@ -1,1 +1,1 @@
-"""What a model is: `schema` the dataclasses, `strict` how they are read, `foreign` the forms of others.  No JAX."""
+"""What a model is: `schema` the dataclasses, `strict` how they are read, `foreign` other projects' formats.  No JAX."""

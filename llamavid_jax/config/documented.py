@@ -1,7 +1,7 @@
-"""The documented constructors: what `LLaMAVIDLlavaConfig(text_config={...}, vision_config=..., bert_type=...)` means.
+"""The constructors as documented for transformers: `LLaMAVIDLlavaConfig(text_config={...}, vision_config=..., ...)`.
 
-Their fields are read as the fields of `config/schema.py`.  Those that say nothing here may have any value; those that
-would ask for what is not done are refused by name.
+Their arguments are read as the fields of `config/schema.py`.  Arguments that have no effect here may have any value;
+those that ask for something unsupported are refused by name.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ MODEL = {"ignore_index": (-100,), "projector_hidden_act": ("gelu",), "model_type
 
 
 def documented(read: Callable[[type, dict[str, Any]], dict[str, Any]]) -> Callable[[type], type]:
-    """A dataclass whose constructor takes what `read` turns into its fields."""
+    """Decorates a dataclass: `read` turns its constructor's keywords into its fields."""
 
     def decorate(cls: type) -> type:
         plain = cls.__init__
@@ -86,12 +86,12 @@ def _features(vision: Any, strategy: Any, layer: Any) -> Any:
             f"vision_feature_select_strategy is {strategy!r}; use 'default' (patches) or 'full' (and CLS)"
         )
     changed = {"select_feature": "cls_patch" if strategy == "full" else "patch"} if strategy else {}
-    changed |= {"feature_layer": layer} if layer is not None and vision.kind != "eva" else {}  # EVA does not look at it
+    changed |= {"feature_layer": layer} if layer is not None and vision.kind != "eva" else {}  # EVA ignores it
     return dataclasses.replace(vision, **changed)
 
 
 def _part(kind: type, given: Any, name: str) -> Any:
-    """A part of the configuration, of a mapping or of transformers' own."""
+    """A part of the configuration, from a mapping or a transformers configuration."""
     if isinstance(given, kind) or given is None:
         return kind() if given is None else given
     if hasattr(given, "to_dict"):
@@ -106,7 +106,7 @@ def _part(kind: type, given: Any, name: str) -> Any:
 
 
 def _known(cls: type, fields: dict[str, Any], others: Mapping[str, tuple | None], section: str) -> dict[str, Any]:
-    """The fields of `cls`; of `others` only the values that change nothing (None: any)."""
+    """The fields of `cls`, without those of `others`, which may only have the values given there (None: any)."""
     own = {field.name: field.type for field in dataclasses.fields(cls)}
     for name, value in fields.items():
         if name not in own and name not in others and name not in ANY:

@@ -1,7 +1,8 @@
 """The `config.json` of the original, of the documented layout and of a LLaMA alone → the fields of `config/schema.py`.
 
 The released files have oddities: `mean_concat` means mean, `num_qformer` is `num_query`, sizes of the vision tower and
-the Q-Former are absent, and dozens of keys say nothing.  What this model cannot do is refused by name.
+the Q-Former are absent, and dozens of keys have no effect.  Settings that this model does not support are refused by
+name.
 """
 
 import re
@@ -12,7 +13,7 @@ from llamavid_jax.config.strict import require_divisible
 from llamavid_jax.errors import ConfigError
 
 NUMBER = (int, float)
-# what both layouts call as `schema.py` does; sizes that a file lacks are the released ones
+# fields with the same name in both layouts and `schema.py`; sizes that a file lacks are the released models'
 _VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 _QFORMER = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _QFORMER = (*_QFORMER, "max_position_embeddings", "layer_norm_eps", "cross_attention_frequency", "encoder_hidden_size")
@@ -26,7 +27,7 @@ CLIP_L = {  # openai/clip-vit-large-patch14, whose folder the original reads
     "layer_norm_eps": 1e-5,
     "hidden_act": "quick_gelu",
 }
-INSTRUCT_BLIP = 1408  # width of the tower that the pretrained Q-Former has read
+INSTRUCT_BLIP = 1408  # width of the tower that the pretrained Q-Former was trained with
 
 
 def _get(values: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any, section: str = "") -> Any:
@@ -65,7 +66,7 @@ def vision_config(values: Mapping[str, Any], kind: str, name: str = "vision_towe
 
 
 def _tower(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The tower of an original checkpoint, told by the path in `mm_vision_tower`, and what is read off it."""
+    """The tower of an original checkpoint, known by the path in `mm_vision_tower`, and its features in use."""
     path = str(values.get("mm_vision_tower", "eva"))
     section = _section(values, "vision_tower_config")
     feature = _get(values, "mm_vision_select_feature", str, "patch")
@@ -130,7 +131,7 @@ def compress_type(value: str | None) -> str:
 
 
 def bert_type(name: str, vision: Mapping[str, Any], qformer: Mapping[str, Any]) -> dict[str, Any]:
-    """`bert_type` is a bag of substrings: the decoder's kind, and the layers that are left of it.
+    """The original searches `bert_type` for substrings: the decoder's kind, and the number of layers kept.
 
     `freeze` and `freeze_all` only say what was trained.
     """

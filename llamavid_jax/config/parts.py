@@ -12,7 +12,7 @@ from llamavid_jax.errors import ConfigError
 
 
 class Part:
-    """A part of the configuration that is read and written by itself: a `config.json` in which the rest is default."""
+    """A part of the configuration that can be loaded and saved alone: in a `config.json` with defaults for the rest."""
 
     WHOLE: ClassVar[Any]  # LLaMAVIDLlavaConfig, in which this is the field FIELD
     FIELD: ClassVar[str]
@@ -35,7 +35,7 @@ class Tower(NamedTuple):
 
     patch_bias: bool
     pre_norm: bool  # a norm before the first block
-    key_bias: bool  # separate query, key and value, with a bias each; else one kernel, and the key has none
+    key_bias: bool  # separate query, key and value with a bias each; else one kernel, no bias for the key
     post_norm: bool  # held for the way back to PyTorch; the features come from before it
     cls_in_patches: bool  # whether the features of select_feature "patch" begin with the CLS token
 
@@ -51,9 +51,9 @@ TOWERS = {
 class LLaMAVIDLlavaVisionConfig(Part):
     """A vision tower.  By default EVA ViT-g/14 as LLaMA-VID runs it: 39 of EVA's 40 blocks, no final norm.
 
-    `kind` is one of TOWERS.  `feature_layer` is the hidden state that the features are: 0 before the first block, -1
-    after the last.  `select_feature` "patch" keeps the CLS token out of the visual tokens; with "cls_patch" it is one
-    of the patches.  `image_mean` and `image_std` are those of the pixels, red, green and blue.
+    `kind` is one of TOWERS.  `feature_layer` is the index of the hidden state that gives the features: 0 before the
+    first block, -1 after the last.  `select_feature` "patch" keeps the CLS token out of the visual tokens; with
+    "cls_patch" it is one of the patches.  `image_mean` and `image_std` normalise the pixels, red, green and blue.
     """
 
     hidden_size: int = 1408
@@ -107,7 +107,7 @@ class LLaMAVIDLlavaVisionConfig(Part):
 
     @property
     def blocks_used(self) -> int:
-        """Blocks before the features; those behind are held but not run."""
+        """How many blocks lead to the features; later ones are kept but not run."""
         return self.feature_layer % (self.num_hidden_layers + 1)
 
     @property

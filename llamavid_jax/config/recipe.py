@@ -1,4 +1,4 @@
-"""YAML files that say how they differ from another: `base: FILE`, beside them, is read first (one level)."""
+"""YAML files that override fields of another: `base: FILE`, in the same folder, is read first (one level)."""
 
 import collections
 from collections.abc import Collection
@@ -14,8 +14,10 @@ MAX_BYTES = 1 << 18  # of a file; the longest recipe has some 3,000
 
 
 class _TreeLoader(yaml.SafeLoader):
-    """YAML without aliases, with which a few lines say a thing a billion times over, and with each key of a mapping
-    once: of two the first would be lost."""
+    """YAML without aliases, which let a few lines expand a billionfold, and without duplicate keys.
+
+    Of duplicates, YAML would silently drop the first.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
@@ -31,7 +33,7 @@ class _TreeLoader(yaml.SafeLoader):
 
 
 def load_yaml(text: str) -> Any:
-    """Numbers, texts, lists and mappings.  Raises yaml.YAMLError, for what is nested too deeply as well."""
+    """Numbers, texts, lists and mappings.  Raises yaml.YAMLError, also where they are nested too deeply."""
     try:
         return yaml.load(text, _TreeLoader)
     except RecursionError:
@@ -39,9 +41,9 @@ def load_yaml(text: str) -> Any:
 
 
 def read_recipe(path: str | Path, whole: Collection[str] = (), home: str = "configs/") -> dict[str, Any]:
-    """The file's fields over those of its base: in a section field by field, but those named in `whole` as they stand.
+    """The file's fields over those of its base: sections field by field, those named in `whole` as a whole.
 
-    Raises ConfigError for a file that cannot be read, and for a base that has one itself.
+    Raises ConfigError for a file that cannot be read, and for a base that has a base itself.
     """
     values = _read(Path(path), home)
     if "base" not in values:

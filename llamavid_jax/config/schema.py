@@ -1,11 +1,11 @@
 """Model configuration: frozen dataclasses, read strictly (`config/strict.py`).
 
-Field names are those of the documented transformers configuration where it has one.  Every field is read by the
-program.  `config/foreign.py` reads the `config.json` of the original and of the documented layout.
+Field names are those of the documented transformers configuration where it has one.  Every field has an effect.
+`config/foreign.py` reads the `config.json` of the original and of the documented layout.
 
-Numerics policy (the one statement of it).  Parameters are stored in `param_dtype` and matmuls computed in
-`dtype`, both float32 or bfloat16.  Softmax, layer and RMS norms and rotary angles are always computed in float32 and
-cast back.  The original casts its vision tower to float16 and everything else to bfloat16.
+Numerics policy (stated only here).  Parameters are stored in `param_dtype` and matmuls computed in `dtype`, both
+float32 or bfloat16.  Softmax, layer and RMS norms and rotary angles are always computed in float32 and cast back.  The
+original casts its vision tower to float16 and everything else to bfloat16.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ HEAD = {"model_type": "llamavid_jax", "architectures": ["LLaMAVIDLlavaForConditi
 def stated_pixels(directory: str | Path, settings: str = "config.json") -> dict[str, tuple[float, ...]]:
     """`image_mean` and `image_std`, where a folder's `preprocessor_config.json` or its `settings` state them.
 
-    Raises ConfigError where these two files say different things.
+    Raises ConfigError where the two files disagree.
     """
     found: dict[str, tuple[float, ...]] = {}
     for name in (settings, "preprocessor_config.json"):
@@ -85,14 +85,14 @@ class LLaMAVIDLlavaConfig:
     """The whole model.
 
     `bert_type` is the text decoder: "qformer_pretrain" (InstructBLIP's, with a norm on what it reads), "qformer" (the
-    same without) or "raw_bert" (BERT, whose text states ask).  `compress_type` is "none" (all patches), "mean" (one
-    content token a frame) or "grid:n" (average pooling with stride side // n).  `mm_projector_type` is "linear",
-    "mlpNx_gelu" or "identity".  `image_aspect_ratio` is "pad" (to a square, with the mean colour) or "crop"; videos
-    are always cropped.  `frame_tokens` is "both" kinds of token, or "context" or "content" alone (the paper's
+    same without) or "raw_bert" (BERT, whose text states are the queries).  `compress_type` is "none" (all patches),
+    "mean" (one content token a frame) or "grid:n" (average pooling with stride side // n).  `mm_projector_type` is
+    "linear", "mlpNx_gelu" or "identity".  `image_aspect_ratio` is "pad" (to a square, with the mean colour) or "crop";
+    videos are always cropped.  `frame_tokens` is "both" kinds of token, or "context" or "content" alone (the paper's
     ablation).  `image_token_index` is the placeholder id that `input_ids` may hold besides -200: the documented layout
-    gives it a row of the vocabulary.  `quantization` is "none", or "int8" or "int4" where the kernels of LLaMA's layers
-    are held so.  `mm_use_im_start_end`: the text has a token before and after every visual; `mm_use_im_patch_token`:
-    the vocabulary has one more, which nothing uses.
+    gives it a row of the vocabulary.  `quantization` is "none", "int8" or "int4": how the kernels of LLaMA's layers are
+    stored.  `mm_use_im_start_end`: a token stands before and after every visual; `mm_use_im_patch_token`: the
+    vocabulary has one more token, which nothing uses.
     """
 
     vision_tower_config: LLaMAVIDLlavaVisionConfig = dataclasses.field(default_factory=LLaMAVIDLlavaVisionConfig)
@@ -108,7 +108,7 @@ class LLaMAVIDLlavaConfig:
     bert_type: str = "qformer_pretrain"
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = False
-    model_type = HEAD["model_type"]  # no field: what transformers asks a configuration for
+    model_type = HEAD["model_type"]  # not a field; transformers reads it
 
     def __post_init__(self):
         check_fields(self, own_range=["image_token_index"])
@@ -147,7 +147,7 @@ class LLaMAVIDLlavaConfig:
         return dataclasses.replace(self, quantization=kind)
 
     def require_whole(self, source: Any) -> "LLaMAVIDLlavaConfig":
-        """Returns itself.  Raises ConfigError for quantised weights, where `source` is read for full-precision ones."""
+        """Returns itself.  Raises ConfigError for quantised weights: `source` must hold full-precision ones."""
         if self.quantization != "none":
             raise ConfigError(
                 f"{source} holds {self.quantization} weights, which are for inference alone; "
@@ -164,7 +164,7 @@ class LLaMAVIDLlavaConfig:
 
     @property
     def projects_memory(self) -> bool:
-        """Whether a projection leads there from the tower's features."""
+        """Whether a projection brings the tower's features to `memory_width`."""
         return self.bert_type == "raw_bert" or self.memory_width != self.tower_width
 
     @property
@@ -173,7 +173,7 @@ class LLaMAVIDLlavaConfig:
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
-        """What the language model's tokenizer needs beside its own, in the order of their ids."""
+        """Tokens that the language model's tokenizer needs besides its own, in the order of their ids."""
         return (PATCH,) * self.mm_use_im_patch_token + (START, END) * self.mm_use_im_start_end
 
     @property
@@ -182,7 +182,7 @@ class LLaMAVIDLlavaConfig:
         return self.tokens_of(self.vision_tower_config.has_cls)
 
     def tokens_of(self, has_cls: bool) -> int:
-        """The same of a frame's features, which may or may not begin with the CLS token."""
+        """`tokens_per_frame` for given features, which may or may not begin with the CLS token."""
         vision = self.vision_tower_config
         content = (vision.side // (grid_stride(self.compress_type, vision.side) or 1)) ** 2
         content += has_cls and vision.select_feature == "cls_patch" and self.compress_type == "none"
@@ -198,7 +198,7 @@ class LLaMAVIDLlavaConfig:
             path = Path(directory) if Path(directory).suffix == ".json" else Path(directory) / "config.json"
         except TypeError:
             raise ConfigError(f"the checkpoint is {directory!r}; give the path of its folder") from None
-        file = find(path)  # what is wrong with a bucket is no matter of JSON
+        file = find(path)  # outside the `try`: a bucket's errors are not about JSON
         try:
             values = read_object(file)
         except (FileNotFoundError, NotADirectoryError):
@@ -212,16 +212,16 @@ class LLaMAVIDLlavaConfig:
         return config.with_pixels_of(path.parent, path.name)
 
     def with_pixels_of(self, directory: str | Path, settings: str = "config.json") -> "LLaMAVIDLlavaConfig":
-        """Itself, with the mean and deviation of the pixels that a checkpoint's files state, where they do.
+        """Itself, with the pixel mean and standard deviation that a checkpoint's files state, if any.
 
-        Pictures go through them before training as before an answer.
+        Training and inference normalise images with them.
         """
         found = stated_pixels(directory, settings)
         return dataclasses.replace(self, vision_tower_config=dataclasses.replace(self.vision_tower_config, **found))
 
     @classmethod
     def from_dict(cls, values: Any) -> "LLaMAVIDLlavaConfig":
-        """Reads a mapping in any of the three forms; which one is told by `model_type`."""
+        """Reads a mapping in any of the three forms; `model_type` says which one."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"the configuration is of type {type(values).__name__}; a mapping of fields is needed")
 

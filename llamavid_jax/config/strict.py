@@ -6,7 +6,7 @@ from typing import Any
 
 from llamavid_jax.errors import ConfigError
 
-# above any model: of these, something is built before a file of weights is asked whether it holds them
+# above any model's: tables of this size are built before any file of weights is checked against them
 LIMITS = {"num_hidden_layers": 1001, "image_size": 4097}
 
 

@@ -1,4 +1,4 @@
-"""Apache Beam: the options of its pipeline on a command line, and `map` by the workers of a pipeline."""
+"""Apache Beam: pipeline options on a command line, and `map` over the workers of a pipeline."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ def add_beam(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def beam_options(flags: str | None) -> Any:
-    """What --beam gives -> Beam's PipelineOptions; None -> None.  InputError where Beam is not installed."""
+    """The value of --beam -> Beam's PipelineOptions; None -> None.  InputError if Beam is not installed."""
     if flags is None:
         return None
     if not flags.strip().startswith("-"):
@@ -31,7 +31,7 @@ def beam_options(flags: str | None) -> Any:
         from apache_beam.runners import create_runner
     except ImportError:
         raise InputError("--beam needs Apache Beam; install it with: pip install apache-beam") from None
-    with contextlib.redirect_stderr(io.StringIO()) as said:  # its usage of a hundred lines
+    with contextlib.redirect_stderr(io.StringIO()) as said:  # a hundred lines of usage
         try:
             options = PipelineOptions(flags.split())
             options.get_all_options()  # reads them
@@ -43,21 +43,21 @@ def beam_options(flags: str | None) -> Any:
 
 
 def beam_map(make: Callable[[], Callable[..., Any]], items: Iterable[tuple], options: Any, file: Path) -> Iterator[Any]:
-    """`make()(*item)` for each item, in their order.  Each of the pipeline's workers calls `make` once.
+    """`make()(*item)` for each item, in order.  Each of the pipeline's workers calls `make` once.
 
-    Items and results are what JSON holds; `make` is pickled, what it makes is not.  The results come through `file`,
-    which workers see under the same path.  InputError where the pipeline fails.
+    Items and results must be JSON; `make` is pickled, what it returns is not.  The results are passed through `file`,
+    which workers see under the same path.  Raises InputError if the pipeline fails.
     """
     import apache_beam as beam
     from apache_beam.utils.shared import Shared
 
     uploads.remove(file)
-    tasks = [json.dumps(task) for task in enumerate(items)]  # ASCII alone, whatever the names of files hold
+    tasks = [json.dumps(task) for task in enumerate(items)]  # ASCII only, whatever the file names contain
     try:
         with beam.Pipeline(options=options) as pipeline:
             results = pipeline | beam.Create(tasks) | beam.Reshuffle() | beam.Map(work, Shared(), make)
             results | beam.combiners.ToList() | beam.Map(keep, buckets.address(file))
-    except Exception as error:  # of any kind; from other processes it comes as the text of a traceback
+    except Exception as error:  # any kind; from other processes, the text of a traceback
         text = str(error).strip()
         reason = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
         raise InputError(f"Beam's pipeline failed: {reason.partition(' [while running')[0]}") from None
@@ -82,7 +82,7 @@ def made(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | InputEr
     try:
         return make()
     except InputError as error:
-        return error  # raised, it would be logged as a traceback, and tried for each item
+        return error  # if raised, it would be logged as a traceback and retried for each item
 
 
 def keep(results: Sequence[str], address: str) -> None:

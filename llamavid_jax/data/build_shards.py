@@ -3,14 +3,14 @@
     python -m llamavid_jax.data.build_shards train.json shards/train --media media/
 
 A sample is one record: id, kind, conversations, the media file's own bytes (JPEG, PNG, MP4, features; nothing is
-decoded or encoded), its name, and the frames and frames a second that its header says (`shards.py` reads them).
+decoded or encoded), its name, and the number of frames and the frame rate from its header (`shards.py` reads them).
 
-1. The survey opens every media file as far as its header and writes one plan, a JSONL file, for each shard to be.
+1. The survey reads the header of every media file and writes a plan, a JSONL file, for each shard.
    Samples that are missing or unreadable are left out, never replaced, and named in the manifest; too many stop the
-   build.  (What only decoding shows, such as a picture whose end is missing, the loader meets and skips.)
-2. A tensorflow-datasets builder (`shard_builder.py`) writes the shards from the plans, in their order; with `--beam` in
-   parallel, by workers that see the media and OUT under the same paths.
-3. `manifest.json` is written and the whole folder renamed to its name: a reader meets all of it or nothing.
+   build.  (What only decoding shows, such as a truncated image, the loader finds and skips.)
+2. A tensorflow-datasets builder (`shard_builder.py`) writes the shards from the plans, in their order; with `--beam`,
+   in parallel, by workers that see the media and OUT under the same paths.
+3. `manifest.json` is written and the whole folder renamed: readers find a complete folder or none.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ from llamavid_jax.media.video import read_timeline
 from llamavid_jax.text.subtitles import subtitle_text
 from llamavid_jax.uploads import discard_unfinished, send_folder
 
-SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it is written
-MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer ends at 2 GiB
+SHARD_BYTES = 256 * 2**20  # a shard is in memory while it is written
+MAX_SAMPLE_BYTES = 2**31 - 2**24  # a protocol buffer holds at most 2 GiB
 SURVEY_THREADS = 8
 
 
@@ -54,12 +54,12 @@ def build(
     beam: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Writes the folder `out` and returns its manifest; where that folder is complete already, only returns it.
+    """Writes the folder `out` and returns its manifest; if that folder is already complete, only returns it.
 
-    `max_broken` is the fraction of samples that may be left out; `beam` the options of Beam's pipeline, None: without.
-    Raises InputError, and leaves no folder then.
+    `max_broken` is the fraction of samples that may be left out; `beam` holds the options of a Beam pipeline, None for
+    no Beam.  Raises InputError, and then leaves no folder.
     """
-    from llamavid_jax.data.shard_builder import write_shards  # here: it takes half a second, and the extra `train`
+    from llamavid_jax.data.shard_builder import write_shards  # takes half a second, and the extra `train`
 
     source, out = find(source), local(out).absolute()
     media = local(media) if media else source.parent
@@ -106,7 +106,10 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def working_folder(out: Path) -> Iterator[Path]:
-    """The folder OUT.incomplete, emptied of what a killed build left, locked against a second build, removed after."""
+    """The folder OUT.incomplete, locked against a second build and removed afterwards.
+
+    What a killed build left in it is deleted first.
+    """
     folder = out.with_name(out.name + ".incomplete")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -126,7 +129,7 @@ def working_folder(out: Path) -> Iterator[Path]:
 
 
 def survey(records: Sequence, media: Path, folder: Path, max_broken: float, shard_bytes: int) -> dict[str, Any]:
-    """Headers of all media -> `folder`/00000.plan, 00001.plan ... and the manifest's counts and skipped samples."""
+    """Reads all media headers, writes `folder`/00000.plan, ...; returns the manifest's counts and skipped samples."""
     kinds: dict[str, Counter] = {}
     skipped, plans, filled = [], 0, 0
     with contextlib.ExitStack() as file, ThreadPoolExecutor(SURVEY_THREADS) as threads:
@@ -158,7 +161,7 @@ def survey(records: Sequence, media: Path, folder: Path, max_broken: float, shar
 
 
 def look_up(records: Sequence, index: int, media: Path) -> dict[str, Any]:
-    """One sample's line of a plan; for one that cannot be used its index, id and reason."""
+    """One sample's line of a plan; for a sample that cannot be used, its index, id and reason."""
     name = ""
     try:
         record = records[index]
@@ -187,7 +190,7 @@ def _example_header(header: MediaHeader) -> dict[str, Any]:
 
 
 def read_header(record: Record, path: Path) -> MediaHeader:
-    """What the media file at `path` says of itself, without decoding it.  Raises MediaError."""
+    """The header of the media file at `path`, read without decoding.  Raises MediaError."""
     if record.kind == "features":
         return file_header(path)
     if record.kind == "video":

@@ -3,13 +3,13 @@
     Record ─ conversation, labels ─▶ input_ids [t], labels [t], questions
            └ decode, thin, resize ─▶ frames uint8 [F, H, W, 3], or ready features [F, P, E]
 
-Everything follows from (record, index, seed): the sides at which later turns repeat the image are drawn once a sample
-and are the same in every epoch.  Stills are padded or cropped, videos cropped.  A features file with
-`inputs` is a movie, and so is a video with subtitles: its text replaces `<image>`, with one placeholder a visual token.
+The result depends only on (record, index, seed): the side at which each later turn repeats the image is drawn once per
+sample and is the same in every epoch.  Images are padded or cropped, videos cropped.  A feature file with `inputs` is a
+movie, and so is a video with subtitles: its text replaces `<image>`, with one placeholder per visual token.
 
 Deviations from the original: nothing is truncated here (`data/rows.py` does it); a prompt belongs to the turn of its
-placeholder, also where the first turns have none; a placeholder without media, media without a placeholder and a
-placeholder in an answer are errors, where the original trains on something else in silence.
+placeholder, even if the first turns have none; a placeholder without media, media without a placeholder and a
+placeholder in an answer are errors, where the original silently trains on something else.
 """
 
 import dataclasses
@@ -52,9 +52,9 @@ NO_LIMIT = 10**30  # tokens: rows are cut after expansion
 class Example:
     """One sample, ready to be laid out in a row.
 
-    `questions[i]` is read with every frame and its tokens take the i-th placeholder; in a movie the one question's
-    tokens take all placeholders in order.  `frames` are uint8 [F, H, W, 3], not normalised, or features [F, P, E]
-    without CLS; None for text alone.
+    `questions[i]` is read with every frame, and the resulting tokens replace the i-th placeholder; in a movie the
+    tokens of the only question replace all placeholders in order.  `frames` are uint8 [F, H, W, 3], not normalised, or
+    features [F, P, E] without CLS; None for text only.
     """
 
     id: str
@@ -65,7 +65,7 @@ class Example:
 
 
 class SampleSize(NamedTuple):
-    """What a sample takes of a row; of its `tokens`, `questions * frames * tokens_per_frame` are visual ones."""
+    """The room that a sample takes in a row; of its `tokens`, `questions * frames * tokens_per_frame` are visual."""
 
     kind: str  # "pixels", "features" or "text"
     frames: int
@@ -88,7 +88,7 @@ class ExampleReader:
         image_mean: Sequence[float] = LLaMAVIDLlavaVisionConfig.image_mean,
         start_end: bool = False,
     ):
-        """`image_mean` is the colour of the pads; `start_end`: a token before and after every visual."""
+        """`image_mean` is the padding colour; `start_end` puts a token before and after every visual."""
         check_fps(fps, "the data")
         if image_aspect_ratio not in ("pad", "crop"):
             raise DataError(f"image_aspect_ratio is {image_aspect_ratio!r}; use 'pad' or 'crop'")
@@ -99,13 +99,13 @@ class ExampleReader:
         self._template, self.image_mean, self.start_end = template_named(template), image_mean, start_end
 
     def text(self, record: Record, index: int) -> TextExample:
-        """Ids, labels and prompts of all frames; `index` is the record's place in the data set."""
+        """Ids, labels and prompts, with all frames; `index` is the record's index in the data set."""
         return self._text(record, index, self._header(record) if record.is_film else MediaHeader(0))
 
     def size(self, record: Record, index: int, header: MediaHeader | None = None) -> SampleSize:
         """The size of `read(record, index, max_frames)` with enough `max_frames`, without decoding the media file.
 
-        With `header`, as shards keep it, the media file is not opened.
+        With `header`, as stored in shards, the media file is not even opened.
         """
         header = header or self._header(record)
         frames = header.frames
@@ -128,11 +128,11 @@ class ExampleReader:
         return SampleSize(kind, frames, questions, self.expanded_length(ids, questions, frames))
 
     def expanded_length(self, input_ids: np.ndarray, questions: int, frames: int) -> int:
-        """Tokens of a row after its placeholders are replaced by the visual tokens of every question and frame."""
+        """Tokens of a row once its placeholders are replaced by the visual tokens of every question and frame."""
         return len(input_ids) - int((input_ids == IMAGE_TOKEN).sum()) + questions * frames * self.tokens_per_frame
 
     def read(self, record: Record, index: int, max_frames: int) -> Example:
-        """The whole sample; of more than `max_frames` frames evenly spaced ones stay, first and last among them."""
+        """The whole sample; of more than `max_frames` frames, evenly spaced ones stay, from the first to the last."""
         if record.kind == "text":
             text, frames = self.text(record, index), None
         elif max_frames < 1:
@@ -174,8 +174,8 @@ class ExampleReader:
         return text
 
     def _header(self, record: Record) -> MediaHeader:
-        """The header of the media file, with the frames sampled at `fps`."""
-        if record.kind == "image" and record.data is None:  # nothing in it matters here, but it must exist
+        """The header of the media file, with the frames that are sampled at `fps`."""
+        if record.kind == "image" and record.data is None:  # its content does not matter here, but it must exist
             local_file(find_media(record))
         if not record.is_film:
             return MediaHeader(media_size(record, self.fps))
@@ -183,7 +183,7 @@ class ExampleReader:
             return self._film_header(record, path)
 
     def _film_header(self, record: Record, path: Path) -> MediaHeader:
-        """The frames, their times and the text of a film; of others nothing."""
+        """The frames, their times and the text of a film; an empty header for other records."""
         if not record.is_film:
             return MediaHeader(0)
         if record.kind == "features":
@@ -211,7 +211,7 @@ class ExampleReader:
 
 
 def check_places(record: Record) -> None:
-    """Raises ConversationError for turns that are none, and where the placeholders do not fit the media."""
+    """Raises ConversationError for malformed turns, and if the placeholders do not match the media."""
     turns = zip(*speakers_and_turns(record.conversations), strict=True)
     speakers = [speaker for speaker, words in turns if IMAGE in words]
     if record.kind == "text" and speakers:
@@ -225,7 +225,7 @@ def check_places(record: Record) -> None:
 
 
 def file_header(path: Path) -> MediaHeader:
-    """The header of a file of features."""
+    """The header of a feature file."""
     header = features.read_header(path)
     return MediaHeader(header.frames, inputs=header.inputs)
 

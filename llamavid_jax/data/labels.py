@@ -1,10 +1,10 @@
 """Training examples from text: a record's conversation -> ids [T], labels [T] and the Q-Former's prompts.
 
-Labels are the ids where the answer stands and -100 elsewhere.  The masks are the original's, arithmetic included:
-the instruction of a round counts two ids fewer than its own tokenisation gives, and a sample whose rounds do not add
-up to its length is ignored as a whole, with a warning.
+Labels are the ids of the answers, and -100 elsewhere.  The masks reproduce the original's, arithmetic included: the
+instruction of a round counts as two ids fewer than its own tokenisation gives, and a sample whose rounds do not add up
+to its length is ignored as a whole, with a warning.
 
-Deviation: where the template is not guided the original has no prompts; see `conversation.training_turns`.
+Deviation: if the template is not guided, the original has no prompts; see `conversation.training_turns`.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images
 
 @dataclasses.dataclass(frozen=True)
 class TextExample:
-    """One training sample's text; prompts[i] belongs to the i-th placeholder where every user turn has one.
+    """The text of one training sample; prompts[i] belongs to the i-th placeholder if every user turn has one.
 
-    `ignored` says why no token of it has a label; empty where one has.
+    `ignored` says why no token has a label; it is empty if one has.
     """
 
     input_ids: Int32[np.ndarray, " T"]
@@ -45,9 +45,9 @@ def training_example(
 ) -> TextExample:
     """A record's `conversations` -> TextExample (the original's `preprocess`).
 
-    `has_image`: the record has an image or video.  Without one `<image>` is ordinary text, and the ids are cut at
-    `max_length` (by default the tokenizer's); with one the caller cuts.  `image_sides`, `movie`, `start_end`:
-    see `conversation.training_turns`.
+    `has_image`: the record has an image or video.  If not, `<image>` is ordinary text, and the ids are cut at
+    `max_length` (by default the tokenizer's); otherwise the caller cuts.  `image_sides`, `movie`, `start_end`: see
+    `conversation.training_turns`.
     """
     template = template_named(template_name)
     max_length = max_length or tokenizer.max_length
@@ -58,7 +58,7 @@ def training_example(
     def encode(text: str) -> list[int]:
         return encode_with_images(tokenizer, text) if with_images else tokenizer.encode(text)
 
-    spans: list[tuple[int, int]] = []  # what is no answer
+    spans: list[tuple[int, int]] = []  # what is not an answer
     if template.masking == "caption":
         text = turns[0] + turns[1] + template.assistant.closing
         spans = [(0, len(encode(turns[0])))]
@@ -77,7 +77,7 @@ def training_example(
 
 
 def why_ignored(template: Template, turns: Sequence[str], input_ids: np.ndarray, pad_id: int) -> str:
-    """What in the turns keeps a sample from being trained."""
+    """Why a sample with these turns has nothing to train on."""
     marks = ["</s>", template.answer_marker.strip()] if template.masking == "rounds" else []
     for number, turn in enumerate(turns):
         found = next((mark for mark in marks if mark in turn), None)
@@ -99,7 +99,7 @@ def _mask_rounds(labels, text: str, template: Template, encode, pad_id: int, max
     position = 1
     for round_text in text.split("</s>"):
         parts = round_text.split(template.answer_marker)
-        if len(parts) != 2:  # also the empty rest after the last answer
+        if len(parts) != 2:  # also for the empty rest after the last answer
             break
         instruction = len(encode(parts[0] + template.answer_marker)) - 2
         labels[position : position + instruction] = IGNORE_LABEL
@@ -114,7 +114,7 @@ def _mask_rounds(labels, text: str, template: Template, encode, pad_id: int, max
 
 
 def _marked_turns(template: Template, turns: Sequence[str], encode) -> tuple[str, list[tuple[int, int]]]:
-    """LLaVA v0's training text, "### Human: ...", and the spans that are no answers, counted turn by turn."""
+    """LLaVA v0's training text, "### Human: ...", and the spans that are not answers, counted turn by turn."""
     names = [role.opening.removesuffix(": ") for role in (template.user, template.assistant)]
     header = template.system + "\n\n"
     marked = [f"### {names[index % 2]}: {turn}\n" for index, turn in enumerate(turns)]

@@ -4,8 +4,8 @@
     LoadedBatch of the process's rows
 
 A process reads the rows of every batch that its devices hold.  The position is the number of batches handed out, so
-that a run may go on with other numbers of threads, workers and processes.  A sample that cannot be read leaves its
-place in the row empty and is reported; the original puts a random other one there.
+that a run may resume with other numbers of threads, workers and processes.  A sample that cannot be read leaves its
+part of the row empty and is reported; the original substitutes a random one.
 """
 
 import atexit
@@ -29,11 +29,11 @@ from llamavid_jax.errors import InputError, OutageError
 from llamavid_jax.shapes import Batch, RowShape
 from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
 
-READ_AHEAD = 2**34  # bytes of frames that wait at most, beside the batch in use; two batches where they are less
+READ_AHEAD = 2**34  # most bytes of frames read ahead of the batch in use; two batches if these are smaller
 
 
 class FrameLayout(NamedTuple):
-    """What one frame is: `(H, W, 3)` and uint8, or `(P, E)` and a float type."""
+    """Shape and type of one frame: `(H, W, 3)` and uint8, or `(P, E)` and a float type."""
 
     shape: tuple[int, ...]
     dtype: npt.DTypeLike
@@ -59,7 +59,7 @@ class _PlannedRow(NamedTuple):
 
 
 class _Rows:
-    """The rows of one process, of all steps one after another: what Grain takes as a data source."""
+    """A data source for Grain: the planned rows of one process, step after step."""
 
     def __init__(self, schedule: Schedule, rows: Sequence[int], steps: int):
         self.schedule, self.rows, self.steps = schedule, rows, steps
@@ -78,7 +78,7 @@ class _ReadRow:
 
     def __init__(
         self,
-        records: Sequence,  # of Record; said so, the type checks of the tests would read one at random
+        records: Sequence,  # of Record; annotated as such, the tests' type checks would read a random one
         reader: ExampleReader,
         qformer_tokenizer: QFormerTokenizer,
         question_tokens: int,
@@ -98,7 +98,7 @@ class _ReadRow:
             try:
                 record = self.records[index]
                 name = record.id
-                # A video may hold more frames than its header says; what is planned for the row's others is theirs.
+                # A video may hold more frames than its header says; it must not take other samples' room.
                 example = self.reader.read(record, index, int(self.room[index]))
                 if example.frames is not None and example.frames.shape[1:] != layout.shape:
                     raise DataError(f"its frames are {example.frames.shape[1:]}; this model takes {layout.shape}")
@@ -144,24 +144,24 @@ def _stack(rows: Sequence[LoadedBatch]) -> LoadedBatch:
 
 
 def _outlive_signals(worker: int, workers: int) -> None:
-    """Ctrl-C and many schedulers signal workers too: the run saves first, and Grain kills its workers at the end."""
+    """Workers ignore Ctrl-C and schedulers' signals: the run saves first, and Grain kills them at its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Loader:
-    """Iterates the batches of `steps` steps, or of `epochs` epochs where `steps` is 0.
+    """Iterates the batches of `steps` steps, or of `epochs` epochs if `steps` is 0.
 
-    batch_size       rows of a step on all processes together
-    rows             which of them this process loads, None for all
+    batch_size       rows of a step, over all processes
+    rows             those that this process loads, None for all
     shares           chips that hold one row's frames, the mesh's `sequence`
     frames           layout of the frames of each kind, {"pixels": ..., "features": ...}
-    question_tokens  Q-Former ids of a question at most
-    threads          read rows ahead, in each of the worker processes or, where `processes` is 0, in this one
-    Raises InputError for settings that do not fit together or the data, and where no sample can be read.
+    question_tokens  maximum Q-Former ids of a question
+    threads          read rows ahead, in each worker process or, if `processes` is 0, in this one
+    Raises InputError for settings that do not fit together or the data, and if no sample can be read.
 
-    One pass over held-out data is `shuffle` False and `epochs` 1.  Every `iter` begins anew, as that of a list does;
-    only the one after `set_state` begins at the position set.
+    For one pass over held-out data, set `shuffle` False and `epochs` 1.  Every `iter` begins anew, as for a list; only
+    the one after `set_state` begins at the position that was set.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Loader:
         self._read = _ReadRow(records, reader, qformer_tokenizer, question_tokens, frames, sizes, room, shares)
         kinds = {KINDS[kind] for kind in np.unique(sizes.kind)} & frames.keys()
         frame_bytes = max((np.dtype(frames[k].dtype).itemsize * math.prod(frames[k].shape) for k in kinds), default=0)
-        self.row_bytes = frame_bytes * max(shape.frames for shape in shapes)  # of frames, in the largest bucket
+        self.row_bytes = frame_bytes * max(shape.frames for shape in shapes)  # bytes of frames, in the largest bucket
         self._ahead = int(np.clip(READ_AHEAD // max(self.row_bytes, 1), 1, max(2 * len(self.rows), threads)))
         self._next = self._start = 0
 
@@ -204,13 +204,13 @@ class Loader:
         threads = min(self._threads, self._ahead)
         rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._ahead))
         if self._processes:
-            if not absl.flags.FLAGS.is_parsed():  # Grain reads its flags, which only an absl program parses
+            if not absl.flags.FLAGS.is_parsed():  # Grain reads absl flags, which only absl programs parse
                 absl.flags.FLAGS.mark_as_parsed()
             buffered = -(-self._ahead // self._processes)
             workers = grain.MultiprocessingOptions(self._processes, per_worker_buffer_size=buffered)
             rows = rows.mp_prefetch(workers, worker_init_fn=_outlive_signals)
         batches = iter(rows.batch(len(self.rows), batch_fn=_stack))
-        atexit.register(batches.close)  # of a pass that is still open at the end: Grain's workers hold shared memory
+        atexit.register(batches.close)  # if the pass is still open at exit: Grain's workers hold shared memory
         try:
             for batch in batches:
                 self._next += 1
@@ -220,11 +220,11 @@ class Loader:
             batches.close()
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able; a loader that is set to it goes on with the batch after the last one handed out."""
+        """The position, as JSON: a loader that is set to it continues after the last batch handed out."""
         return {"step": self._next, "plan": self.schedule.fingerprint()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Raises DataError for a position in other data, or in the same under other settings."""
+        """Raises DataError for a position in other data, or in the same data under other settings."""
         if state["plan"] != self.schedule.fingerprint():
             raise DataError(
                 "the saved position is in another order of samples: the data, the buckets, batch_size, seed, packing, "

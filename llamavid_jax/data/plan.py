@@ -1,14 +1,14 @@
 """Which samples share a row and which rows a batch: sizes -> one epoch's batches.  NumPy; the same on every process.
 
 Every row of a batch has the shape of one bucket (`RowShape`), so that all processes run the same compiled step.
-Packing fills rows by first fit, largest first, over windows of the shuffled samples: pictures and videos open rows of
-the smallest bucket that holds them, texts fill the room these leave and then open rows themselves.  Without packing a
-row is one sample, and the buckets do what the original's sampler does by length and modality: rows of one batch
-cost the same.
+Packing fills rows by first fit, largest first, over windows of the shuffled samples.  Images and videos open rows of
+the smallest bucket that holds them; texts fill the remaining room and then open rows themselves.  Without packing a row
+is one sample, and the buckets do what the original's sampler does by length and modality: rows of a batch cost the
+same.
 
 Unlike the original: lengths are tokens, not words; one modality alone will do; a text takes the cheapest bucket that
-holds it, which may be one of pictures, as its row costs no more there; rows of the last, incomplete batch of a bucket
-may join a larger one's.  The last batches are filled with empty rows, so that every sample is seen once an epoch.
+holds it, even one for images, as its row costs no more there; rows of the last, incomplete batch of a bucket may join
+those of a larger bucket.  The last batches are filled up with empty rows, so that every sample is seen once an epoch.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ from llamavid_jax.data.sizes import BROKEN, KINDS, TEXT_ONLY, Sizes
 from llamavid_jax.errors import InputError
 from llamavid_jax.shapes import RowShape
 
-FRAME_TOKENS = 32  # a frame in the vision tower costs about as much as so many tokens in the 7B model; orders buckets
+FRAME_TOKENS = 32  # a frame's cost in the vision tower, in tokens of the 7B model, about; orders buckets
 WINDOW = 4096  # samples that are packed together, largest first
 CARRIED = 512  # rows with room left that stay open for the next window
-_PLANNING = threading.RLock()  # one thread plans an epoch, the others wait for it
+_PLANNING = threading.RLock()  # one thread plans an epoch, others wait for it
 
 
 class PlannedBatch(NamedTuple):
-    """Rows of bucket `shape_index`: each lists its samples, [] where the row stays empty.
+    """Rows of bucket `shape_index`, each a list of its samples, [] for an empty row.
 
-    `kind` says what frames the rows hold, "pixels" or "features"; "text" in buckets without frames.
+    `kind` is that of the rows' frames, "pixels" or "features"; "text" in buckets without frames.
     """
 
     shape_index: int
@@ -51,12 +51,12 @@ class _Row(NamedTuple):
 def fit(
     sizes: Sizes, shapes: Sequence[RowShape], tokens_per_frame: int, shares: int = 1, packing: bool = False
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, "4 N"], Int[np.ndarray, " N"]]:
-    """Each sample's bucket, the (tokens, frames, pairs, questions) it takes there, and whether (1) it is cut to that.
+    """Each sample's bucket, the (tokens, frames, pairs, questions) it takes there, and 1 if it is cut to fit, else 0.
 
-    The bucket is the one that keeps most of the sample: one that holds it all, or for a sample larger than every bucket
-    the one that cuts least.  Of equals it is the cheapest; with `packing` the one where the sample's part of the row
-    costs least, so that pictures open rows that several can share.  `shares`: chips that hold a row's frames.
-    Raises InputError where there are frames but no bucket has room for any.
+    The bucket is the one that keeps most of the sample: one that holds it all, or if none does, the one that cuts
+    least.  Ties go to the cheapest bucket; with `packing` to the one where the sample's part of the row costs least, so
+    that images open rows that several can share.  `shares`: chips that hold a row's frames.  Raises InputError if there
+    are frames but no bucket has room for any.
     """
     home, best = np.full((2, len(sizes.kind)), -1, np.int64)
     price = np.full(len(sizes.kind), np.inf)
@@ -68,7 +68,7 @@ def fit(
             raise InputError(
                 f"{of_kind.sum()} samples have {KINDS[kind]} but no bucket has frames; add one to data.buckets"
             )
-        for i in sorted(fitting, key=lambda i: _cost(shapes[i]), reverse=True):  # of equals the last one wins
+        for i in sorted(fitting, key=lambda i: _cost(shapes[i]), reverse=True):  # of ties the last one wins
             kept = _kept(sizes, shapes[i], tokens_per_frame, shares)
             score = (kept[2].astype(np.int64) << 32) + kept[0]
             part = (kept / np.maximum(_room(shapes[i]), 1)[:, None]).max(0) if packing else 1
@@ -83,7 +83,7 @@ def fit(
 def _kept(sizes: Sizes, shape: RowShape, tokens_per_frame: int, shares: int) -> np.ndarray:
     """The (tokens, frames, pairs, questions) of each sample that a row of `shape` has room for.
 
-    Frames give way before text does: a long film keeps its question and its answer, and loses frames.
+    Frames are cut before text: a long video keeps its question and its answer, and loses frames.
     """
     asked = np.minimum(sizes.questions, min(shape.questions, shape.pairs // shares))
     room = shape.pairs // shares // np.maximum(asked, 1) * shares
@@ -108,9 +108,9 @@ def plan_epoch(
 ) -> list[PlannedBatch]:
     """The batches of one epoch, `batch_size` rows each; every sample that is not broken is in exactly one row.
 
-    The order depends on `seed` and `epoch` alone; without `shuffle` samples keep theirs as far as buckets allow.
-    `tokens_per_frame`: visual tokens of a frame read with one question; `shares`: chips that hold a row's frames, each
-    as many of a sample.  Raises InputError as `fit` does.
+    The order depends on `seed` and `epoch` alone; without `shuffle` samples keep their order as far as buckets allow.
+    `tokens_per_frame`: visual tokens of a frame read with one question; `shares`: chips that hold a row's frames, an
+    even share of each sample's.  Raises InputError as `fit` does.
     """
     home, need, _ = fit(sizes, shapes, tokens_per_frame, shares, packing)
     need[1] = -(-need[1] // shares) * shares
@@ -147,7 +147,7 @@ def plan_epoch(
 def _pack(
     samples: np.ndarray, home: np.ndarray, need: np.ndarray, kind: np.ndarray, shapes: Sequence[RowShape]
 ) -> list[_Row]:
-    """First fit over the open rows.  A row takes frames of its own kind only, and texts of any."""
+    """First fit over the open rows.  A row takes frames of one kind only, and any texts."""
     rank = np.argsort(np.argsort([_cost(shape)[0] for shape in shapes], kind="stable"))
     limit = np.stack([_room(shape) for shape in shapes], 1)
     media = _media_kind(kind)
@@ -173,7 +173,7 @@ def _pack(
                 room[:, place], row_kind[place] = limit[:, bucket], rows[place].kind
             rows[place].samples.append(i)
             room[:, place] -= own
-        # a row with less than a sixteenth left is as good as full; of the others the newest have the most room
+        # a row with less than a sixteenth left counts as full; of the others the newest have the most room
         size = limit[0, [row.shape_index for row in rows]]
         kept = np.flatnonzero(room[0, : len(rows)] * 16 >= size)[-CARRIED:]
         done += [rows[i] for i in np.setdiff1d(np.arange(len(rows)), kept)]
@@ -183,7 +183,7 @@ def _pack(
 
 
 def _merge_remainders(groups: dict[tuple[int, int], list], shapes: Sequence[RowShape], batch_size: int) -> None:
-    """Rows of a group's last, incomplete batch move to a larger bucket's where all of them fit: one batch less."""
+    """Moves a group's last, incomplete batch into that of a larger bucket if all its rows fit: one batch fewer."""
     for (small, kind), group in groups.items():
         rest = len(group) % batch_size
         for (large, other), target in groups.items():
@@ -204,12 +204,12 @@ def _cost(shape: RowShape) -> tuple[int, int, int]:
 
 
 def _media_kind(kind: np.ndarray) -> int:
-    """The kind of frames most samples have, pixels where none has any."""
+    """The kind of frames that most samples have, pixels if none has any."""
     return 1 + int(np.bincount(kind, minlength=len(KINDS))[1:BROKEN].argmax())
 
 
 def _row_kind(kind: int, shape: RowShape, media: int) -> int:
-    """A row of text in a bucket with frames counts as one of the usual kind: one program less to compile."""
+    """A row of text in a bucket with frames gets the usual kind of frames: one program fewer to compile."""
     return media if kind == TEXT_ONLY and shape.frames else kind
 
 
@@ -236,7 +236,7 @@ class Schedule:
         parts = settings.encode(), sizes.fingerprint(), *(array.tobytes() for array in places)
         self._fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()
         self._settings["shares"] = shares
-        self._plans: dict[int, list[PlannedBatch]] = {}  # of the epochs on either side of a boundary, two at most
+        self._plans: dict[int, list[PlannedBatch]] = {}  # at most two, for the epochs on either side of a boundary
         self._starts = [0]  # first step of each epoch known so far
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
@@ -251,7 +251,7 @@ class Schedule:
             return self._plans[epoch]
 
     def steps(self, epochs: int) -> int:
-        """Steps of so many epochs; packing makes their number differ a little from one to the next."""
+        """Number of steps of so many epochs; with packing, epochs differ a little in length."""
         with _PLANNING:
             while len(self._starts) <= epochs:
                 self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
@@ -267,7 +267,7 @@ class Schedule:
     def fingerprint(self) -> str:
         """Equal if and only if every step has the same batch: the same data, buckets and settings.
 
-        Rows of one sample are mostly the same however many chips hold one, and then `shares` changes nothing.
+        It contains `shares` only as far as the batches depend on it: most rows of one sample do not.
         """
         return self._fingerprint
 

@@ -1,4 +1,4 @@
-"""One sample of a training set, as it stands in a JSON list or in a shard."""
+"""One sample of a training set, from a JSON list or a shard."""
 
 import dataclasses
 
@@ -6,11 +6,11 @@ from llamavid_jax.errors import InputError
 
 
 class DataError(InputError):
-    """Training data that cannot be used: names the file or the record, what is wrong and what to do."""
+    """Training data that cannot be used; the message names the file or record, the problem and the remedy."""
 
 
 def as_utf8(text: str) -> str:
-    """`text` with what UTF-8 cannot hold written out: half a surrogate pair, a byte of a file name in another code."""
+    """`text` with escapes for what UTF-8 cannot hold: half a surrogate pair, undecodable bytes of a file name."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -18,9 +18,9 @@ def as_utf8(text: str) -> str:
 class Record:
     """One sample before it is tokenised or decoded.
 
-    `media` is the path of its media file, not yet looked up; with `data`, the encoded file itself, its name.
-    `subtitles` is the path of a film's .srt or .vtt file; with `data`, the text of that file.  `times`: whether the
-    text says the time of each "frame" or "minute".
+    `media` is the path of its media file, not yet looked up, or, if `data` holds the encoded file itself, its name.
+    `subtitles` is the path of a video's .srt or .vtt file or, with `data`, the text of that file.  `times`: whether the
+    text gives the time of each "frame" or "minute".
     """
 
     id: str
@@ -33,5 +33,5 @@ class Record:
 
     @property
     def is_film(self) -> bool:
-        """Whether text may stand between its frames."""
+        """Whether the record may have text between its frames."""
         return self.kind == "features" or self.subtitles is not None or self.times is not None

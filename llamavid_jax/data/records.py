@@ -1,15 +1,15 @@
-"""LLaVA-format data -> records: `read_records(path, media)[i]`, and what a record's media file holds.
+"""LLaVA-format data -> records: `read_records(path, media)[i]`, and the frames of a record's media file.
 
     {"id": "7", "image" | "video" | "features": "folder/file", "conversations": [{"from": "human", "value": ...}, ...]}
 
-and beside a "video" perhaps "subtitles": "folder/file.srt", which make a film of it (`text/subtitles.py`);
-in a list (.json), one a line (.jsonl), or in a folder of shards (`data/shards.py`).  A file name that
-ends in .npz, .npy, .safetensors or .pkl is ready features (`media/features.py`), a record without media is text alone.
-The file stays on disk and only the places of its records are kept, so that 665,000 of them are cheap to hold and to
-send to worker processes.
+A "video" may also have "subtitles": "folder/file.srt"; it is then a film, with text between its frames
+(`text/subtitles.py`).  Records are in a list (.json), one per line (.jsonl), or in a folder of shards
+(`data/shards.py`).  A file name that ends in .npz, .npy, .safetensors or .pkl means ready features
+(`media/features.py`); a record without media is text only.  The file stays on disk and only the byte ranges of its
+records are kept, so that 665,000 of them are cheap to hold and to send to worker processes.
 
-Deviations from the original: a record that cannot be used is an error of its own when it is read, never another sample;
-its path fallbacks apply only where the named file is missing; a key with null is no key.
+Deviations from the original: a record that cannot be used raises an error when it is read, and no other sample replaces
+it; the path fallbacks apply only if the named file is missing; a key with null counts as absent.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ class JsonRows(Sequence):
 
 
 def _line_spans(content: bytes) -> list[tuple[int, int]]:
-    """Where the lines lie, in bytes; blank ones do not count."""
+    """The byte ranges (start, stop) of the lines that are not blank."""
     start, spans = 3 if content.startswith(b"\xef\xbb\xbf") else 0, []
     while start < len(content):
         stop = content.find(b"\n", start) % (len(content) + 1)  # -1: the last line has no newline
@@ -86,7 +86,7 @@ def _line_spans(content: bytes) -> list[tuple[int, int]]:
 
 
 def _list_spans(text: str) -> list[tuple[int, int]]:
-    """Where the values of a JSON list lie, in bytes of UTF-8.  ValueError where it is none."""
+    """The byte ranges (start, stop) of a JSON list's values, in UTF-8.  Raises ValueError if it is not a list."""
     blank, parse = re.compile(r"[ \t\n\r]*").match, json.JSONDecoder().raw_decode
 
     def skip(place: int) -> int:
@@ -95,7 +95,7 @@ def _list_spans(text: str) -> list[tuple[int, int]]:
     at = skip(1 if text.startswith("\ufeff") else 0)
     if not text.startswith("[", at):
         raise ValueError(f"it begins with {text[at : at + 20]!r}")
-    spans, seen, byte = [], 0, 0  # `byte` is the place of character `seen`
+    spans, seen, byte = [], 0, 0  # `byte` is the byte offset of character `seen`
     at = skip(at + 1)
     while not text.startswith("]", at):
         _, end = parse(text, at)
@@ -113,7 +113,7 @@ def _list_spans(text: str) -> list[tuple[int, int]]:
 
 
 class Records(Sequence):
-    """`records[i] -> Record`, which raises DataError where the i-th cannot be used."""
+    """`records[i]` is a Record; it raises DataError if the i-th row cannot be used."""
 
     def __init__(self, rows: Sequence[Any], media: str | Path):
         self.rows, self.media = rows, str(local(media))
@@ -172,8 +172,8 @@ class Records(Sequence):
 def read_records(path: str | Path, media: str | Path = "") -> Sequence:
     """The records of a .json list, a .jsonl or a folder of shards; their media are relative to `media`.
 
-    `media` empty is the folder of `path`.  Raises DataError for a file that is none of them and for `media` that is no
-    folder; a record that cannot be used raises it only when it is read.  (So the type is not `Sequence[Record]`: a
+    `media` defaults to the folder of `path`.  Raises DataError for any other file, and if `media` is not a folder; a
+    record that cannot be used raises it only when it is read.  (So the type is not `Sequence[Record]`: a run-time type
     checker would read some of them.)
     """
     path = find(path)
@@ -187,12 +187,12 @@ def read_records(path: str | Path, media: str | Path = "") -> Sequence:
 
 
 def is_there(path: str) -> bool:
-    """Whether there is such a file, which is fetched where it is in a bucket."""
+    """Whether the file exists; one in a bucket is fetched."""
     return os.path.exists(find(path))
 
 
 def find_media(record: Record, is_there: Callable[[str], bool] = is_there) -> str:
-    """The path of the media file, by the original's fallbacks where the named file is missing."""
+    """The path of the media file, by the original's fallbacks if the named file is missing."""
     path = record.media or ""
     if record.kind == "image" and not is_there(path):
         moved = path.replace("VG_100K_2", "images").replace("VG_100K", "images")
@@ -202,7 +202,7 @@ def find_media(record: Record, is_there: Callable[[str], bool] = is_there) -> st
 
 
 def film_text(record: Record, times: Iterable[float]) -> str | None:
-    """`<image>` for each frame of `times`, and what is said between them; None for what is no film.
+    """`<image>` for each frame of `times`, with the subtitles between them; None if the record is not a film.
 
     Raises ConversationError for subtitles that cannot be read.
     """
@@ -229,7 +229,7 @@ def media_file(record: Record) -> Iterator[Path]:
 
 
 def media_size(record: Record, fps: float | int) -> int:
-    """Frames of the media file at `fps` a second, without decoding it, and of an image without opening it.
+    """The number of frames of the media file at `fps` a second, found without decoding it; an image is not opened.
 
     Raises MediaError.
     """
@@ -251,7 +251,7 @@ def count_frames(path: str | Path, kind: str, fps: float | int) -> int:
 def decode(path: Path, kind: str, fps: float | int, max_frames: int | None = None) -> Iterator[np.ndarray]:
     """The frames of a local file one by one: uint8 [h, w, 3], or float [P, E] of features.  Raises MediaError.
 
-    Of more than `max_frames` the `thinned` ones.
+    If there are more than `max_frames`, only the `thinned` ones.
     """
     if kind == "image":
         yield np.asarray(open_image(path))
@@ -265,7 +265,7 @@ def decode(path: Path, kind: str, fps: float | int, max_frames: int | None = Non
 
 
 def thinned(count: int, max_frames: int | None) -> list[int]:
-    """Which of `count` frames stay: at most `max_frames`, evenly spaced, the first and the last among them."""
+    """Indices of the frames to keep of `count`: at most `max_frames`, evenly spaced from the first to the last."""
     if max_frames is None or count <= max_frames:
         return list(range(count))
     return np.linspace(0, count - 1, max_frames).round().astype(int).tolist()

@@ -1,9 +1,9 @@
 """Examples that share a row -> the arrays of one row of a `Batch`: packing with segment ids, static shapes.
 
-Truncation has one policy: a video with more frames than its row has room for beside its text keeps evenly spaced
-ones (`plan.fit` says how many; here the first ones where the text names every token's place), and a sample whose text
-alone is too long loses its end, after expansion.  The original cuts the text before expansion and lets rows grow
-without limit.
+Truncation follows one policy.  A video with more frames than fit in its row beside its text keeps evenly spaced frames
+(`plan.fit` computes how many); if the text has a placeholder for every token, it keeps the first frames instead.  A
+sample whose text alone is too long loses its end, after expansion.  The original cuts the text before expansion and
+lets rows grow without limit.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ def lay_out_row(
     """One row, the arrays of `Batch` without their first axis, and for each example whether something was cut.
 
     `frame_shape` and `frame_dtype` are those of one frame, `(H, W, 3)` and uint8 or `(P, E)` and float.  Questions of
-    more than `question_tokens` ids lose their beginning.  Where `shares` chips hold the row's frames, each gets
-    as many of every sample, and the pairs with them, so that no chip needs another's frames.
+    more than `question_tokens` ids lose their beginning.  If `shares` chips hold the row's frames, each gets an even
+    share of every sample's frames, and the pairs that use them, so that no chip needs another's frames.
     """
     frames = np.zeros((shape.frames, *frame_shape), frame_dtype)
     share_frames, share_pairs = shape.frames // shares, shape.pairs // shares
@@ -47,7 +47,7 @@ def lay_out_row(
         own = 0 if example.frames is None else len(example.frames)
         input_ids, own_labels = example.input_ids, example.labels
         asked = min(len(example.questions), shape.questions - len(questions), share_pairs - used_pairs.max())
-        if own and asked < len(example.questions):  # its end is cut from the first question without room
+        if own and asked < len(example.questions):  # the text is cut at the first question without room
             end = np.flatnonzero(input_ids == IMAGE_TOKEN)[asked]
             input_ids, own_labels = input_ids[:end], own_labels[:end]
         room = min(share_frames - used_frames.max(), (share_pairs - used_pairs.max()) // max(asked, 1))
@@ -103,7 +103,7 @@ def lay_out_row(
 
 
 def _has_slots(example: Example) -> bool:
-    """Whether each visual token has a placeholder of its own, rather than each question one."""
+    """Whether each visual token has its own placeholder, rather than one per question."""
     return int((example.input_ids == IMAGE_TOKEN).sum()) != len(example.questions)
 
 

@@ -1,7 +1,7 @@
 """Plans -> shards: the tensorflow-datasets builder of `build_shards.py`.
 
-Why a ShardBasedBuilder and not a GeneratorBasedBuilder: above 1 GB that one sorts through temporary files, which it
-writes with TensorFlow, and under Beam it holds all media in memory to sort them.
+It is a ShardBasedBuilder because a GeneratorBasedBuilder sorts data above 1 GB through temporary files, which it writes
+with TensorFlow, and under Beam holds all media in memory to sort them.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from llamavid_jax.files import find
 
 
 def write_shards(plans: Sequence[Path], folder: Path, pipeline_options) -> Path:
-    """Plans -> tensorflow-datasets' folder of shards inside `folder`."""
+    """Writes tensorflow-datasets' folder of shards inside `folder` from the plans; returns its path."""
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     if pipeline_options is not None:
         from apache_beam.options.pipeline_options import StandardOptions
@@ -28,14 +28,14 @@ def write_shards(plans: Sequence[Path], folder: Path, pipeline_options) -> Path:
         config = config.replace(beam_runner=runner, beam_options=pipeline_options)
     builder = LlamaVidShards(plans, data_dir=folder / "tfds", file_format="array_record")
     tfds.display_progress_bar(False)
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it downloads
         builder.download_and_prepare(download_dir=folder / "downloads", download_config=config)
     return Path(builder.data_dir)
 
 
 class LocalInfo(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """Nothing: the data set is not one of those in tfds's bucket, for whose description it makes a folder."""
+        """Does nothing: tfds's bucket does not have this data set, but tfds would make a folder for its description."""
 
 
 class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -43,7 +43,7 @@ class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     name = "llamavid"
     VERSION = tfds.core.Version(f"{FORMAT_VERSION}.0.0")
-    code_path = None  # nothing is downloaded; looking for checksums beside this file needs an undeclared package
+    code_path = None  # nothing is downloaded; looking for checksums beside this file would need an undeclared package
 
     def __init__(self, plans: Sequence[Path], **kwargs):
         self.plans = plans
@@ -55,13 +55,13 @@ class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
                 "id": tfds.features.Text(),
                 "kind": tfds.features.Text(),
                 "conversations": tfds.features.Text(),  # JSON
-                "media": tfds.features.Text(),  # the file's name; empty: text alone
+                "media": tfds.features.Text(),  # the file's name; empty for text only
                 "data": tfds.features.Tensor(shape=(), dtype=np.object_),  # the file's bytes
                 "frames": tfds.features.Scalar(np.int64),
                 "average_fps": tfds.features.Scalar(np.float64),
                 "seconds": tfds.features.Scalar(np.float64),
-                "inputs": tfds.features.Text(),  # JSON: a film's text, of its file of features or of subtitles
-                "times": tfds.features.Text(),  # whether a film's text says those of each frame or minute; or empty
+                "inputs": tfds.features.Text(),  # JSON: a film's text, from its feature file or subtitles
+                "times": tfds.features.Text(),  # whether a film's text has those of each "frame" or "minute"; or empty
             }
         )
         return LocalInfo(builder=self, features=features, disable_shuffling=True)
@@ -71,7 +71,7 @@ class LlamaVidShards(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         super()._download_and_prepare(dl_manager, download_config)
-        # After Beam, tfds 4.9 has the shards' lengths in the order of their numbers as text: 0, 1, 10, 11, 2 ...
+        # After Beam, tfds 4.9 has the shards' lengths sorted by their numbers as text: 0, 1, 10, 11, 2 ...
         lengths = [len(plan.read_bytes().splitlines()) for plan in self.plans]
         splits = [split.replace(shard_lengths=lengths) for split in self.info.splits.values()]
         self.info.set_splits(tfds.core.SplitDict(splits))

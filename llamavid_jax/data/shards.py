@@ -1,9 +1,9 @@
 """A folder of ArrayRecord shards -> Records with their media bytes, by index.
 
 `build_shards.py` writes such a folder as a tensorflow-datasets data set with two splits of the same samples in the same
-order: `train` holds everything, `outline` everything but the media bytes, so that a plan over a million videos reads
-megabytes instead of all of them.  `manifest.json` beside them says what the folder holds; a folder without it is not
-complete and is refused.  TensorFlow is not needed and not imported.
+order: `train` holds everything, `outline` everything but the media bytes, so that planning for a million videos reads
+megabytes instead of all of them.  `manifest.json` lists the folder's content; a folder without it is incomplete and is
+refused.  TensorFlow is neither needed nor imported.
 """
 
 import bisect
@@ -20,12 +20,12 @@ from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.files import find, local, read_object
 
 FORMAT_VERSION = 2
-MANIFEST, INFO = "manifest.json", "dataset_info.json"  # ours; that of tensorflow-datasets
+MANIFEST, INFO = "manifest.json", "dataset_info.json"  # our file; the one of tensorflow-datasets
 SPLITS = "train", "outline"
 
 
 def _features() -> dict[str, Any]:
-    """The `features.json` of every folder of shards, which names Python classes."""
+    """The expected `features.json` of every folder of shards; it names Python classes."""
     home = "tensorflow_datasets.core.features."
     text = {"pythonClassName": f"{home}text_feature.Text", "text": {}}
 
@@ -40,17 +40,17 @@ def _features() -> dict[str, Any]:
 
 
 class MediaHeader(NamedTuple):
-    """What a media file says of itself without decoding; 0 frames: no media."""
+    """What a media file's header tells without decoding; 0 frames means no media."""
 
     frames: int  # in the file
-    average_fps: float = 0.0  # of a video whose frames keep a rate
-    inputs: str | None = None  # a film's text: of a file of features, or of a video with subtitles
-    seconds: float = 0.0  # of a video whose frames do not
-    times: list[float] | None = None  # of a film's frames; not in shards
+    average_fps: float = 0.0  # of a video with a constant frame rate, else 0
+    inputs: str | None = None  # a film's text: from a feature file, or from a video's subtitles
+    seconds: float = 0.0  # duration of a video without one, else 0
+    times: list[float] | None = None  # of a film's frames; not stored in shards
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a complete folder of shards; DataError where it is absent, unreadable or of another version."""
+    """The manifest of a complete folder of shards; DataError if it is absent, unreadable or of another version."""
     path = find(folder) / MANIFEST
     try:
         manifest = read_object(path)
@@ -72,8 +72,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-class Shards(Sequence):  # of Record; said so, the type checks of the tests would read one at random
-    """Samples by index.  Opens its files at the first reading, in each process and after each unpickling anew."""
+class Shards(Sequence):  # of Record; annotated as such, the tests' type checks would read a random one
+    """Samples by index.  Each process, and each unpickled copy, opens the files at its first read."""
 
     def __init__(self, folder: str | Path):
         self.folder = local(folder).resolve()
@@ -93,7 +93,7 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
         self._check_features()
 
     def _check_features(self) -> None:
-        """Before tensorflow-datasets reads the names of classes in there, whose modules it imports."""
+        """Must run before tensorflow-datasets reads the file: it imports the modules of the classes named there."""
         path = self.folder / "features.json"
         try:
             features = read_object(path)
@@ -106,13 +106,13 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
         return self._length
 
     def __getitem__(self, index: int) -> Record:
-        """The sample with its media bytes.  DataError naming the file where that is damaged."""
+        """The sample with its media bytes.  Raises DataError that names the file if it is damaged."""
         return self._read(
             "train", index, lambda sample: _to_record(sample, sample["data"] if sample["media"] else None)
         )
 
     def outline(self, index: int) -> tuple[Record, MediaHeader]:
-        """The sample without its media bytes, and their header: all that a plan needs."""
+        """The sample without its media bytes, and its media header: all that a plan needs."""
         return self._read("outline", index, lambda sample: (_to_record(sample, None), _to_header(sample)))
 
     def _read(self, split: str, index: int, parse: Callable[[dict[str, Any]], Any]) -> Any:
@@ -143,9 +143,9 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
 
     @functools.cached_property
     def _builder(self):
-        import tensorflow_datasets as tfds  # here, because it takes half a second
+        import tensorflow_datasets as tfds  # imported here: it takes half a second
 
-        self._check_features()  # again in each process, nearest to the import that it guards
+        self._check_features()  # again in each process, right before the import that it guards
         problem = f"it has not the {self._length} samples of {MANIFEST}, or not its files"
         try:
             builder = tfds.builder_from_directory(self.folder)
@@ -155,7 +155,7 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
                 for split in splits
             ):
                 return builder
-        except Exception as error:  # protocol buffers, versions and patterns of names have their own
+        except Exception as error:  # protocol buffers, versions and name patterns raise their own
             problem = _first_line(error)
         raise DataError(f"{self.folder / INFO} is damaged ({problem}); copy the folder again, or build it again")
 
@@ -166,11 +166,11 @@ class Shards(Sequence):  # of Record; said so, the type checks of the tests woul
     def _file(self, split: str, index: int) -> Path:
         """The shard that sample `index` is in."""
         ends, files = self._parts[split]
-        return [*files, self.folder / INFO][bisect.bisect_right(ends, index)]  # INFO where that counts fewer
+        return [*files, self.folder / INFO][bisect.bisect_right(ends, index)]  # INFO if that counts fewer samples
 
     @functools.cached_property
     def _parts(self) -> dict[str, tuple[list[int], list[Path]]]:
-        """Of each split the shards, and which sample each ends before."""
+        """For each split, the end index (exclusive) of every shard, and the shards."""
         splits = {split: self._builder.info.splits[split].file_instructions for split in SPLITS}
         return {
             split: (list(itertools.accumulate(part.take for part in parts)), [Path(part.filename) for part in parts])
@@ -203,5 +203,5 @@ def _to_header(sample: dict[str, Any]) -> MediaHeader:
 
 
 def read_shards(folder: str | Path) -> Shards:
-    """The samples of a folder that `build_shards` wrote.  Raises DataError for one that is not complete."""
+    """The samples of a folder that `build_shards` wrote.  Raises DataError if it is not complete."""
     return Shards(folder)

@@ -1,8 +1,8 @@
-"""How long every sample is, known before a run: records -> a table of frames, questions and tokens, cached in a file.
+"""The size of every sample, known before a run: records -> a table of frames, questions and tokens, cached in a file.
 
-Planning which samples share a row (`plan.py`) needs the size of each without decoding it.  The table is 13 bytes a
-sample; the cache holds it under a key of the data's files, the number of records and everything the reader is made of.
-The original measures in words and only for one of its samplers.
+Planning which samples share a row (`plan.py`) needs the size of each without decoding it.  The table takes 13 bytes a
+sample.  The cache key covers the data's files, the number of records and everything that defines the reader.  The
+original measures in words, and only for one of its samplers.
 """
 
 import concurrent.futures
@@ -33,7 +33,7 @@ _CHUNK = 256  # records that a thread measures at a time
 class Sizes:
     """Sample i: `KINDS[kind[i]]`, its frames, its questions, its tokens after expansion.
 
-    `broken` names those that cannot be measured, `{"id", "reason"}` each; they are never planned.
+    `broken` names the samples that cannot be measured, as `{"id", "reason"}`; they are never planned.
     """
 
     kind: Int[np.ndarray, " N"]
@@ -56,18 +56,18 @@ class Sizes:
 
 
 def read_sizes(
-    records: Sequence,  # of Record; said so, the type checks of the tests would read one at random
+    records: Sequence,  # of Record; annotated as such, the tests' type checks would read a random one
     reader: ExampleReader,
     data_path: str | Path | None = None,
     cache: str | Path | None = None,
     threads: int = 2,
     retry: bool = True,
 ) -> Sizes:
-    """Measures every record, or reads `cache` (an .npz file) where that was made from the same `data_path` and reader.
+    """Measures every record, or reads `cache` (an .npz file) if it was made from the same `data_path` and reader.
 
-    Records that were broken are measured again, as their media may have come since; not with `retry` False: a run that
-    goes on keeps its plan.  Raises InputError when the cache cannot be written; what the reader raises for other
-    reasons than bad input names the record.
+    Broken records are measured again, as their media may have been added since; with `retry` False they are not, so
+    that a resumed run keeps its plan.  Raises InputError if the cache cannot be written.  An unexpected error in the
+    reader becomes a RuntimeError that names the record.
     """
     key = _key(records, reader, data_path) if cache is not None else b""
     table, broken = _cached(cache, key) or (np.full((4, len(records)), BROKEN, np.int32), None)
@@ -98,7 +98,7 @@ def _measure(records: Sequence, reader: ExampleReader, indices: Sequence[int]) -
         try:
             if isinstance(records, Shards):  # without reading the media's bytes
                 record, header = records.outline(index)
-                if record.subtitles is not None or record.times:  # where they stand is told by all frames' times
+                if record.subtitles is not None or record.times:  # where the text goes depends on all frames' times
                     record, header = records[index], None
             else:
                 record, header = records[index], None
@@ -114,10 +114,10 @@ def _measure(records: Sequence, reader: ExampleReader, indices: Sequence[int]) -
 
 
 def _key(records: Sequence, reader: ExampleReader, data_path: str | Path | None) -> bytes:
-    """Changes with the data's files, the media's folder, the tokenizer, the template, ...: all that sizes depend on."""
+    """A hash of all that sizes depend on: the data's files, the media's folder, the tokenizer, the template, ..."""
     path = find(data_path or "")
     files = sorted(listing(path).items()) if path.is_dir() and data_path else []
-    name = url(path) or str(path)  # every host has its own place for it
+    name = url(path) or str(path)  # hosts keep copies of a bucket in different places
     stats = [(name, path.stat().st_size, path.stat().st_mtime_ns)] if data_path and not files else []
     stats += [(f"{name}/{file}", *status) for file, status in files]
     media = getattr(records, "media", "")
@@ -126,7 +126,7 @@ def _key(records: Sequence, reader: ExampleReader, data_path: str | Path | None)
 
 
 def _cached(cache: str | Path | None, key: bytes) -> tuple[np.ndarray, list[dict[str, str]]] | None:
-    """Table and broken records in the file, None where there is none, it is damaged, or made from something else."""
+    """Table and broken records from the file; None if it is absent, damaged, or made from something else."""
     try:
         if cache is not None:
             with np.load(cache) as content:

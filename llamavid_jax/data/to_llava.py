@@ -1,4 +1,4 @@
-"""Data sets that people have -> LLaVA-format records, in a .json list or a .jsonl by the name of the output.
+"""Data sets in other formats -> LLaVA-format records, in a .json list or a .jsonl by the name of the output.
 
     python -m llamavid_jax.data.to_llava webvid        results.csv    out.json [--media DIR]
     python -m llamavid_jax.data.to_llava video_chatgpt instruct.json  out.json  --media DIR
@@ -6,15 +6,14 @@
 
 `webvid`: columns videoid, name (the caption) and page_dir -> one caption record a video, PAGE_DIR/VIDEOID.mp4.
 `video_chatgpt`: a list of {q, a, video_id}, or the training file of Video-ChatGPT's own converter, a list of {id,
-video: NAME.pkl, conversations} with `<video>` -> one record each; the file is looked for by its stem.
+video: NAME.pkl, conversations} with `<video>` -> one record each; the video file is found by its stem.
 `split_chat`: conversations of more than N rounds are cut into records of N rounds.  Every human turn repeats the visual
 tokens of the image: 12 rounds of 257 and 6 of 577 just fit 4,096, the original's `maxround_12` and `maxround_6`.
-Text alone is never split, nor are ready features and videos with subtitles or times, since a movie stands in its record
-once.
+Text alone, ready features, and videos with subtitles or times are never split: a movie is in its record only once.
 
-With `--media` only records whose file exists are written.  What is left out is counted and said; where nothing is
-left, that is an error.
-The original: convert_webvid_to_llava.py, convert_video_chatgpt_to_llava.py, split_chat.py (whose main does nothing).
+With `--media`, only records whose file exists are written.  Skipped rows are counted and reported; an empty result is
+an error.  The original: convert_webvid_to_llava.py, convert_video_chatgpt_to_llava.py, split_chat.py (whose main does
+nothing).
 """
 
 import collections
@@ -49,7 +48,7 @@ Skipped = collections.Counter[str]
 
 
 def webvid(rows: Iterable[Mapping[str, str]], found: Mapping[str, str] | None, skipped: Skipped) -> Iterator[dict]:
-    """CSV rows -> records.  `found`: stem -> path of the files that exist; None: the data set's own paths."""
+    """CSV rows -> records.  `found`: stem -> path of the existing files; None for the data set's own paths."""
     for row in rows:
         name, caption = (row.get("videoid") or "").strip(), (row.get("name") or "").strip()
         if not name or not caption:
@@ -62,12 +61,12 @@ def webvid(rows: Iterable[Mapping[str, str]], found: Mapping[str, str] | None, s
                 continue
             path = found[name]
         request = REQUESTS[zlib.crc32(name.encode()) % len(REQUESTS)]
-        # the request stands before the video, as in the original: these are the words that the Q-Former reads
+        # the request comes before the video, as in the original: it is what the Q-Former reads
         yield {"id": name, "video": path, "conversations": _round(f"{request}\n{IMAGE}", caption)}
 
 
 def video_chatgpt(rows: Iterable[Any], found: Mapping[str, str], skipped: Skipped) -> Iterator[dict]:
-    """Questions and answers, or conversations -> records; ids are VIDEO_N with N counted over all rows."""
+    """Questions and answers, or conversations -> records; ids are VIDEO_N, where N counts all rows."""
     for number, row in enumerate(rows):
         row = row if isinstance(row, Mapping) else {}
         keys = ("video",) if "conversations" in row else ("q", "a", "video_id")
@@ -85,7 +84,7 @@ def video_chatgpt(rows: Iterable[Any], found: Mapping[str, str], skipped: Skippe
 
 
 def _talk(turns: Any) -> list[dict[str, str]]:
-    """The turns with `<image>` for `<video>`, in the first where none has it; [] for what is no conversation."""
+    """The turns with `<image>` for `<video>`, added to the first if none has it; [] if they are not a conversation."""
     if not isinstance(turns, list) or not all(
         isinstance(turn, Mapping) and isinstance(turn.get("value"), str) for turn in turns
     ):
@@ -120,7 +119,7 @@ def split_chat(rows: Iterable[Any], rounds: int, skipped: Skipped) -> Iterator[d
 
 
 def _whole_rounds(row: Mapping[str, Any]) -> list[Any]:
-    """The turns of a record that can be split: human, gpt, human, gpt, ...; none where it must stay as it is."""
+    """The turns of a record that can be split: human, gpt, human, gpt, ...; [] if it must not be split."""
     media = row.get("image") or row.get("video")
     turns = row.get("conversations")
     if not isinstance(media, str) or media.lower().endswith((*features.SUFFIXES, *PICKLES)):
@@ -149,7 +148,7 @@ def _round(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def find_videos(folder: str | Path) -> dict[str, str]:
-    """Stem -> path relative to `folder` of all videos under it; of several, the first by VIDEO_ENDINGS and name."""
+    """Stem -> path relative to `folder` of all videos in it; of several, the first by VIDEO_ENDINGS and name."""
     folder = local(folder)
     if buckets.kind(folder) != "directory":
         raise DataError(f"{folder} is not a folder; give --media the folder of the videos")
@@ -174,7 +173,7 @@ def read_csv(path: str | Path) -> Iterator[dict[str, str]]:
 
 
 def write_records(path: str | Path, records: Iterable[Mapping[str, Any]], skipped: Skipped) -> int:
-    """Writes a .jsonl or a .json list, aside and then renamed; returns how many.  Raises DataError, also for none."""
+    """Writes a .jsonl or a .json list aside, then renames it; returns the count.  Raises DataError, also for 0."""
     path, count = local(path), 0
     lines = path.suffix == ".jsonl"
     if path.suffix not in (".json", ".jsonl"):

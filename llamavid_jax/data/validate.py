@@ -1,15 +1,15 @@
-"""Checks training data before a run: every missing, unreadable, malformed or oversized sample as a table.
+"""Checks training data before a run: lists missing, unreadable, malformed and oversized samples in a table.
 
     python -m llamavid_jax.data.validate DATA.json --media DIR [--model DIR --max-tokens 2048] [--decode] [--json FILE]
 
     missing     the media file does not exist
     unreadable  it exists, but cannot be opened (or, with --decode, decoded to its end)
-    malformed   the record or its conversation cannot be used, or gives nothing to train on
-    oversized   it has more tokens after expansion than --max-tokens, by default than the model has positions
+    malformed   the record or its conversation cannot be used, or has no tokens to train on
+    oversized   it has more tokens after expansion than --max-tokens, by default the model's number of positions
 
-A summary by kind follows: samples, frames, seconds, tokens.  Exit code 1 where something is broken, 2 for wrong
-arguments.  Without --model the conversations are checked but not tokenised, and features not compared with a model's.
-Records are checked by threads, a few hundred at a time, so that memory does not grow with the data.
+A summary by kind follows: samples, frames, seconds, tokens.  The exit code is 1 if something is broken, 2 for wrong
+arguments.  Without --model, conversations are checked but not tokenised, and features are not compared with a model's.
+Threads check a few hundred records at a time, so that memory does not grow with the data.
 """
 
 import argparse
@@ -42,13 +42,13 @@ from llamavid_jax.media.timeline import check_fps
 from llamavid_jax.text.conversation import ConversationError, template_named, training_turns
 from llamavid_jax.text.tokenizer import load_tokenizer
 
-SHOWN = 50  # rows of the table; --json has them all
+SHOWN = 50  # rows of the table; --json writes all of them
 CHUNK = 256  # records under way at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The result for one sample: its size, and what is wrong with it, if anything."""
+    """The result for one sample: its size, and its problem, if any."""
 
     index: int
     id: str
@@ -61,15 +61,15 @@ class Check:
 
 
 class Validator:
-    """Checks single records.  What a model would take is checked where `reader` and what goes with it are set."""
+    """Checks single records, and against a model where `reader` and the fields below it are set."""
 
     def __init__(self, template: str, fps: float, decode_all: bool):
         self.template, self.fps, self.decode_all = template_named(template), fps, decode_all
         self.reader: ExampleReader | None = None
         self.frame_shape: tuple[int, int] | None = None  # (P, E) of ready features
         self.max_tokens: int | None = None
-        self.tower: Callable[[], str] | None = None  # its hash
-        self.prepared: dict[str, Any] = {}  # what frames go through before it
+        self.tower: Callable[[], str] | None = None  # returns its hash
+        self.prepared: dict[str, Any] = {}  # the preprocessing of frames for it
 
     def __call__(self, records: Sequence, index: int) -> Check:
         """Never raises for a bad sample."""
@@ -117,16 +117,16 @@ class Validator:
                         raise DataError(str(error)) from None
 
     def _check_text(self, record: Record, index: int) -> tuple[int, int]:
-        """Frames of the media file, and tokens after expansion where there is a tokenizer."""
+        """The number of frames, and of tokens after expansion if there is a tokenizer, else 0."""
         if self.reader is None:
             check_places(record)
-            sides = [0] * len(record.conversations)  # which ones, and a movie's text, change nothing that can be wrong
+            sides = [0] * len(record.conversations)  # neither their values nor a movie's text affect validity
             training_turns(self.template, record.conversations, record.kind != "text", sides)
             if record.kind == "features":
                 with media_file(record) as path:
                     header = file_header(path)
                 if header.inputs is not None:
-                    thinned_inputs(record.media, header, ())  # raises where its text does not fit its frames
+                    thinned_inputs(record.media, header, ())  # raises if its text does not match its frames
             film_text(record, [0.0])  # raises for subtitles that cannot be read
             return media_size(record, self.fps), 0
         text, frames = self.reader.text(record, index), media_size(record, self.fps)
@@ -144,13 +144,13 @@ def check_all(validator: Validator, records: Sequence) -> Iterator[Check]:
 
 
 class Report:
-    """Counts by kind and all problems."""
+    """Counts by kind, and all problems."""
 
     def __init__(self, fps: float):
         self.fps = fps
         self.kinds: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self.problems: list[Check] = []
-        self.ids: collections.Counter[int] = collections.Counter()  # of their hashes, which are smaller
+        self.ids: collections.Counter[int] = collections.Counter()  # by their hashes, which are smaller
 
     def add(self, check: Check) -> None:
         if check.problem:
@@ -203,19 +203,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(prog="llamavid_jax.data.validate", description="Check training data.", allow_abbrev=False)
     parser.add_argument("path", metavar="JSON", help="LLaVA-format .json or .jsonl, or a folder of shards")
-    parser.add_argument("--media", default="", metavar="DIR", help="what the paths are relative to (the JSON's folder)")
+    parser.add_argument("--media", default="", metavar="DIR", help="folder that the paths are relative to (the JSON's)")
     parser.add_argument("--template", default="imgsp_v1", help="conversation format (imgsp_v1)")
-    parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second of video (1)")
+    parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second of video (1)")
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="a checkpoint folder, whose tokenizer counts the tokens and whose tower features must be of",
+        help="checkpoint folder: its tokenizer counts the tokens, and features must come from its tower",
     )
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="longer samples are oversized (the model's positions)"
     )
-    parser.add_argument("--decode", action="store_true", help="decode all media to their end, not their headers alone")
-    parser.add_argument("--json", metavar="FILE", help="write summary and problems there")
+    parser.add_argument("--decode", action="store_true", help="decode all media completely, not only their headers")
+    parser.add_argument("--json", metavar="FILE", help="write the summary and all problems to this file")
     options = parser.parse_args(arguments)
     check_fps(options.fps, "the data")
     if options.max_tokens is not None and (options.model is None or options.max_tokens < 1):
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checks = check_all(validator, records)
         for check in track(checks, "Checking", len(records), console=Console(stderr=True), transient=True):
             report.add(check)
-    report.show(Console())  # before anything can be wrong with the file: the checks may have taken hours
+    report.show(Console())  # before the file is written, which may fail: the checks may have taken hours
     if options.json:
         full = report.summary() | {"broken": [dataclasses.asdict(check) for check in report.problems]}
         file = local(options.json)
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tower(model: str, config: LLaMAVIDLlavaConfig) -> Callable[[], str]:
-    """The hash of the model's tower, whose weights are read when the first thread asks."""
+    """A function for the hash of the model's tower; the first thread that calls it reads the weights."""
     lock, known = threading.Lock(), []
 
     def tower() -> str:

@@ -8,15 +8,15 @@ from jaxtyping import Array, Float
 
 
 def gelu(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-    """x · Φ(x), exactly: by erf in float32 and rounded once, as PyTorch computes it whatever the type of `x`.
+    """Exact GELU, x · Φ(x): computed by erf in float32 and rounded once, as PyTorch does for every type of `x`.
 
-    `jax.nn.gelu` takes erfc, which is two polynomials, an exponential and a choice where erf is one fraction, and in 16
-    bit it rounds after every operation.
+    `jax.nn.gelu` uses erfc: two polynomials, an exponential and a select, where erf is one rational function.  In 16
+    bits it also rounds after every operation.
     """
     full = x.astype(jnp.float32)
     return (0.5 * full * (1 + jax.lax.erf(full * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def quick_gelu(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-    """CLIP's."""
+    """CLIP's approximation of GELU."""
     return x * jax.nn.sigmoid(1.702 * x)

@@ -1,7 +1,7 @@
-"""How much work a train step is: model FLOPs from the configuration, and what a device can do at its best.
+"""Model FLOPs of a train step, from the configuration: the numerator of the model-FLOPs utilisation.
 
-The numerator and the denominator of the model-FLOPs utilisation (PaLM, appendix B): what the algorithm needs, so
-neither rematerialisation nor the embedding's gather nor element-wise operations count.
+They are what the algorithm needs (PaLM, appendix B): rematerialisation, the embedding lookup and element-wise
+operations do not count.  The denominator, a device's peak, is in `parallel/chips.py`.
 """
 
 from collections.abc import Mapping
@@ -27,16 +27,16 @@ def flops_per_step(
 
         Σ over parts of 2 · (M · (1 + through + trains) + A · (1 + 2 · through))
 
-    M: multiply-adds of one forward pass with weights; A: those of two activations (attention's scores and weighted
-    sums, in LLaMA half of them because it is causal).  `trains`: whether the part's weights train, which costs a
-    matmul for their gradient.  `through`: whether anything in the part or before it trains, so that the gradient of
-    the activations is computed, one matmul for M and two for A.  A frozen part after a trained one, such as LLaMA in
-    stage 1, costs 2 forward passes, a trained one 3, a frozen tower at the start 1.
+    M: multiply-adds of one forward pass between activations and weights; A: those between two activations (attention's
+    scores and weighted sums; in LLaMA half of them, because it is causal).  `trains`: 1 where the part's weights train;
+    their gradient costs one more matmul.  `through`: 1 where the part or one before it trains, so that the gradient of
+    the activations is computed: one matmul for M, two for A.  A trained part costs 3 forward passes; a frozen part
+    after a trained one, such as LLaMA in stage 1, costs 2; a frozen tower at the start 1.
 
-    `frames` go through the vision tower (0: ready features, which have no CLS token); `pairs` of a frame and a question
-    of `question_tokens` through the text decoder; `rows` of `row_tokens` through LLaMA, packed samples counted as if
-    they saw each other.  `updates`: the parameters of LLaMA's low-rank updates (`models/lora.py`), each a multiply-add
-    a token.  They train, and the kernels below them need no gradient of their own.
+    `frames` go through the vision tower (0: precomputed features, which have no CLS token); `pairs` of a frame and a
+    question of `question_tokens` through the text decoder; `rows` of `row_tokens` through LLaMA, where packed samples
+    are counted as if they attended to each other.  `updates`: the number of LoRA parameters (`models/lora.py`), each
+    one multiply-add a token.  They train, and the kernels that they update need no gradient.
     """
     has_cls = frames > 0 and config.vision_tower_config.has_cls
     work = [  # in the order in which values flow
@@ -54,7 +54,7 @@ def flops_per_step(
 
 
 def flops_done_again(text: LlamaConfig, remat: str, rows: int, row_tokens: int) -> int:
-    """FLOPs that remat=full does again: one forward pass of LLaMA; what "dots" does again is no matmul."""
+    """FLOPs that remat=full recomputes: one forward pass of LLaMA.  For "dots" 0: it keeps all matmuls with weights."""
     return 2 * rows * sum(llama_work(text, row_tokens)) if remat == "full" else 0
 
 
@@ -68,13 +68,13 @@ def _vision(config: LLaMAVIDLlavaConfig) -> tuple[int, int]:
 
 
 def _patches(config: LLaMAVIDLlavaConfig, has_cls: bool) -> int:
-    """What the context token looks at, in a frame's features."""
+    """How many of a frame's features the context token attends to."""
     vision = config.vision_tower_config
     return vision.num_patches + (has_cls and vision.select_feature == "cls_patch")
 
 
 def _read(config: LLaMAVIDLlavaConfig, has_cls: bool) -> int:
-    """What the text decoder reads: the Q-Former the CLS token too; nothing where nobody asks for its states."""
+    """How many of a frame's features the text decoder reads (the Q-Former: CLS too); 0 if its states are unused."""
     if config.frame_tokens == "content":
         return 0
     is_bert = config.bert_type == "raw_bert"
@@ -82,14 +82,14 @@ def _read(config: LLaMAVIDLlavaConfig, has_cls: bool) -> int:
 
 
 def _memory(config: LLaMAVIDLlavaConfig, has_cls: bool) -> tuple[int, int]:
-    """(M, A) of one pair: the features in the text decoder's width."""
+    """(M, A) of one pair: the projection of the features to the text decoder's width."""
     return _read(config, has_cls) * config.tower_width * config.memory_width, 0
 
 
 def _text_decoder(config: LLaMAVIDLlavaConfig, question_tokens: int, has_cls: bool) -> tuple[int, int]:
-    """(M, A) of one pair: self-attention and a feed-forward of all tokens, cross-attention of those that ask.
+    """(M, A) of one pair: self-attention and a feed-forward of all tokens, cross-attention of the queries.
 
-    In BERT all ask, and see what stands before them.
+    In BERT every token is a query of cross-attention, and self-attention is causal.
     """
     memory, decoder, is_bert = _read(config, has_cls), config.qformer_config, config.bert_type == "raw_bert"
     if not memory:
@@ -104,7 +104,7 @@ def _text_decoder(config: LLaMAVIDLlavaConfig, question_tokens: int, has_cls: bo
 
 
 def _visual_tokens(config: LLaMAVIDLlavaConfig, question_tokens: int, has_cls: bool) -> tuple[int, int]:
-    """(M, A) of one pair, behind the text decoder."""
+    """(M, A) of one pair, after the text decoder."""
     vision, text = config.tower_width, config.text_config.hidden_size
     patches, depth = _patches(config, has_cls), projector_depth(config.mm_projector_type)
     context = config.frame_tokens != "content"

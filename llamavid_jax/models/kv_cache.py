@@ -1,10 +1,10 @@
-"""The key-value cache of decoding: what prefill made of the prompt, and room for the answer behind it.
+"""The key-value cache of decoding: the prompt's keys and values, from prefill, and then slots for the answer.
 
-    prompt   [L, B, T, K, H]   read only: no step copies it, and the compiler is free in how it lies on the chip
-    answer   [L, B, S, K, H]   one slot a step, the same in all rows, written in place; a ring, where rows come and go
+    prompt   [L, B, T, K, H]   read only: no step copies it, and the compiler may choose its layout on the chip
+    answer   [L, B, S, K, H]   one slot a step, the same in all rows, written in place; a ring where rows join and leave
 
-Of the kind "float" both hold keys and values in the compute dtype; of the kind "int8" integers and one scale
-for each head of each position, half the memory; what it costs is measured in docs/quantization.md.
+Kind "float" holds both in the compute dtype.  Kind "int8" holds integers and one scale for each head of each position,
+in half the memory; docs/quantization.md measures what that costs.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 from llamavid_jax.parallel.sharding import constrain
 
 KINDS = ("float", "int8")
-AXES = (None, "batch", None, "kv_heads", None)  # of an array of the cache; scales lack the last
+AXES = (None, "batch", None, "kv_heads", None)  # of a cache array; scales lack the last one
 
 
 class Rounded(NamedTuple):
-    """`values · scale`: the largest of a head is 127."""
+    """`values · scale`; the largest absolute value of a head is 127."""
 
     values: Int8[Array, "*L B S K H"]
     scale: Float[Array, "*L B S K"]
@@ -34,14 +34,14 @@ class Rounded(NamedTuple):
 
 
 class KeysValues(NamedTuple):
-    """Of one layer, or of all."""
+    """Keys and values of one layer, or of all."""
 
     k: Float[Array, "*L B S K H"] | Rounded
     v: Float[Array, "*L B S K H"] | Rounded
 
     @classmethod
     def of(cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], kind: str) -> "KeysValues":
-        """One layer's, as a cache of `kind` holds them; the layers of a prompt are stacked."""
+        """One layer's keys and values, as a cache of `kind` holds them; prefill's scan stacks the layers."""
         made = cls(Rounded.of(k), Rounded.of(v)) if kind == "int8" else cls(k, v)
         return jax.tree.map(lambda x: constrain(x, *AXES[1 : x.ndim + 1]), made)
 
@@ -59,7 +59,7 @@ class KeysValues(NamedTuple):
         return jax.tree.leaves(self)[0].shape[2]
 
     def grown(self, slots: int) -> "KeysValues":
-        """The same with empty slots behind, `slots` in all."""
+        """The same, padded with empty slots to `slots`."""
 
         def longer(x: jax.Array) -> jax.Array:
             padded = jnp.pad(x, [(0, slots - x.shape[2]) if axis == 2 else (0, 0) for axis in range(x.ndim)])
@@ -72,7 +72,7 @@ class KeysValues(NamedTuple):
         return _whole(jax.tree.map(lambda x: x[index], self))
 
     def block(self, layer: jax.Array, first: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        """Likewise, of `size` positions from `first` on."""
+        """One layer's keys and values at `size` positions from `first` on, in the compute dtype."""
 
         def cut(x: jax.Array) -> jax.Array:
             starts = (layer, 0, first, *[0] * (x.ndim - 3))
@@ -81,7 +81,7 @@ class KeysValues(NamedTuple):
         return _whole(jax.tree.map(cut, self))
 
     def write(self, new: "KeysValues", first: jax.Array) -> "KeysValues":
-        """All layers' of some positions of every row, from `first` on."""
+        """Writes `new`, all layers of some positions of every row, from position `first` on."""
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=2), self, new)
 
 
@@ -93,18 +93,18 @@ def _whole(of_layer: KeysValues) -> tuple[Float[Array, "B S K H"], Float[Array, 
 class KVCache(NamedTuple):
     """Keys and values of every layer: row b's positions are those of its prompt, then the answer's slots.
 
-    Rows that begin with the batch have the slots from 0 on.  In a batch that rows join and leave (`lengths` says how
-    long each row's prompt is) the slots are a ring: a row has the newest ones, as many as its answer has positions,
-    which must not be more than S.
+    Rows that start together use the slots from 0 on.  In a batch that rows join and leave, `lengths` holds each row's
+    prompt length and the slots are a ring buffer: a row's answer is in the newest slots, one for each of its positions,
+    of which there may be at most S.
     """
 
     prompt: KeysValues
     answer: KeysValues
-    written: Int[Array, ""]  # slots of the answer, in all
+    written: Int[Array, ""]  # answer slots written so far
     lengths: Int[Array, " B"] | None = None
 
     def visible(self, positions: Int[Array, " B"]) -> Bool[Array, "B _"]:
-        """Of T + S: its prompt, without the padding behind it, and the answer up to the new position itself."""
+        """Which of T + S positions a row attends to: its prompt without padding, its answer up to the new one."""
         lengths = positions - self.written if self.lengths is None else self.lengths
         own = jnp.arange(self.prompt.slots) < lengths[:, None]
         age = (self.written - jnp.arange(self.answer.slots)) % self.answer.slots  # steps since a slot was written

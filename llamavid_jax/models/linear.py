@@ -13,11 +13,11 @@ from jaxtyping import Array, Float
 
 
 class DropoutKeys(nnx.Variable):
-    """The random keys of one layer's dropout, one a row; no parameter."""
+    """The random keys of one layer's dropout, one for each row; not a parameter."""
 
 
 class LowRank(nnx.Module):
-    """`scale · dropout(x)·A·B`.  B starts at zero, so the update does too; A as PEFT's, uniform in ±1/√in."""
+    """`scale · dropout(x)·A·B`.  B starts at zero, so the update does too; A starts as PEFT's, uniform in ±1/√in."""
 
     dropout_keys: DropoutKeys | None = None  # none: no dropout
 
@@ -33,7 +33,7 @@ class LowRank(nnx.Module):
         param_dtype,
         rngs: nnx.Rngs,
     ):
-        # Kaiming-uniform with a = √5, as torch starts a linear layer: variance 1 / (3 in)
+        # Kaiming-uniform with a = √5, as torch initialises a linear layer: variance 1 / (3 in)
         uniform = jax.nn.initializers.variance_scaling(
             1 / 3, "fan_in", "uniform", in_axis=tuple(range(len(in_features))), out_axis=-1
         )

@@ -1,8 +1,8 @@
 """LLaMA, the language model: embeddings `[B, T, D]` → logits `[B, T, V]`, with or without a cache.
 
-RMS norm, rotary attention with grouped-query heads, gated MLP.  The layers are stacked: training and prefill scan
-over them; decoding loops over them in Python, because a scan that carries the cache copies all of it in every layer
-on a GPU.  There is one definition of a layer: what differs is the `attend` that it is given.
+RMS norm, rotary attention with grouped-query heads, gated MLP.  The layers are stacked: training and prefill scan over
+them; decoding loops over them in Python, because a scan that carries the cache copies all of it in every layer on a
+GPU.  All share one definition of a layer, which is passed a different `attend`.
 """
 
 import functools
@@ -90,7 +90,7 @@ class Llama(nnx.Module):
         self.config, self.remat, self.kv_cache = config, remat, kv_cache
 
     def embed_row(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The embeddings of whole rows; what `fsdp` cuts of the table is gathered, rather than the rows."""
+        """The embeddings of whole rows.  The table's shards over `fsdp` are gathered, rather than the rows."""
         table = constrain(self.embed.embedding.astype(self.embed.dtype), "vocab", None)
         rows = jnp.take(table, constrain(token_ids, "batch", "sequence"), axis=0)
         return constrain(rows, "batch", "sequence", None)
@@ -136,7 +136,7 @@ class Llama(nnx.Module):
     def extend(
         self, x: Float[Array, "B T D"], start: Int[Array, ""], prompt: KeysValues
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
-        """Prefill of the positions from `start` on, behind those that `prompt` holds; theirs are written into it."""
+        """Prefill of the positions from `start` on, after those in `prompt`; also returns `prompt` extended by them."""
         rotation = self.rotation(start + jnp.arange(x.shape[1])[None])
 
         def apply(layer: Layer, carry: tuple[jax.Array, jax.Array]):
@@ -155,10 +155,10 @@ class Llama(nnx.Module):
         return self.norm(x), prompt.write(new, start)
 
     def each_layer(self) -> list[Layer] | None:
-        """The layers for `decode`, taken out of their stack in front of a loop of steps; None where each step does it.
+        """The layers for `decode`, unstacked once before a loop of steps; None where each step does it.
 
-        TPUs and GPUs read a layer's weights where they lie in the stack.  A CPU copies them first, and in a loop it
-        would do so in every step: six tenths of the time, and no less memory.
+        TPUs and GPUs read a layer's weights in place, in the stack.  A CPU copies them first, and in a loop it would do
+        so in every step: six tenths of the time, with no memory saved.
         """
         if target().platform != "cpu":
             return None
@@ -172,7 +172,7 @@ class Llama(nnx.Module):
         cache: KVCache,
         layers: Sequence[Layer] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
-        """One new position of every row: row b's stands at `positions[b]`, behind what the cache holds of it.
+        """One new position of every row: row b's is `positions[b]`, after those in the cache.
 
         `layers` are those of `each_layer`.
         """
@@ -194,7 +194,7 @@ class Llama(nnx.Module):
     ) -> Float[Array, "B S"]:
         """How much of an answer's attention falls on each position of its prompt, mean over layers and heads.
 
-        Row b's positions `x` stand from `start[b]` on, behind what `prompt` holds before that; `asked` weighs them.
+        Row b's `x` are the positions from `start[b]` on, after its part of `prompt`; `asked` weights them in the sum.
         One layer's weights `[B, N, A, S]` are in memory at a time.
         """
         rotation = self.rotation(start[:, None] + jnp.arange(x.shape[1]))

@@ -3,7 +3,7 @@
     pixels [F, 3, H, W] ─ vision ─▶ features [F, 1+P, E] ─ qformer + visual_tokens, one frame at a time ─▶ [F, n+1, D]
     token ids [B, T], visual tokens, one index a position ─ merge ─▶ [B, T, D] ─ llama ─▶ logits [B, T, V]
 
-The compiled functions take a Structure and its parameters apart: one program serves every model of one shape.
+The compiled functions take a Structure and its parameters separately, so one program serves all models of a structure.
 """
 
 import functools
@@ -28,7 +28,7 @@ PAIR_CHUNK = 64  # pairs that a device compresses at a time; the original's bloc
 
 
 class LlamaVid(nnx.Module):
-    """The whole model; parameters in `param_dtype`, matmuls in `dtype` (the policy stands in `config/schema.py`)."""
+    """The whole model; parameters in `param_dtype`, matmuls in `dtype` (the policy is in `config/schema.py`)."""
 
     def __init__(
         self,
@@ -63,8 +63,9 @@ class LlamaVid(nnx.Module):
     ) -> Float[Array, "G n D"]:
         """Token compression of G pairs of a frame and a question, spread over the mesh: the context token first.
 
-        `has_cls` says whether `features` start with the CLS token, as those of EVA do and ready features of long videos
-        do not.  `text_ids` are below 0 where a question has no place, not even padding.  `remat` as in `stack.REMAT`.
+        `has_cls` says whether `features` start with the CLS token, as EVA's do and the precomputed features of long
+        videos do not.  `text_ids` are negative beyond the padding to a sample's longest question.  `remat` as in
+        `stack.REMAT`.
         """
 
         def one_frame(modules, *arrays):
@@ -87,8 +88,8 @@ class LlamaVid(nnx.Module):
         """Embeds the text and puts visual tokens into their slots: one gather.
 
         `visual` holds each row's visual tokens, or has a first axis of 1 where all rows share one table.
-        `visual_index` is the place in it of every position, TEXT where the position holds `token_ids`.  Where `learns`
-        is given, the embeddings of its other positions get no gradient.
+        `visual_index` is every position's index into it, TEXT where the position holds `token_ids`.  If `learns` is
+        given, the text embeddings of positions where it is False get no gradient.
         """
         text = self.llama.embed_row(token_ids)
         text = text if learns is None else jnp.where(learns[..., None], text, jax.lax.stop_gradient(text))
@@ -103,10 +104,10 @@ class LlamaVid(nnx.Module):
 
 
 def _asked(modules: tuple[TextDecoder, VisualTokens], features, text_ids, *question, has_cls: bool) -> tuple:
-    """One frame's patches, the states that ask about it, and which of them count (None: all).
+    """One frame's patches, the states that query it, and which of these count (None: all).
 
-    The CLS token is no patch, but where `select_feature` makes it one; the Q-Former reads it all the same, BERT does
-    not.
+    The CLS token counts as a patch only where `select_feature` says so.  The Q-Former reads it in any case, BERT only
+    as a patch.
     """
     decoder, visual_tokens = modules
     patches = features[1:] if has_cls and not visual_tokens.keeps_cls else features

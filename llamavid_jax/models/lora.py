@@ -1,14 +1,14 @@
 """LoRA: low-rank updates of the LLaMA's linear layers, trained in place of their kernels.
 
 Hu et al. 2021, with the original's setting: rank 64, α 16, dropout 0.05, every linear layer of the decoder but the
-head.  `add_lora` changes the tree of parameters so (L layers, r the rank):
+head.  `add_lora` changes the parameter tree as follows (L layers, r the rank):
 
     llama.layers.attn.q.kernel  [L, D, n, h]     llama.layers.attn.q.kernel  [L, D, n, h]   frozen
                                              →   llama.layers.attn.q.lora.a  [L, D, r]      trained
                                                  llama.layers.attn.q.lora.b  [L, r, n, h]   trained, starts at zero
 
-and `merge_lora` back again, the product added to the kernel.  `checkpoints/adapter.py`
-reads and writes the updates alone.
+`merge_lora` adds the products to the kernels and removes the updates.  `checkpoints/adapter.py` reads and writes the
+updates alone.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ ADAPTERS = "llama.layers.*.lora.*"  # the pattern of the parameters that `add_lo
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """The update is `alpha / rank · A·B`; `base` holds the frozen kernels as they are, or in "nf4" or "int8".
+    """The update is `alpha / rank · A·B`; `base` is how the frozen kernels are stored: "float", "nf4" or "int8".
 
     Raises ConfigError for a field out of its range.
     """
@@ -78,7 +78,7 @@ def add_lora(llama: Llama, config: LoraConfig, rngs: nnx.Rngs, param_dtype=jnp.f
 
 
 def set_dropout(llama: Llama, keys: Key[Array, " B"]) -> None:
-    """Switches dropout on, inside a training step: each update of each layer draws for each row by a key of its own."""
+    """Switches dropout on, inside a training step: every update of every layer has its own key for each row."""
     for number, (_, linear) in enumerate(linears(llama.layers)):
         if linear.lora is not None:
             places = number * llama.config.num_hidden_layers + jnp.arange(llama.config.num_hidden_layers)
@@ -87,7 +87,7 @@ def set_dropout(llama: Llama, keys: Key[Array, " B"]) -> None:
 
 
 def merge_lora(params: Params, config: LoraConfig) -> Params:
-    """Parameters with updates → the same without them, added to the kernels in float32 and cast to their type."""
+    """Removes the updates from the parameters and adds them to the kernels, in float32 and cast back to their type."""
     merged = {path: value for path, value in params.items() if ".lora." not in path}
     for path in params:
         place, lora, part = path.rpartition(".lora.")

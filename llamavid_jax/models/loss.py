@@ -1,7 +1,8 @@
 """Next-token cross-entropy in chunks over the vocabulary: hidden `[B, T, D]`, labels `[B, T]` → three sums.
 
-The logits of a row of 65,536 tokens over 32,000 words would take 8 GB in float32.  Here one chunk of the vocabulary is
-made at a time, and made again for the gradient.  The only place where labels are shifted.
+The logits of a row of 65,536 tokens over a vocabulary of 32,000 would take 8 GB in float32.  Here the logits of one
+chunk of the vocabulary are computed at a time, and recomputed for the gradient.  Labels are shifted here and nowhere
+else.
 """
 
 from typing import NamedTuple
@@ -13,11 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llamavid_jax.shapes import IGNORE_LABEL
 
-VOCABULARY_CHUNK = 4096  # words at a time
+VOCABULARY_CHUNK = 4096  # tokens of the vocabulary at a time
 
 
 class LossSums(NamedTuple):
-    """Sums over the labelled tokens: cross-entropy in nats, labels that were the likeliest word, and their number."""
+    """Sums over the labelled tokens: cross-entropy in nats, labels with the highest score, and number of labels."""
 
     loss: Float[Array, "..."]
     correct: Float[Array, "..."]
@@ -45,7 +46,7 @@ def next_token_sums(
 
 @jax.jit
 def next_token_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    """The mean over the labelled tokens, of logits that have been computed."""
+    """The mean cross-entropy over the labelled tokens, from complete logits."""
     words, kept = _targets(labels)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(log_probs, words[..., None], axis=-1)[..., 0]
@@ -53,7 +54,7 @@ def next_token_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) ->
 
 
 def _targets(labels: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """The word that each position is scored against, label t+1 at position t, and whether there is one."""
+    """The token that each position is scored against, label t+1 at position t, and whether there is one."""
     targets = jnp.pad(labels[:, 1:], [(0, 0), (0, 1)], constant_values=IGNORE_LABEL)
     kept = targets != IGNORE_LABEL
     return jnp.where(kept, targets, 0), kept
@@ -64,7 +65,7 @@ def _scores(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """log Σ exp of all scores, the score of `words`, and the largest one.
 
-    Chunk i holds the words i, i + n, i + 2n, ...: so a vocabulary that is cut over devices needs no resharding.
+    Chunk i holds the tokens i, i + n, i + 2n, ..., so that a vocabulary sharded over devices needs no resharding.
     """
     size = kernel.shape[1]
     number = -(-size // VOCABULARY_CHUNK)

@@ -1,16 +1,16 @@
-"""How much of a TPU's peak training steps use whose speed is published: from a bound to a likely time.
+"""The share of a TPU's peak that training steps of published speed reach: from a bound to a likely time.
 
-    likely seconds = (FLOPs + those done again) / (peak · share_of_peak)
+    likely seconds = (FLOPs + recomputed FLOPs) / (peak · share_of_peak)
 
-All of them are MaxText's: language models of LLaMA's shape in bfloat16, parameters cut over all chips of one slice,
-bound by compute.  Where another unit bounds a step, that it falls behind its peak by as much is an assumption.
+All of them are MaxText's: language models of LLaMA's shape in bfloat16, parameters sharded over all chips of one slice,
+bound by compute.  That a step bound by memory or network reaches the same share of its bound is an assumption.
 Sources, both on github.com/AI-Hypercomputer:
 
     v6e       tpu-recipes, training/trillium/{Llama3.1-8B,Llama3.1-70B,Mistral-7B,Llama2-70B}-MaxText
     v4 to v5p maxtext, src/maxtext/configs/tpu/{v4,v5e,v5p}/README.md; of Llama2-70B getting_started/Run_Llama2.md as of
-              March 2024.  v4's models have no gate: two thirds of their width stand for it
+              March 2024.  v4's MLPs have no gate: two thirds of their width do the same work
 
-They count attention as if it were not causal; `again` follows from the rematerialisation that the run is given with.
+The sources count attention as if it were not causal; `again` follows from the rematerialisation that they state.
 """
 
 import math
@@ -24,7 +24,7 @@ from llamavid_jax.parallel.chips import CHIPS
 class Published(NamedTuple):
     """A step on `chips`, each with `rows` of `tokens`, that runs at `tflops` of 10¹² FLOP/s a chip.
 
-    `again` is the part of a forward pass that is done again for the gradient.
+    `again` is the part of a forward pass that is recomputed for the gradient.
     """
 
     model: str
@@ -43,12 +43,12 @@ class Published(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the peak, with what is done again and causal attention, as our steps are counted."""
+        """Share of the peak, counted as for our steps: with recomputation, and with causal attention."""
         flops = self.rows * 2 * (3 + self.again) * sum(llama_work(self.text, self.tokens))
         return flops / (CHIPS[self.generation].tflops * 1e12 * self.seconds)
 
 
-# vocabulary, width, of the feed-forward, layers, heads, of keys and values
+# vocabulary, width, MLP width, layers, heads, key-value heads
 LLAMA2_70B = LlamaConfig(32000, 8192, 28672, 80, 64, 8)
 LLAMA3_8B, LLAMA3_70B = LlamaConfig(128256, 4096, 14336, 32, 32, 8), LlamaConfig(128256, 8192, 28672, 80, 64, 8)
 DENSE_16B, DENSE_32B = LlamaConfig(32000, 4096, 28672, 32, 64, 64), LlamaConfig(32000, 8192, 28672, 32, 64, 64)
@@ -75,6 +75,6 @@ PUBLISHED = [
 
 
 def share_of_peak(kind: str, steps: list[Published] = PUBLISHED) -> float | None:
-    """The geometric mean over the steps on devices of a kind, as JAX names it; None where there are none."""
+    """Geometric mean of `share` over the steps on devices of JAX's device kind `kind`; None where there are none."""
     logs = [math.log(one.share) for one in steps if CHIPS[one.generation].kind == kind]
     return math.exp(math.fsum(logs) / len(logs)) if logs else None

@@ -1,16 +1,17 @@
 """Kernels in 4 or 8 bits, dequantised inside the matmul: LLaMA's for small chips, or frozen under LoRA (QLoRA).
 
-By Qwix: blocks of 64 inputs share one scale, in the kernel's own type.  "int8" and "int4" are integers, "nf4" the
-16 quantiles of a normal distribution (Dettmers et al. 2023).  The tree changes so (L layers):
+Qwix quantises: blocks of 64 inputs share one scale, in the kernel's own type.  "int8" and "int4" are integers, "nf4"
+the 16 quantiles of a normal distribution (Dettmers et al. 2023).  The parameter tree changes as follows (L layers):
 
     llama.layers.mlp.up.kernel  [L, D, M]   →   llama.layers.mlp.up.kernel.qvalue  [L, D/64, 64, M]   int8, int4, uint4
                                                 llama.layers.mlp.up.kernel.scale   [L, D/64, 1, M]
 
-Blocks are an axis of their own, which the matmul sums over like the others: so the TPU compiler dequantises a kernel
-inside the matmul that reads it.  Were the blocks merged before, it would first write the kernel to memory.
+Blocks are a separate axis, which the matmul sums over like the others, so that the TPU compiler dequantises a kernel
+inside the matmul that reads it.  If the blocks were merged first, it would write the kernel to memory.
+
 Deviations from QLoRA: scales are not quantised themselves (0.25 bits a weight in bfloat16, where the original's double
-quantisation has 0.13), and the head stays as it is.
-Qwix flattens what it looks up in nf4's table, so that under tensor parallelism every device dequantises whole kernels.
+quantisation has 0.13), and the head stays as it is.  Qwix flattens nf4 values to look them up, so that under tensor
+parallelism every device dequantises whole kernels.
 """
 
 import functools
@@ -34,7 +35,7 @@ KINDS = ("nf4", "int8", "int4")
 
 
 def quantize_base(llama: Llama, kind: str) -> None:
-    """Replaces the kernels of the decoder's linear layers, frozen from here on.
+    """Quantises the kernels of the decoder's linear layers, which are frozen from then on.
 
     On a mesh, call it with the mesh in context.  Raises ConfigError for an unknown kind.
     """
@@ -45,7 +46,7 @@ def quantize_base(llama: Llama, kind: str) -> None:
 
 
 def quantize_linear(linear: nnx.LinearGeneral | nnx.Linear, row: W, kind: str) -> None:
-    """One linear layer of a stack, whose kernel is that of `row`."""
+    """Quantises one stacked linear layer, whose kernel `row` describes."""
     names = in_blocks(row)
 
     def quantize_all(kernels: jax.Array) -> qwix.QArray:
@@ -61,7 +62,7 @@ def quantize_kernels(kernels: jax.Array, row: W, kind: str) -> qwix.QArray:
 
     One layer after the other: its float32 copy is one layer large.
     """
-    axis = row.input_axes  # of the block in a layer, behind the inputs
+    axis = row.input_axes  # of the inputs within a block, in one layer
 
     def quantize(kernel: jax.Array) -> qwix.QArray:
         inputs, outputs = kernel.shape[:axis], kernel.shape[axis:]

@@ -1,7 +1,7 @@
-"""Frames, and pairs of a frame and a question: the same work many times, spread over every device of the mesh.
+"""The same function for many frames, or pairs of a frame and a question, spread over every device of the mesh.
 
     arrays [N, ...] ─ N/n a device ─▶ a bounded number at a time ─▶ [N, ...]
-    parameters, cut over the mesh ─ gathered once ─▶ whole on every device ─▶ gradients summed there, then reduced once
+    parameters, sharded ─ gathered once ─▶ whole on every device ─▶ gradients summed there, then reduced once
 
 Left to the compiler, each chunk would gather the parameters and reduce their gradients anew.
 """
@@ -23,8 +23,8 @@ def spread(
 ) -> jax.Array:
     """`function(modules, *arrays)` over the first axis of all arrays, in turns of up to `at_a_time` a device.
 
-    Each element of the result may depend on its own element of the arrays alone.  `remat` is what a turn keeps for the
-    gradient (`stack.REMAT`).
+    Each element of the result may depend only on the elements of the arrays at its own index.  `remat` is what a turn
+    keeps for the gradient (`stack.REMAT`).
     """
     graphdef, state = nnx.split(modules)
 
@@ -44,12 +44,12 @@ def spread(
 
 
 def in_turns(function: Callable[..., jax.Array], at_a_time: int, *arrays: jax.Array) -> jax.Array:
-    """`function(*arrays)`, one part of their first axis after another; the last turn is filled up where it must be."""
+    """`function(*arrays)`, one chunk of their first axis after another; the last chunk is padded where necessary."""
     length = len(arrays[0])
     if length <= at_a_time:
         return function(*arrays)
     least = -(-length // at_a_time)
-    turns = next((number for number in range(least, 2 * least) if length % number == 0), least)  # filling up is a copy
+    turns = next((number for number in range(least, 2 * least) if length % number == 0), least)  # padding is a copy
     size = -(-length // turns)
 
     def cut(x: jax.Array) -> jax.Array:

@@ -53,6 +53,7 @@ REMAT = {  # what the forward pass keeps for the gradient; the rest is computed 
 def rematerialise(function: Callable, remat: str, in_loop: bool = True) -> Callable:
     """`function` under the policy that `remat` names.
 
-    Outside a loop the compiler would find the same matmul twice and keep the first after all: a guard prevents it.
+    Outside a loop the compiler would merge the recomputed matmul with the first one and keep its result; `prevent_cse`
+    prevents that.
     """
     return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat], prevent_cse=not in_loop)

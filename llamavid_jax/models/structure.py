@@ -1,4 +1,4 @@
-"""A model's structure without its parameters, which everywhere outside modules are one flat dict: dotted path → array.
+"""A model's structure without its parameters.  Outside modules these are one flat dict: dotted path → array.
 
 {"llama.layers.attn.q.kernel": [L, D, N, H], ...}  ─ structure.model(params) ─▶  LlamaVid
 """
@@ -38,7 +38,7 @@ class Structure:
         self.shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat_paths(state).items()}
 
     def model(self, *params: Params) -> Any:
-        """The model with the given parameters, all of them."""
+        """The model with the given parameters, which together must be all of them."""
         by_path = {path: value for some in params for path, value in some.items()}
         leaves = [by_path[path] for path in self.shapes]
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, leaves))

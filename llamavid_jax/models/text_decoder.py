@@ -1,12 +1,12 @@
-"""The text decoder: one frame's features `[S, W]` and one question → the states that ask about the frame.
+"""The text decoder: one frame's features `[S, W]` and one question → the states that query the frame.
 
-    Q-Former  Q learned queries and then the question's tokens; all attend to all.  In every nth layer the queries (only
-              they) attend to the frame.  Queries and text have feed-forwards of their own.  Out come the queries.
-    BERT      the question's tokens, each attending to those before it and, in every layer, to the frame.  Out come
-              all its states, those of the padding too.
+    Q-Former  Q learned queries and then the question's tokens; all attend to all.  In every nth layer the queries
+              alone attend to the frame.  Queries and text have separate feed-forwards.  Returns the queries' states.
+    BERT      the question's tokens, each attending to those before it and, in every layer, to the frame.  Returns all
+              its states, those of padding too.
 
-Queries carry no position, the embedding norm covers both.  Everything here is about one frame and one question;
-`LlamaVid.frames_tokens` maps it over frames.
+Queries have no position embedding; the embedding norm applies to queries and text.  Everything here handles one frame
+and one question; `LlamaVid.frames_tokens` maps it over frames.
 """
 
 import functools
@@ -27,7 +27,7 @@ MEMORY_NORM_EPS = 1e-5  # InstructBLIP's ln_vision keeps torch's default, unlike
 
 
 def dropout(x: Float[Array, "*B C"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*B C"]:
-    """Dropout in training; nothing where `key` is None."""
+    """Dropout in training; `x` unchanged where `key` is None."""
     if key is None:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
@@ -85,7 +85,7 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """What every layer has; the cross-attention of every nth layer stands in a stack of its own."""
+    """The modules that every layer has; the cross-attention of every nth layer is in a separate stack."""
 
     def __init__(self, config: LLaMAVIDLlavaQFormerConfig, has_queries: bool, *, dtype, param_dtype, rngs: nnx.Rngs):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -162,7 +162,7 @@ class TextDecoder(nnx.Module):
                 x = jnp.concatenate([layer.query_mlp(queries, key_query), layer.text_mlp(text, key_text)])
             return (x, key), None
 
-        # scanned, because a dozen unrolled layers take minutes to compile; what is left is an incomplete last group
+        # scanned, because a dozen unrolled layers take minutes to compile; `rest` layers are an incomplete last group
         size = self.config.cross_attention_frequency
         whole, rest = divmod(self.config.num_hidden_layers, size)
         groups = (

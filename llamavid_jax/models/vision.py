@@ -1,8 +1,7 @@
-"""The vision tower: frames `[F, 3, H, W]` → features `[F, P, E]`, where there is one the CLS token first.
+"""The vision tower: frames `[F, 3, H, W]` → features `[F, P, E]`, the CLS token first if there is one.
 
 EVA ViT-g/14 (the original's `eva_vit.py`: 39 of EVA's 40 blocks) and CLIP's ViT.  Both have learned absolute positions
-and pre-norm blocks; in what they differ is in the configuration (`config/schema.py`, TOWERS).  No norm follows the
-last block.
+and pre-norm blocks; TOWERS in `config/parts.py` lists their differences.  No norm follows the last block.
 """
 
 import functools
@@ -19,7 +18,7 @@ from llamavid_jax.models import stack
 from llamavid_jax.models.activation import gelu, quick_gelu
 from llamavid_jax.models.spread import spread
 
-FRAMES_AT_A_TIME = 32  # of a device, in one block of the tower
+FRAMES_AT_A_TIME = 32  # that one device sends through a block of the tower
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
@@ -110,7 +109,8 @@ class VisionTower(nnx.Module):
     def __call__(self, frames: Float[Array, "F 3 y x"] | UInt8[Array, "F y x 3"]) -> Float[Array, "F P E"]:
         """Frames, normalised or uint8 → the states after the last block that is used, not normed.
 
-        All frames go through one block before the next: its weights are gathered once, however many the frames are.
+        All frames go through one block before the next, so that its weights are gathered once, however many frames
+        there are.
         """
         config = self.config
 

@@ -1,7 +1,7 @@
 """The token generator: one frame's features and queries → one context token and n content tokens, `[n+1, D]`.
 
-Paper section 3.2; the original's `token_generation`.  The context token is where the question's queries look:
-their attention over the raw patches, averaged over the queries.  The content tokens are the patches, pooled or not.
+Paper section 3.2; the original's `token_generation`.  The context token sums up where the question looks: the raw
+patches, weighted by the queries' mean attention.  The content tokens are the patches, pooled or not.
 """
 
 import functools
@@ -18,7 +18,7 @@ from llamavid_jax.models.activation import gelu
 
 
 def pool_patches(patches: Float[Array, "P E"], stride: int) -> Float[Array, "n E"]:
-    """Average pooling over the square of patches; what a whole window does not cover is dropped, as avg_pool2d does."""
+    """Average pooling over the square of patches; incomplete windows at the edge are dropped, as avg_pool2d does."""
     if stride == 0:
         return patches
     if patches.shape[0] == stride**2 + 1:  # the CLS token is one of them
@@ -47,7 +47,7 @@ class VisualTokens(nnx.Module):
         self.dtype = dtype
 
     def memory(self, features: Float[Array, "S E"]) -> Float[Array, "S W"]:
-        """The features as the text decoder reads them, in its own width."""
+        """The features as the text decoder reads them, in its width."""
         return features if self.to_memory is None else self.to_memory(features)
 
     def context_attention(
@@ -55,14 +55,14 @@ class VisualTokens(nnx.Module):
     ) -> Float[Array, " P"]:
         """Where the question looks: float32 weights over the patches, summing to one.
 
-        They are the mean over the queries, of those that are `counted`.
+        They are the mean over the queries, or over those where `counted` is True.
         """
         q, k = self.query_projector(queries), self.key_projector(patches)
         scores = jnp.einsum("qe,pe->qp", q, k, preferred_element_type=jnp.float32) / math.sqrt(k.shape[-1])
         weights = jax.nn.softmax(scores, axis=-1)
         if counted is None:
             return weights.mean(axis=0)
-        return jnp.sum(weights, axis=0, where=counted[:, None]) / jnp.maximum(counted.sum(), 1)  # a filler has none
+        return jnp.sum(weights, axis=0, where=counted[:, None]) / jnp.maximum(counted.sum(), 1)  # padding has none
 
     @jax.named_scope("visual_tokens")
     def __call__(
@@ -70,8 +70,8 @@ class VisualTokens(nnx.Module):
     ) -> Float[Array, "n D"]:
         """`[context, content...]` of one frame.  `patches` are not normed; `counted` as above.
 
-        The mean over queries is taken of the attention weights, which equals the original's mean of the Q weighted
-        sums and costs one of them.
+        The attention weights are averaged over the queries: this equals the original's mean of Q weighted sums, at the
+        cost of one sum.
         """
         tokens = []
         if "context" in self.kinds:

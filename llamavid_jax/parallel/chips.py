@@ -1,16 +1,15 @@
 """What each generation of TPU can do: one row a generation, of one JAX device.
 
-A JAX device is a chip, but half a chip where its two cores are devices of their own: v2, v3 and tpu7x.  Sources, by
-column (all of them Google's):
+A JAX device is a chip; of v2, v3 and tpu7x it is one of a chip's two cores.  Sources, by column (all of them Google's):
 
     tflops, hbm_gib, hbm_gbs   docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}, a chip's figures
     ici_gbs                    the same pages for v5e, v5p, v6e and tpu7x, which state the sum of both directions; v4
                                and v3: "TPU v4: An Optically Reconfigurable Supercomputer" (arXiv:2304.01433), 6 links
                                of 50 GB/s and 4 of 70; v2: "A Domain-Specific Supercomputer for Training Deep Neural
                                Networks" (CACM 2020), 4 links of 62 GB/s, which no page of the documentation confirms
-    dcn_gbs                    tpu7x's page for v5p, v6e and tpu7x; v5e's page, which states it for a pod.  That of
-                               v2, v3 and v4 is nowhere stated: a host's usual 25 GB/s (jax-ml.github.io/scaling-book)
-                               over its devices
+    dcn_gbs                    tpu7x's page for v5p, v6e and tpu7x; v5e's page, which states it for a pod.  For v2, v3
+                               and v4 no page states it: a host's usual 25 GB/s (jax-ml.github.io/scaling-book), divided
+                               by its devices
 """
 
 import re
@@ -27,8 +26,8 @@ class Chip(NamedTuple):
     hbm_gbs: float  # 10⁹ bytes/s
     ici_gbs: float  # 10⁹ bytes/s in one direction over all links to chips of its slice
     dcn_gbs: float  # 10⁹ bytes/s to other slices
-    devices: int = 1  # of a chip
-    sides: int = 2  # of a slice: chips stand in a rectangle, or in a box
+    devices: int = 1  # JAX devices of a chip
+    sides: int = 2  # dimensions of a slice: 2 for a rectangle of chips, 3 for a box
 
 
 CHIPS = {  # by the name of a topology's generation
@@ -42,7 +41,7 @@ CHIPS = {  # by the name of a topology's generation
 }
 
 # bfloat16 matmuls with float32 sums, dense, of one JAX device in 10¹² FLOP/s.  Sources: above; NVIDIA's data
-# sheets, without sparsity.  A name that begins with another stands before it.
+# sheets, without sparsity.  A name that begins with another comes before it.
 PEAK_TFLOPS: Mapping[str, float] = {
     **{chip.kind: chip.tflops for chip in sorted(CHIPS.values(), key=lambda chip: chip.kind, reverse=True)},
     "TPU v5e": CHIPS["v5e"].tflops,
@@ -65,7 +64,7 @@ PEAK_TFLOPS: Mapping[str, float] = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s that a device's maker states, None where this table does not know it, as for a CPU."""
+    """bfloat16 FLOP/s that a device's maker states; None for a device that is not in this table, such as a CPU."""
     for name, tera in PEAK_TFLOPS.items():
         if re.search(rf"\b{name}\b", device_kind):
             return tera * 1e12

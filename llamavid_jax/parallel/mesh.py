@@ -1,8 +1,8 @@
 """The device mesh, and the only place that knows its axes.
 
-`data` holds copies of the model, across slices; `fsdp` cuts parameters along their width; `tensor` cuts heads and MLP;
-`sequence` cuts long rows, and parameters too, as `fsdp` does.  Everything else says what a dimension is ("heads",
-"batch"), and AXIS_RULES which mesh axes cut it.
+`data` holds copies of the model, across slices; `fsdp` shards parameters along their width; `tensor` shards heads and
+MLP; `sequence` shards long rows, and parameters as `fsdp` does.  All other code names what a dimension is ("heads",
+"batch"); AXIS_RULES says which mesh axes shard it.
 """
 
 import math
@@ -51,7 +51,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
-    """A mesh of the four axes; axes that are not named have size 1.  `data` and then `fsdp` go across slices."""
+    """A mesh of the four axes; axes that are not named have size 1.  `data`, then `fsdp`, span slices."""
     unknown = sorted(set(sizes) - set(MESH_AXES))
     if unknown:
         raise ShardingError(f"{unknown[0]!r} is no mesh axis; the axes are {', '.join(MESH_AXES)}")
@@ -92,7 +92,7 @@ def closed_rings(devices: list, length: int) -> np.ndarray | None:
     """`[rings, length]`: the chips of a flat TPU slice in rings of neighbours, out along a line, back along the next.
 
     The links of v5e and v6e slices do not wrap around.  Along a straight line the last chip would send to the first
-    across all others, and for that the compiler of v5e stops other work.  None where there is nothing to close.
+    across all others, for which v5e's compiler stops other work.  None where no such rings exist or none are needed.
     """
     if length < 4 or length % 2 or any(device.platform != "tpu" or device.coords[2] for device in devices):
         return None
@@ -122,12 +122,12 @@ def host_mesh() -> Mesh:
 
 
 def shards(sizes: Mapping[str, int], name: str) -> int:
-    """Into how many parts a mesh of these sizes (`mesh.shape`) cuts a dimension, such as "batch"."""
+    """Into how many parts a mesh of these sizes (`mesh.shape`) shards a dimension, such as "batch"."""
     return math.prod(sizes[axis] for axis in AXIS_RULES[name])
 
 
 def copies(mesh: Mesh | AbstractMesh) -> int:
-    """Over how many devices the rows of a batch are spread."""
+    """Over how many groups of devices the rows of a batch are spread."""
     return shards(mesh.shape, "batch")
 
 
@@ -137,7 +137,7 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def spec_of(*names: str | None) -> PartitionSpec:
-    """The spec of an array whose every dimension divides."""
+    """The spec of an array whose dimensions all divide evenly."""
     return PartitionSpec(*(AXIS_RULES[name] if name else None for name in names))
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other."""
+"""Communication between the processes of a run."""
 
 from typing import Any
 
@@ -9,6 +9,6 @@ from jax.experimental import multihost_utils
 def on_any(problem: Any) -> bool:
     """Whether `problem` is true on any process; all of them call this.
 
-    It stands before a barrier: a process that fails must not leave the others waiting for it.
+    Call it before a barrier, so that a process that fails does not leave the others waiting.
     """
     return bool(np.any(multihost_utils.process_allgather(np.int32(bool(problem)))))

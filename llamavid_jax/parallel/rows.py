@@ -22,9 +22,9 @@ def send(tree: Any) -> Any:
 
 
 def take_slots(table: Float[Array, "#B N D"], index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """`table[b, index[b, t]]` for the indices from 0 on; anything for those below.
+    """`table[b, index[b, t]]` for indices of 0 or more; arbitrary values for negative ones.
 
-    Where rows are sharded, so is the table, and its shards go round: no chip holds all of the table or of the row.
+    Where rows are sharded, so is the table, and its shards go round the ring: no chip holds the whole table or row.
     """
     cuts = ways()
     if cuts == 1 or index.shape[1] % cuts:

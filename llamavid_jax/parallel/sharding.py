@@ -1,6 +1,6 @@
-"""Where every array lives on a device mesh: the names of its dimensions, put on mesh axes (`mesh.AXIS_RULES`).
+"""How every array is sharded over a device mesh: its dimensions' names → mesh axes (`mesh.AXIS_RULES`).
 
-Modules know nothing of the mesh but `constrain`.
+Modules use nothing of the mesh but `constrain`.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from llamavid_jax.weights import inventory
 
 
 def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> PartitionSpec:
-    """Mesh axes of an array; a dimension is cut by those of its mesh axes, first to last, that divide it."""
+    """Mesh axes of an array; a dimension is sharded over those of its mesh axes, first to last, that divide it."""
     spec = []
     for size, name in zip(shape, names, strict=True):
         axes = []
@@ -50,7 +50,7 @@ def target() -> Any:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation's axes to the mesh in context; nothing without one, or on one device's share of an array."""
+    """Pins an activation's axes to the mesh in context; does nothing without one, or inside a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
@@ -58,12 +58,14 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def specs(params: Mapping[str, Any]) -> dict[str, PartitionSpec]:
-    """Where the parameters lie that are placed on a mesh, by path."""
+    """Path → spec of the parameters that are placed on a mesh."""
     placed = ((path, leaf.sharding) for path, leaf in params.items())
     return {path: sharding.spec for path, sharding in placed if isinstance(sharding, NamedSharding)}
 
 
 def pin(params: dict[str, jax.Array], specs: Mapping[str, PartitionSpec]) -> dict[str, jax.Array]:
-    """Parameters by path, pinned to their places on the mesh in context: so are their gradients, which are then
-    scattered as they are summed, rather than replicated first."""
+    """Pins parameters, by path, to their `specs` on the mesh in context.
+
+    That pins their gradients too, which are then reduce-scattered rather than replicated first.
+    """
     return {path: jax.lax.with_sharding_constraint(value, specs[path]) for path, value in params.items()}

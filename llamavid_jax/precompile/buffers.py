@@ -1,10 +1,10 @@
-"""What a program needs and sends, as soon as the compiler has assigned its buffers: before it writes the machine code.
+"""A program's memory and collectives, as soon as the compiler has assigned buffers: before it generates machine code.
 
     lowered ─ optimised, partitioned, scheduled ─▶ buffers assigned ─▶ Assigned, after half a minute for a 7B step
                                                           └─ machine code, which takes minutes, and is not waited for
 
-By then memory and collectives are those of the complete compile.  What only machine code shows is not seen: a Pallas
-kernel that the chip cannot run, for one.
+By then memory and collectives are those of a complete compilation.  Errors in code generation stay undetected, such as
+a Pallas kernel that the chip cannot run.
 """
 
 import re
@@ -23,7 +23,7 @@ WHOLE = re.compile(r"^ENTRY .*^}", re.MULTILINE | re.DOTALL)  # the entry comput
 
 
 class Assigned(NamedTuple):
-    """Bytes of one device: at the worst moment, of arguments, temporaries and outputs; and the program's text (HLO)."""
+    """Bytes on one device: the peak, and those of arguments, temporaries and output; the program's text (HLO)."""
 
     peak: int
     arguments: int
@@ -33,7 +33,7 @@ class Assigned(NamedTuple):
 
 
 def assign_buffers(lowered: jax.stages.Lowered) -> Assigned:
-    """Call it in a process that ends afterwards (`in_own_process`): the compiler goes on until then.
+    """Call it in a process that ends afterwards (`in_own_process`): the compiler runs on until then.
 
     Raises as `compile_lowered` does.
     """
@@ -63,13 +63,13 @@ def assign_buffers(lowered: jax.stages.Lowered) -> Assigned:
 
 
 def read(assignment: str, text: str) -> Assigned:
-    """Sums over the allocations; those that are not in the chip's main memory have a color."""
+    """Sums over the allocations in the chip's main memory; those elsewhere have a color."""
     arguments = temporaries = output = new_output = 0
     for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*)", assignment, re.MULTILINE):
         if not kind.startswith("color"):
             taken, out = "parameter" in kind, "live-out" in kind
             arguments += int(size) * taken
             output += int(size) * out
-            new_output += int(size) * (out and not taken)  # the rest takes an argument's memory over
+            new_output += int(size) * (out and not taken)  # other outputs reuse an argument's memory
             temporaries += int(size) * kind.startswith("preallocated-temp")
     return Assigned(arguments + temporaries + new_output, arguments, temporaries, output, text)

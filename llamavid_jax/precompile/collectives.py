@@ -2,12 +2,12 @@
 
     all-gather      out · (n-1)/n            all-to-all            out · (n-1)/n
     all-reduce  2 · out · (n-1)/n            collective-permute    out
-    reduce-scatter   in · (n-1)/n            of groups of n devices: what the best algorithms need
+    reduce-scatter   in · (n-1)/n            in groups of n devices: what the best algorithms need
 
-What goes from slice to slice stands as a `recv` from the runtime of the network between them, of what comes out of it.
-Loops count as often as they run: their trip count stands in their condition.  The TPU compiler cuts an asynchronous
-collective into pieces, which it puts into the fusions that run beside it, all with one channel: they count once, also
-where some of them are in a loop that the others are not in.
+Transfers between slices appear as a `recv` from the network's runtime, with the size of its output.  What is in a loop
+counts as often as the loop runs; the trip count is in its condition.  The TPU compiler splits an asynchronous
+collective into pieces, which it puts into the fusions that run at the same time, all with one channel.  They count
+once, even if some of them are in a loop and others are not.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # other types end in their bits
+BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # other types' names end in their number of bits
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
@@ -29,7 +29,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computa
 
 @dataclasses.dataclass
 class Moved:
-    """Of one kind of collective in one step: how many run, how many of them beside other work, bytes a device gets."""
+    """One kind of collective in one step: how many run, how many of them asynchronously, bytes a device receives."""
 
     count: int = 0
     asynchronous: int = 0
@@ -40,7 +40,7 @@ class Moved:
 def collectives(text: str, slice_devices: int | None = None) -> dict[str, Moved]:
     """The collectives of `compiled.as_text()`, by kind.
 
-    `slice_devices` is the number of devices of a slice, where there are several.
+    `slice_devices` is the number of devices of a slice if there are several slices.
     """
     computations, entry = _computations(text)
     found: dict[tuple, list[tuple[str, int, float, bool, bool]]] = defaultdict(list)
@@ -86,7 +86,7 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]]
 
 
 def _contexts(computations: dict, name: str, times: int = 1) -> Iterator[tuple[str, int]]:
-    """The entry, the bodies of its loops, theirs, and so on, with how often each runs in a step."""
+    """The entry and the bodies of all loops, nested ones too, with how often each runs in a step."""
     yield name, times
     for inner in _inlined(computations, name):
         for *_, opcode, rest in computations[inner]:
@@ -96,7 +96,7 @@ def _contexts(computations: dict, name: str, times: int = 1) -> Iterator[tuple[s
 
 
 def _inlined(computations: dict, name: str) -> Iterator[str]:
-    """The computation and those that it calls, but for loops: fusions, calls and branches."""
+    """The computation and those that it calls, except loops: fusions, calls and branches."""
     yield name
     for *_, opcode, rest in computations[name]:
         if opcode == "while" or opcode.startswith(("all-", "reduce")):
@@ -107,7 +107,7 @@ def _inlined(computations: dict, name: str) -> Iterator[str]:
 
 
 def _trip_count(computations: dict, condition: str, body: str, rest: str) -> int:
-    """How often a loop runs: of one that counts from 0 to a constant; 1 where only the data know."""
+    """How often a loop runs that counts from 0 to a constant; 1 if that depends on the data."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', rest):
         return int(known[1])
     bounds = [
@@ -120,7 +120,7 @@ def _trip_count(computations: dict, condition: str, body: str, rest: str) -> int
 
 
 def _step(condition: list[tuple[str, str, str, str]], body: list[tuple[str, str, str, str]]) -> int:
-    """What the loop's counter grows by: more than 1 where the compiler does several rounds in one."""
+    """The increment of the loop's counter: more than 1 if the compiler does several rounds in one."""
     places = [re.search(r"index=(\d+)", rest)[1] for *_, opcode, rest in condition if opcode == "get-tuple-element"]
     by_name = {name: (opcode, re.findall(r"%([\w.\-]+)", rest.split(")")[0]), rest) for name, _, opcode, rest in body}
     opcode, operands, _ = by_name[body[-1][0]]
@@ -132,14 +132,14 @@ def _step(condition: list[tuple[str, str, str, str]], body: list[tuple[str, str,
 
 
 def _received(kind: str, opcode: str, output: str, rest: str, slice_devices: int | None) -> tuple[float, bool]:
-    """Bytes that a device gets, and whether they cross from slice to slice."""
+    """Bytes that a device receives, and whether they cross between slices."""
     size = sum(_bytes(*array) for array in _ARRAY.findall(output))
     if kind == "collective-permute":
         pairs = np.array(re.findall(r"\{(\d+),(\d+)\}", rest), int)
         return (size / 2 if opcode.endswith("-start") else size), _crosses(pairs, slice_devices)
     groups = _groups(rest)
     n = groups.shape[1]
-    if opcode == "all-gather-start":  # its output holds its input too
+    if opcode == "all-gather-start":  # its output includes its input
         size *= n / (n + 1)
     if opcode == "reduce-scatter":
         size *= n
@@ -172,7 +172,7 @@ def _groups(rest: str) -> np.ndarray:
 
 
 def _numbered(dims: str, order: str | None) -> np.ndarray:
-    """Devices counted along `dims`, whose axes then change places: `32,2` and `1,0` give 0, 2, 4, ... 1, 3, 5, ..."""
+    """Devices counted along `dims`, with the axes then transposed: `32,2` and `1,0` give 0, 2, 4, ... 1, 3, 5, ..."""
     return np.arange(math.prod(_ints(dims))).reshape(_ints(dims)).transpose(_ints(order) if order else None)
 
 

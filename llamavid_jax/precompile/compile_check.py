@@ -1,11 +1,11 @@
-"""Compiles a run's train step for a TPU slice, without TPU, weights or data: what it needs, and whether it fits.
+"""Compiles a run's train step for a TPU slice, without a TPU, weights or data: what it needs, and whether it fits.
 
     python -m llamavid_jax.precompile.compile_check --config configs/stage2_instruct.yaml --topology v5e:8x8 \\
         --mesh fsdp=32,sequence=2 training.micro_batches=1
 
-A row and a line of JSON: peak memory beside the chip's, bytes that collectives move, FLOPs, and a roofline's estimate
-of the step's time.  The step is the one that train.py runs, on rows of the config's largest bucket; --features says
-that rows hold ready features of frames.  The program is compiled by `libtpu`, as on a TPU.
+It prints a row and a line of JSON: peak memory beside the chip's, bytes that collectives move, FLOPs, and a roofline
+estimate of the step's time.  The step is the one that train.py runs, on rows of the config's largest bucket; with
+--features, rows hold ready features of frames.  The program is compiled by `libtpu`, as on a TPU.
 """
 
 import argparse
@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # JAX takes seconds to import, which arguments and --help do 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What train.py and this command take alike."""
-    parser.add_argument("--topology", metavar="NAME", help="such as v5e:8x8: a generation of TPU, and chips")
-    parser.add_argument("--num-slices", type=int, default=1, metavar="N", help="slices; the data axis goes across them")
-    parser.add_argument("--quick", action="store_true", help="stop before the machine code: the same memory, sooner")
+    """The options that train.py and this command share."""
+    parser.add_argument("--topology", metavar="NAME", help="TPU generation and chips, such as v5e:8x8")
+    parser.add_argument("--num-slices", type=int, default=1, metavar="N", help="slices; the data axis spans them")
+    parser.add_argument("--quick", action="store_true", help="stop before machine code: same memory figures, sooner")
     parser.add_argument("--features", action="store_true", help="rows hold ready features of frames, as in stage 3")
 
 
@@ -49,10 +49,10 @@ def check(config: "TrainConfig", options: argparse.Namespace, mesh: str = "") ->
 @command("compile_check")
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description="Compiles a run's train step for a TPU slice.", allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="one of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="put over the file")
-    parser.add_argument("--mesh", default="", metavar="AXIS=N,...", help="put over the file's")
-    parser.add_argument("--plan", action="store_true", help="try meshes and remat for the slice; the best first")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a recipe, such as one of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the file's fields")
+    parser.add_argument("--mesh", default="", metavar="AXIS=N,...", help="overrides the file's mesh")
+    parser.add_argument("--plan", action="store_true", help="try meshes and remat for the slice, the best first")
     add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
     from llamavid_jax.training.config import read_config

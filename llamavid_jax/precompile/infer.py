@@ -1,11 +1,11 @@
 """The programs of inference, compiled for a TPU slice from shapes alone: a model's configuration → one Report each.
 
     encode     FRAME_CHUNK frames through the vision tower
-    compress   as many pairs of a frame and a question → visual tokens
-    prefill    the prompt, visual tokens and all
-    decode     the block of steps that the answer is made with; its numbers are of one token
+    compress   FRAME_CHUNK pairs of a frame and a question → visual tokens
+    prefill    the prompt with its visual tokens
+    decode     a block of decode steps; its numbers are for one token
 
-All weights lie on the chips all the time: a program's peak counts those that it does not use too.
+All weights stay on the chips, so a program's peak includes those that it does not use.
 """
 
 import dataclasses
@@ -49,10 +49,11 @@ def check_inference(
     kv_cache: str = "float",
     machine_code: bool = True,
 ) -> list[Report]:
-    """Reports of encode, compress, prefill and decode, for one row of `tokens` and `new_tokens` behind them.
+    """Reports of encode, compress, prefill and decode, for one row of `tokens` and an answer of `new_tokens`.
 
-    `config` says how the weights are quantised, `kv_cache` how the cache is (`kv_cache.KINDS`).  `mesh` empty puts all
-    devices on `tensor`; without `machine_code` as far as `buffers.py` says.  Raises InputErrors as `check_training`.
+    `config` sets how the weights are quantised, `kv_cache` how the cache is (`kv_cache.KINDS`).  An empty `mesh` puts
+    all devices on `tensor`; without `machine_code`, compiling stops where `buffers.py` does.  Raises InputErrors like
+    `check_training`.
     """
     kind = parse_dtype(dtype)
     chips = slice_mesh(topology, mesh, default=TENSOR)
@@ -119,7 +120,7 @@ def check_inference(
                     structure, params, features, pairs, pairs, questions, mask, has_cls=vision.has_cls
                 ),
                 ("qformer", "visual_tokens"),
-                flops(frames=FRAME_CHUNK, pairs=FRAME_CHUNK) - flops(frames=FRAME_CHUNK),  # of the tower's features
+                flops(frames=FRAME_CHUNK, pairs=FRAME_CHUNK) - flops(frames=FRAME_CHUNK),  # without the tower's work
             ),
             report(f"prefill {tokens} tokens", prefilled, ("llama",), flops(rows=1, row_tokens=length)),
             report(

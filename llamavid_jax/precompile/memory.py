@@ -1,4 +1,4 @@
-"""What one question about a video keeps on each device, by arithmetic: a configuration, a length → MemoryPlan.
+"""The memory that one question about a video takes on each device, by arithmetic: configuration, length → MemoryPlan.
 
     parameters of each part     in their type, cut over `tensor` as `parallel/sharding.py` cuts them
     visual tokens               of all frames
@@ -6,8 +6,9 @@
     frames in flight            two chunks of pixels and features, and the largest arrays of one block of the tower
     prompt in flight            the largest arrays of one layer
 
-Nothing is compiled, so that the compiler's own copies are not counted: `infer.py --compile-only` asks it.  For 7B in
-bfloat16 and an hour of video it says 19.5 GiB for prefill on one v6e chip (JAX 0.10.2), the plan 20.0 in all.
+Nothing is compiled, so the compiler's own copies are not counted; `infer.py --compile-only` asks the compiler.  For 7B
+in bfloat16 and an hour of video the compiler reports 19.5 GiB for prefill on one v6e chip (JAX 0.10.2), and this plan
+20.0 in total.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of one device in GiB; `there_gib` is what it has.  `items` are not all held at the same time."""
+    """Memory of one device in GiB; `there_gib` is available.  `items` are not all in memory at the same time."""
 
     device: str
     devices: int
@@ -76,10 +77,10 @@ def plan_memory(
     quantize: str | None = None,
     topology: str | None = None,
 ) -> MemoryPlan:
-    """The plan for a video of `frames` and an answer of `new_tokens`, the model cut over `tensor`.
+    """The plan for a video of `frames` and an answer of `new_tokens`, with the model cut over `tensor`.
 
     `quantize` "int8" or "int4" is the type of the kernels of LLaMA's layers, in blocks that share a scale of `dtype`.
-    `topology` is such as "v5e:1x1"; None is what is attached, all of it.  Raises CompileError for a wrong one.
+    `topology` is a slice such as "v5e:1x1"; None means all attached devices.  Raises CompileError for an invalid one.
     """
     config = config.quantized(quantize) if quantize else config
     name, devices, there = attached() if topology is None else _of_slice(topology)
@@ -123,13 +124,16 @@ def plan_memory(
 
 
 def device_bytes(leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> float:
-    """What one device holds of an array; two int4 share a byte."""
+    """Bytes of an array on one device; two int4 share a byte."""
     bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
     return math.prod(sharding.shard_shape(leaf.shape)) * bits / 8
 
 
 def attached() -> tuple[str, int, float]:
-    """Name, number and memory (GiB) of the devices: a chip's by the table, a GPU's as it says, a CPU's machine."""
+    """Kind, number and memory (GiB) of the attached devices.
+
+    A chip's memory is from the table, a GPU's from its statistics; CPU devices share the machine's.
+    """
     device, count = jax.devices()[0], jax.device_count()
     known = {chip.kind: chip.hbm_gib for chip in CHIPS.values()}
     if device.device_kind in known:

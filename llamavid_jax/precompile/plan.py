@@ -1,9 +1,9 @@
-"""Which mesh, rematerialisation and accumulation a run can take on a slice: by formula first, the best by compiling.
+"""Finds the mesh, rematerialisation and accumulation for a run on a slice: by formula first, the best by compiling.
 
-    memory     parameters, gradients and Adam's moments, exactly; what the layers of LLaMA keep for the gradient
-    time       the roofline of `roofline.py` over FLOPs, those done again, and the collectives that a mesh needs
+    memory     parameters, gradients and Adam's moments, exactly; activations that LLaMA's layers keep
+    time       the roofline of `roofline.py` over FLOPs, recomputed ones, and the collectives that a mesh needs
 
-The formula leaves out what else takes memory: it rules out only what cannot fit.
+The formula leaves out other uses of memory, so it rules out only what cannot fit.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from llamavid_jax.training.forecast import kept_bytes
 from llamavid_jax.training.layout import Layout, lay_out
 from llamavid_jax.weights import inventory
 
-LONG = 8192  # tokens of a row from which on it may be cut over `sequence`
-LANES = 128  # a cut row keeps a multiple of it
+LONG = 8192  # rows of at least so many tokens may be cut over `sequence`
+LANES = 128  # the parts of a cut row are multiples of it
 
 
 class Try(NamedTuple):
-    """One set of choices, with the GiB that it needs at least and the seconds of a step at best, by formula."""
+    """One set of choices, with lower bounds by formula: the GiB that it needs and the seconds of a step."""
 
     mesh: dict[str, int]
     remat: str
@@ -56,7 +56,7 @@ def plan(
 ) -> list[Report]:
     """Reports of the `compiles` most promising choices, the fastest that fits first.
 
-    Raises CompileError with the remedy where none can fit.
+    Raises CompileError with the remedy if none can fit.
     """
     layout, devices = in_own_process(_layout, config, topology, num_slices)
     tries = rank(config, layout, topology, devices, num_slices, features)
@@ -77,7 +77,7 @@ def plan(
 
 
 def _layout(config: TrainConfig, topology: str, num_slices: int) -> tuple[Layout, int]:
-    """The parameters of the run, on one device, and how many devices the slices have."""
+    """The run's parameters, laid out on one device, and the number of devices in the slices."""
     devices = slice_devices(topology, num_slices)
     layout = lay_out(config, make_mesh(jax.devices()[:1]))
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in layout.trained.items()}
@@ -88,7 +88,7 @@ def _layout(config: TrainConfig, topology: str, num_slices: int) -> tuple[Layout
 def rank(
     config: TrainConfig, layout: Layout, topology: str, devices: int, num_slices: int = 1, features: bool = False
 ) -> list[Try]:
-    """Every choice, the fastest by formula first; of accumulation the least that fits."""
+    """Every choice, those that fit first, then by seconds; each with the least accumulation that fits."""
     chip, shape, batch = chip_of(topology), largest(config.data.shapes), config.training.batch_size
     tries = []
     for mesh in meshes(layout.config.text_config, shape, devices, num_slices):
@@ -108,7 +108,7 @@ def rank(
 
 
 def meshes(text: LlamaConfig, shape: RowShape, devices: int, num_slices: int) -> Iterator[dict[str, int]]:
-    """All meshes of the slices: `tensor` divides the heads, `sequence` long rows, slices are on `data`."""
+    """All meshes of the slices: `tensor` divides the heads, `sequence` divides long rows, slices are on `data`."""
     inner = devices // num_slices
     for tensor in (
         size for size in range(1, min(inner, 16) + 1) if math.gcd(inner, text.num_key_value_heads) % size == 0
@@ -130,7 +130,7 @@ def _try(
 ) -> Try:
     shape, text = largest(config.data.shapes), layout.config.text_config
     rows = config.training.batch_size // micro_batches // shards(mesh, "batch")
-    tokens = rows * shape.tokens // shards(mesh, "sequence")  # of a device at a time
+    tokens = rows * shape.tokens // shards(mesh, "sequence")  # on a device at a time
     state, gathered = _parameters(layout, mesh)
     run = Try(mesh, remat, micro_batches, 0.0, 0.0).overrides(config)
     best = estimate(
@@ -144,7 +144,7 @@ def _try(
 
 
 def _parameters(layout: Layout, mesh: dict[str, int]) -> tuple[float, float]:
-    """Bytes of a device that hold the state and the gradients; bytes that it receives of parameters and gradients."""
+    """Bytes that a device holds of state and gradients, and bytes that it receives of parameters and gradients."""
     cut = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
     leaves = layout.trained | layout.frozen
     axes = inventory.axes(layout.config, {path: leaf.shape for path, leaf in leaves.items()})
@@ -155,7 +155,7 @@ def _parameters(layout: Layout, mesh: dict[str, int]) -> tuple[float, float]:
         parts, tensor = math.prod(mesh[axis] for axis in axes_used), mesh[TENSOR] if TENSOR in axes_used else 1
         trains = path in layout.trained
         held += leaf.size / parts * (16 if trains else leaf.dtype.itemsize)  # itself, gradient, two moments
-        gathered = leaf.size * (1 - tensor / parts) / tensor  # of what this device computes with, what others hold
+        gathered = leaf.size * (1 - tensor / parts) / tensor  # what this device computes with and others hold
         received += gathered * (2 * 2 + 4 * trains)  # forwards and backwards in 16 bits, the gradient in 32
     return held, received
 

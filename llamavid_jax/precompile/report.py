@@ -1,4 +1,4 @@
-"""What the compiler says of one program on one slice: numbers, a row of a table, a line of JSON."""
+"""What the compiler reports for one program on one slice: numbers, a row of a table, a line of JSON."""
 
 import dataclasses
 import json
@@ -24,11 +24,11 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Memory in GiB of one device; `collectives` by kind, of one device and step; `flops` of all devices together.
+    """Memory in GiB per device; `collectives` by kind, per device and step; `flops` of all devices together.
 
-    `seconds`, `bound` and `utilisation` are the roofline's estimate, `published` the part of its speed that published
-    steps reach on such chips (`models/published.py`; 0: unknown).  Of a program that does not fit only `peak_gib` is
-    known, and `remedy` says what to change.
+    `seconds`, `bound` and `utilisation` are the roofline's estimate; `published` is the fraction of that speed that
+    published steps reach on such chips (`models/published.py`; 0 if unknown).  For a program that does not fit, only
+    `peak_gib` is known, and `remedy` says what to change.
     """
 
     program: str
@@ -49,7 +49,7 @@ class Report:
     utilisation: float = 0.0
     published: float = 0.0
     replicated_mib: dict[str, float] = dataclasses.field(default_factory=dict)
-    machine_code: bool = True  # whether the compiler went on to it (`buffers.py`)
+    machine_code: bool = True  # whether it was generated (`buffers.py`)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -92,7 +92,7 @@ def compile_report(
     machine_code: bool = True,
     **known: Any,
 ) -> Report:
-    """Compiles and reads what there is to read; `remedy` is what to change where it does not fit."""
+    """Compiles the program and collects its numbers; `remedy` is what to change if it does not fit."""
     began = time.perf_counter()
     common = {"hbm_gib": chip.hbm_gib, "flops": flops, "versions": versions(), "machine_code": machine_code, **known}
     try:
@@ -138,7 +138,7 @@ def _compiled(lowered: jax.stages.Lowered) -> Assigned:
 
 
 def show(reports: Sequence[Report]) -> int:
-    """Prints each report, as text and as a line of JSON; returns the exit code, 1 where one does not fit."""
+    """Prints each report, as text and as a line of JSON; returns the exit code, 1 if a program does not fit."""
     for report in reports:
         print("\n".join(f"{name:34} {cell}" for name, cell in zip(COLUMNS, report.row(), strict=True)))
         for path, size in report.replicated_mib.items():

@@ -1,8 +1,8 @@
-"""How long a step takes at best, from what it computes and moves and what the chips' makers state.
+"""A lower bound on the time of a step, from what it computes and moves and the chips' stated speeds.
 
     seconds = max((FLOPs + recomputed) / peak, bytes of memory / bandwidth, bytes of collectives / bandwidth)
 
-That is an estimate, and a lower bound: it takes each unit to run at its stated peak, all of them at the same time.
+The estimate assumes that each unit runs at its stated peak, all of them at the same time.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ Number = int | float
 
 
 class Estimate(NamedTuple):
-    """`seconds` of a step at best, `bound` the unit that takes them, `utilisation` of the peak FLOP/s (MFU)."""
+    """`seconds` of a step at best, `bound` the unit that limits it, `utilisation` of the peak FLOP/s (MFU)."""
 
     seconds: float
     bound: str
@@ -26,7 +26,7 @@ def estimate(
 ) -> Estimate:
     """The step of one device: its share of the FLOPs, and the bytes that it reads, writes and receives.
 
-    `recomputed` FLOPs, of rematerialisation, take time but do not count as used.
+    `recomputed` FLOPs, of rematerialisation, take time but do not count for the utilisation.
     """
     seconds: Mapping[str, float] = {
         "compute": (flops + recomputed) / (chip.tflops * 1e12),

@@ -1,7 +1,7 @@
 """TPU slices that are not attached: `"v5e:8x8"` → devices that programs can be compiled for, on any machine.
 
-The compiler is the one in the `libtpu` wheel, the same that a TPU runs with (jax.experimental.topologies).  It runs
-in a process of its own, whose memory is free again afterwards and whose end by the system is an error like others.
+The compiler is the one in the `libtpu` wheel, the same that a TPU runs with (jax.experimental.topologies).  It runs in
+a process of its own, so that its memory is freed afterwards, and that an error is raised if the system kills it.
 """
 
 import math
@@ -20,7 +20,7 @@ from llamavid_jax.errors import InputError
 from llamavid_jax.parallel.chips import CHIPS, Chip
 from llamavid_jax.parallel.mesh import DATA, FSDP, ShardingError, make_mesh, parse_mesh
 
-ENVIRONMENT = {  # read when libtpu loads: nobody to ask about an attached TPU, and none to keep to itself
+ENVIRONMENT = {  # read when libtpu loads: it queries no metadata server about a TPU, and locks none
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -39,7 +39,7 @@ class CompileError(InputError):
 
 
 class OutOfMemoryError(CompileError):
-    """A program that needs more memory than a chip has: `needed`, and what is `there`, in GiB."""
+    """A program that needs more memory than a chip has: `needed` and available (`there`), in GiB."""
 
     def __init__(self, needed: float, there: float):
         super().__init__(f"{needed:.1f} GiB needed, {there:.1f} GiB available")
@@ -50,7 +50,7 @@ class OutOfMemoryError(CompileError):
 
 
 def chip_of(topology: str) -> Chip:
-    """The row of `chips.py`.  Raises CompileError for a name that does not begin with a generation."""
+    """The row of `chips.py`.  Raises CompileError for an unknown generation or a malformed shape."""
     name, _, shape = topology.partition(":")
     chip = CHIPS.get(name)
     sides = [side for side in shape.split("x") if re.fullmatch(r"[1-9]\d*", side)]
@@ -90,7 +90,7 @@ def slice_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
 def slice_mesh(topology: str, text: str, num_slices: int = 1, default: str = FSDP) -> Mesh:
     """The mesh over all devices of the slices: `text`, or else slices on `data` and the rest on `default`.
 
-    Raises ShardingError where `text` has more or fewer devices.
+    Raises ShardingError if `text` has more or fewer devices.
     """
     devices = slice_devices(topology, num_slices)
     outer = {DATA: num_slices} if num_slices > 1 else {}
@@ -104,7 +104,7 @@ def slice_mesh(topology: str, text: str, num_slices: int = 1, default: str = FSD
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Raises OutOfMemoryError where the program needs more than a chip's memory, CompileError for other reasons."""
+    """Raises OutOfMemoryError if the program needs more than a chip's memory, CompileError for other reasons."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -112,7 +112,7 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def refusal(error: jax.errors.JaxRuntimeError) -> CompileError:
-    """What the compiler's error says."""
+    """The exception for a compiler's error."""
     if found := _OUT_OF_HBM.search(str(error)):
         needed, unit, there, there_unit = found.groups()
         return OutOfMemoryError(float(needed) * _GIB[unit], float(there) * _GIB[there_unit])
@@ -120,10 +120,10 @@ def refusal(error: jax.errors.JaxRuntimeError) -> CompileError:
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any, limit: float | None = None) -> Any:
-    """`function(*arguments)`, in a process that ends with it.
+    """The result of `function(*arguments)`, run in a process of its own.
 
-    Raises CompileError after `limit` seconds, where the compiler crashed, and where the system ended the process, which
-    it does for its memory.
+    Raises CompileError after `limit` seconds, if the compiler crashed, and if the system killed the process, as it does
+    when memory runs out.
     """
     os.environ.update(ENVIRONMENT)
     context = get_context("spawn")

@@ -1,7 +1,7 @@
 """A run's train step, compiled for a TPU slice from shapes alone: TrainConfig, "v5e:8x8" → Report.
 
-The step, the places of its arrays and its batch are those of `training/loop.py`; the rows are the config's largest
-bucket.
+The step, the sharding of its arrays and its batch are those of `training/loop.py`; the rows have the shape of the
+config's largest bucket.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from llamavid_jax.training.layout import Layout, batch_sharding, check_rows, lay
 from llamavid_jax.training.optimizer import lr_factors
 from llamavid_jax.training.step import make_train_step
 
-REPLICATED = 0.02  # of the parameters may be replicated on a mesh that could shard them
+REPLICATED = 0.02  # fraction of the parameters that may be replicated on a mesh that could shard them
 
 
 def check_training(
@@ -37,10 +37,11 @@ def check_training(
     name: str = "",
     machine_code: bool = True,
 ) -> Report:
-    """Compiles the step of `config` for `topology`; without `machine_code` as far as `buffers.py` says.
+    """Compiles the step of `config` for `topology`; without `machine_code`, only as far as `buffers.py` does.
 
-    `mesh` stands before the config's; all devices on `fsdp`, slices on `data`, where neither says.  Raises InputErrors
-    for what does not go together, CompileError for what the compiler refuses; what does not fit is a Report.
+    `mesh` overrides the config's; if neither is set, all devices are on `fsdp` and slices on `data`.  Raises
+    InputErrors for settings that do not go together and CompileError for what the compiler refuses; a program that does
+    not fit gives a Report.
     """
     device_mesh = slice_mesh(topology, mesh or config.mesh, num_slices)
     config = dataclasses.replace(config, training=on_mesh(config.training, device_mesh))
@@ -79,7 +80,7 @@ def check_training(
 
 
 def largest(shapes: Sequence[RowShape]) -> RowShape:
-    """The bucket that needs most: the longest rows, of those with the most frames, and so on."""
+    """The bucket that needs most: that with the longest rows; of several, that with the most frames, and so on."""
     return max(shapes, key=lambda shape: (shape.tokens, shape.frames, shape.pairs, shape.questions))
 
 
@@ -127,9 +128,9 @@ def step_flops(config: TrainConfig, layout: Layout, shape: RowShape, features: b
 
 
 def check_replicated(layout: Layout, mesh: Mesh) -> dict[str, float]:
-    """The largest parameters of which every device holds a copy, in MiB.
+    """The largest parameters that are replicated on all devices, in MiB.
 
-    Raises ShardingError where they are more than REPLICATED of all parameters on a mesh that is meant to shard them.
+    Raises ShardingError if replicated ones are more than REPLICATED of all parameters on a mesh that should shard them.
     """
     leaves: Mapping[str, jax.ShapeDtypeStruct] = layout.trained | layout.frozen
     whole = {path: leaf for path, leaf in leaves.items() if leaf.sharding.is_fully_replicated}
@@ -144,7 +145,7 @@ def check_replicated(layout: Layout, mesh: Mesh) -> dict[str, float]:
 
 
 def remedy(config: TrainConfig, mesh: Mesh, shape: RowShape) -> str:
-    """What to change where the step does not fit."""
+    """What to change if the step does not fit."""
     loop, batch_shards = config.training, copies(mesh)
     tries = [] if loop.remat == "full" else ["training.remat=full"]
     if loop.batch_size // loop.micro_batches > batch_shards:

@@ -2,7 +2,7 @@
 
     llamavid-serve --model DIR
 
-The page's address goes to stderr once the programs are ready.  SIGTERM ends it after the answers that run.
+The page's address goes to stderr once the programs are compiled.  On SIGTERM the server completes running answers.
 """
 
 import argparse
@@ -26,34 +26,34 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="llamavid-serve", description="Serve LLaMA-VID with OpenAI's protocol.", allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="DIR", help="a converted checkpoint")
-    parser.add_argument("--name", help="what requests call the model (the folder's name)")
+    parser.add_argument("--name", help="the model's name in requests (the folder's name)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (8000)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free port (8000)")
     parser.add_argument(
         "--api-key", action="append", default=[], metavar="KEY", help="repeatable; or $LLAMAVID_API_KEY, which ps hides"
     )
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="answers that run at once (8)")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (512)")
-    parser.add_argument("--queue", type=int, default=64, metavar="N", help="answers that may wait (64); then 429")
+    parser.add_argument("--queue", type=int, default=64, metavar="N", help="answers that may wait (64); more get a 429")
     parser.add_argument(
         "--deadline", type=float, default=600, metavar="S", help="seconds for a request (600); then 408"
     )
     parser.add_argument("--uploads", metavar="DIR", help="folder that keeps uploads (a temporary one)")
-    parser.add_argument("--max-uploads", type=float, default=20, metavar="GB", help="of all uploads (20)")
-    parser.add_argument("--max-upload", type=float, default=2, metavar="GB", help="of one file or URL (2)")
-    parser.add_argument("--max-body", type=float, default=128, metavar="MB", help="of one request (128)")
-    parser.add_argument("--max-frames", type=int, default=20_000, metavar="N", help="of one film (20,000)")
-    parser.add_argument("--feature-memory", type=float, default=4, metavar="GB", help="films kept encoded (4)")
+    parser.add_argument("--max-uploads", type=float, default=20, metavar="GB", help="size of all uploads (20)")
+    parser.add_argument("--max-upload", type=float, default=2, metavar="GB", help="size of one file or URL (2)")
+    parser.add_argument("--max-body", type=float, default=128, metavar="MB", help="size of one request (128)")
+    parser.add_argument("--max-frames", type=int, default=20_000, metavar="N", help="frames of one video (20,000)")
+    parser.add_argument("--feature-memory", type=float, default=4, metavar="GB", help="memory for encoded videos (4)")
     add_cache(parser)
-    parser.add_argument("--decoder-memory", type=float, default=4, metavar="GB", help="of each decoding process (4)")
+    parser.add_argument("--decoder-memory", type=float, default=4, metavar="GB", help="per decoding process (4)")
     add_transcribe(parser, "requests may ask for subtitles from the sound")
-    parser.add_argument("--media-root", type=Path, metavar="DIR", help="requests may name files below it (none)")
+    parser.add_argument("--media-root", type=Path, metavar="DIR", help="folder whose files requests may name (none)")
     parser.add_argument("--allow-private", action="store_true", help="fetch URLs of this machine and private networks")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="type of the weights (bfloat16)"
     )
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="the weights, while they are loaded")
-    parser.add_argument("--kv-cache", default="float", choices=["float", "int8"], help="of decoding (float)")
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights while they are loaded")
+    parser.add_argument("--kv-cache", default="float", choices=["float", "int8"], help="type of the KV cache (float)")
     parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
     options = parser.parse_args(arguments)
     for name, least in (("slots", 1), ("max_new_tokens", 1), ("queue", 0), ("max_frames", 1), ("port", 0)):
@@ -79,7 +79,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def make_server(options: argparse.Namespace, uploads: str):
-    """Loads the model and makes its programs; says how long that takes."""
+    """Loads the model and compiles its programs; reports how long that takes."""
     from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration
     from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
     from llamavid_jax.parallel.mesh import make_mesh, parse_mesh
@@ -108,7 +108,7 @@ def make_server(options: argparse.Namespace, uploads: str):
     say("making the programs")
     say(f"the programs took {engine.start() + preparer.warm():.0f} s")
     gc.collect()
-    gc.freeze()  # 400,000 objects that stay: a full collection comes when a quarter of what it saw is new
+    gc.freeze()  # 400,000 objects stay: full collections, due when a quarter as many are new, skip them
     limits = Limits(options.queue, options.deadline, int(options.max_body * 1e6), int(options.max_upload * 1e9))
     hosts = ("127.0.0.1", "localhost", "[::1]") if options.host in LOCAL else ("*",)
     return Server(options.name, engine, preparer, limits, tuple(options.api_key), hosts)
@@ -117,7 +117,7 @@ def make_server(options: argparse.Namespace, uploads: str):
 @command("llamavid-serve")
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    import uvicorn  # whoever has not installed it is told so
+    import uvicorn  # `command` reports it if it is not installed
 
     program.keep_programs()
     if threading.current_thread() is threading.main_thread():
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
             timeout_graceful_shutdown=int(options.deadline) + 1,
         )
         socket = config.bind_socket()
-        socket.listen(config.backlog)  # whoever reads the address may connect
+        socket.listen(config.backlog)  # clients may connect once they read the address
         host, port = socket.getsockname()[:2]
         say(f"serving {options.name} at http://{f'[{host}]' if ':' in host else host}:{port}")
         uvicorn.Server(config).run(sockets=[socket])

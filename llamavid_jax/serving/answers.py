@@ -1,4 +1,4 @@
-"""The answers to one request: from its preparation over their pieces to their end."""
+"""The answers to one request, from its preparation to the last piece of each answer."""
 
 import asyncio
 import contextlib
@@ -25,13 +25,13 @@ class GoneError(Exception):
 
 @runtime_checkable
 class Shared(Protocol):
-    """What all requests share: the server, as far as its answers know it."""
+    """What all requests share: those parts of the server that their answers use."""
 
     name: str
     engine: Engine
     preparer: Preparer
     metrics: Metrics
-    threads: Any  # that requests are prepared in
+    threads: Any  # in which requests are prepared
     deadline: float
     answers: int  # admitted and not yet ended
 
@@ -39,7 +39,7 @@ class Shared(Protocol):
 
 
 class Answers:
-    """The `n` answers of one request, which is admitted as one answer before its body says how many."""
+    """The `n` answers of one request; it is admitted as a single one until its body has been read."""
 
     asked: Asked
     prepared: Prepared | None = None
@@ -52,7 +52,7 @@ class Answers:
         self._gone = threading.Event()
 
     def admit(self, places: int) -> None:
-        """Takes so many places in the queue, with those it has; ApiError where there are too few."""
+        """Sets how many places in the queue it takes; ApiError if there are too few."""
         self.server.admit(places - self.places)
         self.places = places
 
@@ -64,7 +64,7 @@ class Answers:
 
         def into_queue(index: int) -> Callable[[Piece], None]:
             def put(piece: Piece) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: the engine goes on for others
+                with contextlib.suppress(RuntimeError):  # the loop is closed: the engine continues for others
                     loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
 
             return put
@@ -81,7 +81,7 @@ class Answers:
             raise GoneError
 
     async def new_texts(self) -> AsyncIterator[tuple[int, str, Piece]]:
-        """(choice, its new text without blanks around the answer, piece) until all have ended."""
+        """(choice, its new text, piece) until all answers have ended; white space around an answer is removed."""
         texts, told, left, first = [""] * self.asked.n, [0] * self.asked.n, self.asked.n, True
         while left:
             index, piece = await self.pieces.get()
@@ -106,7 +106,7 @@ class Answers:
         return self.reply.whole(choices, usage(prompt, sum(piece.tokens for piece in last.values())))
 
     async def events(self, prompt: int, seconds: float) -> AsyncIterator[str]:
-        """The lines of the stream; an error in the middle of it is an event."""
+        """The lines of the stream; an error during the stream becomes an event."""
         try:
             tokens = [0] * self.asked.n
             for index in range(self.asked.n):
@@ -128,7 +128,7 @@ class Answers:
         yield "data: [DONE]\n\n"
 
     async def _end(self, piece: Piece) -> dict[str, Any]:
-        """The fields of a choice: `evidence`, which OpenAI's has not, and `logprobs` where they were asked for."""
+        """The fields of a choice: `evidence`, which is not in OpenAI's protocol, and `logprobs`, if requested."""
         fields: dict[str, Any] = {"finish_reason": piece.finish}
         if piece.evidence is not None:
             found = self.prepared.rests_on, piece.evidence, self.server.preparer.look
@@ -139,17 +139,17 @@ class Answers:
         return fields
 
     def end(self) -> None:
-        """Whatever still runs for it ends within a block; its places in the queue are free."""
+        """Cancels what still runs, which ends within a block, and frees the places in the queue."""
         self._gone.set()
         for job in self.jobs:
             job.cancelled = True
-        self.jobs.clear()  # which know this: arrays are free at once, and not when cycles are collected
+        self.jobs.clear()  # jobs refer back to this: now arrays are freed at once, without the garbage collector
         self.prepared = None
         self.server.answers -= self.places
 
 
 class Events(StreamingResponse):
-    """A stream that ends its answers however it ends itself, also where it is never begun."""
+    """A stream that ends its answers however it ends itself, even if it never begins."""
 
     def __init__(self, answers: Answers, prompt: int, seconds: float):
         self.answers = answers
@@ -163,7 +163,7 @@ class Events(StreamingResponse):
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """What `work` returns; it is cancelled when the client goes away."""
+    """The result of `work`, which is cancelled if the client disconnects."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -185,5 +185,5 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def late(deadline: float) -> ApiError:
-    """The error of a request whose time is up."""
+    """The error of a request that missed its deadline."""
     return ApiError(408, f"the answer took longer than {deadline:g} s; ask about less, or try again", "deadline")

@@ -1,8 +1,8 @@
 """The routes: OpenAI's protocol over HTTP, as an ASGI application.
 
 POST /v1/chat/completions   admitted? ─ prepare, in a thread ─▶ row ─ engine ─▶ pieces ─▶ one object, or SSE
-GET  /v1/models             POST, GET, DELETE /v1/files; /v1/uploads for those by ranges or in parts
-GET  /health /ready         whether the process lives, whether it answers; GET /metrics; GET / the page
+GET  /v1/models             POST, GET, DELETE /v1/files; /v1/uploads by ranges or in parts
+GET  /health /ready         whether the process runs, whether it can answer; GET /metrics; GET / the page
 """
 
 import asyncio
@@ -44,11 +44,11 @@ KINDS = {"index.html": "text/html", "page.css": "text/css", "page.js": SCRIPT, "
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one server takes."""
+    """The limits of one server."""
 
     queue: int = 64  # answers that wait, beside those that have a slot
     deadline: float = 600.0  # seconds for a request
-    max_body: int = 128 << 20  # bytes of a request, pictures and films as data: URLs and all
+    max_body: int = 128 << 20  # bytes of a request, data: URLs included
     max_upload: int = 2 << 30  # bytes of one file
 
 
@@ -129,11 +129,11 @@ class Server:
         except TimeoutError:
             raise late(self.deadline) from None
         finally:
-            if response is None:  # else it ends them
+            if response is None:  # else the stream ends them
                 answers.end()
 
     def admit(self, answers: int) -> None:
-        """Takes places in the queue, which `Answers.end` gives back."""
+        """Takes places in the queue, which `Answers.end` frees."""
         if self.answers + answers > self.engine.slots + self.limits.queue:
             raise ApiError(429, "the server is busy; try again", "queue_full", {"Retry-After": "2"})
         self.answers += answers
@@ -167,9 +167,10 @@ class Server:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "llamavid_jax"}
 
     async def upload(self, request: Request) -> Response:
-        """A form with `file` and `purpose`, as OpenAI's; a large one is on disk before it is looked at.
+        """A form with `file` and `purpose`, as in OpenAI's protocol; a large file goes to disk while it arrives.
 
-        Or, as JSON, the `url` of a file that is fetched, which takes a place in the queue meanwhile."""
+        Or JSON with the `url` of a file to fetch, which takes a place in the queue meanwhile.
+        """
         if "json" in request.headers.get("content-type", ""):
             body = await self._body(request)
             self.admit(1)
@@ -195,7 +196,7 @@ class Server:
         return JSONResponse(await anyio.to_thread.run_sync(self.parts.find, request.path_params["key"]))
 
     async def put(self, request: Request) -> Response:
-        """The file, or its bytes of a Content-Range; what came stays where the connection breaks."""
+        """Receives a file, or its bytes of a Content-Range; received bytes stay if the connection breaks."""
         key = request.path_params["key"]
         about = await anyio.to_thread.run_sync(self.parts.find, key)
         said, length = (request.headers.get(f"content-{name}") for name in ("range", "length"))
@@ -238,7 +239,7 @@ class Server:
         return JSONResponse(about)
 
     async def content(self, request: Request) -> Response:
-        """The bytes, as a download: no browser shows them as a page of ours."""
+        """The bytes, as a download, so that no browser shows them as a page of this server."""
         return Content(self.uploads, request.path_params["key"])
 
     # ---- the rest
@@ -255,7 +256,7 @@ class Server:
 
 
 class Content(FileResponse):
-    """An uploaded file, which stays on disk until it is sent, also where it is deleted meanwhile."""
+    """An uploaded file, which stays on disk until it is sent, even if it is deleted meanwhile."""
 
     def __init__(self, uploads: Uploads, key: str):
         self.reading = uploads.reading(key)

@@ -1,9 +1,9 @@
-"""The running decode batch on the device: B slots, which rows join and leave while the others go on.
+"""The running decode batch on the device: B slots, which rows join and leave while other rows continue.
 
     a row's prompt  ─ extend, chunk by chunk ─▶ KeysValues [L, 1, t, K, H] ─ join ─▶ slot b of a DecodeState
 
-T is one of a few sizes, that of the longest prompt in the batch; the answers share a ring (`models/kv_cache.py`).  So a
-fixed set of programs serves every request.
+The batch keeps prompts at one of a few lengths T, which fits its longest prompt; the answers share a ring buffer
+(`models/kv_cache.py`).  So a fixed set of programs serves every request.
 """
 
 import functools
@@ -22,9 +22,9 @@ SCORED, MOST_LIKELY = 64, 20  # tokens of an answer that are scored at a time, a
 
 
 def prompt_sizes(longest: int, chunk: int) -> list[int]:
-    """The lengths T that prompts of up to `longest` positions are kept in: `chunk`, four times that, ... and the last.
+    """The lengths T for prompts of up to `longest` positions: `chunk`, 4 × `chunk`, 16 × `chunk`, ..., `longest`.
 
-    All are multiples of `chunk`.
+    All are multiples of `chunk`, the last one rounded up.
     """
     last, sizes = -(-longest // chunk) * chunk, []
     size = chunk
@@ -34,16 +34,16 @@ def prompt_sizes(longest: int, chunk: int) -> list[int]:
     return [*sizes, last]
 
 
-# `keep_unused`: arrays that are made beside the model's are bound to its devices, as all that is computed of them is.
-# Programs differ by that, so that there would be two of each that takes an empty one
+# `keep_unused`: made in a program that takes the model's arrays, new arrays are committed to its devices, like all that
+# is computed from them.  Otherwise each program that takes an empty array would be compiled twice
 @functools.partial(jax.jit, static_argnums=(0, 2), keep_unused=True)
 def empty_row(structure: Structure, params: Params, slots: int) -> tuple[Int[Array, " 1"], KeysValues]:
-    """What `extend` goes on from when a prompt begins: a token of no meaning, and room for `slots` positions."""
+    """What `extend` starts a prompt from: a dummy token, and room for `slots` positions."""
     return jnp.zeros(1, jnp.int32), _empty_prompts(structure.model(params), 1, slots)
 
 
 def _empty_prompts(model: LlamaVid, rows: int, slots: int) -> KeysValues:
-    """Zeros `[L, rows, slots, K, H]`, of the kind that the model's cache is."""
+    """Zeros `[L, rows, slots, K, H]`, in the format of the model's cache."""
     config = model.llama.config
     zeros = jnp.zeros((rows, slots, config.num_key_value_heads, config.head_dim), model.llama.embed.dtype)
 
@@ -54,14 +54,14 @@ def _empty_prompts(model: LlamaVid, rows: int, slots: int) -> KeysValues:
 
 
 def _placed(state: DecodeState) -> DecodeState:
-    """The rows where a mesh has them, as `decode_block` returns them."""
+    """The state with its rows sharded as `decode_block` returns them."""
     rows = {name: constrain(getattr(state, name), AXES[1]) for name in ("token", "position", "done")}
     return state._replace(**rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4), keep_unused=True)
 def empty_batch(structure: Structure, params: Params, rows: int, slots: int, room: int) -> DecodeState:
-    """A batch without a row: prompts of `slots` positions, answers of `room`."""
+    """A batch without rows: prompts of `slots` positions, answers of `room`."""
     prompt = _empty_prompts(structure.model(params), rows, slots)
     zeros = jnp.zeros(rows, jnp.int32)
     cache = KVCache(prompt, prompt.room(room), jnp.int32(0), zeros)
@@ -94,13 +94,13 @@ def join(
 
 @functools.partial(jax.jit, static_argnames="slots")
 def prompt_of(state: DecodeState, slot: Int[Array, ""], *, slots: int) -> KeysValues:
-    """What `join` put into `slot`: the prompt of one row, `slots` positions of it."""
+    """The prompt that `join` put into `slot`, its first `slots` positions."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 1)[:, :, :slots], state.cache.prompt)
 
 
 @functools.partial(jax.jit, static_argnames="slots")
 def resized(state: DecodeState, *, slots: int) -> DecodeState:
-    """The same with prompts of `slots` positions, which must hold those of all rows."""
+    """The batch with prompts of `slots` positions, which must hold those of all rows."""
     prompt = state.cache.prompt
     if slots < prompt.slots:
         prompt = jax.tree.map(lambda x: x[:, :, :slots], prompt)
@@ -116,8 +116,11 @@ def score(
     ids: Int[Array, "1 SCORED"],
     start: Int[Array, ""],
 ) -> tuple[Float[Array, "1 SCORED"], Int[Array, "1 SCORED K"], Float[Array, "1 SCORED K"], KeysValues]:
-    """The log-probabilities of `ids`, each behind that of `before`, whose first one stands at `start`; and the
-    MOST_LIKELY ids in their places with theirs.  The prompt grows by `before`."""
+    """Log-probabilities of `ids`, each as the token that follows the one at the same index in `before`.
+
+    Also returns the MOST_LIKELY ids at each position with theirs.  `before` begins at position `start`; the returned
+    prompt is longer by `before`.
+    """
     model: LlamaVid = structure.model(params)
     hidden, prompt = model.llama.extend(model.llama.embed(before), start, prompt)
     every = jax.nn.log_softmax(model.llama.logits(hidden))

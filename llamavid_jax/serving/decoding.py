@@ -1,8 +1,9 @@
-"""Pictures, films and their sound are decoded in a process of their own, with a memory limit: a file that crashes
-FFmpeg's or Pillow's libraries, or blows them up, costs its own request and not the server.
+"""Decodes images, videos and their sound in separate processes with a memory limit.
+
+A file that crashes FFmpeg's or Pillow's libraries, or exhausts memory, costs its own request and not the server.
 
     path ─ a process forked from one that holds no more than the readers ─▶ Sampling, then pixels [f, 3, S, S]
-                                                                         ─▶ Cues of what is said
+                                                                         ─▶ Cues of the speech
 """
 
 import contextlib
@@ -28,7 +29,7 @@ PROCESSES.set_forkserver_preload([__name__])
 
 
 class Reading(NamedTuple):
-    """How a film is read: `fps`, or `num_frames` at equal distances; up to `most`, `chunk` at a time."""
+    """How a video is read: `fps`, or `num_frames` evenly spaced; up to `most` frames, `chunk` at a time."""
 
     fps: float | int
     most: int
@@ -36,7 +37,7 @@ class Reading(NamedTuple):
     num_frames: int | None = None
 
     def adapt(self, sampling: Sampling) -> Sampling:
-        """A film of fewer frames than `num_frames` is read whole."""
+        """Replaces the frames by `num_frames` evenly spaced ones, if given; a video with fewer is read whole."""
         if self.num_frames is None:
             return sampling
         total = len(sampling.timeline.times)
@@ -45,7 +46,7 @@ class Reading(NamedTuple):
 
 
 def check_length(path: Path, timeline: Timeline, frames: int, most: int) -> None:
-    """Raises MediaError for more frames than fit."""
+    """Raises MediaError if there are more frames than fit."""
     if frames > most:
         raise MediaError(
             f"{path} lasts {timeline.seconds:.0f} s, which are {frames} frames, and {most} fit; "
@@ -60,16 +61,16 @@ def decoded(
     max_bytes: int,
     check: Callable[[], None],
 ) -> Iterator[Any]:
-    """Of a film its Sampling and then its pixels, of a picture (`reading` None) its pixels alone.
+    """Yields a video's Sampling and then its pixels; for an image (`reading` None) only its pixels.
 
-    The process has `max_bytes` of memory.  `check`, called while it works, raises where nobody waits any more.  Raises
-    InputErrors, and MediaError where the process died.
+    The process has `max_bytes` of memory.  `check`, called while it works, raises if nobody waits any more.  Raises
+    InputErrors, and MediaError if the process died.
     """
     return _made_apart(_decode, path, (images, reading), max_bytes, check)
 
 
 def heard(path: Path, model: str, max_bytes: int, check: Callable[[], None]) -> list[Cue]:
-    """What is said in a film, by its sound; `model` is faster-whisper's.  All else as of `decoded`."""
+    """The speech in a video, from its sound; `model` is one of faster-whisper's.  Otherwise like `decoded`."""
     (cues,) = _made_apart(_listen, path, (model,), max_bytes, check)
     return cues
 
@@ -98,7 +99,7 @@ def _listen(send: Send, path: Path, model: str) -> None:
 def _made_apart(
     make: Callable[..., None], path: Path, arguments: tuple, max_bytes: int, check: Callable[[], None]
 ) -> Iterator[Any]:
-    """What `make(send, path, *arguments)` sends, in a process of its own."""
+    """Yields what `make(send, path, *arguments)` sends from a process of its own."""
     receiver, sender = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=_work, args=(sender, make, path, arguments, max_bytes), daemon=True)
     process.start()
@@ -111,7 +112,7 @@ def _made_apart(
             if isinstance(got, Exception):
                 raise got
             if got is None:
-                process.join(1)  # it may have something to tidy up
+                process.join(1)  # it may have to clean up
                 return
             yield got
     except (EOFError, OSError):
@@ -127,7 +128,7 @@ def _made_apart(
 
 
 def _work(sender: Connection, make: Callable[..., None], path: Path, arguments: tuple, max_bytes: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which answers what it has begun
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which completes running answers
     with contextlib.suppress(ImportError, ValueError, OSError):  # a system without such limits
         import resource
 

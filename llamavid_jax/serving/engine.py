@@ -2,9 +2,9 @@
 
     submit ─▶ waiting ─ a free slot ─▶ prefilling, chunk by chunk ─ join ─▶ running, block by block ─▶ on_piece
 
-Between two blocks of decode steps at most PREFILL_POSITIONS of new prompts are run, in turn for all that are being
-prefilled: a long prompt delays neither the words of others nor the short prompts behind it.  Up to the rounding of the
-model's type a row's greedy ids are what they are alone, and with a seed so are those that are drawn.
+Between two blocks of decode steps at most PREFILL_POSITIONS of new prompts are run; prompts take turns.  So a long
+prompt delays neither running answers nor the short prompts after it.  Up to rounding in the model's type, a row's
+greedy ids do not depend on the other rows, and neither do ids that are sampled with a seed.
 """
 
 import collections
@@ -46,18 +46,18 @@ from llamavid_jax.shapes import TEXT, Row, bucket, pad_rows
 
 CHUNKS = (128, 512)  # positions of a prompt that are run at a time
 PREFILL_POSITIONS = 1024  # between two blocks of decode steps
-HURRIED_STEPS = 4  # of a block while others wait: a slot that gets free is filled sooner
+HURRIED_STEPS = 4  # of a block while others wait, so that a free slot is filled sooner
 PREFILLING = 4  # prompts at a time: each holds keys and values beside the batch's
 
 
 class Engine:
-    """The thread, its queue and its slots.  `max_new_tokens` bounds what a job may ask for."""
+    """The engine's thread, its queue and its slots.  `max_new_tokens` is the most that a job may ask for."""
 
     def __init__(self, model: LLaMAVIDLlavaForConditionalGeneration, slots: int = 8, max_new_tokens: int = 512):
         self.model, self.slots, self.max_new_tokens = model, slots, max_new_tokens
         self.sizes = prompt_sizes(model.config.text_config.max_length, CHUNKS[-1])  # in positions, of prompts
         self.room = bucket(max_new_tokens + BLOCK_STEPS, SMALLEST_LENGTH)  # in positions, of answers
-        self.steps, self.decoding = 0, 0.0  # decoded so far, and in how many seconds; a step gives each row a token
+        self.steps, self.decoding = 0, 0.0  # decoded so far, and their seconds; a step gives each row a token
         self._waiting: collections.deque[Job] = collections.deque()
         self._prefilling: collections.deque[Running] = collections.deque()
         self._running: dict[int, Running] = {}
@@ -68,7 +68,7 @@ class Engine:
     # ---- for other threads
 
     def start(self) -> float:
-        """Compiles every program that answers may need, or takes it from disk; returns the seconds that took."""
+        """Compiles every program that answers may need, or reads it from disk; returns the seconds that took."""
         started = time.perf_counter()
         with self.model.on_mesh():
             self._warm()
@@ -76,13 +76,13 @@ class Engine:
         return time.perf_counter() - started
 
     def submit(self, job: Job) -> None:
-        """Queues a job, whose row must fit the model's positions; its answer ends with these at the latest."""
+        """Queues a job; its row must fit the model's positions, and its answer ends with them at the latest."""
         with self._changed:
             self._waiting.append(job)
             self._changed.notify()
 
     def stop(self) -> None:
-        """Ends the thread after its block.  Jobs that are left get "error"."""
+        """Ends the thread after its block.  Remaining jobs finish with "error"."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -114,13 +114,13 @@ class Engine:
                     self._drop_cancelled()
                     self._prefill()
                     self._decode()
-                except Exception:  # such as a device without memory: these answers are lost, the server is not
+                except Exception:  # such as too little memory: these answers are lost, the server goes on
                     traceback.print_exc(file=sys.stderr)
                     self._lose()
             self._lose()
 
     def _lose(self) -> None:
-        """Ends all jobs that have begun, and begins with an empty batch; when the engine stops, all others too."""
+        """Ends all jobs that have begun, and empties the batch; if the engine stops, ends waiting jobs too."""
         with self._changed:
             left = [one.job for one in (*self._running.values(), *self._prefilling)]
             left += self._waiting if self._stopping else []
@@ -162,7 +162,7 @@ class Engine:
             self._admit()
 
     def _chunk(self, one: Running) -> int:
-        """The next chunk of a prompt, after the last one the row joins; returns how many positions were run."""
+        """Runs the next chunk of a prompt; after the last one the row joins.  Returns how many positions were run."""
         row, length = one.job.row, len(one.job.row.token_ids)
         if one.prompt is None:
             one.token, one.prompt = empty_row(self.model.structure, self.model.params, one.size)
@@ -183,13 +183,13 @@ class Engine:
         return size
 
     def _extend(self, token, prompt: KeysValues, columns, start: int, length: int, settings: Settings):
-        """Token, key and keys and values behind a chunk; `columns` are its ids, visual tokens and their places."""
+        """Token, random key, and keys and values after a chunk; `columns`: its ids, visual tokens and their indices."""
         arrays = np.int32(start), np.array([length], np.int32), np.uint32(settings.seed), _sampling([settings])
-        # a temperature of 0 is greedy all the same: one program for all
+        # a temperature of 0 is greedy anyway, so one program is enough
         return extend(self.model.structure, self.model.params, token, prompt, *columns, *arrays, greedy=False)
 
     def _fit(self, sizes: Sequence[int]) -> None:
-        """Gives the batch room for prompts of `sizes`, and no more."""
+        """Gives the batch room for prompts of `sizes`, and not more."""
         if self._state is None:
             empty = self.model.structure, self.model.params, self.slots, max(sizes), self.room
             self._state = empty_batch(*empty)
@@ -197,7 +197,7 @@ class Engine:
             self._state = resized(self._state, slots=max(sizes))
 
     def _decode(self) -> None:
-        """A block of steps of all running rows, and their new text."""
+        """Runs a block of steps for all running rows, and hands on their new text."""
         if not self._running:
             return
         settings = [
@@ -224,7 +224,7 @@ class Engine:
                     del self._running[slot]
 
     def _tell(self, one: Running, ids: list[int], eos: int) -> bool:
-        """Hands on the text of a block's ids; returns whether it was the answer's last."""
+        """Hands on the text of a block's ids; returns whether the answer has ended."""
         length, positions = len(one.job.row.token_ids), self.model.config.text_config.max_length
         left = min(one.job.settings.max_new_tokens, positions - length) - one.new
         ids = ids[:left]
@@ -233,7 +233,7 @@ class Engine:
         one.new += len(ids)
         text = one.text.push(ids)
         is_last = ended or one.text.stopped or len(ids) == left
-        text += one.text.finish() if is_last else ""  # in which a stop string may be found, too
+        text += one.text.finish() if is_last else ""  # it may complete a stop string, too
         finish = None if not is_last else "stop" if ended or one.text.stopped else "length"
         own = one.job.row, one.text.ids
         looked_at = self._evidence(*own, self._prompt(one)) if finish and one.job.evidence else None
@@ -242,15 +242,15 @@ class Engine:
         return finish is not None
 
     def _prompt(self, one: Running) -> KeysValues:
-        """The row's, which is in its slot until another joins there."""
+        """The row's prompt, which stays in its slot until another row joins there."""
         return prompt_of(self._state, np.int32(one.slot), slots=one.size)
 
     def _evidence(self, row: Row, ids: list[int], prompt: KeysValues) -> np.ndarray:
-        """One program for answers of all lengths."""
+        """The answer's attention to the visual tokens, by one program for answers of all lengths."""
         return evidence(self.model.structure, self.model.params, [row], [ids], prompt, EVIDENCE_TOKENS)[0]
 
     def _scores(self, row: Row, ids: list[int], prompt: KeysValues) -> Scores:
-        """Of a pass over the answer, behind its prompt, whose last position is run again."""
+        """Scores of an answer, from a pass over it after its prompt, whose last position is run again."""
         prompt = longer(prompt, slots=prompt.slots + self.room + SCORED)
         before, made = [int(row.token_ids[-1]), *ids], []
         for at in range(0, max(len(ids), 1), SCORED):
@@ -290,7 +290,7 @@ class Engine:
 
 
 def _sampling(settings: Sequence[Settings]) -> Sampling:
-    """Of each row, as arrays `[B]`."""
+    """The sampling settings of all rows, as arrays `[B]`."""
     return Sampling(
         np.array([one.temperature for one in settings], np.float32),
         np.array([one.top_k for one in settings], np.int32),

@@ -1,5 +1,7 @@
-"""What stands before all routes: keys, sizes of bodies, alone and together, where a browser's request comes from, and
-security headers."""
+"""Checks before all routes: API keys, body sizes, each and in total, and the origin of browsers' requests.
+
+It also adds security headers.
+"""
 
 import hmac
 import json
@@ -12,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamavid_jax.serving.metrics import Metrics
 from llamavid_jax.serving.protocol import ApiError, error_object
 
-OPEN = ("/", "/index.html", "/page.css", "/page.js", "/evidence.js", "/health", "/ready")  # without a key
-BODIES = 4  # of the largest size that are held at once
+OPEN = ("/", "/index.html", "/page.css", "/page.js", "/evidence.js", "/health", "/ready")  # reachable without a key
+BODIES = 4  # bodies of the largest size that may be in memory at once
 RETRY = {"Retry-After": "2"}
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -21,7 +23,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # the page reaches nothing but this server, and shows what it holds itself
+    # the page reaches only this server, and shows its own blobs and data
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -90,13 +92,13 @@ class Guard:
         if not self.keys or path in OPEN:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
-        same = [hmac.compare_digest(given.strip().encode(), key) for key in self.keys]  # all of them, in one time
+        same = [hmac.compare_digest(given.strip().encode(), key) for key in self.keys]  # all of them, in constant time
         if kind.lower() != "bearer" or not any(same):
             raise ApiError(
                 401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", "invalid_api_key"
             )
 
     def _route(self, path: str) -> str:
-        """A few names, whatever paths are tried."""
+        """A label for the metrics, one of a few, whatever paths are tried."""
         known = (*OPEN, "/metrics", "/v1/chat/completions", "/v1/models", "/v1/files", "/v1/uploads")
         return path if path in known else "other"

@@ -1,4 +1,4 @@
-"""What the engine is given, keeps of it while it works, and tells as it comes."""
+"""What the engine takes and returns: jobs, their state while they run, and the pieces of their answers."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from llamavid_jax.shapes import Row
 
 
 class Scores(NamedTuple):
-    """Log-probabilities `[n]` of an answer's ids, the most likely ids `[n, K]` in their places, and theirs."""
+    """Log-probabilities `[n]` of an answer's ids, and the most likely ids `[n, K]` at each position with theirs."""
 
     chosen: list[float]
     likely: list[list[int]]
@@ -23,10 +23,10 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What is new of an answer.  `finish` is None before its end, then "stop", "length" or "error".
+    """The new text of an answer.  `finish` is None before its end, then "stop", "length" or "error".
 
-    With the last one of a job that wants them come `evidence` `[n]`, the answer's attention to each visual token, and
-    `scores` of the answer's `ids`.
+    If the job wants them, the last piece also has `evidence` `[N]`, the answer's attention to each visual token, and
+    the `scores` of the answer's `ids`.
     """
 
     text: str
@@ -39,9 +39,9 @@ class Piece:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One answer that is wanted.  `on_piece` is called in the engine's thread and must return at once.
+    """A request for one answer.  `on_piece` is called in the engine's thread and must return at once.
 
-    Whoever no longer wants it sets `cancelled`: its slot is then free within a block.
+    Set `cancelled` if the answer is no longer wanted: its slot is then free within a block.
     """
 
     row: Row
@@ -55,13 +55,13 @@ class Job:
 
 @dataclasses.dataclass(eq=False)
 class Running:
-    """A job with a slot: its prompt's keys and values while it is prefilled, its text after that."""
+    """A job with a slot: it has its prompt's keys and values during prefill, its text after that."""
 
     job: Job
     slot: int
     text: RowText
-    size: int  # positions of the prompt as the batch keeps it: one of `Engine.sizes`
+    size: int  # padded length of the prompt in the batch: one of `Engine.sizes`
     prompt: KeysValues | None = None
-    token: jax.Array | None = None  # [1], the answer's first behind the whole prompt
+    token: jax.Array | None = None  # [1], the answer's first, once the whole prompt was run
     start: int = 0  # positions of the prompt that have been run
-    new: int = 0  # ids of the answer that have been looked at
+    new: int = 0  # ids of the answer that have been processed

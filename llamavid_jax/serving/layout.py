@@ -1,4 +1,4 @@
-"""A chat, the times of its frames and what is said between them -> the ids of its prompt, as a Session lays it out."""
+"""A chat, its frames' times and the speech between them -> the ids of its prompt, laid out as a Session does."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ def lay_out(
     times: str | None,
     new_tokens: int,
 ) -> tuple[np.ndarray, int]:
-    """The ids, and the first placeholder of the chat that is shown.
+    """The ids, and the index of the chat's first placeholder that they contain.
 
-    `frame_times` `[F]` are those of each placeholder.  Of the one film that all of them show, `said` stands between its
-    frames (a text has their placeholders), and the time of each, where `times` is "frame" or "minute".  Where the
-    prompt and `new_tokens` are more than the positions that the model was trained for, earlier turns keep their words
-    alone.
+    `frame_times` has the times `[F]` of each placeholder's frames.  `said` is for the one video that all placeholders
+    show: subtitles, or a text that already contains the frames' placeholders.  `times` "frame" or "minute" adds the
+    frames' times.  If the prompt and `new_tokens` exceed the positions that the model was trained for, earlier turns
+    keep only their words.
     """
 
     def ids_of(turns: list[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics."""
+"""The metrics for Prometheus at /metrics."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -12,7 +12,7 @@ SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Counted as it happens, but for what the engine and the stores know themselves."""
+    """Counters that are updated as things happen, and gauges that read the engine and the preparer."""
 
     def __init__(self, engine: Engine, preparer: Preparer):
         self.registry = CollectorRegistry()

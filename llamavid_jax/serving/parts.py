@@ -1,9 +1,10 @@
-"""Uploads that go on where they broke off, also behind a server that was killed: OpenAI's `/v1/uploads`.
+"""Uploads that resume where they broke off, even after the server was killed: OpenAI's `/v1/uploads`.
 
     create ─▶ upload_X/about.json ─ parts ─▶ upload_X/part_Y ─ complete, which names them in order ─▶ file-SHA256
                                   ─ a range ─▶ upload_X/content ─────────────────── its last byte ─▶ file-SHA256
 
-A part is whole or not there; of a range what came stays.  What nobody has added to for a day is taken away.
+A part is stored completely or not at all; of a range, the received bytes stay.  Uploads without new bytes for a day are
+deleted.
 """
 
 import contextlib
@@ -28,16 +29,16 @@ FORM = re.compile(r"(upload|part)_[0-9a-f]{24}")
 
 
 class Parts:
-    """The unfinished uploads beside the files of `uploads`, with which they share the room."""
+    """The unfinished uploads beside the files of `uploads`, with which they share the space."""
 
     def __init__(self, uploads: Uploads):
         self.uploads = uploads
         self._adding, self._ending = threading.Lock(), threading.Lock()
 
     def create(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`body` has `filename`, `purpose` and `bytes`, the length of the whole; it may have the whole's `md5`."""
+        """Begins an upload; `body` has `filename`, `purpose`, `bytes` (the total length) and maybe the file's `md5`."""
         for left in self.uploads.folder.glob("upload_*"):
-            with contextlib.suppress(OSError):  # another server has just taken it away
+            with contextlib.suppress(OSError):  # another server has just deleted it
                 if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > DAY:
                     shutil.rmtree(left)
         name, purpose, size = (body.get(key) for key in ("filename", "purpose", "bytes"))
@@ -62,8 +63,8 @@ class Parts:
         return about
 
     def add(self, key: str, blocks: Iterable[bytes]) -> dict[str, Any]:
-        """Keeps a part; returns its object.  FullError where the parts are longer than was said."""
-        content = b"".join(itertools.islice(blocks, 65))  # of a megabyte: 64 may be sent
+        """Stores a part; returns its object.  FullError if the parts exceed the announced length."""
+        content = b"".join(itertools.islice(blocks, 65))  # of a megabyte each: a part has up to 64
         if not content or len(content) > 64 << 20:
             raise InputError(f"the part has {len(content)} bytes; send 1 to {64 << 20}")
         with self._adding:
@@ -79,8 +80,11 @@ class Parts:
         return {"id": part, "object": "upload.part", "created_at": int(time.time()), "upload_id": key}
 
     def put(self, key: str, start: int, block: bytes) -> None:
-        """Keeps the bytes from `start` on.  ConflictError where there is a gap before them, or those that are there
-        already are others: then it is another file."""
+        """Stores the bytes from `start` on.
+
+        Raises ConflictError if there is a gap before them, or they differ from bytes already stored: then it is another
+        file.
+        """
         with self._adding:
             about = self.find(key)
             if about["parts"]:
@@ -105,7 +109,7 @@ class Parts:
                 raise FullError(f"{key} cannot be written ({error.strerror}); make room on the server") from None
 
     def find(self, key: str) -> dict[str, Any]:
-        """The upload with the `parts` that are there, in the order of their coming, and the bytes `received`."""
+        """The upload with its stored `parts`, in order of arrival, and the number of bytes `received`."""
         folder = self._folder(key)
         try:
             about = read_object(folder / "about.json")
@@ -117,11 +121,13 @@ class Parts:
         return about | {"parts": parts, "received": received}
 
     def complete(self, key: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The upload with its `file`.  InputError where the parts that `part_ids` names are not all of it,
-        ConflictError where they have another `md5` than is said."""
+        """Joins the parts named in `part_ids`; returns the upload with its `file`.
+
+        Raises InputError if they are not the whole file, ConflictError if their MD5 is not the given `md5`.
+        """
         with self._ending:
             about, folder, order = self.find(key), self._folder(key), body.get("part_ids")
-            if about["status"] == "completed":  # whoever lost the reply asks again
+            if about["status"] == "completed":  # a client that lost the reply asks again
                 return about
             sizes = {part["id"]: part["bytes"] for part in about["parts"]}
             if not isinstance(order, list) or not all(isinstance(part, str) and part in sizes for part in order):
@@ -134,7 +140,7 @@ class Parts:
             return self._end(about, blocks, _md5(body) or about["md5"])
 
     def finish(self, key: str) -> dict[str, Any]:
-        """The upload by ranges, with its `file` once the last byte is there."""
+        """The upload by ranges, with its `file` once the last byte has arrived."""
         with self._ending:
             about = self.find(key)
             if about["status"] != "pending" or about["received"] < about["bytes"]:
@@ -143,7 +149,7 @@ class Parts:
                 with self._content(about).open("rb") as file:
                     return self._end(about, iter(lambda: file.read(1 << 20), b""), about["md5"])
             except ConflictError:
-                self._content(about).write_bytes(b"")  # it is not the file that was meant: from its first byte again
+                self._content(about).write_bytes(b"")  # not the announced file: it starts again from its first byte
                 raise
 
     def cancel(self, key: str) -> dict[str, Any]:
@@ -152,10 +158,10 @@ class Parts:
         return about | {"status": "cancelled"}
 
     def _end(self, about: dict[str, Any], blocks: Iterable[bytes], md5: str | None) -> dict[str, Any]:
-        """Makes a file of the blocks; whoever has not heard of that may still ask."""
+        """Makes a file of the blocks; the upload stays, for clients that ask about it later."""
         file = self.uploads.add(_of_sum(blocks, md5), about["filename"], about["purpose"], about["bytes"])
         about |= {"status": "completed", "file": file, "parts": [], "received": about["bytes"]}
-        with self._adding:  # else who sends the same bytes again finds them gone
+        with self._adding:  # else a client that sends the same bytes again would find them gone
             folder = self._folder(about["id"])
             write_files(folder, {"about.json": json.dumps(about).encode()})
             for left in (*folder.glob("part_*"), folder / "content"):
@@ -163,7 +169,7 @@ class Parts:
         return about
 
     def _content(self, about: dict[str, Any]) -> Path:
-        """Of what came by ranges."""
+        """The file with the bytes that came by ranges."""
         if about["status"] == "completed":
             return self.uploads.path(about["file"]["id"])
         return self._folder(about["id"]) / "content"
@@ -176,8 +182,10 @@ class Parts:
 
 
 def read_range(said: str | None, length: int | None, size: int) -> tuple[int, int]:
-    """A Content-Range and a Content-Length -> the first byte of a file of `size` that is sent, and the one behind the
-    last.  InputError for what is of another file."""
+    """Content-Range and Content-Length -> the sent bytes of a file of `size`: the first, and the one after the last.
+
+    Raises InputError if they do not match `size`.
+    """
     if said is None:
         total = size if length is None else length
         start, end = 0, total
@@ -201,7 +209,7 @@ def _md5(body: dict[str, Any]) -> str | None:
 
 
 def _of_sum(blocks: Iterable[bytes], md5: str | None) -> Iterator[bytes]:
-    """The same blocks; ConflictError behind the last one where their MD5 is another one."""
+    """Passes the blocks on; raises ConflictError after the last one if their MD5 is not `md5`."""
     found = hashlib.md5(usedforsecurity=False)
     for block in blocks:
         found.update(block)

@@ -1,11 +1,11 @@
 """A request's messages -> the row that is prefilled, and the table of visual tokens that it points into.
 
     part ─ sources ─▶ file ─ once for all requests ─▶ features [F, P, E] ─ once a question ─▶ visual tokens [n, D]
-                           └ where it is asked for ─▶ what is said ┐
+                           └ if requested ─▶ speech ──────────────┐
     messages ─ text/chat.py ─▶ turns ─────────────────────────────┴▶ ids with a placeholder for each visual ─▶ Row
 
-Every request has a thread of its own here; what needs the device goes to one queue in chunks of frames, of which each
-request has two at most at a time.  So chunks of different requests take turns, whatever the length of their films.
+Every request has a thread of its own here.  Work for the device goes to one queue in chunks of frames, at most two per
+request at a time.  So chunks of different requests take turns, however long their videos are.
 """
 
 import concurrent.futures
@@ -40,15 +40,15 @@ from llamavid_jax.shapes import FRAME_CHUNK, merge_row
 from llamavid_jax.text.chat import Chat, read_messages
 from llamavid_jax.text.subtitles import Cue
 
-Check = Callable[[], None]  # raises where nobody waits for the row any more
-DECODING = 4  # films that are decoded at a time, and pictures, which wait for no film
+Check = Callable[[], None]  # raises if nobody waits for the row any more
+DECODING = 4  # videos decoded at a time, and images, which do not wait for videos
 
 
 class Preparer:
     """Called in any number of threads.  Keeps up to `max_bytes` of features, and an eighth of that of visual tokens.
 
-    A process that decodes a file has `decoder_bytes` of memory.  `cache` keeps the features of films on disk.  `speech`
-    is the model of faster-whisper that hears what is said in them, where a request wants that.
+    A process that decodes a file has `decoder_bytes` of memory.  `cache` keeps the features of videos on disk.
+    `speech` is the faster-whisper model that transcribes their sound, if a request asks for it.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Preparer:
         self.model, self.image_processor, self.sources, self.max_frames = model, image_processor, sources, max_frames
         self.features, self.tokens = Store(max_bytes), Store(max_bytes // 8)
         self.frames = 0  # encoded so far
-        self.encoding: dict[str, tuple[int, int]] = {}  # of films that are encoded now, by SHA-256: frames done, in all
+        self.encoding: dict[str, tuple[int, int]] = {}  # videos being encoded, by SHA-256: frames done, of how many
         self._device = concurrent.futures.ThreadPoolExecutor(1, "encoder")
         self._decoding = {kind: threading.Semaphore(DECODING) for kind in ("video", "image")}
 
     def __call__(self, asked: Asked, check: Check) -> Prepared:
-        """Raises InputErrors for what cannot be asked, and what `check` raises."""
+        """Raises InputErrors for invalid requests, and what `check` raises."""
         chat = read_messages(asked.messages)
         if len(chat.turns) % 2 == 0:
             raise InputError("the last message is the assistant's; end the messages with the user's")
@@ -108,7 +108,7 @@ class Preparer:
         return Prepared(merge_row(ids, places[0]), table, visuals)
 
     def _names(self, chat: Chat, asked: Asked) -> list[tuple[str, Any, Any]]:
-        """Of each placeholder its kind, its source and, of a film, its frames a second and their number."""
+        """For each placeholder its kind, its source and, for a video, frames per second and number of frames."""
         names = []
         for image, video, fps in zip(chat.images, chat.videos, chat.fps, strict=True):
             if not isinstance(source := image if video is None else video, str):
@@ -145,7 +145,7 @@ class Preparer:
         return time.perf_counter() - started
 
     def look(self, features: np.ndarray, question: str) -> np.ndarray:
-        """Where in up to LOOKED_AT frames the question looks: `[F, S, S]`, summing to 1 a frame."""
+        """The question's attention in up to LOOKED_AT frames: `[F, S, S]`, which sums to 1 in each frame."""
         padded = features[np.minimum(np.arange(LOOKED_AT), len(features) - 1)]
         attention = self._device.submit(self.model.context_attention, None, question, features=padded)
         return attention.result()[: len(features)]
@@ -153,7 +153,7 @@ class Preparer:
     # ---- frames
 
     def _film(self, path: Path, key: tuple, new_tokens: int, check: Check, used: contextlib.ExitStack) -> Shown:
-        """A picture or a film, whose features stay until `used` ends."""
+        """An image or a video, whose features stay until `used` ends."""
 
         def make() -> tuple[np.ndarray, ...]:
             try:
@@ -164,7 +164,7 @@ class Preparer:
         return Shown(key, *used.enter_context(self.features.use(key, make, check)))
 
     def _heard(self, path: Path, digest: str, check: Check) -> list[Cue]:
-        """What is said in a film, by its sound: kept as its features are."""
+        """The speech in a video, from its sound; kept like its features."""
 
         def make() -> tuple[np.ndarray, np.ndarray]:
             with self._decoder("video", check):
@@ -176,7 +176,7 @@ class Preparer:
 
     @contextlib.contextmanager
     def _decoder(self, kind: str, check: Check) -> Iterator[None]:
-        """One of those that may run at a time."""
+        """Waits for one of the DECODING places of this `kind`, and holds it."""
         while not self._decoding[kind].acquire(timeout=0.1):
             check()
         try:
@@ -187,9 +187,10 @@ class Preparer:
     def _encode(
         self, path: Path, digest: str, kind: str, rate: Any, new_tokens: int, check: Check
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features `[F, P, E]` and times `[F]`: from the disk's cache, or of what a process decodes.
+        """Features `[F, P, E]` and times `[F]`: from the cache on disk, or from what a process decodes.
 
-        A video's `rate` is frames a second and, in place of those, their number, which the cache does not keep."""
+        A video's `rate` is its frames per second and, instead of these, their number, for which the cache is not used.
+        """
         config, model = self.model.config, self.model
         most = min((config.text_config.max_length - new_tokens) // config.tokens_per_frame, self.max_frames)
         if kind == "features":
@@ -209,14 +210,14 @@ class Preparer:
             frames = self._counted(digest, len(plan) if plan else 1, self._on_device(chunks, check))
             if key is not None:
 
-                def described() -> Description | None:  # of a file that was written to meanwhile nothing
+                def described() -> Description | None:  # None for a file that was written to meanwhile
                     return description(path, key, plan, model) if version(path) == before else None
 
                 frames = self.cache.keep(key, frames, lambda: len(plan), described)
             return np.stack(list(frames)), plan.times if plan else np.zeros(1)
 
     def _counted(self, digest: str, count: int, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """The frames of all chunks; `encoding` says how many of the film's `count` have come."""
+        """The frames of all chunks; `encoding` counts how many of the video's `count` have arrived."""
         self.encoding[digest] = 0, count
         for done, frame in enumerate(itertools.chain.from_iterable(chunks), 1):
             self.encoding[digest] = done, count
@@ -243,7 +244,7 @@ class Preparer:
     # ---- a question
 
     def _tokens(self, shown: Shown, question: str, check: Check) -> np.ndarray:
-        """Visual tokens `[n, D]` of a film for a question."""
+        """Visual tokens `[n, D]` of an image or a video for a question."""
 
         def make() -> tuple[np.ndarray]:
             def ask(chunk: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A row that is ready for the engine, what it shows, and on which of that an answer rests."""
+"""A row that is ready for the engine, the visuals in it, and which of their frames an answer rests on."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,11 +8,11 @@ import numpy as np
 from llamavid_jax.shapes import Row
 
 Look = Callable[[np.ndarray, str], np.ndarray]  # features [F, P, E] and a question -> attention [F, S, S]
-LOOKED_AT = 8  # frames of a part for which it is told where the question looks in them
+LOOKED_AT = 8  # frames of a part for which maps of the question's attention are returned
 
 
 class Shown(NamedTuple):
-    """A picture or a film: what its features are kept by, these `[F, P, E]`, and the times `[F]` of its frames."""
+    """An image or a video: the cache key of its features, the features `[F, P, E]`, and its frames' times `[F]`."""
 
     key: tuple
     features: np.ndarray
@@ -20,7 +20,7 @@ class Shown(NamedTuple):
 
 
 class Visual(NamedTuple):
-    """One in a row: which part of the messages it is, what it shows, its visual tokens, and what it is asked."""
+    """One visual of a row: which part of the messages it is, what it shows, its visual tokens, and its question."""
 
     part: int
     shown: Shown
@@ -29,17 +29,17 @@ class Visual(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A row, the table `[N, D]` of its visual tokens, and its visuals in their order."""
+    """A row, the table `[N, D]` of its visual tokens, and its visuals in order."""
 
     row: Row
     table: np.ndarray
     visuals: list[Visual]
 
     def rests_on(self, weights: np.ndarray, look: Look) -> list[dict[str, Any]]:
-        """Attention `[N]` to the row's visual tokens -> of each part that shows something its frames' shares, and where
-        its last question looks in those with the most.
+        """Attention `[N]` to the row's visual tokens -> for each part its frames' shares, and maps of the top frames.
 
-        The turns of a chat that show the same part count together; all shares sum to 1.
+        A map shows where the part's last question looks in a frame.  The turns of a chat that show the same part count
+        together; all shares sum to 1.
         """
         parts: dict[int, np.ndarray] = {}
         last: dict[int, Visual] = {}

@@ -1,4 +1,4 @@
-"""OpenAI's chat protocol: a body -> what is asked; answers, pieces and errors as its objects."""
+"""OpenAI's chat protocol: a request's body -> Asked; answers, their pieces and errors -> its objects."""
 
 import dataclasses
 import secrets
@@ -15,7 +15,7 @@ from llamavid_jax.text.subtitles import TIMES, Cue, parse_subtitles
 from llamavid_jax.text.tokenizer import Tokenizer
 
 LARGEST_N = 16
-# of no meaning for the answer, or right at these values alone
+# without effect on the answer; and accepted only with these values
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 AT_REST = {
     "frequency_penalty": (None, 0),
@@ -29,11 +29,11 @@ AT_REST = {
 }
 OWN = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n"}
 OWN |= {"stream", "stream_options", "logprobs", "top_logprobs", "media_io_kwargs"}
-OWN |= {"fps", "subtitles", "transcribe", "times", "evidence"}  # OpenAI's have none of these
+OWN |= {"fps", "subtitles", "transcribe", "times", "evidence"}  # not in OpenAI's protocol
 
 
 class ApiError(Exception):
-    """An error with a status of its own."""
+    """An error with its own HTTP status."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None):
         super().__init__(message)
@@ -50,21 +50,21 @@ class Asked:
     stream: bool
     include_usage: bool
     fps: Any
-    num_frames: int | None  # of each video, in place of a rate
+    num_frames: int | None  # of each video, instead of a frame rate
     subtitles: list[Cue] | None
     transcribe: bool  # whether subtitles are made from the sound
-    times: str | None  # one of TIMES: the frames that the text says the time of
+    times: str | None  # one of TIMES: the frames whose time the text gives
     room: int  # tokens that an answer must have room for: those asked for, or one
-    evidence: bool  # whether the frames that the answer rests on are wanted
-    likely: int | None  # alternatives to each token that are wanted with its log-probability
+    evidence: bool  # whether to return the frames that the answer rests on
+    likely: int | None  # alternatives to each token to return; None: no log-probabilities
 
     def settings_of(self, choice: int) -> Settings:
-        """Each answer has a seed of its own."""
+        """The settings of one answer, which has its own seed."""
         return dataclasses.replace(self.settings, seed=(self.settings.seed + choice) % 2**32)
 
 
 def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
-    """Raises InputError for a field that is unknown or has a wrong value; an answer has up to `max_new_tokens`."""
+    """Raises InputError for an unknown field or a wrong value; an answer has up to `max_new_tokens`."""
     for name, value in body.items():  # True is not 1 here, but 0.0 is 0
         if name in AT_REST and not any(value == rest and type(value) is type(rest) for rest in AT_REST[name]):
             if value != 0 or 0 not in AT_REST[name]:
@@ -75,7 +75,7 @@ def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
     messages = given.get("messages")
     if not isinstance(messages, list):
         raise InputError(f"messages is {str(messages)[:100]!r}; give a list of messages with 'role' and 'content'")
-    for message in messages:  # what newer clients call the system
+    for message in messages:  # newer clients' name for the system's role
         if isinstance(message, dict) and message.get("role") == "developer":
             message["role"] = "system"
     if "max_tokens" in given and given.get("max_completion_tokens", given["max_tokens"]) != given["max_tokens"]:
@@ -116,7 +116,7 @@ def read_asked(body: Mapping[str, Any], max_new_tokens: int) -> Asked:
 
 
 def _between_frames(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that put text between the frames of a film: what is said, and when."""
+    """The fields that put text between the frames of a video: subtitles and times."""
     cues, transcribe, times = None, given.get("transcribe", False), given.get("times")
     if "subtitles" in given:
         check_text(given["subtitles"], "subtitles")
@@ -133,7 +133,7 @@ def _between_frames(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sampling(given: Mapping[str, Any]) -> tuple[Any, int | None]:
-    """`fps`, which vLLM's clients write into `media_io_kwargs`, and `num_frames`, which stands there alone."""
+    """`fps`, which vLLM's clients put into `media_io_kwargs`, and `num_frames`, which exists only there."""
     media = given.get("media_io_kwargs", {})
     video = media.get("video", {}) if isinstance(media, dict) else None
     if not isinstance(video, dict) or media.keys() - {"video"} or video.keys() - {"fps", "num_frames"}:
@@ -151,10 +151,10 @@ NOT_ENDED = {"finish_reason": None}
 
 
 def logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, likely: int) -> dict[str, Any]:
-    """Of an answer's tokens, and of the `likely` most probable ones in place of each."""
+    """Log-probabilities of an answer's tokens, and of the `likely` most probable tokens at each position."""
 
     def token(place: int, chosen: int, value: float) -> dict[str, Any]:
-        before = ids[max(0, place - 4) : place]  # a character may have so many tokens
+        before = ids[max(0, place - 4) : place]  # a character may take so many tokens
         text = tokenizer.decode([*before, chosen])[len(tokenizer.decode(before)) :]
         return {"token": text, "logprob": value, "bytes": None if "\ufffd" in text else list(text.encode())}
 
@@ -172,7 +172,7 @@ class Reply:
         self.common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def whole(self, choices: list[tuple[str, dict[str, Any]]], usage: dict[str, Any]) -> dict[str, Any]:
-        """`choices` are texts and the fields of their ends."""
+        """The whole reply; `choices` are texts, each with the fields of its end, such as `finish_reason`."""
         made = [
             {
                 "index": index,
@@ -185,24 +185,24 @@ class Reply:
         return {**self.common, "object": "chat.completion", "choices": made, "usage": usage}
 
     def chunk(self, index: int, delta: dict[str, Any], end: Mapping[str, Any] = NOT_ENDED) -> dict[str, Any]:
-        """A piece of an answer; the last one has the fields of its end."""
+        """A piece of an answer; `end` holds the fields of its end, in the last piece."""
         choice = {"index": index, "delta": delta, "logprobs": None, **end}
         return {**self.common, "object": "chat.completion.chunk", "choices": [choice]}
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The last chunk, if it is asked for."""
+        """The last chunk, if the request asks for it."""
         return {**self.common, "object": "chat.completion.chunk", "choices": [], "usage": usage}
 
 
 def usage(prompt: int, answers: int) -> dict[str, Any]:
-    """Counts of tokens."""
+    """Token counts."""
     return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
 
 
 def error_object(message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """What clients raise as an exception; a message may name what was sent, with half surrogate pairs and all."""
+    """The error that clients raise; a message may quote the request, even half a surrogate pair of it."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     text = printable(message)
-    text = text if len(text) < 1000 else f"{text[:500]} ... {text[-400:]}"  # its remedy stands at the end
+    text = text if len(text) < 1000 else f"{text[:500]} ... {text[-400:]}"  # the remedy is at its end
     return {"error": {"message": text, "type": kind, "param": None, "code": code}}

@@ -1,4 +1,4 @@
-"""What a request's part names -> a local file: a data: or http(s) URL, an uploaded file, a path below --media-root."""
+"""The source that a request names -> a local file: a data: or http(s) URL, an upload, a path below --media-root."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from llamavid_jax.serving.uploads import Uploads
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """What may be read: URLs of up to `max_bytes` within `timeout` seconds; if `allow_private`, of any network."""
+    """What may be read: URLs of up to `max_bytes` within `timeout` seconds; with `allow_private`, from any network."""
 
     uploads: Uploads
     media_root: Path | None = None
@@ -26,7 +26,7 @@ class Sources:
 
     @contextlib.contextmanager
     def open(self, source: str) -> Iterator[Path]:
-        """Raises MediaError, which names the source and no path of the server."""
+        """The local file of a source.  Raises MediaError, which names the source but no path of the server."""
         if is_address(source):
             raise MediaError(f"{source[:200]} is in a bucket, which this server does not open to requests; upload it")
         if re.match(r"data:|[a-zA-Z][a-zA-Z0-9+.-]*:", source):
@@ -48,7 +48,7 @@ class Sources:
                 raise MediaError(f"{source} was taken away while it was read; upload it to /v1/files") from None
 
     def keep(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Fetches the `url` of a request once and for all: an upload, which has its file object."""
+        """Fetches the `url` of a request and stores it as an upload; returns its file object."""
         url, purpose = body.get("url"), body.get("purpose", "user_data")
         if not isinstance(url, str) or not re.match("https?://", url, re.IGNORECASE) or not isinstance(purpose, str):
             raise MediaError(f"url is {str(url)[:200]!r}; give that of a film or a picture, with http:// or https://")

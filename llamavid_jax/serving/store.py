@@ -1,4 +1,4 @@
-"""Arrays that are made once and shared: of the films that were asked about, and of the questions asked of them."""
+"""Arrays that are made once and shared: features of videos, and visual tokens of the questions about them."""
 
 import collections
 import contextlib
@@ -21,11 +21,11 @@ class _Entry:
 
 
 class Store:
-    """Up to `max_bytes`, and beyond that what is in use; what was used longest ago goes first."""
+    """Holds up to `max_bytes`, and more while it is in use; what was used least recently is dropped first."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self.made = 0  # how often something was not here
+        self.made = 0  # how often something was missing
         self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -40,8 +40,8 @@ class Store:
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """The arrays of `key`, which stay as long as the block runs.
 
-        Of several threads that want what is not here one makes it and the others wait; where that one fails, the next
-        one tries.  `check` raises where this thread should wait no longer.
+        If several threads want missing arrays, one makes them and the others wait; if it fails, the next one tries.
+        `check` raises if this thread should stop waiting.
         """
         with self._lock:
             entry = self._entries.setdefault(key, _Entry())

@@ -1,4 +1,4 @@
-"""A feature file in place of a film: what it holds is not decoded and not encoded again."""
+"""A feature file in place of a video: its frames are neither decoded nor encoded again."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ def stored_film(
     images: LLaMAVIDLlavaImageProcessor,
     most: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features `[F, P, E]` and times `[F]`.  `rate` is what the request says of frames a second and of their number.
+    """Features `[F, P, E]` and times `[F]`.  `rate` holds the frames per second and their number, as requested.
 
-    Raises MediaError: for features of another tower, of another rate or damaged, and for files that do not say of what.
+    Raises MediaError for features of another tower or rate, damaged ones, and files that do not describe their origin.
     """
     fps, count = rate
     if describe(path) is None:
@@ -35,7 +35,10 @@ def stored_film(
 
 
 def stored_text(path: Path, goes_alone: bool) -> str | None:
-    """What is said in the film, with the placeholders of its frames; None where the file does not have it."""
+    """The speech in the video, with the placeholders of its frames; None if the file has no text.
+
+    Raises MediaError unless the video `goes_alone`.
+    """
     text = read_header(path).inputs
     if text is not None and not goes_alone:
         raise MediaError(f"{path} is a film with what is said, and goes alone; show nothing else")

@@ -1,6 +1,7 @@
 """Uploaded files on disk: `file-SHA256` beside `file-SHA256.json`, what OpenAI's protocol calls a file object.
 
-The name is the content's: a film that is uploaded twice is kept once, and an upload is whole or not there.
+The name is the content's hash: a video that is uploaded twice is stored once.  A file is stored completely or not at
+all.
 """
 
 import collections
@@ -19,12 +20,12 @@ from typing import Any
 from llamavid_jax.errors import InputError, printable
 from llamavid_jax.files import read_object, write_files
 
-STALE = 3600  # seconds without a byte
+STALE = 3600  # seconds without a new byte
 FORM = re.compile(r"file-[0-9a-f]{64}")
 
 
 class NoFileError(InputError):
-    """A file id that stands for nothing."""
+    """An unknown file id."""
 
 
 class FullError(InputError):
@@ -32,11 +33,11 @@ class FullError(InputError):
 
 
 class ConflictError(InputError):
-    """Bytes that do not go on where those before them end."""
+    """Bytes that do not match those before them, or their MD5."""
 
 
 class Uploads:
-    """Those in `folder`, `max_bytes` in all."""
+    """The files in `folder`, up to `max_bytes` in total."""
 
     def __init__(self, folder: str | Path, max_bytes: int):
         self.folder, self.max_bytes = Path(folder), max_bytes
@@ -44,14 +45,14 @@ class Uploads:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             deleted = [path for path in self.folder.glob("file-*") if not path.with_suffix(".json").exists()]
-            for left in (*self.folder.glob("upload-*"), *deleted):  # by a server that was killed, or runs beside this
+            for left in (*self.folder.glob("upload-*"), *deleted):  # of a killed server, or of one beside this
                 if time.time() - left.stat().st_mtime > STALE:
                     left.unlink()
         except OSError as error:
             raise InputError(f"{folder} cannot be written to ({error.strerror}); give another --uploads") from None
 
     def room(self) -> int:
-        """Bytes that files and unfinished uploads leave."""
+        """Bytes that are free beside the files and unfinished uploads."""
         begun = []
         for about in self.folder.glob("upload_*/about.json"):
             with contextlib.suppress(OSError):  # it has just been completed
@@ -59,8 +60,7 @@ class Uploads:
         return self.max_bytes - sum(one["bytes"] for one in [*self.all(), *begun])
 
     def add(self, blocks: Iterable[bytes], name: str, purpose: str, reserved: int = 0) -> dict[str, Any]:
-        """Writes a file, for which `reserved` bytes were kept free; returns its object.  FullError where it does not
-        fit."""
+        """Stores a file, with `reserved` bytes set aside for it; returns its object.  FullError if it does not fit."""
         room = self.room() + reserved
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="upload-", delete=False) as file:
             try:
@@ -95,13 +95,13 @@ class Uploads:
         return about
 
     def all(self) -> list[dict[str, Any]]:
-        """The newest first."""
+        """All file objects, the newest first."""
         with self._lock:
             found = [read_object(path) for path in self.folder.glob("file-*.json")]
         return sorted(found, key=lambda one: one["created_at"], reverse=True)
 
     def find(self, key: str) -> dict[str, Any]:
-        """NoFileError where there is none."""
+        """A file's object.  Raises NoFileError if there is none."""
         try:
             if FORM.fullmatch(key):
                 return read_object(self.folder / f"{key}.json")
@@ -110,12 +110,12 @@ class Uploads:
         raise NoFileError(f"there is no file {key[:100]!r}; upload it to /v1/files, and give the id that it answers")
 
     def path(self, key: str) -> Path:
-        """Of a file's content."""
+        """The path of a file's content."""
         return self.folder / self.find(key)["id"]
 
     @contextlib.contextmanager
     def reading(self, key: str) -> Iterator[Path]:
-        """The path of a file's content, which stays there until the block ends, also where it is deleted meanwhile."""
+        """The path of a file's content, which stays there until the block ends, even if it is deleted meanwhile."""
         with self._lock:
             path = self.path(key)
             self._readers[key] += 1
@@ -127,14 +127,14 @@ class Uploads:
                 self._sweep(key)
 
     def delete(self, key: str) -> None:
-        """The file is found no more; whoever reads it goes on."""
+        """Deletes a file; readers that have opened it may finish."""
         self.find(key)
         with self._lock:
             (self.folder / f"{key}.json").unlink(missing_ok=True)
             self._sweep(key)
 
     def _sweep(self, key: str) -> None:
-        """Takes the content of a deleted file away once nobody reads it."""
+        """Deletes the content of a deleted file once nobody reads it."""
         if self._readers[key] == 0:
             del self._readers[key]
             if not (self.folder / f"{key}.json").exists():

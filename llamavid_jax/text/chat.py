@@ -4,9 +4,9 @@
      {"role": "user", "content": [{"type": "video", "path": "walk.mp4"}, {"type": "text", "text": "Who walks?"}]},
      {"role": "assistant", "content": "A man."}, {"role": "user", "content": "Alone?"}]
 
-A turn's placeholders go to its front, each on a line, where training has them, and its prompt is its text, newlines
-kept.  As in training every later turn is asked with visual tokens of its own: one that shows nothing new is about all
-that was shown before, whose placeholders it repeats.  A video's part may say how densely to sample it: "fps": 0.5.
+A turn's placeholders come first, each on its own line, as in training, and its prompt is its text, with newlines kept.
+As in training, every later user turn has visual tokens of its own: a turn that shows nothing new repeats the
+placeholders of everything shown before.  The part of a video may set the sampling rate: "fps": 0.5.
 
     USER: <image>\\nWho walks? ASSISTANT: A man.</s>USER: <image>\\nAlone? ASSISTANT:    prompts: "Who walks?", "Alone?"
 """
@@ -19,17 +19,17 @@ from typing import Any
 
 from llamavid_jax.text.conversation import IMAGE, ConversationError, check_text, prompt, question_turn, template_named
 
-SOURCES = ("path", "url")  # besides the key that is the part's own type
-# keys of other tools that choose frames, or of a training record: other ones are let pass, as clients add some
+SOURCES = ("path", "url")  # besides the key named like the part's type
+# keys of other tools that choose frames, or of a training record, are errors; others are ignored, as clients add some
 UNREAD = ("num_frames", "nframes", "min_frames", "max_frames", "video_start", "video_end", "subtitles", "times")
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """`turns` alternate user, assistant; `images[i]`, `videos[i]`, `prompts[i]`, `fps[i]` are the i-th placeholder's.
+    """`turns` alternate user, assistant; `images`, `videos`, `prompts` and `fps` have an item for each placeholder.
 
-    Of `images[i]` and `videos[i]` one is None; `fps[i]` is None where the part names none.
-    `system` is None where the template's own text holds.
+    One of `images[i]` and `videos[i]` is None; `fps[i]` is None if the part has none.  `system` is None for the
+    template's own text.
     """
 
     system: str | None
@@ -40,14 +40,14 @@ class Chat:
     fps: list[Any]
 
     def text(self, template: str, open_answer: bool = True) -> str:
-        """Written out in the format of that name; `open_answer` asks for the answer to a user's last turn."""
+        """The conversation in the format `template`; after a user's last turn, `open_answer` opens the answer."""
         form = template_named(template)
         form = form if self.system is None else dataclasses.replace(form, system=self.system)
         return prompt(form, self.turns, open_answer)
 
 
 def read_chats(messages: Any, add_generation_prompt: bool, need_sources: bool = True) -> list[Chat]:
-    """One conversation or a list of them."""
+    """Reads one conversation or a list of them."""
     if not isinstance(messages, list | tuple) or not messages:
         raise ConversationError(f"messages is {messages!r}; give a list of messages with 'role' and 'content'")
     conversations = messages if isinstance(messages[0], list | tuple) else [messages]
@@ -62,9 +62,10 @@ def read_chats(messages: Any, add_generation_prompt: bool, need_sources: bool = 
 
 
 def read_messages(messages: Sequence[Any], need_sources: bool = True) -> Chat:
-    """Raises ConversationError for wrong roles, contents and parts, naming the message.
+    """Raises ConversationError that names the message, for wrong roles, contents and parts.
 
-    Without `need_sources` a part may name none, as for text that is written out alone: its image and video are None.
+    Without `need_sources` a part may have no source, as when only the text is needed: its image and video are then
+    None.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ConversationError(f"messages is {messages!r}; give a list of messages with 'role' and 'content'")
@@ -156,7 +157,7 @@ def _source(part: Mapping[str, Any], name: str, needed: bool) -> Any:
 
 
 def _local(source: Any) -> Any:
-    """The path of a `file://` URL; anything else as it is."""
+    """The path of a `file://` URL; anything else unchanged."""
     if not isinstance(source, str) or not source.startswith("file://"):
         return source
     return urllib.request.url2pathname(urllib.parse.urlsplit(source).path)

@@ -1,7 +1,7 @@
 """The conversation format as a jinja template, which serving tools read from a checkpoint's folder.
 
-It gives the text that `Chat.text` gives: a turn's placeholders before its words, and in a later turn of the user that
-shows nothing new those of all that was shown before.
+It renders the same text as `Chat.text`: a turn's placeholders come before its words, and a later user turn that shows
+nothing new repeats the placeholders of everything shown before.
 """
 
 import json
@@ -43,7 +43,7 @@ FORM = """\
 
 
 def chat_template() -> str:
-    """That of `vicuna_v1`."""
+    """The template of `vicuna_v1`."""
     form = template_named("vicuna_v1")
     values = {
         "SYSTEM": form.system,

@@ -1,11 +1,12 @@
-"""Conversations as text: the templates, the prompt for an answer, and what training does to a conversation first.
+"""Conversations as text: the templates, the prompt for an answer, and how a conversation is prepared for training.
 
-A conversation is a list of turns, strings that alternate user, assistant, user, ...; `<image>` in a turn is the place
-of one visual.  Flow:  record or chat -> turns -> `prompt(template, turns)` -> text for the LLaMA tokenizer
-                                            -> `prompts`: what the Q-Former reads, one string per visual.
+A conversation is a list of turns, strings that alternate user, assistant, user, ...; `<image>` in a turn is the
+placeholder of one visual.
+Flow:  record or chat -> turns -> `prompt(template, turns)` -> text for the LLaMA tokenizer
+                              -> `prompts`: what the Q-Former reads, one string per visual.
 
-Deviations from the original: a later turn of a long-video sample gets no lone `<image>` (a bug of it: the placeholders
-would no longer match the frames); unknown names are errors instead of another template.
+Deviations from the original: a later turn of a long-video sample gets no extra `<image>` (a bug of the original: the
+placeholders would no longer match the frames); unknown template names are errors instead of another template.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class ConversationError(InputError):
 
 
 def check_text(text: object, name: str = "the text") -> None:
-    """Raises ConversationError for what no tokenizer can read: no string, or one with half a surrogate pair."""
+    """Raises ConversationError for what no tokenizer can read: not a string, or one with half a surrogate pair."""
     if not isinstance(text, str):
         raise ConversationError(f"{name} is {text!r}, of type {type(text).__name__}; a string is needed")
     try:
@@ -38,9 +39,9 @@ def check_text(text: object, name: str = "the text") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """How one speaker's turn is written: opening + words + closing, or `empty` alone when the turn has no words.
+    """How one speaker's turn is written: opening + words + closing, or just `empty` if the turn has no words.
 
-    The answer that is still to come is such a turn, so `empty` is also what a prompt for inference ends in.
+    An answer that is still to come is such a turn, so a prompt for inference ends in `empty`.
     """
 
     opening: str
@@ -52,11 +53,11 @@ class Role:
 class Template:
     """One conversation format.
 
-    `system_form` is the system text's place (`{}`); `system_in_turn` puts it inside the first user turn.
-    `masking` says how labels are made (`data/labels.py`): "rounds" splits at `answer_marker`, "caption" keeps all but
-    the placeholder, "turns" counts turn by turn.  `guided`: training gives the Q-Former each user turn's words.
-    `image_every_turn`: training repeats the placeholder in every later user turn.  `image_only`: of a user turn
-    only the placeholders are kept (its words reach the Q-Former alone).
+    `system_form` formats the system text (`{}`); `system_in_turn` puts it inside the first user turn.  `masking`
+    selects how labels are made (`data/labels.py`): "rounds" splits at `answer_marker`, "caption" keeps all but the
+    placeholder, "turns" counts turn by turn.  `guided`: training gives the Q-Former each user turn's words.
+    `image_every_turn`: training repeats the placeholder in every later user turn.  `image_only`: a user turn keeps only
+    its placeholders (only the Q-Former gets its words).
     """
 
     user: Role
@@ -115,19 +116,19 @@ TEMPLATES: Mapping[str, Template] = {
 
 
 def template_named(name: str) -> Template:
-    """The template called `name`, such as "vicuna_v1"; ConversationError when there is none."""
+    """The template called `name`, such as "vicuna_v1"; ConversationError if there is none."""
     if not isinstance(name, str) or name not in TEMPLATES:
         raise ConversationError(f"there is no conversation template {name!r}; the templates are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
 def question_turn(visuals: int, words: str) -> str:
-    """A user's turn: a placeholder for each visual, on a line of its own where training has them, before the words."""
+    """A user's turn: a placeholder for each visual, each on its own line, as in training, before the words."""
     return "\n".join([IMAGE] * visuals + [words] * bool(words))
 
 
 def prompt(template: Template, turns: Sequence[str], open_answer: bool = True) -> str:
-    """Renders turns, user first.  After a user turn `open_answer` asks for an answer: the text ends in `ASSISTANT:`."""
+    """Renders turns, user first.  After a user turn, `open_answer` adds the answer's opening, `ASSISTANT:`."""
     if not turns:
         raise ConversationError("the conversation has no turns; give at least one user turn")
     system = template.system_form.format(template.system)
@@ -139,13 +140,13 @@ def prompt(template: Template, turns: Sequence[str], open_answer: bool = True) -
         if index == 0 and template.system_in_turn:
             words = system + words
         text += role.opening + words + role.closing if words else role.empty
-    return text.removeprefix("<s>")  # the tokenizer writes the first one itself
+    return text.removeprefix("<s>")  # the tokenizer adds the first one itself
 
 
 def question_per_image(template: Template, text: str) -> list[str]:
-    """The user's words around each `<image>` of a ready prompt: what the Q-Former reads by default at inference.
+    """The user's words around each `<image>` of a finished prompt: by default the Q-Former's prompts at inference.
 
-    Newlines stay.  Text without the template's role names is taken as the words of one turn.
+    Newlines are kept.  Text without the template's role names counts as the words of one turn.
     """
     opening = template.user.opening.removeprefix("<s>")
     closing = (template.user.closing + template.assistant.opening).strip()
@@ -171,12 +172,12 @@ def long_video_text(frames_and_subtitles: str, question: str, tokens_per_frame: 
 
 
 def movie_text(frames_and_subtitles: str, tokens_per_frame: int, start_end: bool = False) -> str:
-    """`long_video_text` in front of the question."""
+    """The part of `long_video_text` before the question."""
     return marked(MOVIE_START + movie_inputs(frames_and_subtitles, tokens_per_frame) + MOVIE_END, start_end)
 
 
 def marked(text: str, start_end: bool) -> str:
-    """What stands for a visual, between its start and its end token where the model has them."""
+    """`text`, the placeholders of a visual, between start and end tokens if the model has them."""
     return f"{START}{text}{END}" if start_end else text
 
 
@@ -198,9 +199,9 @@ def training_turns(
 
     `image_sides` put the later turns' placeholders at the start (0) or the end (1), in order; see `draw_image_sides`.
     `movie` replaces `<image>` in a long-video sample.  `start_end` puts tokens around the first placeholders and around
-    a movie; as in the original not around those of later turns nor of captions, and the prompts keep their words.
-    Where the template is not guided the original has no prompts; here every user turn that holds a placeholder then
-    gives one.
+    a movie.  As in the original, it puts none around the placeholders of later turns and captions, and the prompts keep
+    these tokens as words.  If the template is not guided, the original has no prompts; here every user turn with a
+    placeholder then gives one.
     """
     speakers, turns = speakers_and_turns(conversations)
     movie_prompt = None
@@ -234,12 +235,12 @@ def training_turns(
 
 
 def draw_image_sides(seed: int, turns: int) -> list[int]:
-    """Where the later turns of a sample get their placeholder, drawn from its seed: 0 start, 1 end."""
+    """The side at which each later turn of a sample gets its placeholder, drawn from the seed: 0 start, 1 end."""
     return np.random.default_rng(seed).integers(0, 2, turns).tolist()
 
 
 def speakers_and_turns(conversations: Sequence[Any]) -> tuple[list[str], list[str]]:
-    """Who speaks, and the words of each turn of a record.  Raises ConversationError."""
+    """The speakers and the words of a record's turns.  Raises ConversationError."""
     if isinstance(conversations, str | Mapping) or not isinstance(conversations, Sequence) or not conversations:
         raise ConversationError(f"conversations is {conversations!r}; give a list of turns with 'from' and 'value'")
     for index, turn in enumerate(conversations):
@@ -269,11 +270,11 @@ def _image_in_later_turns(turns: Sequence[str], image_sides: Iterable[int]) -> l
             side = next(sides, None)
             if side not in (0, 1):
                 raise ConversationError(f"image_sides gives {side!r} for turn {index}; give a 0 or a 1 per user turn")
-            turn = f"{turn}\n{IMAGE}" if side else f"{IMAGE}\n{turn}"  # with its newline also where the turn is empty
+            turn = f"{turn}\n{IMAGE}" if side else f"{IMAGE}\n{turn}"  # with its newline even if the turn is empty
         result.append(turn)
     return result
 
 
 def _training_prompt(turn: str) -> str:
-    """Newlines are deleted, not replaced by blanks, so the words on both sides of one fuse."""
+    """Newlines are deleted, not replaced by spaces, so the words on both sides run together."""
     return turn.replace(IMAGE, "").replace("\n", "")

@@ -1,11 +1,11 @@
 """LLaMA token ids from a sentencepiece `tokenizer.model`: text -> list of int, and back.
 
-The ids are those of transformers 4.31's slow tokenizer, which the released checkpoints were trained with.
-Special tokens in the text (`</s>` after every answer) and tokens that a fine-tune added are cut out first; each stretch
-between them goes to sentencepiece on its own, and two versions of that step exist:
-  legacy      every stretch gets sentencepiece's leading blank, also after a special token;
-  not legacy  only the beginning of the text gets it, a stretch after a special token loses it again.
-`tokenizer_config.json` says which (`legacy`, true where the key is absent).
+The ids are those of transformers 4.31's slow tokenizer, which the released checkpoints were trained with.  Special
+tokens in the text (`</s>` after every answer) and tokens that a fine-tune added are cut out first; each stretch between
+them is tokenised by sentencepiece separately.  Two versions of that step exist:
+  legacy      every stretch gets sentencepiece's leading space, also after a special token;
+  not legacy  only the beginning of the text gets it; a stretch after a special token loses it again.
+`tokenizer_config.json` selects one (`legacy`, true if the key is absent).
 
 Deviation: ids without a piece (placeholders, rows that pad the vocabulary) decode to nothing instead of an error.
 """
@@ -42,16 +42,16 @@ class LlamaTokenizer:
     FILE = "tokenizer.model"
 
     def __init__(self, directory: str | Path, added: Sequence[str] = ()):
-        """`added` are tokens that the model brings: those that the files do not know get the next ids."""
+        """`added` are tokens that the model needs; those that the files lack get the next ids."""
         path = Path(directory) / self.FILE
         remedy = "copy the language model's tokenizer.model there"
         self._files = read_files(directory, path.name, SETTINGS, remedy)
         config = json_object(self._files, "tokenizer_config.json", directory)
         try:
-            if not self._files[path.name]:  # sentencepiece takes no bytes for no model
+            if not self._files[path.name]:  # sentencepiece treats no bytes as no argument
                 raise ValueError
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self._files[path.name])
-            self._model.id_to_piece(list(range(self._model.vocab_size())))  # raises where one is no UTF-8
+            self._model.id_to_piece(list(range(self._model.vocab_size())))  # raises if one is not UTF-8
         except (RuntimeError, ValueError):
             raise ConversationError(f"{path} is not a sentencepiece model; {remedy} again") from None
         config_path = path.with_name("tokenizer_config.json")
@@ -80,21 +80,21 @@ class LlamaTokenizer:
                 )
         ids = {token.content: self._model.piece_to_id(token.content) for token in tokens}
         self._added = {number: token for number, token in known.items() if token.content not in ids}
-        # A fine-tune's tokens are read as today's transformers has them, the model's own as the original's did.
+        # A fine-tune's tokens are read as today's transformers does, the model's own as the original's version did.
         self._foreign = {number for number, token in self._added.items() if token.content not in added}
         self._ids = ids | {token.content: number for number, token in self._added.items()}
         self._cut_tokens = {token.content: token for token in (*tokens, *self._added.values())}
         longest_first = sorted(self._cut_tokens.values(), key=lambda token: -len(token.content))
         self._cut = re.compile("(" + "|".join(map(_pattern, longest_first)) + ")")
         self._skipped = {*ids.values(), *(number for number, token in self._added.items() if token.special)}
-        # Older folders give padding an id that no embedding belongs to; no text holds it.
+        # Older folders give padding an id without an embedding; no text contains it.
         padding = names.get("pad_token") or config.get("pad_token")
         padding = padding.get("content") if isinstance(padding, dict) else padding
         rows = [number + 1 for number, token in self._added.items() if token.content != padding]
         self.vocab_size = max(self._model.vocab_size(), *rows, 0)
 
     def _add(self, known: dict[int, AddedToken], contents: Sequence[str]) -> None:
-        """Puts tokens behind those that are known.  They eat the white space around them, as in the original."""
+        """Adds tokens after the known ones.  They absorb the white space around them, as in the original."""
         ids = {token.content: number for number, token in known.items()}
         for content in contents:
             number = ids.setdefault(content, max([self._model.vocab_size() - 1, *known]) + 1)
@@ -107,7 +107,7 @@ class LlamaTokenizer:
         write_files(directory, self._files)
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids; `add_bos` is without effect where tokenizer_config.json has add_bos_token false."""
+        """Token ids; `add_bos` has no effect if tokenizer_config.json has add_bos_token false."""
         check_text(text)
         ids = [self.bos_id] if add_bos and self._adds_bos else []
         if not self.legacy:
@@ -134,19 +134,19 @@ class LlamaTokenizer:
         text = text.removeprefix(BLANK)
         pieces = self._model.encode(text, out_type=str)
         if pieces and not begins_text and not text.startswith(" ") and pieces[0].startswith(BLANK):
-            # What is left of the first piece may be no piece itself; its id is then that of <unk>, as in the original.
+            # The rest of the first piece may not be a piece itself; its id is then that of <unk>, as in the original.
             pieces = ([pieces[0][1:]] if len(pieces[0]) > 1 else []) + pieces[1:]
         return [self._model.piece_to_id(piece) for piece in pieces]
 
     def _encode_behind_added(self, text: str) -> list[int]:
-        """As transformers' fast tokenizer does: never a second blank where the text has one itself."""
+        """Like transformers' fast tokenizer: no leading space is added if the text already has one."""
         if self.legacy and not text.startswith((" ", BLANK)):
             return self._model.encode(text)
-        newline = len(self._model.encode("\n"))  # of bytes, which merge with nothing: takes the leading blank
+        newline = len(self._model.encode("\n"))  # of bytes, which merge with nothing: gets the leading space
         return self._model.encode("\n" + text)[newline:]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text without special tokens; bytes that are not valid UTF-8 become U+FFFD."""
         kept = [i for i in map(int, ids) if i not in self._skipped]
         text, pieces = "", []
         for i in kept:
@@ -158,7 +158,7 @@ class LlamaTokenizer:
         return text + self._decode_stretch(pieces, first=not text)
 
     def _decode_stretch(self, pieces: list[int], first: bool) -> str:
-        """sentencepiece drops the blank before its first piece: right at the beginning of a text alone."""
+        """sentencepiece drops the space before its first piece, which is right only at the beginning of a text."""
         blank = [] if first else [self._model.piece_to_id(BLANK)]
         return self._model.decode(blank + pieces) if pieces else ""
 
@@ -171,9 +171,9 @@ def _pattern(token: AddedToken) -> str:
 def _special_tokens(
     config: dict[str, Any], overrides: dict[str, Any], added: dict[str, AddedToken]
 ) -> list[AddedToken]:
-    """bos, eos, unk.  A bare string in special_tokens_map.json eats white space on both sides, one elsewhere none.
+    """bos, eos, unk.  A plain string in special_tokens_map.json absorbs white space on both sides, others none.
 
-    What added_tokens_decoder says of one of them goes before.
+    An entry for one of them in added_tokens_decoder takes precedence.
     """
     tokens = []
     for name, default in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):

@@ -1,7 +1,7 @@
 """BERT ids for the Q-Former: prompts -> ids [R, T] and mask [R, T], R prompts of one conversation.
 
 Lower-cased WordPiece from `vocab.txt`, `[CLS] text [SEP]`; a prompt of more than 256 ids loses its beginning.
-`[DEC]` is the special token after the vocabulary: the embedding table has a row for it, no prompt holds it.
+`[DEC]` is the special token after the vocabulary: the embedding table has a row for it, but no prompt contains it.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from llamavid_jax.text.tokenizer import pad_with_mask
 from llamavid_jax.text.tokenizer_files import read_files
 
 MAX_IDS = 256  # with [CLS] and [SEP]
-ABSENT = -1  # where a question has no place, not even padding
+ABSENT = -1  # beyond a sample's longest question, where there is not even padding
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class QFormerTokenizer:
-    """The tokenizer in `directory`/vocab.txt, one piece a line; ConversationError when it is missing or incomplete."""
+    """The tokenizer in `directory`/vocab.txt, one piece per line; ConversationError if it is missing or incomplete."""
 
-    FOLDER = "qformer_tokenizer"  # its place in a checkpoint folder
+    FOLDER = "qformer_tokenizer"  # in a checkpoint folder
 
     def __init__(self, directory: str | Path):
         path = Path(directory) / "vocab.txt"
@@ -57,7 +57,7 @@ class QFormerTokenizer:
     ) -> tuple[Int32[np.ndarray, "R T"], Bool[np.ndarray, "R T"]]:
         """(ids, mask), padded on the right to the longest prompt; the mask is False at padding.
 
-        `max_ids`: of a prompt, at most MAX_IDS; a longer one keeps [CLS] and its last ones.
+        `max_ids` of a prompt, at most MAX_IDS, are kept: of a longer one [CLS] and its last ids.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
             raise ConversationError(f"prompts is {prompts!r}; a list of one text or more is needed")
@@ -74,7 +74,8 @@ def pad_questions(
 ) -> tuple[Int32[np.ndarray, "U L"], Bool[np.ndarray, "U L"]]:
     """Questions of several samples, `counts` of each, in static shapes; ids are ABSENT beyond a sample's longest.
 
-    The original pads each sample to its longest question, and the states of that padding count where BERT reads it.
+    The original pads each sample to its longest question; if the text decoder is plain BERT, the states of that padding
+    affect the result.
     """
     longest = np.repeat([part.sum(axis=1).max(initial=0) for part in np.split(mask, np.cumsum(counts)[:-1])], counts)
     padded, seen = np.full((rows, length), ABSENT, np.int32), np.zeros((rows, length), bool)

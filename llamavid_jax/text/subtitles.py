@@ -1,15 +1,15 @@
-"""Subtitles of a video -> the text of a movie: one `<image>` a frame, and between them what is said.
+"""Subtitles of a video -> the text of a movie: one `<image>` per frame, and the subtitles between them.
 
     .srt or .vtt, or a video's track -> cues (end in seconds, text) ─┐
     times of the sampled frames, in seconds ─────────────────────────┴─> "<image>Hello.<image><image>Who goes?"
 
-The layout is the original's: a text stands behind the last frame before its end, but never before the text in front of
-it; several texts of one frame are joined by a blank, and so are the lines of a cue.
+The layout is the original's: a text follows the last frame before its end, but never precedes the text before it;
+several texts of one frame are joined by a space, and so are the lines of a cue.
 
-Deviations: a text that ends before the first frame stands behind that one, not behind the last.  Tags, such as those
-for italics, are deleted, and so is `<image>`, which would take a frame's place; `...` stays.  The cues of a .srt file
-begin at their times, not at their numbers.  `as_original` has these as the original.
-With times, "[0:59]" or "[1:02:03]" stands in front of each frame, or of the first one of each minute.
+Deviations: a text that ends before the first frame follows that frame, not the last one.  Tags, such as those for
+italics, are deleted, and so is `<image>`, which would count as a frame; `...` stays.  The cues of a .srt file begin at
+their times, not at their numbers.  `as_original` handles these as the original does.  With times, "[0:59]" or
+"[1:02:03]" precedes each frame, or the first one of each minute.
 """
 
 import codecs
@@ -25,29 +25,29 @@ from llamavid_jax.text.conversation import IMAGE, ConversationError
 
 CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})[.,](\d{1,6})"
 TIMING = re.compile(rf"\s*{CLOCK}\s*-->\s*{CLOCK}(?:\s|$)")
-MEANT = re.compile(r"[\s\d:.,-]*\d[\s\d:.,-]*-->[\s-]*\d")  # for times: else they would be read as words
+MEANT = re.compile(r"[\s\d:.,-]*\d[\s\d:.,-]*-->[\s-]*\d")  # a malformed line of times: it would be read as words
 SRT_TAG = re.compile(r"</?(?:i|b|u|s|font)\b[^<>]*>|\{\\[^{}]*\}", re.IGNORECASE)
 ASS_DRAWING = re.compile(r"\{[^{}]*\\p[1-9][^{}]*\}.*?(?:\{[^{}]*\\p0[^{}]*\}|$)", re.DOTALL)
 ASS_TAG = re.compile(r"\{[^{}]*\}")
 VTT_TAG = re.compile(r"<[^<>]*>")
-TIMES = ("frame", "minute")  # of which the text may say the time
-MAX_BYTES = 16 * 2**20  # a film's are 100 kB
+TIMES = ("frame", "minute")  # what the text may give the time of
+MAX_BYTES = 16 * 2**20  # those of a feature film take 100 kB
 
 
 class Cue(NamedTuple):
-    """What is said until `end`, in seconds."""
+    """A subtitle, and its `end` in seconds."""
 
     end: float
     text: str
 
 
 def read_subtitles(path: str | Path, as_original: bool = False) -> list[Cue]:
-    """The cues of a .srt or .vtt file, in its order.  Raises ConversationError."""
+    """The cues of a .srt or .vtt file, in file order.  Raises ConversationError."""
     return parse_subtitles(subtitle_text(path, as_original), as_original)
 
 
 def subtitle_text(path: str | Path, as_original: bool = False) -> str:
-    """The text of a .srt or .vtt file, which holds a cue at least.  Raises ConversationError."""
+    """The text of a .srt or .vtt file.  Raises ConversationError if it cannot be read or has no cues."""
     try:
         file = find(path)
         if file.exists() and not file.is_file():
@@ -62,7 +62,7 @@ def subtitle_text(path: str | Path, as_original: bool = False) -> str:
         raise ConversationError(f"{path} is not {error.encoding.upper()} (byte {error.start}); {remedy}") from None
     except ConversationError as error:
         raise ConversationError(f"{path}, {error}") from None
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, no home
+    except (OSError, ValueError, RuntimeError) as error:  # such as a NUL in the name, or no home folder for ~
         raise ConversationError(f"{str(path)!r} cannot be read ({error}); check its name and permissions") from None
     if not cues:
         raise ConversationError(f"{path} holds no subtitles, such as 00:01,000 --> 00:02,500; give a .srt or .vtt file")
@@ -70,9 +70,10 @@ def subtitle_text(path: str | Path, as_original: bool = False) -> str:
 
 
 def parse_subtitles(text: str, as_original: bool = False) -> list[Cue]:
-    """A .vtt's text begins with WEBVTT, and its cues end at a blank line; those of a .srt at the next one's times.
+    """The cues of a text: a .vtt if it begins with WEBVTT, else a .srt.
 
-    Raises ConversationError for a line of times that are written in another way.
+    A cue of a .vtt ends at a blank line, one of a .srt at the next cue's times.  Raises ConversationError for malformed
+    times.
     """
     is_vtt, cues, end, lines = text.startswith("WEBVTT"), [], None, []
     if as_original and not is_vtt:
@@ -92,7 +93,7 @@ def parse_subtitles(text: str, as_original: bool = False) -> list[Cue]:
 
 
 def _cues_by_number(text: str) -> list[Cue]:
-    """Of a .srt, as the original: a line of digits begins a cue; one that lacks text or times goes on in the next."""
+    """The cues of a .srt, as in the original: a line of digits begins one, and one without text or times continues."""
     cues, end, lines = [], None, []
     for number, line in enumerate([*re.split(r"\r\n?|\n", text), "0"], 1):
         words = line.replace("\0", "").strip().replace("...", "").strip()
@@ -109,7 +110,7 @@ def _cues_by_number(text: str) -> list[Cue]:
 
 
 def cues_of_track(events: Iterable[tuple[float, str]]) -> list[Cue]:
-    """The end in seconds and the text, marked up as in .ass files, of a video's track."""
+    """The cues of a video's track, from (end in seconds, text with the markup of .ass files)."""
     cues = []
     for end, text in events:
         words = ASS_TAG.sub("", ASS_DRAWING.sub("", text)).replace("\\h", " ").replace(IMAGE, " ").split("\n")
@@ -119,7 +120,7 @@ def cues_of_track(events: Iterable[tuple[float, str]]) -> list[Cue]:
 
 
 def interleave(times: Iterable[float], cues: Iterable[Cue], as_original: bool = False) -> str:
-    """`<image>` for each frame of `times`, with the texts behind the frames that they belong to."""
+    """`<image>` for each frame of `times`, followed by the texts that belong to the frame."""
     times = list(times)
     texts: Sequence[list[str]] = [[] for _ in times]
     reached = 0
@@ -131,13 +132,13 @@ def interleave(times: Iterable[float], cues: Iterable[Cue], as_original: bool = 
 
 
 def with_times(film: str | None, times: Iterable[float], of: str | None) -> str | None:
-    """`film` with the time in front of each frame, or of the first one in each minute (`of`, one of TIMES or None).
+    """`film` with the time before each frame, or before the first one in each minute (`of`, one of TIMES or None).
 
-    `film` None stands for frames alone.
+    `film` None means frames without text.
     """
     if of is None:
         return film
-    times = [int(time + 0.5) for time in times]  # the frame that is shown at 60 s may have come at 59.98
+    times = [int(time + 0.5) for time in times]  # the frame shown at 60 s may have the time 59.98
     before, *texts = (film or IMAGE * len(times)).split(IMAGE)
     minutes = [None, *(time // 60 for time in times)]
     marks = [
@@ -147,7 +148,7 @@ def with_times(film: str | None, times: Iterable[float], of: str | None) -> str 
 
 
 def clock(time: int) -> str:
-    """Of so many seconds: "[0:59]" or "[1:02:03]"."""
+    """The mark of a time in seconds: "[0:59]" or "[1:02:03]"."""
     minutes, seconds = divmod(time, 60)
     return f"[{minutes}:{seconds:02d}]" if minutes < 60 else f"[{minutes // 60}:{minutes % 60:02d}:{seconds:02d}]"
 
@@ -160,7 +161,7 @@ def _timing(number: int, line: str) -> re.Match | None:
 
 
 def _end(timing: re.Match) -> float:
-    """In seconds, rounded once: a frame may stand at just that time."""
+    """The end in seconds, rounded once: a frame may have exactly that time."""
     hours, minutes, seconds, fraction = timing.groups()[4:]
     whole = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
     return (1000000 * whole + int(fraction.ljust(6, "0"))) / 1000000

@@ -23,13 +23,13 @@ from llamavid_jax.text.tokenizer_files import SETTINGS, added_tokens, json_objec
 class JsonTokenizer:
     """A `tokenizer.json`, for language models other than LLaMA 1 and 2; ids are those of the tokenizers library.
 
-    `add_bos` asks for whatever the file itself puts around a text: nothing in some models, so `bos_id` may be unused.
+    `add_bos` adds whatever the file puts around a text; in some models that is nothing, so `bos_id` may be unused.
     """
 
     FILE = "tokenizer.json"
 
     def __init__(self, directory: str | Path, added: Sequence[str] = ()):
-        """Those of `added` that the file does not know get the next ids."""
+        """Tokens of `added` that the file lacks get the next ids."""
         path = Path(directory) / self.FILE
         remedy = "copy the language model's tokenizer.json there"
         self._files = read_files(directory, path.name, SETTINGS, remedy)
@@ -74,7 +74,7 @@ class JsonTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=add_bos).ids
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text without special tokens; ids outside the vocabulary have none."""
+        """Text without special tokens; ids outside the vocabulary decode to nothing."""
         return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
 
 
@@ -83,7 +83,7 @@ Tokenizer = LlamaTokenizer | JsonTokenizer
 
 
 def load_tokenizer(directory: str | Path, added: Sequence[str] = ()) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, with the tokens `added`; ConversationError when it holds neither file."""
+    """The tokenizer of a checkpoint folder, with the tokens `added`; ConversationError if it has neither file."""
     directory = find(directory)
     for kind in (LlamaTokenizer, JsonTokenizer):
         if (directory / kind.FILE).exists():
@@ -96,7 +96,7 @@ def load_tokenizer(directory: str | Path, added: Sequence[str] = ()) -> Tokenize
 def encode_with_images(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids with -200 for every `<image>` (the original's `tokenizer_image_token`).
 
-    Each chunk of text around a placeholder is tokenised on its own, the BOS kept on the first alone.
+    Each chunk of text around a placeholder is tokenised separately; only the first keeps its BOS.
     """
     first, *others = text.split(IMAGE)
     ids = tokenizer.encode(first)
@@ -114,15 +114,16 @@ def pad_with_mask(
 
 
 class TextStream:
-    """Turns ids into text as they come: `push(id)` returns what is new, `finish()` what was held back.
+    """Turns ids into text as they arrive: `push(id)` returns the new text, `finish()` what was held back.
 
-    A character may be several byte pieces in both kinds of tokenizer, so text that ends in U+FFFD is held until it is
-    complete.  All returned strings joined are `tokenizer.decode` of all ids; each push decodes only the last few.
+    In both kinds of tokenizer a character may take several byte tokens, so text that ends in U+FFFD is held back until
+    it is complete.  All returned strings joined equal `tokenizer.decode` of all ids; each push decodes only the last
+    few.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # ids since the last but one place where the text was complete
+        self._ids: list[int] = []  # ids since the text was complete for the last but one time
         self._shown = 0  # how many of them are in text already returned
 
     def push(self, token: int) -> str:

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, read into memory with it; the tokens that a fine-tune added to its vocabulary."""
+"""The files of a tokenizer, kept in memory with it, and the tokens that a fine-tune added to its vocabulary."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-)  # what may stand beside a tokenizer
+)  # optional files beside a tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token cut out of the text as it stands.
+    """A token that is matched literally in the text, before the rest is tokenised.
 
-    `lstrip` and `rstrip`: it eats the white space on that side; `single_word`: it is none inside a word; `special`: it
-    decodes to nothing.
+    `lstrip` and `rstrip`: it absorbs the white space on that side; `single_word`: it does not match inside a word;
+    `special`: it decodes to nothing.
     """
 
     content: str
@@ -31,7 +31,7 @@ class AddedToken:
 
 
 def read_files(directory: str | Path, required: str, optional: tuple[str, ...], remedy: str) -> dict[str, bytes]:
-    """Name -> content.  Raises ConversationError, which ends in `remedy`, where `required` is missing."""
+    """Name -> content.  Raises ConversationError, which ends in `remedy`, if `required` is missing."""
     files = {}
     for name in (required, *optional):
         path = find(Path(directory) / name)
@@ -46,7 +46,7 @@ def read_files(directory: str | Path, required: str, optional: tuple[str, ...], 
 
 
 def json_object(files: Mapping[str, bytes], name: str, directory: str | Path) -> dict[str, Any]:
-    """The JSON object in one of the files, {} where that file is absent."""
+    """The JSON object in one of the files, {} if that file is absent."""
     try:
         return parse_object(files.get(name, b"{}"))
     except ValueError as error:
@@ -54,7 +54,7 @@ def json_object(files: Mapping[str, bytes], name: str, directory: str | Path) ->
 
 
 def added_tokens(files: Mapping[str, bytes], directory: str | Path) -> dict[int, AddedToken]:
-    """Id -> token, of added_tokens.json and of added_tokens_decoder in tokenizer_config.json, which says more."""
+    """Id -> token, from added_tokens.json and from the more detailed added_tokens_decoder in tokenizer_config.json."""
     config, names, plain = (json_object(files, name, directory) for name in SETTINGS)
     special = {_content(token) for key, token in (config | names).items() if key.endswith("_token")}
     for listed in ("additional_special_tokens", "extra_special_tokens"):
@@ -92,7 +92,7 @@ def _token_id(number: Any) -> int:
 
 
 def flag(config: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:
-    """True or false under `name` of the file `path`; null is false."""
+    """The boolean `name` of `config`, which is the file `path`; null is False."""
     value = config.get(name, default)
     if value is not None and type(value) is not bool:
         raise ConversationError(f"{path}: {name} is {value!r}; use true or false")
@@ -100,7 +100,7 @@ def flag(config: Mapping[str, Any], name: str, default: bool, path: Path) -> boo
 
 
 def max_length(config: Mapping[str, Any], path: Path) -> int:
-    """`model_max_length` of the file `path`, in tokens; 10**30 stands for no limit, as in transformers."""
+    """`model_max_length` of the file `path`, in tokens; 10**30 means no limit, as in transformers."""
     value = config.get("model_max_length") or 10**30
     if type(value) not in (int, float) or not 1 <= value <= 1e31:
         raise ConversationError(f"{path}: model_max_length is {value!r}; use a whole number of tokens")

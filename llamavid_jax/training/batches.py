@@ -1,4 +1,4 @@
-"""From records to batches on the devices: which rows a process reads, and each batch on its way.
+"""From records to batches on the devices: which rows a process reads, and the transfer of each batch.
 
 records ─ make_loader ─▶ Loader, this process's rows ─ upcoming ─▶ Batch, sharded over the mesh
 """
@@ -33,23 +33,23 @@ from llamavid_jax.training.config import DataConfig, LoopConfig
 from llamavid_jax.training.layout import batch_sharding
 from llamavid_jax.training.start import Start
 
-FETCHED_AHEAD = 2**30  # bytes of frames a device: larger batches wait on the host until the step before is done
+FETCHED_AHEAD = 2**30  # bytes of frames per device; larger batches wait on the host until the previous step is done
 
 
 class Upcoming(NamedTuple):
-    """A batch on the devices, what was loaded for it, and the data position behind it."""
+    """A batch on the devices, what was loaded for it, and the data position after it."""
 
     batch: Batch | None  # None once its step is under way
     loaded: LoadedBatch
     position: dict[str, Any]
-    wait: float  # seconds that the loader needed
+    wait: float  # seconds spent waiting for the loader
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a batch that this process's devices hold, in order.
 
-    They need not be neighbours: meshes follow the chips' wiring.  Along `tensor` and `sequence` several processes may
-    hold the same.  Raises ShardingError, on all processes, where one has no device in the mesh.
+    They need not be contiguous, as meshes follow the chips' wiring.  Along `tensor` and `sequence` several processes
+    may hold the same rows.  Raises ShardingError, on all processes, if one has no device in the mesh.
     """
     idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if idle:
@@ -61,7 +61,7 @@ def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def open_data(data: DataConfig, report: Callable[[str], None]) -> tuple[Sequence, Sequence | None]:
-    """The records to train on and the held-out ones.  Raises ConfigError or DataError for a path that is wrong."""
+    """The training records and the held-out ones.  Raises ConfigError or DataError for a wrong path."""
     if not data.path:
         raise ConfigError("data.path is empty; give a LLaVA-format .json or .jsonl, or a folder of shards")
     opened = []
@@ -87,7 +87,7 @@ def make_loader(
     held_out: bool = False,
     resumed: bool = False,
 ) -> Loader:
-    """The batches of the training data or of one pass over the held-out set, this process's `rows` of them."""
+    """The loader of this process's `rows`, for the training data or for one pass over the held-out set."""
     vision = start.config.vision_tower_config
     reader = ExampleReader(
         start.tokenizer,
@@ -128,9 +128,9 @@ def make_loader(
 
 
 def check_towers(records: Sequence, sizes: Sizes, start: Start) -> None:
-    """Raises MediaError for a feature file that another tower than the model's made; of shards the first one is read.
+    """Raises MediaError for a feature file that another vision tower made; of shards only one sample is checked.
 
-    Other kinds of files say nothing of their tower, and those that cannot be read are left out later.
+    Other kinds of files do not name their tower, and unreadable ones are skipped later.
     """
     places = np.flatnonzero(sizes.kind == KINDS.index("features"))[: 1 if isinstance(records, Shards) else None]
     if not len(places):
@@ -146,7 +146,7 @@ def check_towers(records: Sequence, sizes: Sizes, start: Start) -> None:
 
 
 def check_same_data(identity: Mapping[str, Any], *loaders: Loader | None) -> None:
-    """Raises TrainingError where a process has other data than the rest: each would run another program."""
+    """Raises TrainingError if the processes have different data: they would run different programs."""
     plans = [bytes.fromhex(loader.schedule.fingerprint()) for loader in loaders if loader is not None]
     own = hashlib.sha256(json.dumps(identity, sort_keys=True).encode() + b"".join(plans)).digest()
     every = multihost_utils.process_allgather(np.frombuffer(own, np.uint8)).reshape(jax.process_count(), -1)
@@ -158,15 +158,15 @@ def check_same_data(identity: Mapping[str, Any], *loaders: Loader | None) -> Non
 
 
 def room_ahead(loader: Loader, mesh: Mesh, batch_size: int) -> bool:
-    """Whether a batch may be on the devices beside the one that is computed with."""
+    """Whether the devices have room for the next batch while they compute with the current one."""
     device_rows = batch_sharding(mesh).shard_shape((batch_size,))[0]
     return loader.row_bytes * device_rows // row_shards(mesh) <= FETCHED_AHEAD
 
 
 def upcoming(loader: Loader, mesh: Mesh, batch_size: int, packing: bool) -> Iterator[Upcoming]:
-    """Batches on their way to the devices, from each process its own rows.
+    """Transfers batches to the devices; each process contributes its own rows.
 
-    Rows of one sample need no segments: causality hides the padding behind it.
+    Rows of one sample need no segment ids: causal attention hides the padding after it.
     """
 
     def place(field: str, array: np.ndarray) -> jax.Array:

@@ -1,13 +1,14 @@
-"""The checkpoints of a run: trained arrays, optimiser state and data position, so that a run goes on where it stopped.
+"""The checkpoints of a run: trained arrays, optimiser state and data position, so that a run resumes where it stopped.
 
     {pytree of arrays, position, config} ─ save, in the background ─▶ directory/STEP/{arrays, run} ─ restore ─▶ same
 
-Every host writes and reads its own shards through Orbax, which writes aside and renames: a checkpoint that bears its
-number is complete.  In a bucket nothing is renamed: there one is complete once Orbax has added `commit_success.txt`.
-The arrays are stored flat, by the paths of `flat_paths`, so that optimiser states of any type and any mesh can take
-them back.  Deviation from plain Orbax, which does not notice a flipped bit: `run` holds type, shape and fingerprint of
-every array, and a checkpoint whose arrays have others is damaged.  What else Orbax writes is not read, so that damage
-there harms nothing.
+Every host writes and reads its own shards through Orbax, which writes to a temporary folder and renames it: a
+checkpoint whose folder is named by its step is complete.  Buckets cannot rename; there a checkpoint is complete once
+Orbax has added `commit_success.txt`.  The arrays are stored flat, by the paths of `flat_paths`, so that they can be
+restored into optimiser states of any type and onto any mesh.
+
+Deviation from plain Orbax, which does not notice a flipped bit: `run` holds type, shape and fingerprint of every array,
+and a checkpoint whose arrays differ is damaged.  Orbax's other files are not read, so damage there is harmless.
 """
 
 import contextlib
@@ -35,13 +36,13 @@ from llamavid_jax.training.fingerprints import fingerprints
 from llamavid_jax.training.quiet import quiet
 
 ARRAYS, RUN = "arrays", "run"  # the two items of a checkpoint
-POLL = 0.05  # seconds between two looks at a save that is waited for
-LISTED = 64  # the newest checkpoints that a restart looks at
+POLL = 0.05  # seconds between two checks of a save that is waited for
+LISTED = 64  # how many checkpoints a restart considers, the newest ones
 
 
 class Restored(NamedTuple):
     step: int
-    arrays: Any  # as the abstract arrays asked for
+    arrays: Any  # with the structure and shardings of the abstract ones
     position: dict[str, Any]
     config: dict[str, Any]
 
@@ -58,16 +59,16 @@ class RunCheckpoints:
         report: Callable[[str], None] = print,
         taken: Callable[[], str] = str,
     ):
-        """`report` is told, in one line, of every damaged checkpoint; `taken` says who has the run now, if others do.
+        """`report` gets a line for every damaged checkpoint; `taken` returns who else has the run now, "" for nobody.
 
         Raises CheckpointError.
         """
         if keep < 2:
             raise CheckpointError(f"keep is {keep}; use 2 or more, so that one is left when the newest is damaged")
         self.directory, self._report, self._taken = Path(directory).absolute(), report, taken
-        self._saving: int | None = None  # the step under way
+        self._saving: int | None = None  # the step that is being saved
         self._failure: CheckpointError | OutageError | None = None
-        self._heard: list[BaseException] = []  # what failed in the background of this process
+        self._heard: list[BaseException] = []  # errors in background threads of this process
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,  # what a killed save left
@@ -78,7 +79,7 @@ class RunCheckpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._quiet.enter_context(quiet(self._hear))
             self._manager = self._open()
-        except Exception as error:  # of a bucket any kind
+        except Exception as error:  # buckets raise many kinds
             self._quiet.close()
             if isinstance(error, InputError | OutageError):
                 raise
@@ -99,10 +100,9 @@ class RunCheckpoints:
     def save(self, step: int, arrays: Any, position: dict[str, Any], config: dict[str, Any]) -> None:
         """Copies the arrays and returns; they are written in the background, after an earlier save is complete.
 
-        `arrays` is a pytree of jax arrays on one mesh, global ones in a run of many processes; RNG keys come as their
-        data.
-        `position` and `config` can be JSON; those of process 0 are kept.  A step that exists is not written again.
-        Raises CheckpointError when this save cannot start or the one before failed.
+        `arrays` is a pytree of jax arrays on one mesh, global ones in a run of several processes; pass RNG keys as
+        their data.  `position` and `config` must be valid JSON; those of process 0 are stored.  A step that exists is
+        not written again.  Raises CheckpointError if this save cannot start or the one before failed.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -128,9 +128,9 @@ class RunCheckpoints:
         return list(self._manager.all_steps())
 
     def wait(self) -> None:
-        """Returns when the save under way is complete.  Raises CheckpointError if it, or one before, has failed.
+        """Waits for the save under way.  Raises CheckpointError, on all processes, if it or an earlier one failed.
 
-        On all processes: where one cannot write its part, Orbax itself has the others wait for it for 20 minutes.
+        It polls first: if one process cannot write its part, Orbax makes the others wait for it for 20 minutes.
         """
         if self._failure:
             raise self._failure
@@ -139,13 +139,13 @@ class RunCheckpoints:
                 time.sleep(POLL)
             try:
                 self._manager.wait_until_finished()
-            except Exception as error:  # that came after all parts were written
+            except Exception as error:  # raised after all parts were written
                 self._heard.append(error)
             self.busy()
             self._saving = None
 
     def busy(self) -> bool:
-        """Whether a save is under way on any process.  Raises CheckpointError, on all of them, where one has failed."""
+        """Whether a save is under way on any process.  Raises CheckpointError, on all of them, if one has failed."""
         own = np.array([self._manager.is_saving_in_progress(), bool(self._heard)])
         under_way, failed = multihost_utils.process_allgather(own).reshape(-1, 2).T
         with self._write_errors():
@@ -154,7 +154,7 @@ class RunCheckpoints:
         return bool(under_way.any())
 
     def _hear(self, record: logging.LogRecord) -> None:
-        """Orbax logs at once what it raises when the others have come to a barrier of its own."""
+        """Collects Orbax's errors from its log: it raises them only once all processes have reached a barrier."""
         here = self._saving is not None and str(self._manager.directory) in record.getMessage()
         if here and record.levelno >= logging.ERROR and record.exc_info and record.exc_info[1]:
             self._heard.append(record.exc_info[1])
@@ -164,7 +164,7 @@ class RunCheckpoints:
         try:
             self.wait()
         finally:
-            if not self._failure:  # else Orbax would only raise its error again, and its threads go on for a while
+            if not self._failure:  # else Orbax would only raise its error again, and its threads run on for a while
                 self._manager.close()
                 self._quiet.close()
 
@@ -183,11 +183,11 @@ class RunCheckpoints:
             raise self._failure from error
 
     def restore(self, abstract: Any, at_least: int = 0) -> Restored | None:
-        """The newest complete checkpoint, of `at_least` that step, or None where there is none.
+        """The newest complete checkpoint, of step `at_least` or later, or None if there is none.
 
         `abstract` is the pytree that was saved, as ShapeDtypeStructs with the shardings to restore onto, or arrays.
         Damaged checkpoints are reported and, once an older one was read, renamed to `damaged-STEP`.  Raises
-        CheckpointError when all are damaged, and when the arrays differ from `abstract`, naming the first.
+        CheckpointError if all are damaged, and if the arrays differ from `abstract`, naming the first.
         """
         self.wait()
         damaged = {}
@@ -250,7 +250,7 @@ class _DamagedError(Exception):
 
 @contextlib.contextmanager
 def _damage(item: str) -> Iterator[None]:
-    """What is raised in the block becomes a _DamagedError on all processes; there is no barrier in it."""
+    """Turns an error in the block into a _DamagedError on all processes; the block must not contain a barrier."""
     problem = ""
     try:
         yield
@@ -280,7 +280,7 @@ def _check_same(folder: Path, stored: dict[str, str], wanted: dict[str, str]) ->
 
 
 def _from_process_0(steps: list[int]) -> list[int]:
-    """File systems of many hosts may list a folder differently for a while."""
+    """Process 0's list, for all processes: hosts may see different listings of a shared folder for a while."""
     padded = np.full(LISTED, -1, np.int32)
     padded[: len(steps)] = steps[:LISTED]
     return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]

@@ -3,9 +3,9 @@
     model: configs/models/llamavid_7b_224_video.yaml     start: {model: DIR, adapter: DIR}     output: DIR
     trainable: {PATTERN: true | false}                   data: ...   optimizer: ...   training: ...
     mesh: fsdp=8                                         lora: {rank: 64, ...}
-    base: stage2_instruct.yaml                           a file beside this one, which it says the differences from
+    base: stage2_instruct.yaml                           a file in the same folder, which this one modifies
 
-The original's scripts are these fields; its stages differ in nothing else.
+The original's training scripts set these fields; its stages differ in nothing else.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from llamavid_jax.text.conversation import template_named
 from llamavid_jax.training.sections import DataConfig, LoopConfig, OptimizerConfig, StartConfig
 
 LONGEST_ROW = 1 << 22  # frames, pairs, questions or tokens
-TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which have points of their own
+TABLES = ("trainable", "optimizer.lr_factors")  # their keys are patterns, which contain dots
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A recipe.  `model` is one of `configs/models/`; empty takes the `config.json` of `start.model`."""
+    """A recipe.  `model` is one of `configs/models/`; if empty, the `config.json` of `start.model` is read."""
 
     output: str = "runs/train"
     model: str = ""
@@ -80,7 +80,7 @@ class TrainConfig:
         return max(shape.tokens for shape in self.data.shapes)
 
     def model_config(self) -> LLaMAVIDLlavaConfig:
-        """The model's configuration with the run's aspect, and a rotary factor for rows longer than its positions."""
+        """The model's configuration with the run's image aspect ratio, and a rotary factor if rows need it."""
         if self.model:
             config = LLaMAVIDLlavaConfig.from_yaml(self.model)
             config = config.with_pixels_of(find(self.start.model)) if self.start.model else config
@@ -96,9 +96,9 @@ class TrainConfig:
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Reads the YAML file and puts `section.key=value` over it, values written as in YAML.
+    """Reads the YAML file and applies overrides `section.key=value`, with values written as in YAML.
 
-    Raises ConfigError that names the file or the override, the field and what it may be.
+    Raises ConfigError that names the file or the override, the field and its allowed values.
     """
     values = read_recipe(path, whole=TABLES)
     for override in overrides:
@@ -110,9 +110,9 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _local(values: Any) -> Any:
-    """`~/chat.json` as a full path: a shell expands it at the beginning of a word only, not after `data.path=`.
+    """Expands `~` in `~/chat.json`: a shell does so only at the beginning of a word, not after `data.path=`.
 
-    Raises ConfigError for a URL of another kind than those of buckets: it would be a folder on the machine's own disk.
+    Raises ConfigError for a URL that is not a bucket's: it would be taken for a folder on the local disk.
     """
     if isinstance(values, dict):
         return {key: _local(value) for key, value in values.items()}
@@ -152,7 +152,7 @@ def _put(values: dict, override: str) -> None:
 
 
 def _with_floats(values: Any, kind: Any) -> Any:
-    """YAML 1.1 reads 2e-5 as text: it becomes a number where the field is one, and in tables and lists."""
+    """Converts strings to floats in float fields, tables and lists: YAML 1.1 reads 2e-5 as a string."""
     if isinstance(values, dict):
         fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
         kinds = {field.name: field.type for field in fields}

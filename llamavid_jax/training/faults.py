@@ -1,7 +1,7 @@
-"""Faults that a run is made to have, to see what becomes of it: `--simulate-fault KIND@STEP`.
+"""Simulated faults, to test how a run copes with them: `--simulate-fault KIND@STEP`.
 
-They happen before that step, each time it is reached, on the last process; `nan`, `disk` and `bucket` on all, which
-share these.
+A fault happens before that step, each time the step is reached, on the last process; `nan`, `disk` and `bucket` happen
+on all processes, as all share parameters and folders.
 """
 
 import os
@@ -43,7 +43,7 @@ class Fault(NamedTuple):
         return cls(kind, int(step))
 
     def strike(self, step: int, frozen: Params) -> Params:
-        """Does what is due before `step`; returns the frozen parameters that it computes with."""
+        """Causes the fault if it is due before `step`; returns the frozen parameters that the step computes with."""
         if self.kind == "nan":
             return _poisoned(frozen) if step == self.step else frozen
         due = step == self.step or (self.kind == "slow" and step > self.step)
@@ -55,7 +55,7 @@ class Fault(NamedTuple):
                     threading.Event().wait()
                 case "slow":
                     time.sleep(SLOW)
-                case "disk":  # the system refuses every write to a file, as a full disk does, by another error
+                case "disk":  # every write to a file fails, as on a full disk, but with another error
                     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
                 case "bucket":
                     _take_bucket_away()
@@ -63,7 +63,7 @@ class Fault(NamedTuple):
 
 
 def _take_bucket_away() -> None:
-    """What gcsfs sends fails as without a network, and it tries again; TensorStore's requests are not its own."""
+    """Makes gcsfs's requests fail as without a network, and gcsfs retries; TensorStore's do not go through it."""
     from aiohttp import ClientConnectionError
     from gcsfs import GCSFileSystem
 

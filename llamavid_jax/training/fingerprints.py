@@ -1,4 +1,4 @@
-"""Whether arrays are what they were: a number of 32 bits for each, computed on the mesh where they lie."""
+"""Detects whether arrays have changed: a 32-bit number for each, computed where they are on the mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """A number of 32 bits for each array: its elements' bits, mixed with their places, summed; the same on every mesh.
+    """A 32-bit number for each array: its elements' bits, mixed with their indices, summed; the same on every mesh.
 
-    A change of one element always changes it, and any other but for one in 2^32.
+    A change of a single element is always detected, any other except with probability 2^-32.
     """
     values = np.asarray(_fingerprints(arrays).addressable_data(0)) if arrays else []
     return {path: int(value) for path, value in zip(sorted(arrays), values, strict=True)}
@@ -29,9 +29,9 @@ def _fingerprints(arrays: dict[str, jax.Array]) -> jax.Array:
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """Other numbers of 32 bits, each of another one: the last steps of MurmurHash3.
+    """Maps 32-bit numbers one-to-one to others: the last steps of MurmurHash3.
 
-    Without them bits would meet in the sum: two flipped signs cancel, whatever odd weights their places have.
+    Without it, bits would cancel in the sum: two flipped signs do, whatever odd weights their indices have.
     """
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

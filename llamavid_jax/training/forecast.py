@@ -1,9 +1,10 @@
-"""What a run will do, said before its first step: what trains, how much a step is, memory and hours by arithmetic.
+"""What a run will do, reported before its first step: what trains, the size of a step, estimates of memory and hours.
 
-Memory of a device: the state and the frozen parameters as they lie there, gradients, and what LLaMA's layers keep for
-them.  Logits, the vision tower's own values and the compiler's copies come on top: `train.py --compile-only` asks it.
-Hours: FLOPs, with those done again, over the devices' peak (`parallel/chips.py`): a bound; and at the share of it that
-published steps use on such chips (`models/published.py`), or ASSUMED of it where none is published.
+Memory per device: the state and the frozen parameters as sharded, gradients, and the activations that LLaMA's layers
+keep for them.  Logits, the vision tower's activations and the compiler's copies come on top; `train.py --compile-only`
+asks the compiler.  Hours: FLOPs, recomputed ones included, over the devices' peak (`parallel/chips.py`), a lower bound;
+and at the fraction of the peak that published steps reach on such chips (`models/published.py`), or at ASSUMED if none
+is published.
 """
 
 import fnmatch
@@ -24,7 +25,7 @@ from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.start import Start
 from llamavid_jax.training.step import TrainState
 
-ASSUMED = 0.5  # of the peak; tokens/s and MFU of the first steps say better
+ASSUMED = 0.5  # of the peak; tokens/s and MFU of the first steps are more accurate
 STAGES = {  # by what trains, as in the paper
     ("visual_tokens",): "stage 1, align",
     ("qformer", "visual_tokens", "llama"): "stage 2, instruct",
@@ -33,7 +34,7 @@ STAGES = {  # by what trains, as in the paper
 
 
 def forecast(config: TrainConfig, start: Start, state: TrainState, loader: Loader) -> str:
-    """The lines for the log of a run that goes on from `state`."""
+    """The log lines for a run that starts or resumes at `state`."""
     trained, frozen = state.params, start.frozen
     parts = tuple(part for part in PARTS if any(path.startswith(part) for path in trained))
     count = {name: sum(x.size for x in params.values()) for name, params in (("on", trained), ("off", frozen))}
@@ -53,14 +54,14 @@ def forecast(config: TrainConfig, start: Start, state: TrainState, loader: Loade
 
 
 def work_of(trained: Mapping[str, Any]) -> tuple[dict[str, bool], int]:
-    """Whether the weights of each part train, and how many parameters of low-rank updates (`flops_per_step`)."""
+    """Whether the weights of each part train, and the number of low-rank parameters (for `flops_per_step`)."""
     updates = {path for path in trained if fnmatch.fnmatchcase(path, ADAPTERS)}
     trains = {part: any(path.startswith(part) for path in trained.keys() - updates) for part in PARTS}
     return trains, sum(trained[path].size for path in updates)
 
 
 def _of_a_step(config: TrainConfig, start: Start, loader: Loader) -> tuple[float, float]:
-    """Mean tokens of room and FLOPs, those done again too, over the first epoch, as of the others."""
+    """Mean token capacity and FLOPs of a step, with recomputed ones, over the first epoch; others are alike."""
     (trains, updates), rows = work_of(start.trained), config.training.batch_size
     batches = Counter((batch.shape_index, batch.kind) for batch in loader.schedule.epoch(0))
     tokens = flops = 0
@@ -99,13 +100,13 @@ def _memory(config: TrainConfig, start: Start, state: TrainState) -> str:
 
 
 def _held(arrays: Any) -> int:
-    """Bytes of them on the first of this process's devices."""
+    """Bytes of the arrays on this process's first device."""
     leaves: Iterable[jax.Array] = jax.tree.leaves(arrays)
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
 
 def kept_bytes(text: LlamaConfig, mesh: Mapping[str, int], tokens: int, remat: str) -> float:
-    """What LLaMA's layers keep for the gradient on a device that computes with `tokens` at a time, in 16 bits."""
+    """Bytes of 16-bit activations that LLaMA's layers keep for the backward pass of `tokens` on one device."""
     hidden = text.hidden_size
     matmuls = 2 * hidden + (
         (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim + 2 * text.intermediate_size

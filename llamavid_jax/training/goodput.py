@@ -2,11 +2,11 @@
 
     Goodput, a stopwatch that is always on one of PARTS ─▶ output/goodput.jsonl ─ tally ─▶ {part: seconds}
 
-A line of the file is what happened since the line before: {time, step, part: seconds}; the first line of a process has
-`began` too.  Lines are written at every log and save and at the end, so a process that is killed leaves at most
+A line of the file covers the time since the line before: {time, step, part: seconds}; the first line of a process also
+has `began`.  Lines are written at every log and save and at the end, so a killed process leaves at most
 `training.log_every` steps unwritten, which count as idle.
 
-`ml-goodput-measurement` is not used: it logs to Google Cloud Logging and computes from there, nowhere else.
+`ml-goodput-measurement` is not used, because it works only through Google Cloud Logging.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import jax
 from llamavid_jax.training.log import JsonLines
 
 FILE = "goodput.jsonl"
-SHORTEST = 0.01  # seconds of a line
+SHORTEST = 0.01  # the fewest seconds worth a line
 PARTS: Mapping[str, str] = {
     "steps": "steps that count",
     "compile": "tracing and compiling the steps",
@@ -36,7 +36,7 @@ PARTS: Mapping[str, str] = {
 
 
 class Goodput:
-    """The stopwatch of this process, which begins with `start`; process 0 writes."""
+    """The stopwatch of this process, which begins in part `start`; process 0 writes the file."""
 
     def __init__(self, output: Path, report: Callable[[str], None], clock: Callable[[], float] = time.perf_counter):
         self._file = JsonLines(output / FILE, report) if jax.process_index() == 0 else None
@@ -45,14 +45,14 @@ class Goodput:
         self._totals = dict(self._seconds)
 
     def turn(self, part: str) -> None:
-        """From now on it is `part`."""
+        """Switches the stopwatch to `part`."""
         now = self._clock()
         self._seconds[self._part] += now - self._since
         self._part, self._since = part, now
 
     @contextlib.contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """What runs inside is `part`."""
+        """Counts the time inside the block as `part`."""
         before = self._part
         self.turn(part)
         try:
@@ -61,18 +61,18 @@ class Goodput:
             self.turn(before)
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Seconds that `source` has had were `target`'s."""
+        """Moves `seconds` already counted as `source` to `target`."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
     def begin(self, step: int) -> None:
-        """This process goes on behind `step`: what earlier ones did beyond it is lost.  From now on it is `steps`."""
+        """This process continues after `step`: what earlier ones did beyond it is lost.  Switches to `steps`."""
         before = self._file.rows() if self._file else []
         self._totals = tally([*before, self._write(step, began=self._began)])
         self.turn("steps")
 
     def write(self, step: int) -> None:
-        """What went into the steps up to `step`, since the last writing; next to nothing waits for the next one."""
+        """Writes what the time since the last line went into, up to `step`; less than SHORTEST is carried over."""
         self.turn(self._part)
         if sum(self._seconds.values()) > SHORTEST:
             row = self._write(step)
@@ -90,7 +90,7 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Goodput: the part of the wall clock so far that went into steps that count."""
+        """Goodput: the fraction of the wall clock so far that went into steps that count."""
         return self._totals["steps"] / max(sum(self._totals.values()), 1e-9)
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ def in_words(totals: Mapping[str, float]) -> str:
 
 
 def tally(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of each part.  Lines that are none are left out."""
+    """Seconds of each part.  Malformed lines are skipped."""
     totals = dict.fromkeys(PARTS, 0.0)
     for _, _, seconds in spans(rows):
         for part, value in seconds.items():
@@ -114,9 +114,9 @@ def tally(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def spans(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, dict[str, float]]]:
-    """The wall clock in order, as (from, to, seconds of each part there), in seconds since 1970.
+    """The wall clock in order, as (from, to, seconds of each part in it), in seconds since 1970.
 
-    Read backwards, each process says from which step on those before it worked in vain.
+    It is read backwards: the first line of each process gives the step after which the steps of earlier ones are lost.
     """
     rows = [row for row in rows if all(type(row.get(name)) in (int, float) for name in ("time", "step"))]
     found, again = [], math.inf

@@ -1,4 +1,4 @@
-"""What a run is made of, kept with its checkpoints, so that it does not go on with something else in silence.
+"""What a run depends on, kept with its checkpoints, so that it never resumes with something else unnoticed.
 
 recipe, model, weights, tokenizers, data ─ identity ─▶ {name: value} in each checkpoint ─ check_same_run ─▶ the same
 sizes and times of the media files, a column a record  ─ check_same_media ─▶ output/media.npy
@@ -28,7 +28,7 @@ from llamavid_jax.parallel.processes import on_any
 from llamavid_jax.training.config import TrainConfig
 from llamavid_jax.training.start import Start
 
-FREE = {  # fields that may change in the middle of a run: neither the order of the data nor the steps depend on them
+FREE = {  # fields that may change between restarts: neither the order of the data nor the steps depend on them
     *("output", "mesh", "data.path", "data.media", "data.evaluation_path"),  # the content of data.path counts
     *("data.max_broken", "data.threads", "data.processes"),
     *("training.log_every", "training.save_every", "training.keep", "training.evaluate_every"),
@@ -39,7 +39,7 @@ MEDIA = "media.npy"
 
 
 def identity(config: TrainConfig, start: Start) -> dict[str, Any]:
-    """All that a run is made of but its media files, as flat JSON."""
+    """All that a run depends on, except its media files, as flat JSON."""
     recipe, free = {}, FREE | ({"training.micro_batches"} if config.training.loss_weighting == "tokens" else set())
     for section, value in dataclasses.asdict(config).items():
         named = {f"{section}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {section: value}
@@ -64,7 +64,7 @@ def _sha256(files: Sequence[Path]) -> str:
 
 
 def check_same_run(now: Mapping[str, Any], before: Mapping[str, Any], output: Path) -> None:
-    """Raises TrainingError, on all processes, for the first thing that is not what the run was made of."""
+    """Raises TrainingError, on all processes, for the first value that has changed since the run began."""
     differing = [name for name in (*now, *before) if now.get(name) != before.get(name)]
     _agree(
         f"{differing[0]} is {now.get(differing[0])!r}, but the run in {output} began with "
@@ -77,9 +77,10 @@ def check_same_run(now: Mapping[str, Any], before: Mapping[str, Any], output: Pa
 def check_same_media(
     records: Sequence, output: Path, resumed: bool, threads: int, report: Callable[[str], None]
 ) -> None:
-    """Raises TrainingError, on all processes, where a file is gone or has another size or time than when the run began.
+    """Raises TrainingError, on all processes, if a file's size or time has changed since the run began, or it is gone.
 
-    Where all files have other times they were copied, which is reported.  Process 0 looks at its own files.
+    If all times differ but no size does, the files were copied, which is only reported.  Process 0 checks the files
+    that it sees.
     """
     problem, file = "", output / MEDIA
     if jax.process_index() == 0 and not isinstance(records, Shards):  # whose manifest has the sizes
@@ -93,7 +94,7 @@ def check_same_media(
             write_files(output, {MEDIA: content.getvalue()})
             before = now
         sizes, times = now != before
-        media = before[0] >= 0  # the others are of text alone
+        media = before[0] >= 0  # the others are text only
         copied = times[media].all() and len(np.unique(before[0][media])) > 1 and not sizes.any()
         changed = np.flatnonzero(sizes | times)
         if copied and len(changed):
@@ -108,9 +109,9 @@ def check_same_media(
 
 
 def media_files(records: Sequence, threads: int) -> Int64[np.ndarray, "2 N"]:
-    """Size and time of every record's media file, a film's with its subtitles' added; -1 where it has none.
+    """Size in bytes and time in nanoseconds of every record's media file, -1 without one; subtitles are added to both.
 
-    Those of a bucket are listed, and not fetched.
+    Files in a bucket are listed, not fetched.
     """
     folder = local(getattr(records, "media", ""))
     listed = {str(folder / name): found for name, found in listing(folder).items()} if url(folder) else {}
@@ -132,7 +133,7 @@ def media_files(records: Sequence, threads: int) -> Int64[np.ndarray, "2 N"]:
 
 
 def _read_media(file: Path) -> np.ndarray | None:
-    """None where there is no such file, or it is damaged."""
+    """The saved table; None if it is absent or damaged."""
     try:
         return np.load(file)
     except (OSError, ValueError, EOFError):
@@ -140,6 +141,6 @@ def _read_media(file: Path) -> np.ndarray | None:
 
 
 def _agree(problem: str) -> None:
-    """Raises TrainingError on all processes where one has a problem: else the others would wait for it."""
+    """Raises TrainingError on all processes if any has a problem: otherwise they would wait for it."""
     if on_any(problem):
         raise TrainingError(problem or "another process found that this is not the run that began; see its output")

@@ -1,4 +1,4 @@
-"""What a run has seen: speed and loss to the log, samples and steps left out, and the reasons to stop it."""
+"""A run's records: speed and loss to the log, skipped samples and steps, and the reasons to stop."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ from llamavid_jax.training.step import StepMetrics
 
 
 class Journal:
-    """What a run has seen: logs, counts, and the reasons to stop it.  A context, which closes its files."""
+    """A run's logs and counts, and the reasons to stop it.  A context manager, which closes its files."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class Journal:
         self.throughput = Throughput(start.mesh.size)
         self.trains, self.updates = work_of(start.trained)
         self.pending: list[tuple[int, StepMetrics, Upcoming]] = []
-        self.since_log: list[dict[str, float]] = []  # the steps that the next line of the log is the mean of
+        self.since_log: list[dict[str, float]] = []  # the steps that the next log line averages
         self.bad_steps = self.bad_in_a_row = self.truncated = self.samples = 0
-        self.rows = len(loader.rows)  # of a batch, on this process
-        # known to all processes, never planned
+        self.rows = len(loader.rows)  # of a batch, in this process
+        # unreadable samples that all processes know before the run; they are never planned
         self.broken = {(one["id"], one["reason"]) for one in loader.schedule.sizes.broken}
         own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
         self.skipped = JsonLines(output / f"skipped{own}.jsonl", report)
@@ -56,10 +56,10 @@ class Journal:
             self.skipped.replace([])
         noted = self._noted()
         self.held_out = noted["evaluation"]
-        self.unreadable = noted["training"] - self.broken  # of this process's rows
+        self.unreadable = noted["training"] - self.broken  # unreadable ones found in this process's rows
         self.skipped.append(_rows(self.broken - noted["training"]))
         self._totals()
-        self.metrics = Metrics(output, first_step + 1, report, loop.tracker)  # last: nothing raises with it open
+        self.metrics = Metrics(output, first_step + 1, report, loop.tracker)  # last, so that no error leaves it open
 
     def __enter__(self) -> "Journal":
         self.pace.__enter__()
@@ -72,19 +72,19 @@ class Journal:
         self.metrics.close()
 
     def finished(self, step: int, metrics: StepMetrics, current: Upcoming) -> None:
-        """Takes in a step that was just sent to the device and looks at the one before it."""
+        """Queues a step that was just dispatched, and logs the one before it."""
         self.pending.append((step, metrics, current))
         if len(self.pending) > 1:
             self._look(*self.pending.pop(0))
 
     def flush(self) -> None:
-        """Looks at every step so far."""
+        """Logs every step so far."""
         while self.pending:
             self._look(*self.pending.pop(0))
 
     @contextlib.contextmanager
     def pause(self, part: str) -> Iterator[None]:
-        """Looks at every step so far; what runs inside takes none of the steps' time, but is a `part` of the run's."""
+        """Logs every step so far; the time inside the block is not the steps' but the run's `part`."""
         self.flush()
         self.goodput.write(self.done)
         with self.throughput.pause(), self.pace.pause(), self.goodput.of(part):
@@ -129,7 +129,7 @@ class Journal:
         self.throughput.add(tokens, slots, real_frames, flops, seen.wait)
 
     def note_unreadable(self, skipped: Sequence[dict[str, str]]) -> None:
-        """Names samples in the log, each once, and stops a run of one process where they are too many."""
+        """Logs unreadable samples, each once, and stops a run of one process if there are too many."""
         new = {(one["id"], one["reason"]) for one in skipped} - self.unreadable
         self.unreadable |= new
         self.skipped.append(_rows(new))
@@ -137,15 +137,16 @@ class Journal:
             self._totals()
 
     def note_held_out(self, skipped: Sequence[dict[str, str]]) -> None:
-        """Names samples of the held-out set, which stop no run."""
+        """Logs unreadable samples of the held-out set, which never stop a run."""
         new = {(one["id"], one["reason"]) for one in skipped} - self.held_out
         self.held_out |= new
         self.skipped.append([row | {"set": "evaluation"} for row in _rows(new)])
 
     def _totals(self) -> tuple[int, int, int]:
-        """How many samples were read and cut, and how many cannot be read, on all processes.
+        """Counts of read, truncated and unreadable samples over all processes.  DataError for too many unreadable.
 
-        They ask together, so that all stop after the same step; several may read the same rows.
+        All processes call it together, so that all stop after the same step.  Several may read the same rows, so the
+        sums are scaled down.
         """
         own = np.array([self.samples, self.truncated, len(self.unreadable), self.rows], np.int32)
         *counts, rows = multihost_utils.process_allgather(own).reshape(-1, len(own)).sum(0, dtype=int).tolist()
@@ -161,7 +162,7 @@ class Journal:
         return samples, truncated, count
 
     def _noted(self) -> dict[str, set[tuple[str, str]]]:
-        """What the log names already, when a run goes on, of either set."""
+        """The samples of either set that the log of a resumed run already names."""
         noted: dict[str, set[tuple[str, str]]] = {"training": set(), "evaluation": set()}
         for row in self.skipped.rows():
             of, sample = row.get("set", "training"), (row.get("id"), row.get("reason"))
@@ -183,7 +184,7 @@ class Journal:
             )
 
     def summary(self) -> str:
-        """What was left out or cut, and what the hours went into, in two sentences."""
+        """What was skipped or truncated, and what the hours went into, in two sentences."""
         samples, truncated, unreadable = self._totals()
         return (
             f"{samples} samples; {unreadable} unreadable ones skipped, {truncated} cut to fit their row, "

@@ -1,4 +1,4 @@
-"""A run's model before it has any values: which parameters there are, which of them train, and where each one lies.
+"""A run's model without values: which parameters it has, which of them train, and how each one is sharded.
 
 recipe ─ lay_out ─▶ Layout: structure, trained and frozen shapes ─ state_layout ─▶ shapes of the train state
 """
@@ -30,17 +30,17 @@ from llamavid_jax.training.trainable import trainable_paths
 
 
 def run_mesh(text: str) -> Mesh:
-    """The mesh of `fsdp=4,tensor=2`; all devices on `fsdp` where nothing is said."""
+    """The mesh for a text such as `fsdp=4,tensor=2`; for an empty one, all devices on `fsdp`."""
     return make_mesh(**(parse_mesh(text) or {FSDP: jax.device_count()}))
 
 
 def batch_sharding(mesh: Mesh, field: str = "") -> NamedSharding:
-    """Of a field of `Batch`: rows over the copies of the model, and their frames over the chips that share a row."""
+    """The sharding of a field of `Batch`: rows over `data` and `fsdp`, and `frames` also over `sequence`."""
     return NamedSharding(mesh, spec_of("batch", *(["sequence"] if field == "frames" else [])))
 
 
 def check_rows(shapes: Sequence[RowShape], batch_size: int, micro_batches: int, mesh: Mesh) -> None:
-    """Raises ConfigError unless micro-batches divide over the copies of the model, and rows over `sequence`."""
+    """Raises ConfigError unless `data` × `fsdp` divides the micro-batches, and `sequence` the rows."""
     shards, batch_shards, rows = row_shards(mesh), copies(mesh), batch_size // micro_batches
     for number, shape in enumerate(shapes):
         for name in ("frames", "pairs", "tokens"):
@@ -57,7 +57,7 @@ def check_rows(shapes: Sequence[RowShape], batch_size: int, micro_batches: int, 
 
 
 def on_mesh(loop: LoopConfig, mesh: Mesh) -> LoopConfig:
-    """`loop` with as few `micro_batches` as let a device of `mesh` compute with at most `device_rows` at a time."""
+    """`loop` with the fewest `micro_batches` that give a device of `mesh` at most `device_rows` rows at a time."""
     if not loop.device_rows:
         return loop
     least = -(-loop.batch_size // (loop.device_rows * copies(mesh)))
@@ -67,7 +67,7 @@ def on_mesh(loop: LoopConfig, mesh: Mesh) -> LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A run's model before it has any values: `trained` and `frozen` are ShapeDtypeStructs with shardings, by path."""
+    """A run's model without values: `trained` and `frozen` are ShapeDtypeStructs with shardings, by path."""
 
     config: LLaMAVIDLlavaConfig
     structure: Structure
@@ -90,7 +90,7 @@ def lay_out(config: TrainConfig, mesh: Mesh) -> Layout:
     if config.lora:
         check_lora_trains(config.lora, trains)
         if config.lora.base != "float":
-            host_mesh()  # for the end
+            host_mesh()  # raises now if the CPU, which merges at the end, is missing
     places = param_shardings(structure.shapes, model_config, mesh)
     leaves = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if path in trains else dtype, sharding=places[path])
@@ -114,7 +114,10 @@ def make_model(config: LLaMAVIDLlavaConfig, loop: LoopConfig, lora: LoraConfig |
 
 
 def state_layout(optimizer: OptimizerConfig, trained: Mapping[str, Any], mesh: Mesh) -> TrainState:
-    """The train state of parameters that are placed, or that have shardings: the optimiser's sharded as they are."""
+    """Shapes and shardings of the train state; the optimiser's state is sharded like the parameters.
+
+    `trained` are arrays, or ShapeDtypeStructs with shardings.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -130,14 +133,14 @@ def state_layout(optimizer: OptimizerConfig, trained: Mapping[str, Any], mesh: M
 
 
 def initial_state(optimizer: OptimizerConfig, trained: dict[str, jax.Array], mesh: Mesh) -> TrainState:
-    """Step 0 of training the parameters; the optimiser's state is sharded as they are."""
+    """The train state at step 0; the optimiser's state is sharded like the parameters."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_layout(optimizer, trained, mesh))
     init = jax.jit(make_optimizer(optimizer).init, out_shardings=shardings.optimizer)
     return TrainState(jax.device_put(np.int32(0), shardings.step), trained, init(trained))
 
 
 def check_lora_trains(lora: LoraConfig, trains: Container[str]) -> None:
-    """Raises ConfigError for a kernel that would train itself under its update, or quantised."""
+    """Raises ConfigError if a kernel that LoRA updates, or that is quantised, is itself trained."""
     for target in lora.targets if lora.base == "float" else TARGETS:
         kernel = f"llama.layers.{TARGETS[target]}.kernel"
         if kernel in trains:

@@ -1,14 +1,14 @@
 """Copies of a run's state on the hosts' own disks, or in their memory (/dev/shm), between two of its checkpoints.
 
     save: each process, what its own devices hold ─▶ FOLDER/RUN/MESH/PROCESS/STEP
-    restore: the newest step that all processes have, where it is newer than the newest checkpoint
+    restore: the newest step that all processes have, if it is newer than the newest checkpoint
 
-Processes that are started again where they ran before, in the same number and on the same mesh, go on from there and
-lose less; on other machines, or where one has lost its copy, the run goes on from its checkpoint.  RUN is the number of
-this run, so that no other one's copies are taken for its own.
+Processes that restart on the same hosts, in the same number and on the same mesh, resume from there and lose less.  On
+other machines, or if one process has lost its copy, the run resumes from its checkpoint.  RUN identifies the run, so
+that it never reads another run's copies.
 
-Of Orbax's own ways the emergency manager needs slices that hold copies of one another, and its multi-tier one a daemon
-of GKE's on each host; its plain manager writes to local disks too, and is what stands below.
+Orbax's emergency manager needs slices that replicate one another, and its multi-tier manager a GKE daemon on each host.
+Its plain manager writes to local disks too, and is the one used here.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ from llamavid_jax.parallel.mesh import describe
 from llamavid_jax.parallel.processes import on_any
 from llamavid_jax.training.checkpoint import ARRAYS, LISTED, RUN, Restored, RunCheckpoints
 
-NUMBER = "number"  # the file beside a run's checkpoints that has RUN
+NUMBER = "number"  # the file beside a run's checkpoints that holds RUN
 
 
 class LocalCopies(RunCheckpoints):
-    """The two newest copies of the run whose checkpoints are in `checkpoints`, in `folder`, which each host has."""
+    """The two newest copies, in `folder` on each host, of the run whose checkpoints are in `checkpoints`."""
 
     _own = True
 
@@ -52,7 +52,7 @@ class LocalCopies(RunCheckpoints):
         super().__init__(own, 2, report)
 
     def _open(self) -> ocp.CheckpointManager:
-        """Every process is the first of its own folder, and writes what others hold too."""
+        """Every process is the primary one of its own folder, and also writes what others hold."""
         alone = ocp.options.MultiprocessingOptions(primary_host=None, barrier_sync_key_prefix="local")
         handler = ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
@@ -60,13 +60,13 @@ class LocalCopies(RunCheckpoints):
             ARRAYS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=alone),
             RUN: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
         }
-        # In the background one process that has its folders would stand for all that wait for theirs.
+        # Created in the background, the folders of one process would count for all that still wait for theirs.
         at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         options = dataclasses.replace(self._options, multiprocessing_options=alone, async_options=at_once)
         return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def restore(self, abstract: Any, at_least: int = 0) -> Restored | None:
-        """None where no copy can be read, which is reported."""
+        """None if no copy can be read, which is reported."""
         try:
             return super().restore(abstract, at_least)
         except CheckpointError:
@@ -75,7 +75,7 @@ class LocalCopies(RunCheckpoints):
 
 
 def _number(checkpoints: Path) -> str:
-    """RUN; a new one for a run without.  Who removes the checkpoints begins another run."""
+    """RUN, made anew for a run without one.  Removing the checkpoints makes it another run."""
     number, file = secrets.token_bytes(8), checkpoints / NUMBER
     if jax.process_index() == 0:
         try:
@@ -86,7 +86,7 @@ def _number(checkpoints: Path) -> str:
 
 
 def _keep_common(own: Path) -> None:
-    """Removes the copies that some process has not: one was killed before it had written its part."""
+    """Removes copies that some process lacks: it was killed before it had written its part."""
     steps = sorted((int(path.name) for path in own.glob("*") if path.name.isdecimal()), reverse=True)[:LISTED]
     padded = np.full(LISTED, -1, np.int32)
     padded[: len(steps)] = steps

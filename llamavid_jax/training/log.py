@@ -1,7 +1,7 @@
-"""Logs that are never worth a run: what cannot be written is said once, nobody waits for it, odd lines are left out.
+"""Logs that never stop a run: a failed write is reported once and blocks nothing, malformed lines are skipped.
 
-Everything is written where it is asked for.  TensorBoard's usual writer has a thread of its own, which dies of a full
-disk, and a queue, on which the run would wait for ever.
+Writes are synchronous.  TensorBoard's usual writer has a thread, which dies when the disk is full, and a queue, on
+which the run would then block forever.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from llamavid_jax.uploads import remove
 
 
 class Log:
-    """What all logs share: `with self.writing()` says the first failure and ends none of what is around it."""
+    """What all logs share: `with self.writing()` reports the first failure and suppresses all of them."""
 
     def __init__(self, path: Path, report: Callable[[str], None]):
         self.path, self._report, self._failed = path, report, False
@@ -39,10 +39,10 @@ class Log:
 
 
 class JsonLines(Log):
-    """A file of JSON objects, one a line.  It is opened for each writing: so it is told when its folder is deleted."""
+    """A file of JSON objects, one per line.  Each write reopens it, so that a deleted folder is noticed."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """The objects in it.  Lines that are none, as a killed run or a full disk leaves them, are left out."""
+        """The objects in the file.  Other lines, as a killed run or a full disk leaves them, are skipped."""
         try:
             lines = self.path.read_bytes().split(b"\n")
         except OSError:
@@ -63,7 +63,7 @@ class JsonLines(Log):
                     file.write(b"\n" * half + content)
 
     def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Makes these its rows; without any there is no file."""
+        """Makes these the file's only rows; without any, deletes the file."""
         content = _lines(rows)
         with self.writing():
             if content:
@@ -77,11 +77,11 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 class TensorBoard(Log):
-    """A file of numbers in the folder `path`.  What earlier files there say of `first_step` and later is not shown."""
+    """An event file in the folder `path`.  TensorBoard hides what earlier files there hold from `first_step` on."""
 
     def __init__(self, path: Path, first_step: int, report: Callable[[str], None]):
         super().__init__(path, report)
-        # the second is in the name, which a quick restart would share
+        # a quick restart would have the same second in its name: so the step is in it too
         name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{first_step}"
         self._file: _Records | None = None
         with self.writing():
@@ -103,7 +103,7 @@ class TensorBoard(Log):
                 event.wall_time = time.time()
                 self._file.write(event.SerializeToString())
             self._file.flush()
-        if self._failed:  # half an event may be there, behind which nothing would be read
+        if self._failed:  # a partial event may be there; nothing after it would be read
             self.close()
 
     def close(self) -> None:

@@ -1,11 +1,11 @@
-"""The training loop: restore, step, log, save, evaluate; it stops when it is done, told to (SIGTERM) or going wrong.
+"""The training loop: restore, step, log, save, evaluate; it stops at its end, on SIGTERM, or when training goes wrong.
 
     output/config.yaml  checkpoints/  metrics.jsonl  goodput.jsonl  tensorboard/  skipped.jsonl     while it runs
     output/model/       a complete checkpoint, which infer.py and the next stage read   at its end
     output/adapter/     the trained parameters alone, or LoRA's in PEFT's layout
 
-A step's numbers are looked at one step later, so that the host never waits for the device with nothing queued; rows of
-long videos are the exception, as two batches of them may not fit.
+The metrics of a step are read one step later, so that the device always has a step queued.  Rows of long videos are the
+exception, as two batches of them may not fit in memory.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ from llamavid_jax.training.start import check_adapter, load_start
 from llamavid_jax.training.step import make_evaluate_step, make_train_step
 from llamavid_jax.training.trackers import check_tracker
 
-PREEMPTED = 143  # the exit code of a run that SIGTERM stopped: started again, it goes on
+PREEMPTED = 143  # the exit code of a run that SIGTERM stopped; restarted, it resumes
 
 
 def train(
@@ -59,14 +59,14 @@ def train(
 ) -> int:
     """Runs or resumes the run of `config.output`; returns the exit code, 0 at its end and PREEMPTED before.
 
-    `report` is told what happens, line by line.  `profile` writes a trace of steps 3 to 5 to `output/profile`; `faults`
-    are what happens to it (`faults.py`).  Raises InputErrors before the first step for whatever can be checked,
-    TrainingError and DataError later.
+    `report` gets the messages, one line each.  `profile` writes a trace of this process's third to fifth step to
+    `output/profile`; `faults` are simulated (`faults.py`).  Raises InputErrors before the first step for whatever can
+    be checked, TrainingError and DataError later.
     """
     output, data, loop = local(config.output), config.data, config.training
     report = report if jax.process_index() == 0 else _nobody
     with contextlib.ExitStack() as exits:
-        # 1. What can be wrong is said before the weights are read, which takes minutes.
+        # 1. Whatever can be checked is checked before the weights are read, which takes minutes.
         mesh = run_mesh(config.mesh)
         if mesh.size < jax.device_count():
             report(f"mesh={config.mesh} leaves {jax.device_count() - mesh.size} devices idle")
@@ -108,10 +108,10 @@ def train(
         schedule, tokens_per_frame = loader.schedule, start.config.tokens_per_frame
         report(describe(schedule.epoch(0), schedule.sizes, data.shapes, tokens_per_frame, row_shards(mesh)))
 
-        # 4. The state: of step 0, or where the run stopped.
+        # 4. The state: that of step 0, or of where the run stopped.
         state = initial_state(config.optimizer, start.trained, mesh)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        if resumed:  # its arrays take the place of these
+        if resumed:  # the restored arrays need their memory
             jax.tree.map(lambda x: x.delete(), state)
         with goodput.of("restore"):
             restored = copies and copies.restore(abstract, at_least=max(checkpoints.steps(), default=0))
@@ -137,7 +137,7 @@ def train(
         train_step = make_train_step(start.structure, config.optimizer, loop, factors, loader.steps, specs=places)
         evaluate_step = make_evaluate_step(start.structure, loop.micro_batches)
 
-        # 6. Step after step; a batch is on its way while the one before is computed with.
+        # 6. The steps; the next batch is transferred while the current one is computed with.
         ahead = room_ahead(loader, mesh, loop.batch_size)
         batches, following = upcoming(loader, mesh, loop.batch_size, data.packing), None
         tracing = exits.enter_context(contextlib.ExitStack())
@@ -151,7 +151,7 @@ def train(
             journal.pace.begin(current.batch, current.wait)
             state, metrics = train_step(state, frozen, current.batch)
             journal.pace.sent(metrics.loss)
-            current, following = current._replace(batch=None), None  # the step alone holds it now
+            current, following = current._replace(batch=None), None  # only the step holds the batch now
             if ahead:
                 following = next(batches, None)
             else:
@@ -165,10 +165,10 @@ def train(
             due = stop or last or done % loop.save_every == 0
             if due or (copies and done % loop.local_every == 0):
                 with journal.pause("save"):
-                    if copies:  # two at a time would hold the state twice in the host's memory
+                    if copies:  # two saves at a time would hold the state twice in the host's memory
                         copies.wait()
                     if due:
-                        send_logs()  # what is said of the steps before this one
+                        send_logs()  # the logs up to this step
                         checkpoints.save(done, state, current.position, made_of)
                     elif not checkpoints.busy():
                         copies.save(done, state, current.position, made_of)
@@ -197,14 +197,14 @@ def train(
 
 
 def make_output(output: Path) -> None:
-    """Raises InputError, here and not at the first save, for a folder that cannot be made or written to."""
+    """Raises InputError, now and not at the first save, for a folder that cannot be made or written to."""
     try:
         str(output.absolute()).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"output is {output}, a name that UTF-8 cannot hold; give another") from None
     if (buckets.url(output) or "gs:").startswith("s3:"):
         raise ConfigError(f"output is {output}, where checkpoints would be renamed by copying; give gs:// or a folder")
-    find(output)  # the logs of an earlier life, where they are in a bucket
+    find(output)  # fetches the logs of the run so far, if they are in a bucket
     write_files(output, {})
 
 
@@ -229,10 +229,10 @@ def evaluate(
 
 
 def _is_own(name: str) -> bool:
-    """Whether this process writes the log of that name: process 0 all but those that end in the number of another."""
+    """Whether this process writes the log `name`: process 0 writes all but those that end in another's number."""
     number = re.search(r"-(\d+)\.jsonl$", name)
     return int(number[1] if number else 0) == jax.process_index()
 
 
 def _nobody(text: str) -> None:
-    """Hears what other processes than the first have to report."""
+    """Drops the messages of all processes but the first."""

@@ -1,7 +1,7 @@
-"""What a run says about itself: {name: number} of a step ─▶ a line on the console, in `metrics.jsonl`, a tracker's.
+"""Metrics of a run: {name: number} of a step ─▶ a line on the console and in `metrics.jsonl`, and a tracker's entry.
 
-Names are those of COLUMNS.  Only process 0 writes.  A resumed run cuts off what an earlier life logged from that step
-on, so that no curve runs twice.
+The names are those of COLUMNS.  Only process 0 writes.  A resumed run first removes what was logged from its first step
+on, so that no curve has a step twice.
 """
 
 import math
@@ -21,7 +21,7 @@ from llamavid_jax.training.trackers import open_tracker
 
 FILE = "metrics.jsonl"
 
-COLUMNS: Mapping[str, tuple[str, str]] = {  # name -> on the console, and its format
+COLUMNS: Mapping[str, tuple[str, str]] = {  # name -> label on the console, and format
     "loss": ("loss", "7.4f"),
     "token_accuracy": ("accuracy", "5.3f"),
     "learning_rate": ("lr", "8.2e"),
@@ -37,7 +37,7 @@ COLUMNS: Mapping[str, tuple[str, str]] = {  # name -> on the console, and its fo
 
 
 class Metrics:
-    """Prints, and appends to `folder/metrics.jsonl` and the `tracker`; `first_step` is the next step."""
+    """Prints metrics, and appends them to `folder/metrics.jsonl` and the `tracker`; `first_step` is the next step."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Metrics:
         self.close()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers of any type that `float` takes; what is not finite is null in the file and missing in the tracker."""
+        """Values may have any type that `float` takes; non-finite ones are null in the file, missing in the tracker."""
         if not self._writes:
             return
         values = {name: float(value) for name, value in values.items()}
@@ -75,13 +75,13 @@ class Metrics:
 
 
 def _step(row: Mapping[str, Any]) -> int | float:
-    """Of a line; of one without a step it is behind all others."""
+    """The step of a line; infinity, after all others, for a line without one."""
     step = row.get("step")
     return step if type(step) in (int, float) else math.inf
 
 
 def console_line(step: int, values: Mapping[str, float]) -> str:
-    """One line whose columns stand under those of the line before."""
+    """One line, whose columns align with those of the line before."""
     columns = ((*COLUMNS.get(name, (name, "8.4g")), value) for name, value in values.items())
     return f"step {step:>6}  " + "  ".join(f"{label} {value:{form}}" for label, form, value in columns)
 
@@ -90,7 +90,7 @@ class Throughput:
     """Speed and its causes, summed over the steps since the last `read`."""
 
     def __init__(self, devices: int, clock: Callable[[], float] = time.perf_counter):
-        """`devices` are those of the mesh; others stand idle."""
+        """`devices` counts those of the mesh; others are idle."""
         self._devices, self._clock = devices, clock
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._start()
@@ -107,7 +107,7 @@ class Throughput:
         self._since += self._clock() - began
 
     def add(self, tokens: float, slots: float, frames: float, flops: int, wait: float) -> None:
-        """One step over all devices: tokens, the room for them, frames, FLOPs, seconds spent waiting for its batch."""
+        """Adds one step over all devices; `slots` is the room for tokens, `wait` the seconds waited for the batch."""
         self._tokens += tokens
         self._slots += slots
         self._frames += frames
@@ -115,7 +115,7 @@ class Throughput:
         self._waited += wait
 
     def read(self) -> dict[str, float]:
-        """Tokens/s, frames/s of all devices, their utilisation where their peak is known, and what else COLUMNS has."""
+        """Tokens and frames per second of all devices, MFU if their peak is known, and more; then starts anew."""
         seconds = max(self._clock() - self._since, 1e-9)
         values = {"tokens_per_second": self._tokens / seconds, "frames_per_second": self._frames / seconds}
         if self._peak:
@@ -127,7 +127,7 @@ class Throughput:
 
 
 def peak_memory() -> int:
-    """The most bytes in use so far: of the first local device, or of this process where the device does not count."""
+    """Peak memory so far in bytes: of the first local device, or of this process if the device has no statistics."""
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]

@@ -39,7 +39,7 @@ def decays(path: str) -> bool:
 
 
 def lr_factors(paths: Iterable[str], config: OptimizerConfig) -> dict[str, float]:
-    """Every parameter's learning-rate factor, 1 where no pattern of `lr_factors` matches; several are an error."""
+    """Every parameter's learning-rate factor, 1 if no pattern of `lr_factors` matches; ConfigError if several do."""
     paths = list(paths)
     chosen = [path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in config.lr_factors)]
     found = matches(chosen, config.lr_factors, "optimizer.lr_factors")

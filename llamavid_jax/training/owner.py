@@ -1,4 +1,4 @@
-"""One run at a time has an output folder: by a lock on a disk, by its claim in a bucket."""
+"""Only one run at a time uses an output folder: a lock ensures it on a disk, an owner file in a bucket."""
 
 import contextlib
 import os
@@ -13,14 +13,15 @@ from llamavid_jax.errors import CheckpointError, InputError
 from llamavid_jax.files import locked, write_files
 from llamavid_jax.parallel.processes import on_any
 
-LOCK, OWNER = ".lock", ".owner"  # who has it in a bucket, where nothing can be locked
+LOCK, OWNER = ".lock", ".owner"  # the owner file names the run that uses a bucket's folder
 
 
 @contextlib.contextmanager
 def only_run(output: Path) -> Iterator[Callable[[], str]]:
-    """Raises CheckpointError, on every process, where another run has `output`; process 0 holds a lock on it.
+    """Claims `output`; yields a function that returns who has taken it over since, "" for nobody.
 
-    In a bucket a lock would outlive its holder: there the newest run has it, and what is yielded says who that is.
+    Process 0 holds a file lock; CheckpointError is raised on every process if another run holds it.  In a bucket a lock
+    would outlive its holder, so the newest run becomes the owner.
     """
     problem = ""
     with contextlib.ExitStack() as exits:

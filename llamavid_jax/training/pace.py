@@ -1,11 +1,12 @@
-"""The pace of a run's steps: what the devices waited for, a run that stands still, and the host that holds up the rest.
+"""The pace of a run's steps: how long devices sat idle, which host is slow, and whether the run hangs.
 
-A thread for each step notes when the devices are done with it.  A step that was sent later than that found them idle:
-its host had no batch yet, or was slow itself.  All hosts are done with a step at the same moment, so the one that
-sends the next much later than the others is the straggler; a slow chip does not show here, as all wait for it alike.
+A thread for each step notes when the devices finish it.  If the next step is dispatched later than that, the devices
+were idle: the host had no batch yet, or was slow itself.  All hosts see a step finish at the same moment, so a host
+that dispatches the next one much later than the others is the straggler.  A slow chip does not show here, as all hosts
+wait for it alike.
 
-Standing still: no step is done within max(TIMES × the usual step, `training.hang_after` seconds), while one is due.
-None is before the first is done, while a new shape compiles, and during saves and evaluations.
+A run hangs if no step finishes within max(TIMES × the usual step, `training.hang_after` seconds) while one is due.
+None is due before the first step is done, while a new shape compiles, and during saves and evaluations.
 """
 
 import contextlib
@@ -27,20 +28,20 @@ from llamavid_jax.errors import say
 from llamavid_jax.shapes import Batch
 from llamavid_jax.training.goodput import Goodput
 
-HUNG = 75  # the exit code of a run that stood still (sysexits.h's "temporary failure"): started again, it goes on
+HUNG = 75  # the exit code of a run that hung (sysexits.h's "temporary failure"); restarted, it resumes
 TIMES = 20
-STRAGGLES = 0.2, 0.1  # of a step, and seconds, that a host is later than the others before it is named
+STRAGGLES = 0.2, 0.1  # of a step, and seconds: a host later than the others by more than both is reported
 
 
 class Pace:
-    """A context: `begin`, the step itself, `sent`, for each step."""
+    """A context manager; each step calls `begin`, runs, and calls `sent`."""
 
     def __init__(self, hang_after: float, goodput: Goodput, report: Callable[[str], None]):
         self._hang_after, self._goodput, self._report = hang_after, goodput, report
         self._shapes: set[tuple] = set()
         self._paused, self._any, self._silent, self._closed = False, False, 0.0, threading.Event()
-        self._before = [time.perf_counter()]  # when the step before was done: empty until then
-        self._lasted: deque[float] = deque(maxlen=32)  # seconds of the last steps
+        self._before = [time.perf_counter()]  # when the previous step finished; empty until it does
+        self._lasted: deque[float] = deque(maxlen=32)  # durations of the last steps, in seconds
         self._late = self._steps = 0.0
         self._hosts = _host_names()
 
@@ -53,11 +54,11 @@ class Pace:
 
     @property
     def usual(self) -> float:
-        """Seconds of a step; 0 before two are done."""
+        """Median duration of the last steps in seconds; 0 before two are done."""
         return statistics.median(self._lasted or [0.0])
 
     def begin(self, batch: Batch, wait: float) -> None:
-        """A step is sent now; its host waited `wait` seconds for the batch."""
+        """Called before a step is dispatched; its host waited `wait` seconds for the batch."""
         shapes = tuple(getattr(array, "shape", None) for array in batch)
         late = time.perf_counter() - self._before[0] if self._before else 0.0
         self._goodput.turn("steps")
@@ -70,14 +71,14 @@ class Pace:
             self._goodput.turn("compile")
 
     def sent(self, result: Any) -> None:
-        """The step is under way; `result` is an array of its own."""
+        """Called once the step is dispatched; `result` is one of its output arrays."""
         self._goodput.turn("steps")
         self._silent, self._paused = 0.0, False
         before, self._before = self._before, []
         threading.Thread(target=self._done, args=(result, before, self._before), daemon=True).start()
 
     def _done(self, result: Any, before: list[float], own: list[float]) -> None:
-        with contextlib.suppress(Exception):  # which the run raises itself
+        with contextlib.suppress(Exception):  # the main thread raises the same error
             result.block_until_ready()
             own.append(time.perf_counter())
             if before:
@@ -92,7 +93,10 @@ class Pace:
         self._silent, self._before, self._paused = 0.0, [time.perf_counter()], False
 
     def _watch(self) -> None:
-        """Counts its own ticks: time in which the whole machine was halted, or had none to spare, is not the run's."""
+        """Counts its own ticks instead of reading the clock.
+
+        So time in which the machine was suspended or starved does not count as a hang.
+        """
         tick = min(1.0, self._hang_after / 10)
         while not self._closed.wait(tick):
             self._silent += tick
@@ -100,9 +104,9 @@ class Pace:
                 stop_hung(self._silent, self.usual)
 
     def spread(self) -> dict[str, float]:
-        """How much later than the others the slowest host sent its steps since last asked, as a part of a step.
+        """How much later than the others the slowest host dispatched steps since the last call, as a part of a step.
 
-        All processes ask together; a straggler is reported.  Nothing where there is one process.
+        All processes call it together; a straggler is reported.  The dict is empty if there is only one process.
         """
         own = np.array([self._late / max(self._steps, 1), self.usual], np.float32)
         self._late = self._steps = 0.0
@@ -120,7 +124,7 @@ class Pace:
 
 
 def stop_hung(silent: float, usual: float) -> None:
-    """Says where every thread stands and ends this process; the others of its run stand still too."""
+    """Prints the stack of every thread and ends this process; the run's other processes hang and end likewise."""
     say(
         f"process {jax.process_index()} ({socket.gethostname()}): no step in {silent:.0f} s, where one takes "
         f"{usual:.2f} s; the run ends with code {HUNG} and goes on from its last save when it is started again. "

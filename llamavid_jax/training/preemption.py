@@ -1,9 +1,9 @@
 """Preemption: SIGTERM or Ctrl-C → the step after which all processes save and stop.
 
-A scheduler sends SIGTERM, often to one process only, and kills some seconds later.  Every process tells the others at
-every step whether it was signalled, so that all stop after the same one.  JAX's own notifier
-(`multihost_utils.reached_preemption_sync_point`) is not used: it polls once a second, hears no SIGINT, swallows the
-second signal, and Orbax's background thread moves the step it compares with.  Handlers set here take its place.
+A scheduler sends SIGTERM, often to one process only, and kills the job some seconds later.  Every process tells the
+others at every step whether it got a signal, so that all stop after the same one.  JAX's own notifier
+(`multihost_utils.reached_preemption_sync_point`) is not used: it polls once a second, ignores SIGINT, swallows the
+second signal, and Orbax's background thread moves the step it compares with.  The handlers set here replace its own.
 """
 
 import functools
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Preemption:
     """`with Preemption() as preemption`, in the main thread; a second signal has its usual effect.
 
-    In a run of many processes it is entered after `jax.distributed.initialize`, which sets a SIGTERM handler too.
+    With several processes, enter it after `jax.distributed.initialize`, which also sets a SIGTERM handler.
     """
 
     def __init__(self):
@@ -40,10 +40,10 @@ class Preemption:
         self.__exit__()
 
     def requested(self) -> bool:
-        """Whether to save and stop now: the same on all processes, True for ever once it is.
+        """Whether to save and stop now: the same on all processes, and True from then on.
 
-        Called once a step by every process.  With many processes the answer is that of the call before, whose
-        exchange the devices finish while they compute: nothing waits for the step that is under way.
+        Every process calls it once a step.  With several processes it returns the result of the exchange that the
+        previous call started, which the devices finish while they compute.  So it does not wait for the step under way.
         """
         if jax.process_count() == 1:
             return self._signalled

@@ -1,4 +1,4 @@
-"""Orbax's log, kept from the console: of one unreadable file it prints several hundred lines."""
+"""Keeps Orbax's log off the console: for one unreadable file Orbax prints several hundred lines."""
 
 import contextlib
 import logging
@@ -11,9 +11,9 @@ _HEARING: list[Callable[[logging.LogRecord], None]] = []
 
 @contextlib.contextmanager
 def quiet(hear: Callable[[logging.LogRecord], None]) -> Iterator[None]:
-    """Keeps back Orbax's log, of which `hear` is told, and what Python prints of its closed event loops.
+    """Suppresses Orbax's log, passing its records to `hear`, and Python's messages about its closed event loops.
 
-    It prints in threads of its own, while a run goes on: so this is for the life of a manager.
+    Orbax logs in background threads throughout a run, so this stays open as long as its checkpoint manager.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 

@@ -1,6 +1,6 @@
-"""What a run leaves at its end: `model`, a complete checkpoint, and `adapter`, what was trained alone.
+"""What a run leaves at its end: `model`, a complete checkpoint, and `adapter`, the trained parameters alone.
 
-Each folder is made beside its place and renamed when it is complete, so that a full disk leaves nothing half-made.
+Each folder is written under another name and renamed when complete, so that a full disk leaves no partial folder.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from llamavid_jax.training.start import Start, with_adapter
 def save_result(
     output: Path, start: Start, trained: Params, dtype: str, lora: LoraConfig | None, source: StartConfig, fps: float
 ) -> None:
-    """Writes `output/adapter`, which is small, and then `output/model` in `dtype`, which asks at the `fps` of the data.
+    """Writes `output/adapter`, which is small, then `output/model` in `dtype`; `fps` becomes the model's sampling rate.
 
-    With LoRA the model holds the updates merged, and the adapter is in PEFT's layout, with whatever else was trained
-    beside it in `adapter/weights`.  Raises InputError where they cannot be written.
+    With LoRA the model has the updates merged in, and the adapter is in PEFT's layout, with any other trained
+    parameters in `adapter/weights`.  Raises InputError if they cannot be written.
     """
     updates = {path: value for path, value in trained.items() if fnmatch.fnmatchcase(path, ADAPTERS)}
     beside = {path: value for path, value in trained.items() if path not in updates}
@@ -57,15 +57,16 @@ def save_result(
             dataclasses.replace(images, fps=fps).save_pretrained(folder)
         save_weights(folder, {path: value.astype(parse_dtype(dtype)) for path, value in params.items()})
         if jax.process_index() == 0:
-            start.config.save_pretrained(folder)  # last, for without it the folder is no model
+            start.config.save_pretrained(folder)  # last: a folder without it is not a model
 
 
 def merged_on_host(
     start: Start, source: StartConfig, updates: dict[str, np.ndarray], dtype: str, lora: LoraConfig
 ) -> dict[str, np.ndarray]:
-    """What the run started from, read again, with the updates added to its full-precision kernels.
+    """The weights that the run started from, read again, with the updates merged into the full-precision kernels.
 
-    QLoRA's devices may have no room for it beside the quantised kernels; every process makes all of it.
+    It runs on the CPU: QLoRA's devices may not have room for these beside the quantised kernels.  Every process makes
+    all of them.
     """
     mesh = host_mesh()
     with jax.set_mesh(mesh):
@@ -76,9 +77,9 @@ def merged_on_host(
 
 @contextlib.contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, for all processes, which takes its place once all have left the block.
+    """A new folder beside `folder`, for all processes, which replaces it once all have left the block.
 
-    In a bucket, where nothing is renamed, it is the folder itself, emptied.
+    In a bucket, where folders cannot be renamed, it is the folder itself, emptied.
     """
     in_bucket, first = buckets.url(folder) is not None, jax.process_index() == 0
     aside = folder if in_bucket else folder.with_name(f"{folder.name}.incomplete")

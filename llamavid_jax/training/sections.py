@@ -1,4 +1,4 @@
-"""The sections of a recipe (`config.py`): fields, their defaults, and what may stand in each."""
+"""The sections of a recipe (`config.py`): fields, their defaults, and their allowed values."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ BESIDE_OTHER_WORK = {
     for option in ("enable_async", "tpu_enable_async_collective_fusion_fuse")
     for kind in ("all_gather", "all_reduce")
 }
-GATHERED_ONCE = {"xla_tpu_spmd_threshold_for_allgather_cse": 1_000_000}  # a kernel that a layer's gradient needs twice
+GATHERED_ONCE = {"xla_tpu_spmd_threshold_for_allgather_cse": 1_000_000}  # a kernel that the backward pass needs twice
 COMPILER_OPTIONS = dict.fromkeys(("v5e", "v5p", "v6e"), BESIDE_OTHER_WORK | GATHERED_ONCE)
 
 
@@ -24,8 +24,8 @@ COMPILER_OPTIONS = dict.fromkeys(("v5e", "v5p", "v6e"), BESIDE_OTHER_WORK | GATH
 class StartConfig:
     """Where the weights come from: a checkpoint folder (converted, or an earlier run's `model`), random if empty.
 
-    `adapter` is an earlier run's `adapter`, put over it: after stage 1, its projectors over the same base; after a run
-    with LoRA, the updates that this one trains on.
+    `adapter` is an earlier run's `adapter`, loaded over these weights: after stage 1, its projectors for the same base;
+    after a run with LoRA, the updates, which this run trains further.
     """
 
     model: str = ""
@@ -34,12 +34,12 @@ class StartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """`path`: LLaVA-format .json or .jsonl, or a folder of shards; `media`: what its files are relative to.
+    """`path`: LLaVA-format .json or .jsonl, or a folder of shards; `media`: the folder that its paths are relative to.
 
-    `media` empty is the folder of `path`.  `tokenizer`: a folder with the two tokenizers, empty for those of
-    `start.model`.  `buckets`: the row shapes, mappings of RowShape's fields.  `max_broken`: the part of the samples
+    `media` defaults to the folder of `path`.  `tokenizer`: a folder with the two tokenizers, by default that of
+    `start.model`.  `buckets`: the row shapes, mappings of RowShape's fields.  `max_broken`: the fraction of samples
     that may be unreadable before the run stops.  `threads` and `processes` read ahead.  `image_aspect_ratio`: "pad" or
-    "crop" for stills, empty for the model's; the model that the run leaves holds it.
+    "crop" for images, by default the model's; it is saved with the trained model.
     """
 
     path: str = ""
@@ -78,10 +78,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; linear warm-up over `warmup` of the steps, cosine to zero.
+    """AdamW; linear warm-up over the fraction `warmup` of the steps, then cosine decay to zero.
 
-    Biases and LayerNorms do not decay, LLaMA's RMSNorms do.  `lr_factors` multiply the rate of the parameters that
-    match a pattern, the original's `lr_multi`.
+    Biases and LayerNorms have no weight decay; LLaMA's RMSNorms do.  `lr_factors` multiply the learning rate of the
+    parameters that match a pattern, like the original's `lr_multi`.
     """
 
     learning_rate: float = 2e-5
@@ -107,14 +107,14 @@ class OptimizerConfig:
 class LoopConfig:
     """`steps` 0 runs `epochs` complete epochs.  `batch_size` counts rows over all devices and hosts.
 
-    A step adds up `micro_batches` gradients or, where `device_rows` is given, in their place as many as it takes for a
-    device to compute with at most so many rows at a time.  `loss_weighting` "tokens" gives each labelled token the
-    same weight, "micro_batch" is the original's mean of means.  `dtype` is that of matmuls and of frozen parameters;
-    trained ones are float32.  `remat`: what a layer keeps for the gradient.  A step whose loss or gradient is not
-    finite is skipped; `max_bad_steps` in a row end the run, as do `hang_after` seconds without a step (`pace.py`).
-    `tracker` gets the numbers beside metrics.jsonl (`trackers.py`).  Between checkpoints, `local_copies`, a folder of
-    each host, gets a copy of the state every `local_every` steps (`local_copies.py`).  `compiler_options` are what the
-    compiler of a TPU generation is told beside its own defaults (docs/tpu.md).
+    A step sums the gradients of `micro_batches`.  If `device_rows` is given, it sets their number instead: the smallest
+    that gives a device at most so many rows at a time.  `loss_weighting` "tokens" weights all labelled tokens equally,
+    "micro_batch" is the original's mean of means.  `dtype` is that of matmuls and frozen parameters; trained ones are
+    float32.  `remat`: what a layer keeps for the backward pass.  A step with a non-finite loss or gradient is skipped;
+    `max_bad_steps` in a row end the run, as do `hang_after` seconds without a step (`pace.py`).  `tracker` gets the
+    metrics too, beside metrics.jsonl (`trackers.py`).  `local_copies` is a folder on each host that gets a copy of the
+    state every `local_every` steps, between checkpoints (`local_copies.py`).  `compiler_options` maps a TPU generation
+    to XLA options beyond the defaults (docs/tpu.md).
     """
 
     epochs: int = 1

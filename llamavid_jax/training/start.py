@@ -1,7 +1,7 @@
 """What a run starts from: the model's structure, its trained and frozen parameters on the mesh, and its tokenizers.
 
-Order: weights of `start.model` (or random ones from the seed), over them the adapter of `start.adapter`, over them the
-run's own newest checkpoint (`loop.py`).
+The weights of `start.model` (or random ones from the seed) come first.  The adapter of `start.adapter` replaces some of
+them, and the run's own newest checkpoint replaces the trained ones (`loop.py`).
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from llamavid_jax.training.layout import lay_out, make_model
 class Start:
     """The model of a run.  `trained` (float32) and `frozen` (in the compute dtype) are parameters by path.
 
-    `read` has the fingerprints of the frozen ones as they were read, before they were quantised; none of random ones.
+    `read` has the fingerprints of the frozen parameters as read, before quantisation; it is empty for random ones.
     """
 
     config: LLaMAVIDLlavaConfig
@@ -51,14 +51,14 @@ class Start:
 
 
 def with_adapter(params: Params, adapter: str) -> Params:
-    """`params` with those of a run's `adapter` folder in their places; LoRA's updates are not among them."""
+    """`params` updated with those in a run's `adapter` folder; LoRA's updates are not among them."""
     if not adapter or (is_adapter(adapter) and not buckets.kind(local(adapter) / WEIGHTS)):
         return params
     return params | load_part(adapter, params)
 
 
 def check_adapter(adapter: str) -> None:
-    """Raises ConfigError where `start.adapter` is no folder."""
+    """Raises ConfigError if `start.adapter` is set and is not a folder."""
     if adapter and buckets.kind(local(adapter)) != "directory":
         raise ConfigError(
             f"start.adapter is {adapter}, which does not exist; run the stage that leaves it, or give "
@@ -67,7 +67,10 @@ def check_adapter(adapter: str) -> None:
 
 
 def read_updates(folder: str, lora: LoraConfig | None, model_config: LLaMAVIDLlavaConfig) -> dict[str, np.ndarray]:
-    """The updates in the folder `start.adapter`; none where a run without LoRA left it."""
+    """The LoRA updates in the folder `start.adapter`; {} if a run without LoRA wrote it.
+
+    Raises ConfigError if `lora` is null or differs from that of the updates.
+    """
     if not folder or not is_adapter(folder):
         return {}
     if lora is None:
@@ -84,7 +87,7 @@ def read_updates(folder: str, lora: LoraConfig | None, model_config: LLaMAVIDLla
 
 
 def load_start(config: TrainConfig, mesh: Mesh) -> Start:
-    """Raises ConfigError or CheckpointError before anything is computed."""
+    """Loads the model and tokenizers of a run.  Raises ConfigError or CheckpointError before anything is computed."""
     source, lora = config.start, config.lora
     check_adapter(source.adapter)
     layout = lay_out(config, mesh)
@@ -128,7 +131,7 @@ def load_start(config: TrainConfig, mesh: Mesh) -> Start:
 def quantized(structure: Structure, params: Params, kind: str) -> tuple[Structure, Params]:
     """The same model with LLaMA's kernels quantised (QLoRA).
 
-    Empties `params`: each kernel goes once it is quantised, so that memory never holds both models.
+    Empties `params`: each kernel is freed once it is quantised, so that memory never holds both models.
     """
     from llamavid_jax.models.quantize import quantize_base  # Qwix takes a second to import
 

@@ -1,9 +1,9 @@
-"""One optimiser step and one evaluation step, compiled: `Batch` of rows → new state and sums.
+"""One optimiser step and one evaluation step, compiled: `Batch` of rows → new state and metrics, or loss sums.
 
     frames ─ vision tower ─▶ features ─ pairs (frame, question) ─▶ visual tokens [B, G·(n+1), D]
     tokens, visual tokens ─ merge ─▶ [B, T, D] ─ llama ─▶ hidden ─ loss in chunks ─▶ sums ─▶ gradients ─ AdamW ─▶ state
 
-Parameters are dicts by path, the trained ones apart from the frozen ones: those have no gradient and no state.
+Parameters are dicts by path.  The frozen ones are in a dict of their own: they have no gradient and no state.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from llamavid_jax.training.optimizer import clip, learning_rate, make_optimizer
 
 
 class TrainState(NamedTuple):
-    """What a step changes.  `params` are the trained parameters by path, float32; the optimiser's state is theirs."""
+    """What a step updates: `params`, the trained parameters by path in float32, and the optimiser's state for them."""
 
     step: Int[Array, ""]
     params: dict[str, jax.Array]
@@ -35,9 +35,9 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """`loss` and `token_accuracy` over the batch's labelled tokens, the gradient's norm before clipping, the rate.
+    """`loss` and `token_accuracy` over the batch's labelled tokens; `grad_norm` is before clipping.
 
-    `finite` is 0 where loss or norm was not, and the step changed nothing.
+    `finite` is 0 if the loss or the norm was not finite; the step then changed neither parameters nor optimiser.
     """
 
     loss: Float[Array, ""]
@@ -49,17 +49,17 @@ class StepMetrics(NamedTuple):
 
 @jax.named_scope("visual_table")
 def visual_table(model: LlamaVid, batch: Batch, remat: str, dropout_keys: Key[Array, " B"] | None) -> jax.Array:
-    """Each row's visual tokens `[B, G·(n+1), D]`; zeros `[1, 1, D]` where the batch has no frames."""
+    """Each row's visual tokens `[B, G·(n+1), D]`; zeros `[1, 1, D]` if the batch has no frames."""
     rows, frames = batch.frames.shape[:2]
     if frames == 0:
         return jnp.zeros((1, 1, model.llama.config.hidden_size))
-    are_pixels = batch.frames.ndim == 5  # these go through the tower; ready features come without CLS
+    are_pixels = batch.frames.ndim == 5  # these go through the tower; ready features have no CLS
     features = batch.frames.reshape(-1, *batch.frames.shape[2:])
     features = model.vision(features) if are_pixels else features
 
     pairs = batch.pair_frame.shape[1]
     if batch.question_ids.shape[1] > 1 or pairs != frames:  # else pair g is frame g (`lay_out_row`)
-        shares = features.reshape(rows, ways(), -1, *features.shape[1:])  # a pair's frame is of its share
+        shares = features.reshape(rows, ways(), -1, *features.shape[1:])  # a pair and its frame are in the same share
         own = batch.pair_frame.reshape(rows, ways(), -1) - jnp.arange(ways())[:, None] * shares.shape[2]
         picked = jax.vmap(_pick)(constrain(shares, "batch", "sequence", None, None, None), own)
         features = picked.reshape(-1, *features.shape[1:])
@@ -76,9 +76,9 @@ def _pick(tables: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def beside_visuals(batch: Batch) -> Bool[Array, "B T"]:
-    """The positions of text next to a visual token of their sample, where start and end tokens stand.
+    """The text positions next to a visual token of the same sample, where start and end tokens are.
 
-    In a row of one sample the padding behind a visual counts too; no label hangs on it.
+    In a row of one sample, padding after a visual token counts too; it has no label.
     """
     segments = jnp.ones_like(batch.token_ids) if batch.segment_ids is None else batch.segment_ids
     visual = jnp.where(batch.visual_index == TEXT, 0, segments)
@@ -91,9 +91,9 @@ def beside_visuals(batch: Batch) -> Bool[Array, "B T"]:
 def loss_sums(
     model: LlamaVid, batch: Batch, remat: str = "none", dropout_keys: Any = None, markers_alone: bool = False
 ) -> LossSums:
-    """The loss of a batch as sums over its labelled tokens; `dropout_keys`, one a row, switch dropout on.
+    """The loss of a batch as sums over its labelled tokens; `dropout_keys`, one per row, enable dropout.
 
-    `markers_alone`: of the embeddings, only those beside visual tokens get a gradient.
+    `markers_alone`: of the token embeddings, only those next to visual tokens get a gradient.
     """
     pairs_keys = None
     if dropout_keys is not None:
@@ -115,11 +115,11 @@ def make_train_step(
     dropout: bool = True,
     specs: Mapping[str, PartitionSpec] | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], Batch], tuple[TrainState, StepMetrics]]:
-    """The compiled step `(state, frozen, batch) → (state, metrics)`; it takes the state's memory over.
+    """The compiled step `(state, frozen, batch) → (state, metrics)`; it donates the state's buffers.
 
-    `factors` are learning-rate factors by path, `steps` the length of the schedule, `specs` the places on the mesh of
-    the trained parameters, and so of their gradients.  The batch's rows are cut into
-    `loop.micro_batches`, whose gradients add up.
+    `factors` are learning-rate factors by path, `steps` is the length of the schedule, and `specs` are the partition
+    specs of the trained parameters and so of their gradients.  The batch's rows are split into `loop.micro_batches`,
+    whose gradients are summed.
     """
     adam = make_optimizer(optimizer)
 
@@ -131,11 +131,11 @@ def make_train_step(
         else:
             weights = 1 / jnp.maximum(labelled, 1) / loop.micro_batches
         step_key = jax.random.fold_in(jax.random.key(loop.seed), state.step)
-        keys = jax.random.split(step_key, len(batch.labels)) if dropout else None  # a row's own, in any micro-batch
+        keys = jax.random.split(step_key, len(batch.labels)) if dropout else None  # one per row, in any micro-batch
         micro_keys = jax.tree.map(lambda x: _cut_rows(x, loop.micro_batches), keys)
 
         def loss(params, micro: Batch, weight, keys):
-            # LLaMA's embedding alone (stage 1 with start and end tokens): only of those does the original train rows
+            # only LLaMA's embedding (stage 1 with start and end tokens): the original trains just their rows
             markers_alone = [path for path in params if path.startswith("llama.")] == ["llama.embed.embedding"]
             params = pin(params, specs) if specs else params
             sums = loss_sums(structure.model(params, frozen), micro, loop.remat, keys, markers_alone)
@@ -175,7 +175,7 @@ def _compiler_options(loop: LoopConfig) -> dict[str, Any] | None:
 
 
 def make_evaluate_step(structure: Structure, micro_batches: int = 1) -> Callable[..., LossSums]:
-    """The compiled `(params, frozen, batch) → LossSums`, without dropout, on as many rows at a time as a step."""
+    """The compiled `(params, frozen, batch) → LossSums`, without dropout, in micro-batches as in training."""
 
     def evaluate_step(params: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: Batch) -> LossSums:
         micros = jax.tree.map(lambda x: _cut_rows(x, micro_batches), batch)
@@ -186,5 +186,5 @@ def make_evaluate_step(structure: Structure, micro_batches: int = 1) -> Callable
 
 
 def _cut_rows(x: jax.Array, number: int) -> jax.Array:
-    """`[B, ...]` → `[number, B / number, ...]`: part i takes rows i, i + number, ...: devices keep theirs."""
+    """`[B, ...]` → `[number, B / number, ...]`: part i takes rows i, i + number, ..., so rows stay on their devices."""
     return jnp.moveaxis(x.reshape(x.shape[0] // number, number, *x.shape[1:]), 1, 0)

@@ -1,13 +1,13 @@
-"""Where a run's numbers go beside `metrics.jsonl`, by `training.tracker`: TensorBoard's files, W&B or MLflow.
+"""Where a run's metrics go beside `metrics.jsonl`, by `training.tracker`: TensorBoard's files, W&B or MLflow.
 
     open_tracker ─▶ add(step, {name: number}), close()
 
-A run is one and the same there over all its restarts.  What a restart logs again is left out: `output/tracker.json` has
-the run's name and the last step of every number, {"run": ..., "told": {name: step}}.  TensorBoard takes back steps by
+All restarts of a run log to the same run there.  What a restart logs again is left out: `output/tracker.json` has the
+run's id and the last step of every metric, {"run": ..., "told": {name: step}}.  TensorBoard discards repeated steps by
 itself.
 
-Where the numbers go, and whether over a network, is said by each one's own variables: WANDB_MODE and WANDB_PROJECT,
-MLFLOW_TRACKING_URI (without it a file of the output).
+Environment variables of each tracker set where the metrics go, and whether over a network: WANDB_MODE and
+WANDB_PROJECT, MLFLOW_TRACKING_URI (by default the output's folder `mlruns`).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ FILE = "tracker.json"
 
 
 def check_tracker(kind: str) -> None:
-    """Raises ConfigError where it is not installed."""
+    """Raises ConfigError if the tracker is not installed."""
     if kind != "tensorboard" and not find_spec(kind):
         raise ConfigError(
             f"training.tracker is {kind}, which is not installed; "
@@ -42,7 +42,7 @@ def open_tracker(kind: str, output: Path, first_step: int, report: Callable[[str
 
 
 class Tracker(Log):
-    """A run of W&B or MLflow.  What fails there is said once, and ends the tracking but not the run."""
+    """A run of W&B or MLflow.  A failure there is reported once, and ends the tracking but not the run."""
 
     def __init__(self, kind: str, output: Path, report: Callable[[str], None]):
         super().__init__(output / FILE, report)
@@ -57,7 +57,7 @@ class Tracker(Log):
     def writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # each raises its own
+        except Exception as error:  # each tracker raises its own
             self._report(f"the tracker fails ({type(error).__name__}: {error}); the run goes on without it")
             self._log = self._close = None
 
@@ -65,7 +65,7 @@ class Tracker(Log):
         new = {name: value for name, value in values.items() if step > self._told.get(name, -1)} if self._log else {}
         if new:
             self._told |= dict.fromkeys(new, step)
-            with self.writing():  # noted before it is told: a process that is killed between leaves a gap
+            with self.writing():  # noted before it is logged: a process that is killed in between leaves a gap
                 note = json.dumps({"run": self._run, "told": self._told})
                 write_files(self.path.parent, {FILE: note.encode()})
                 self._log(new, step)
@@ -89,7 +89,7 @@ def _mlflow(run: str, output: Path):
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # which MLflow keeps, but improves no further
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow still has it, but no longer develops it
     client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (output / "mlruns").absolute().as_uri())
     if run:
         client.update_run(run, status="RUNNING")

@@ -12,7 +12,7 @@ from llamavid_jax.errors import ConfigError
 
 
 def matches(paths: Iterable[str], patterns: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """`{path: the value of its pattern}`; `*` in a pattern stands for anything, points included.
+    """`{path: the value of its pattern}`; `*` in a pattern stands for anything, dots included.
 
     Raises ConfigError for a path with no pattern or with several, and for a pattern without a path.
     """

@@ -1,6 +1,6 @@
-"""Rows as PyTorch's files hold them: one weight of a file ↔ one layer of one parameter.
+"""Rows as weights of PyTorch's files: one weight of a file ↔ one layer of one parameter.
 
-A row's einops pattern leads from the file's layout to ours; with its sides swapped, back again.
+A row's einops pattern converts from the file's layout to ours and, with its sides swapped, back again.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def expand(rows: Iterable[W], layout: str, sizes: Mapping[str, int], cross_frequ
 
 
 def torch_shape(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The file's shape of a parameter of `shape`: `("(n h) d -> d n h", (6, 2, 3))` gives `(6, 6)`."""
+    """The shape in the file of a parameter of `shape`: `("(n h) d -> d n h", (6, 2, 3))` gives `(6, 6)`."""
     left, _ = pattern.split(" -> ")
     sizes = axis_sizes(pattern, shape)
     groups = re.findall(r"\(([^)]*)\)|(\w+)", left)
@@ -68,7 +68,7 @@ def torch_shape(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def axis_sizes(pattern: str, shape: tuple[int, ...]) -> dict[str, int]:
-    """Axis → size, read off our side of the pattern, which names every axis alone."""
+    """Axis → size, read off our side of the pattern, which names every axis separately."""
     _, right = pattern.split(" -> ")
     return dict(zip(right.split(), shape, strict=True))
 
@@ -86,6 +86,6 @@ def to_jax(value: np.ndarray, weight: Weight) -> np.ndarray:
 
 
 def to_torch(value: np.ndarray, pattern: str) -> np.ndarray:
-    """One layer of a parameter in the file's layout (a fused vector's third as it is)."""
+    """One layer of a parameter in the file's layout (a third of a fused vector stays separate)."""
     left, right = pattern.split(" -> ")
     return rearrange(value, f"{right} -> {left}")

@@ -1,7 +1,7 @@
 """The inventory: every weight of a configured model, its shape and its axes.
 
-Sharding, size checks, conversion in both directions, adapters and quantised kernels read it; no model is built to learn
-its shapes.
+Sharding, size checks, conversion in both directions, adapters and quantised kernels use it, so that no model has to be
+built to learn its shapes.
 """
 
 import math
@@ -17,7 +17,7 @@ Axes = tuple[str | None, ...]
 
 
 def rows(config: LLaMAVIDLlavaConfig) -> tuple[W, ...]:
-    """One row a weight, in the order of the dataflow; adapters and quantisation aside."""
+    """One row a weight, in the order of the dataflow, without adapters and quantisation."""
     projector = config.mm_projector_type
     return (
         *vision.rows(config.vision_tower_config),
@@ -38,7 +38,7 @@ def shapes(config: LLaMAVIDLlavaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def block_shapes(row: W, shape: tuple[int, ...], block: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Path → shape of a quantised kernel's values and scales; `block` inputs share one of these."""
+    """Path → shape of a quantised kernel's values and scales; `block` inputs share one scale."""
     at = row.input_axes
     block = block or math.gcd(BLOCK, shape[at])
     before, after = (*shape[:at], shape[at] // block), shape[at + 1 :]

@@ -1,4 +1,4 @@
-"""LLaMA's weights.  The documented names are the original's behind `language_model.`.
+"""LLaMA's weights.  The documented names are the original's with the prefix `language_model.`.
 
 Rotary pairs are (i, i + H/2) on both sides, so queries and keys keep their order.
 """

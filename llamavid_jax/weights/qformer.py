@@ -11,8 +11,10 @@ _WIDTH, _HEADS, _MLP = "qformer_embed", "qformer_heads qformer_head_dim", "qform
 
 
 def rows(bert_type: str) -> tuple[W, ...]:
-    """BERT has the types of its tokens, of which the first is used; the Q-Former queries with feed-forwards of their
-    own, and a pretrained one a norm on its memory."""
+    """BERT has token-type embeddings (the first is used); the Q-Former has queries with separate feed-forwards.
+
+    A pretrained Q-Former also has a norm on its memory.
+    """
     if bert_type == "raw_bert":
         return (*_EMBEDDINGS, _embedding("token_type", "qformer_types"), *_LAYERS)
     return (
@@ -29,7 +31,7 @@ def _named(make, path: str, layers: str, *axes: str, name: str, documented: str 
 
 
 def _attention(path: str, layers: str, memory: str, name: str) -> tuple[W, ...]:
-    """Keys and values are made of `memory`."""
+    """`memory` names the input axis of keys and values."""
     return (
         *_input(path, layers, "query", _WIDTH, name),
         *_input(path, layers, "key", memory, name),

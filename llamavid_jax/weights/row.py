@@ -1,4 +1,4 @@
-"""One weight of the model: everything that is said of it stands in one row.
+"""One weight of the model: one row says everything about it.
 
     W("llama.layers.attn.q.kernel", "layers embed heads head_dim", "(heads head_dim) embed",
       "model.layers.{l}.self_attn.q_proj.weight", "language_model.model.layers.{l}.self_attn.q_proj.weight")
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class W(NamedTuple):
-    """A weight.  `torch` is without the axis of the layers."""
+    """A weight.  `torch` leaves out the layer axis."""
 
     path: str
     axes: str
@@ -61,7 +61,7 @@ def in_blocks(row: W) -> tuple[str | None, ...]:
 
 
 def linear(path: str, layers: str, inputs: str, outputs: str, name: str, documented: str = "") -> tuple[W, W]:
-    """Kernel and bias of a linear layer, stacked along `layers` or alone; axes of one side are one in files."""
+    """Kernel and bias of a linear layer, stacked along `layers` or alone; files merge the axes of a side into one."""
     left, right = (f"({axes})" if " " in axes else axes for axes in (outputs, inputs))
     kernel, documented = f"{layers} {inputs} {outputs}".strip(), documented or name
     return (

@@ -1,7 +1,7 @@
 "use strict";
-// What an answer rests on: the film's frames with the most attention, and the curve of all of them.
+// What an answer rests on: the video's frames with the most attention, and a curve over all frames.
 const STRONGEST = 6, POINTS = 300, WIDTH = 600, HEIGHT = 60;
-let drawing = Promise.resolve(); // of one answer after another: each has a film of its own for it
+let drawing = Promise.resolve(); // one answer after another, each with a video element of its own
 
 const made = (name, className, ...inner) => {
   const element = document.createElement(name);
@@ -16,7 +16,7 @@ function clock(seconds) {
   return hours ? `${hours}:${two(minutes)}:${two(rest)}` : `${minutes}:${two(rest)}`;
 }
 
-// Few enough points to be kept with the conversation; null for what has no course of time.
+// Few enough points to be stored with the conversation; null for images, which have no time axis.
 function summary([part]) {
   if (!part || part.seconds.length < 2) return null;
   const { seconds, weights } = part, size = Math.ceil(seconds.length / POINTS), curve = [];
@@ -30,14 +30,14 @@ function summary([part]) {
   return { curve, strongest: shown.map((place) => [seconds[place], weights[place], maps.get(seconds[place])]) };
 }
 
-// `video`: a promise of the film's element, or of null where the browser has none.
+// `video`: a promise of the video element, or of null if there is none.
 function evidenceOf({ curve, strongest }, video) {
   const play = async (second) => {
     const film = await video;
     if (!film) return;
     film.currentTime = second;
     film.scrollIntoView({ block: "nearest" });
-    film.play().catch(() => {}); // a film that this browser cannot play
+    film.play().catch(() => {}); // a video that this browser cannot play
   };
   const frames = strongest.map(([second, weight, attention]) => {
     const canvas = made("canvas", ""), look = made("canvas", "look"), share = `${(100 * weight).toFixed(1)} %`;
@@ -66,15 +66,15 @@ function evidenceOf({ curve, strongest }, video) {
   return made("figure", "evidence", made("div", "strip", ...frames.map(({ button }) => button)), svg, ends);
 }
 
-// Once the frame of that second is there to be drawn: a film that has sought it may show another one for a moment.
+// Resolves once the frame of that second can be drawn: after seeking, a video may briefly show another one.
 const painted = (film, second) => new Promise((resolve) => {
   const look = (_, { mediaTime }) => (Math.abs(mediaTime - second) < 0.02 ? resolve() : wait());
   const wait = () => film.requestVideoFrameCallback?.(look);
   wait();
-  setTimeout(resolve, 500); // also where a browser does not tell, or the frame began before that second
+  setTimeout(resolve, 500); // in case the browser does not report it, or the frame began before that second
 });
 
-// Darkens what the question's context token looks at little: patches of the square in the middle that the model sees.
+// Darkens patches that get little attention from the question's context token; the model sees the central square.
 function shade(look, { width, height }, attention) {
   const side = Math.min(width, height), left = (width - side) / 2, top = (height - side) / 2;
   const most = Math.max(...attention.flat()), edge = (start, place) => Math.round(start + (side * place) / attention.length);
@@ -87,7 +87,7 @@ function shade(look, { width, height }, attention) {
   }));
 }
 
-// Draws the frames, one after another, with a film of its own, so that the one that is seen stays where it is.
+// Draws the frames one after another with a separate video element, so that the visible one keeps its position.
 async function grab(source, frames) {
   const film = made("video", "");
   const reached = (name) => new Promise((resolve, reject) => { film[`on${name}`] = resolve; film.onerror = reject; });
@@ -98,14 +98,14 @@ async function grab(source, frames) {
     await begun;
     for (const { second, canvas, look, attention } of frames) {
       const there = Promise.all([reached("seeked"), painted(film, second)]);
-      film.currentTime = second + 0.001; // not the end of the frame before
+      film.currentTime = second + 0.001; // not the end of the previous frame
       await there;
       canvas.width = 160;
       canvas.height = Math.round((160 * film.videoHeight) / film.videoWidth);
       canvas.getContext("2d").drawImage(film, 0, 0, canvas.width, canvas.height);
       if (attention) shade(look, canvas, attention);
     }
-  } catch { /* it is not a film that this browser plays: the times stay */ }
+  } catch { /* the browser cannot play this video: only the times are shown */ }
   film.removeAttribute("src");
   film.load();
 }

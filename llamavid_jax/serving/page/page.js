@@ -1,5 +1,5 @@
 "use strict";
-// A chat about one film at a time.  All that comes from elsewhere is put in as text, never as markup.
+// A chat about one video at a time.  Everything from outside is inserted as text, never as markup.
 const $ = (id) => document.getElementById(id);
 const stored = (name, value) => (value === undefined ? sessionStorage.getItem(name) : sessionStorage.setItem(name, value));
 const OVERLAP = 1 << 16, RETRY = 1000; // bytes, milliseconds
@@ -73,16 +73,16 @@ async function use(chosen, before = []) {
   $("chat").replaceChildren();
   for (const turn of messages) show(turn.role, turn.words, turn.rests);
   $("question").focus();
-  if (messages.at(-1)?.role === "user") await ask(messages.pop().words, $("chat").lastChild); // the page was left before its answer
+  if (messages.at(-1)?.role === "user") await ask(messages.pop().words, $("chat").lastChild); // the page was left before the answer
 }
 
-// The film's element, once its address is known; null where it is a picture.
+// The video element, once its address is known; null for an image.
 async function preview({ url, name }) {
   const media = document.createElement(isPicture(name) ? "img" : "video"), content = `/v1/files/${url}/content`;
   media.alt = name;
   media.controls = true;
   $("preview").replaceChildren(media);
-  try { // an element sends no key
+  try { // an element cannot send the key
     media.src = stored("key") ? URL.createObjectURL(await (await call(content)).blob()) : content;
   } catch (error) {
     say(error.message, true);
@@ -92,8 +92,8 @@ async function preview({ url, name }) {
 
 const keep = () => stored("messages", JSON.stringify(messages));
 
-// What of a file has come stays on the server under an id that is kept here: it goes on after a broken connection, and
-// after a reload once the same file is chosen again.
+// The received bytes stay on the server under an id that is stored here: the upload resumes after a broken connection,
+// and after a reload once the same file is chosen again.
 const place = ({ name, size, lastModified }) => `upload ${JSON.stringify([name, size, lastModified])}`;
 
 async function upload(file) {
@@ -107,10 +107,10 @@ async function upload(file) {
       try {
         done = await send(file, await begun(file, key), own.signal);
       } catch (error) {
-        if (error.status === 409) localStorage.removeItem(key); // what had come is another file's
+        if (error.status === 409) localStorage.removeItem(key); // the stored bytes are another file's
         else if (!(error instanceof TypeError)) throw error;
         else {
-          say(`uploading ${file.name}: the connection is gone, trying again`, true); // or the server, for now
+          say(`uploading ${file.name}: the connection is gone, trying again`, true); // or the server is down, for now
           await new Promise((resolve) => setTimeout(resolve, RETRY));
         }
       }
@@ -119,15 +119,15 @@ async function upload(file) {
     await use({ url: done.file.id, name: done.file.filename });
     await list();
   } catch (error) {
-    if (!own.signal.aborted) say(error.message, true); // else another file is sent
+    if (!own.signal.aborted) say(error.message, true); // else another file is being sent
   } finally {
     if (own === sending) $("progress").hidden = true;
   }
 }
 
-// The upload of a file, if it was begun before as far as it came.
+// The upload of a file: one that was begun before, or a new one.
 async function begun(file, key) {
-  await file.slice(0, 1).arrayBuffer(); // fails where it has been changed or deleted
+  await file.slice(0, 1).arrayBuffer(); // fails if it has been changed or deleted
   const id = localStorage.getItem(key);
   const before = id && (await call(`/v1/uploads/${id}`).catch((error) => { if (error.status !== 404) throw error; }));
   if (before) return before.json();
@@ -136,9 +136,9 @@ async function begun(file, key) {
   return made;
 }
 
-// Sends the rest of a file, and a little before it, which the server compares: another file is refused.
+// Sends the rest of a file, with some overlap that the server compares, so that it refuses another file.
 function send(file, { id, received = 0 }, signal) {
-  const request = new XMLHttpRequest(), started = Date.now(); // fetch tells nothing of what has been sent
+  const request = new XMLHttpRequest(), started = Date.now(); // fetch reports no upload progress
   const first = Math.max(0, Math.min(received, file.size) - OVERLAP);
   request.upload.onprogress = ({ loaded, total }) => {
     const part = (first + loaded) / file.size, left = ((Date.now() - started) / 1000) * (total / loaded - 1);
@@ -151,7 +151,7 @@ function send(file, { id, received = 0 }, signal) {
     request.onerror = () => reject(new TypeError());
     request.onload = () => {
       let body = null;
-      try { body = JSON.parse(request.responseText); } catch { /* no reply of ours */ }
+      try { body = JSON.parse(request.responseText); } catch { /* not a reply of this server */ }
       if (request.status === 200 && body) resolve(body);
       else reject([502, 503, 504].includes(request.status) ? new TypeError() : failure(request.status, body));
     };
@@ -162,7 +162,7 @@ function send(file, { id, received = 0 }, signal) {
   });
 }
 
-// Says which uploads broke off when the page was left.
+// Reports uploads that broke off when the page was left.
 async function unfinished() {
   for (const key of Object.keys(localStorage).filter((name) => name.startsWith("upload "))) {
     const about = await call(`/v1/uploads/${localStorage.getItem(key)}`).then((reply) => reply.json()).catch((error) => error);
@@ -229,7 +229,7 @@ async function ask(question, asked = show("user", question)) {
     $("retry").onclick = () => { turn.remove(); ask(question, asked); };
   }
   clearInterval(told);
-  if (own !== messages) return; // another film is asked about by now
+  if (own !== messages) return; // another video has been chosen meanwhile
   keep();
   busy(false);
   if (rests) turn.append(evidenceOf(rests, video));
@@ -237,7 +237,7 @@ async function ask(question, asked = show("user", question)) {
   turn.scrollIntoView({ block: "end" });
 }
 
-// How far the film is encoded, in place of the words that wait for it.
+// Shows how far the video is encoded, until the answer begins.
 async function tell(url, words, started) {
   const { encoding } = await call(`/v1/files/${url}`).then((reply) => reply.json()).catch(() => ({}));
   if (!encoding?.frames || !words.textContent.startsWith("…")) return;
