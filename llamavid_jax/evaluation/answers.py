@@ -237,16 +237,22 @@ def cues_of(item: Item) -> list[Cue]:
     if file.suffix != ".json":
         return film_subtitles(str(file), item.media)
     try:
-        return [_cue(one, item.subtitles_start) for one in read_json(file)]
+        cues = [_cue(one, item.subtitles_start) for one in read_json(file)]
+        return [cue for begin, cue in cues if begin < item.duration and cue.end > 0]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{file} is not in the form of LongVideoBench's subtitles ({error!r})") from None
 
 
-def _cue(one: Mapping[str, Any], begin: float) -> Cue:
+def _cue(one: Mapping[str, Any], begin: float) -> tuple[float, Cue]:
+    """Its start and itself, in seconds of the video's clock, which begins at `begin` of the subtitles'."""
     if "timestamp" in one:
         start, end = one["timestamp"]
         end, text = (end if isinstance(end, int | float) else start), one["text"]
     else:
-        hours, minutes, seconds = one["end"].split(":")
-        end, text = 3600 * int(hours) + 60 * int(minutes) + float(seconds), one["line"]
-    return Cue(float(end) - begin, text.replace(IMAGE, " ").strip())
+        (start, end), text = map(_seconds, (one["start"], one["end"])), one["line"]
+    return float(start) - begin, Cue(float(end) - begin, text.replace(IMAGE, " ").strip())
+
+
+def _seconds(clock: str) -> float:
+    hours, minutes, seconds = clock.split(":")
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)

@@ -22,11 +22,12 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
     None where it names none, or several.
     """
     letters, stripped = "".join(options), text.strip()
-    if not letters:
-        return None
     bare = _bare(re.sub(rf"^(?i:the )?(?i:correct )?(?:{'|'.join(NAMED)})\s+", "", stripped))
-    own = [letter for letter, option in options.items() if _bare(str(option)) == bare]
-    if len(own) == 1 and len(bare) > 1:
+    if not (letters and bare):
+        return None
+    own = [letter for letter, option in options.items() if _bare(str(option)) == bare]  # several have the same words
+    own = own or [letter for letter, option in options.items() if f"{letter.lower()} {_bare(str(option))}" == bare]
+    if own and len(bare) > 1:
         return own[0]
     # "A and B", "(A), (C)"; but "B, A dog" is B
     alone = rf"[{letters}](?![\w'])"
@@ -39,15 +40,17 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
             return found[0] if len(set(found)) == 1 else None
     if re.search(rf"(?<![\w']){alone}{more}", stripped):
         return None
-    # a capital by itself; "A" and "I" may be words, but not at the end of a clause
-    capitals = rf"(?<![\w'])(?<!not )(?:(?![AI])({alone})|([{letters}])(?=[).,:;!?*\"\]]|$))"
+    # a capital by itself; "A" and "I" may be words, but not at the end of a clause, nor where they are "correct"
+    said = r"[).,:;!?*\"\]]|$| is (?:the )?(?:correct|right|best)\b"
+    capitals = rf"(?<![\w'])(?<!not )(?:(?![AI])({alone})|([{letters}])(?={said}))"
     if len(found := {one or other for one, other in re.findall(capitals, stripped)}) == 1:
         return found.pop()
-    return own[0] if len(own) == 1 else None
+    return own[0] if own else None
 
 
 def _bare(text: str) -> str:
-    return text.strip().rstrip(".").lower()
+    """Without quotes or stars around it, or full stops behind it."""
+    return text.strip().lstrip("\"'*").rstrip(" .\"'*").lower()
 
 
 def toolkit(text: str, options: Mapping[str, str]) -> str | None:

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,6 @@ def evaluate(arguments: list[str]) -> int:
     }
     groups = groups_of(items, options)
     rest = [{**row, "index": len(items) + place, "media": None} for place, row in enumerate(rest)]
-    rest = rest if options.shard[0] == 1 else []
     references = {item.id: item.reference for item in items}
     with open_store(out / part_name(options.shard), header, rest, options.retry, references) as store:
         left = [[pair for pair in group if pair[1].id not in store.done] for group in groups]
@@ -130,6 +130,8 @@ def evaluate(arguments: list[str]) -> int:
             answer(options, header["settings"], left, store)
         if store.broken:
             say(f"{store.broken} questions are broken and count as wrong; their rows say why, --retry asks them again")
+    if store.outdated:
+        return wait_for(store.outdated, options)
     if options.shard != (1, 1) and not is_whole(out, options.shard[1], len(items[: options.limit])):
         say(f"part {options.shard[0]} of {options.shard[1]} is answered; the last part to end scores all")
         return 0
@@ -204,6 +206,16 @@ def answer(
                 say(f"{done} of {total} questions, {store.broken} broken, {left / 60:.0f} min left")
 
         Asker(model, images, asked, options.batch, write).ask(groups)
+
+
+def wait_for(outdated: Sequence[Path], options: argparse.Namespace) -> int:
+    """Nothing is scored: a figure of some of the questions would look like one of all."""
+    told = f"{outdated[0].name} does not know the annotations that are in {options.data} now; call that part again, "
+    told += "with its own --shard (answers.jsonl has none)"
+    if options.shard == (1, 1):
+        raise InputError(told)
+    say(told)
+    return 0
 
 
 def is_whole(out: Path, count: int, asked: int) -> bool:

@@ -70,10 +70,12 @@ def compare(a: str | Path, b: str | Path) -> tuple[str, dict[str, Any]]:
         "better": [name for name, d in zip(common, differences, strict=True) if d > 0],
         "worse": [name for name, d in zip(common, differences, strict=True) if d < 0],
     }
+    lost = len(one["items"].keys() ^ two["items"].keys())
     texts = [_texts(find(path)) for path in (a, b)]
     lines = [
         f"{len(common)} questions: {values[:, 0].mean():.4f} and {values[:, 1].mean():.4f}, difference "
         f"{differences.mean():+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, p = {p:.2g}",
+        *([f"{lost} questions that one of them alone scored are left out"] if lost else []),
         "the difference is " + ("more than chance" if p < 0.05 else "within what chance makes"),
         f"{len(outcome['better'])} became better, {len(outcome['worse'])} worse",
         *(f"differs: {name}: {x!r}, {y!r}" for name, (x, y) in outcome["differing settings"].items()),

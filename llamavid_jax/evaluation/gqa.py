@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamavid_jax.evaluation.folder import need, read_json
-from llamavid_jax.evaluation.items import Item, Row, Scores, by_group, mean
+from llamavid_jax.evaluation.items import Item, Row, Scores, by_group, mean, without_reference
 from llamavid_jax.evaluation.llava import read_questions
 
 QUESTIONS = ("llava_gqa_testdev_balanced.jsonl",)
@@ -73,6 +73,7 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
         groups,
         {row["id"]: value for row, value in zip(counted, right, strict=True)},
         {"testdev_balanced_predictions.json": json.dumps(upload).encode()},
+        notes=without_reference(rows, counted),
         counts={"distribution (lower is better)": distribution(counted)},
     )
 

@@ -35,6 +35,7 @@ class Item:
     reference: dict[str, Any]
     subtitles: Path | None = None
     subtitles_start: float = 0.0  # seconds of the subtitles' own clock at which the video begins
+    duration: float = math.inf  # seconds of the video, where the set says so: what is said outside it is left out
 
 
 Row = Mapping[
@@ -118,6 +119,12 @@ def average(
     error = error_of(shares, scale / len(parts), clusters) if known else None
     value = sum(part.value for part in parts) / len(parts) if parts else math.nan
     return Figure(value, error, sum(part.count for part in parts))
+
+
+def without_reference(rows: Iterable[Row], known: Collection[Row]) -> list[str]:
+    """A note about questions that were answered, and are counted nowhere."""
+    lost = sum(row["text"] is not None for row in rows) - sum(row["text"] is not None for row in known)
+    return [f"{lost} answers have no reference and are not counted: other annotations?"] if lost else []
 
 
 def unique(names: Iterable[Any]) -> list[str]:

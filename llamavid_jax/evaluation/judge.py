@@ -81,10 +81,10 @@ class OfflineJudge:
 def _was_reached(error: Exception) -> bool:
     """Whether a server was there, whose reply broke off or did not come in time."""
     from requests.exceptions import ChunkedEncodingError, ContentDecodingError, ReadTimeout
-    from urllib3.exceptions import ProtocolError
+    from urllib3.exceptions import ProtocolError, ReadTimeoutError
 
     is_broken = isinstance(error, ReadTimeout | ChunkedEncodingError | ContentDecodingError)
-    return is_broken or isinstance((error.args or (None,))[0], ProtocolError)
+    return is_broken or isinstance((error.args or (None,))[0], ProtocolError | ReadTimeoutError)
 
 
 class ModelJudge:
@@ -156,9 +156,10 @@ class ModelJudge:
             self._count(**{"kept replies": 1})
             return self._replies[key]
         reply = self._call(sent)
-        if reply is not None:
+        if reply:  # an empty one is asked for again by the next scoring
             with self._lock:
-                self._replies[key] = reply
+                if (first := self._replies.setdefault(key, reply)) is not reply:
+                    return first  # another case of the same messages, which was asked meanwhile
                 if self.kept is not None:
                     with self.kept.open("a", encoding="utf-8") as file:
                         file.write("\n" + json.dumps({"key": key, "reply": reply}))  # behind what a kill cut off
@@ -216,7 +217,7 @@ class ModelJudge:
             for line in text.splitlines():
                 try:
                     row = json.loads(line)
-                    replies[row["key"]] = str(row["reply"])
+                    replies.setdefault(row["key"], str(row["reply"]))
                 except (ValueError, KeyError, TypeError):
                     continue
         return replies

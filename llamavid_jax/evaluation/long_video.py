@@ -5,11 +5,12 @@ A set's own file gives Choices; the rest, prompt and scores, is the same.  The o
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamavid_jax.errors import InputError
+from llamavid_jax.errors import InputError, say
 from llamavid_jax.evaluation.choice import chosen, numbered
 from llamavid_jax.evaluation.folder import checked, need, read_json, video_file
 from llamavid_jax.evaluation.items import (
@@ -47,6 +48,7 @@ class Choice:
     groups: dict[str, str]
     subtitles: Path | None = None
     subtitles_start: float = 0.0
+    duration: float = math.inf
 
 
 def items_of(choices: Sequence[Choice]) -> list[Item]:
@@ -55,7 +57,7 @@ def items_of(choices: Sequence[Choice]) -> list[Item]:
         options = numbered(one.options)
         words = "\n".join([one.question, lettered(options.items()), LETTER])
         reference = {"question_id": one.name, "answer": one.answer, "options": options, "groups": one.groups}
-        subtitled = {"subtitles": one.subtitles, "subtitles_start": one.subtitles_start}
+        subtitled = {name: getattr(one, name) for name in ("subtitles", "subtitles_start", "duration")}
         items.append(Item(name, words, words, words, one.video, True, reference, **subtitled))
     return items
 
@@ -156,15 +158,22 @@ def read_video_mme(folder: Path, original: bool, *, subtitles: bool = False) -> 
                 spoken if spoken and spoken.exists() else None,
             )
         )
+    lost = {choice.video for choice in choices if texts and choice.subtitles is None}
+    if choices and len(lost) == len({choice.video for choice in choices}):
+        raise InputError(f"{texts} holds the subtitles of none of the {len(lost)} videos: {VIDEO_MME_SOURCE}")
+    if lost:  # some are silent
+        say(f"{len(lost)} of {len({choice.video for choice in choices})} videos have no subtitles in {texts}")
     return items_of(choices), []
 
 
 def _parquet(file: Path) -> list[dict[str, Any]]:
+    """The rows of a table, all of whose files are read: test-00000-of-00002.parquet and so on."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file).to_pylist()
+        files = sorted(file.parent.glob(file.name.replace("-00000-of-", "-*-of-")))
+        return [row for one in files for row in pyarrow.parquet.read_table(one).to_pylist()]
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{file} is no parquet table ({error}); download it again") from None
 
@@ -195,6 +204,7 @@ def read_longvideobench(folder: Path, original: bool, *, subtitles: bool = False
                 {name: str(entry[name]) for name in names if name in entry},
                 texts / entry["subtitle_path"] if texts and entry.get("subtitle_path") else None,
                 float(entry.get("starting_timestamp_for_subtitles") or 0.0),
+                float(entry.get("duration") or math.inf),
             )
         )
     return items_of(choices), []

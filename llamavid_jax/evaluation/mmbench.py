@@ -5,7 +5,7 @@ question only where all its copies are right.  `rounds` makes such copies of eve
 """
 
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,9 @@ def read(folder: Path, original: bool, *, language: str = "en", rounds: bool = F
             fields = {"text": question + "\n" + INSTRUCTIONS[language], "question": question, "prompt": question}
             fields |= {"media": f"data:image/png;base64,{image}", "reference": reference}
             items.append((row["index"] if not number else f"{row['index']}, round {number}", fields))
+    copies = Counter(fields["reference"]["question_id"] % COPIES for _, fields in items)
+    for _, fields in items:
+        fields["reference"]["copies"] = copies[fields["reference"]["question_id"] % COPIES]
     names = unique(name for name, _ in items)
     return [Item(id=name, is_video=False, **fields) for name, (_, fields) in zip(names, items, strict=True)], []
 
@@ -95,7 +98,7 @@ def _hint(row: dict[str, Any]) -> list[str]:
 
 
 def score(rows: Sequence[Row], original: bool) -> Scores:
-    right, extracted, copies = {}, {}, defaultdict(list)
+    right, extracted, copies, pictures, whole = {}, {}, defaultdict(list), {}, {}
     known = [row for row in rows if row["reference"]["answer"] is not None and row["text"] is not None]
     for row in known:
         reference = row["reference"]
@@ -104,28 +107,36 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
         found = toolkit(row["text"], shown if reference["round"] else reference["choices"])
         extracted[row["id"]] = meant.get(found, found)
         right[row["id"]] = float(extracted[row["id"]] == reference["answer"])
-        copies[str(reference["question_id"] % COPIES)].append(right[row["id"]] == 1.0)
-    circular = [float(all(answers)) for answers in copies.values()]
+        copies[name := str(reference["question_id"] % COPIES)].append(right[row["id"]] == 1.0)
+        pictures.setdefault(name, row.get("media") or name)
+        if len(copies[name]) >= reference.get("copies", 1):
+            whole[name] = float(all(copies[name]))
+    notes = ["by the rules of VLMEvalKit before a judge is asked; the paper's figure is the server's: upload the sheet"]
+    if lost := len(copies) - len(whole):
+        notes.append(f"{lost} questions, of whose copies some are not answered, are not in the circular accuracy")
     values = list(right.values())
-    clusters = [row["reference"]["question_id"] % COPIES for row in known]
+    clusters = [pictures[str(row["reference"]["question_id"] % COPIES)] for row in known]
     # the server's figure is the first
-    figures = {"circular accuracy": mean(circular, 100.0), "accuracy": mean(values, 100.0, clusters)}
+    figures = {"circular accuracy": mean([*whole.values()], 100.0, [pictures[name] for name in whole])}
+    figures["accuracy"] = mean(values, 100.0, clusters)
     return Scores(
         figures if known else {},
         {"category": by_group((row["reference"]["category"] or "" for row in known), values, clusters)},
         right,
-        {"mmbench.xlsx": sheet(rows)} if rows else {},
-        notes=[
-            "by the rules of VLMEvalKit before a judge is asked; the paper's figure is the server's: upload the sheet"
-        ],
+        {"mmbench.xlsx": sheet(rows, original)} if rows else {},
+        notes=notes,
         details={"circular groups": dict(copies), "extracted": extracted},
     )
 
 
-def cells(rows: Sequence[Row]) -> list[list[Any]]:
-    """Every cell of the sheet that is uploaded, the header first; of several rounds the last answer."""
+def cells(rows: Sequence[Row], original: bool = False) -> list[list[Any]]:
+    """Every cell of the sheet that is uploaded, the header first.
+
+    Of several rounds the first answer, whose letters are those of the sheet; in the original the last one.
+    """
     header = list(rows[0]["reference"]["cells"])
-    predictions = {row["reference"]["question_id"]: row["text"] for row in rows}
+    shown = [row for row in rows if original or row["reference"]["round"] == 0]
+    predictions = {row["reference"]["question_id"]: row["text"] for row in shown}
     table: list[list[Any]] = [[*header[:PREDICTION_PLACE], "prediction", *header[PREDICTION_PLACE:]]]
     for reference in (row["reference"] for row in rows if row["reference"]["round"] == 0):
         number, line = reference["question_id"], list(reference["cells"].values())
@@ -134,14 +145,14 @@ def cells(rows: Sequence[Row]) -> list[list[Any]]:
     return table
 
 
-def sheet(rows: Sequence[Row]) -> bytes:
+def sheet(rows: Sequence[Row], original: bool = False) -> bytes:
     """The upload as .xlsx; ModuleNotFoundError without openpyxl."""
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     book = Workbook(write_only=True)
     page = book.create_sheet("Sheet1")
-    for line in cells(rows):
+    for line in cells(rows, original):
         page.append([ILLEGAL_CHARACTERS_RE.sub("", cell) if isinstance(cell, str) else cell for cell in line])
     content = io.BytesIO()
     book.save(content)

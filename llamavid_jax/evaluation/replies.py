@@ -50,7 +50,8 @@ def first_literal(reply: str) -> Any:
 
     Also with the two quotes of the example in Video-ChatGPT's messages: "{''score': 4.8}".
     """
-    if len(reply) > LONGEST:
+    reply = reply.rpartition("</think>")[2]  # what a model thinks quotes the messages' example
+    if len(reply) > LONGEST or "<think>" in reply:
         raise UnreadError
     for found in re.findall(r"\{[^{}]*\}", reply):
         for read, text in (

@@ -62,5 +62,7 @@ def how(result: Mapping[str, Any]) -> str:
     parts += result["notes"]  # such as the judge, or that the paper's figure is a server's
     parts += [f"{result['answered']} of {result['of']} questions"] if result["answered"] != result["of"] else []
     parts += [f"{result['broken']} broken"] if result["broken"] else []
+    failed = (scored["judge counts"] or {}).get("failed")
+    parts += [f"{failed} judgements failed and left out"] if failed else []
     parts.append(f"model {header['model']['sha256'][:12]}, llamavid_jax {header['versions']['llamavid_jax']}")
     return "; ".join(parts)

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamavid_jax.evaluation.choice import chosen, numbered
 from llamavid_jax.evaluation.folder import LLAVA, checked, need, read_json
-from llamavid_jax.evaluation.items import LETTER, Item, Row, Scores, by_group, mean, unique
+from llamavid_jax.evaluation.items import LETTER, Item, Row, Scores, by_group, mean, unique, without_reference
 from llamavid_jax.text.conversation import IMAGE
 
 SOURCE = "it is part of ScienceQA (github.com/lupantech/ScienceQA, data/scienceqa)"
@@ -83,6 +83,7 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
         {name: by_group((str(one.get(name)) for one in references), right, media) for name in ("subject", "grade")},
         {row["id"]: value for row, value in zip(known, right, strict=True)},
         {"scienceqa_result.json": json.dumps(results, indent=2).encode()},
+        without_reference(rows, known),
         details={"analyses": analyses},
     )
 

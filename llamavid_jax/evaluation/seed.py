@@ -6,7 +6,7 @@ from typing import Any
 
 from llamavid_jax.evaluation.choice import chosen
 from llamavid_jax.evaluation.folder import checked, need, read_json
-from llamavid_jax.evaluation.items import Item, Row, Scores, by_group, mean
+from llamavid_jax.evaluation.items import Item, Row, Scores, by_group, mean, without_reference
 from llamavid_jax.evaluation.llava import json_lines, read_questions
 
 SOURCE = "it is part of SEED-Bench (github.com/AILab-CVC/SEED-Bench, DATASET.md)"
@@ -67,4 +67,5 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
         {"task": {types[number]: per_type[str(number)] for number in sorted(types)}},
         {row["id"]: value for row, value in zip(known, right, strict=True)},
         {"seed_bench.jsonl": json_lines(upload)},
+        without_reference(rows, known),
     )

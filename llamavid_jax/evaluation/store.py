@@ -50,10 +50,13 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[Row], int]:
 
 
 class Store:
-    """The open file of answers.  `done`: the ids that it has."""
+    """The open file of answers.  `done`: the ids that it and the other parts have.
 
-    def __init__(self, file: BinaryIO, rows: Sequence[Row]):
-        self.file = file
+    `outdated`: the other parts whose rows lack what is known of their questions now; who goes on with them adds it.
+    """
+
+    def __init__(self, file: BinaryIO, rows: Sequence[Row], outdated: Sequence[Path] = ()):
+        self.file, self.outdated = file, outdated
         self.done = {row["id"] for row in rows}
         self.broken = sum("error" in row for row in rows)
 
@@ -67,10 +70,10 @@ class Store:
 
 
 def current(rows: Sequence[Row], rest: Sequence[Row], references: Mapping[str, Any], retry: bool) -> list[Row]:
-    """The rows with what is known now: the folder may have got annotations since they were written."""
+    """The rows with what is known now: the folder may have got other annotations since they were written."""
     known = {name: {"reference": reference} for name, reference in references.items()}
     known |= {row["id"]: row for row in rest}
-    kept = [row for row in rows if not (retry and "error" in row)]
+    kept = [row for row in rows if not (retry and "error" in row) and (row["text"] is not None or row["id"] in known)]
     return [json.loads(as_line({**row, **known.get(row["id"], {})})) for row in kept]
 
 
@@ -82,7 +85,7 @@ def open_store(
     retry: bool = False,
     references: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Store]:
-    """Goes on with the file, or begins it with the header and the rows that nobody is asked for.
+    """Goes on with the file, or begins it with the header and, the first part, the rows that nobody is asked for.
 
     What other parts have answered is done as well: there may be more or fewer processes than before.  `retry` takes the
     broken items out of it; `references` are those of the questions by their ids.  InputError where it, or another part,
@@ -114,9 +117,10 @@ def open_store(
             raise InputError(f"{path} cannot be written to ({error.strerror}); give another --out") from None
         file.truncate(whole)
         file.seek(whole)
-        store = Store(file, rows)
+        store = Store(file, rows, [one for one, _, more in others if current(more, rest, references, False) != more])
         store.done |= {row["id"] for *_, more in others for row in more if not (retry and "error" in row)}
-        store.write([row for row in rest if row["id"] not in store.done])
+        if header["shard"][0] == 1:
+            store.write([row for row in rest if row["id"] not in store.done])
         yield store
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamavid_jax.evaluation.folder import checked, need, read_json, read_lines
-from llamavid_jax.evaluation.items import Item, Row, Scores, by_group, mean
+from llamavid_jax.evaluation.items import Item, Row, Scores, by_group, mean, without_reference
 from llamavid_jax.evaluation.llava import read_questions
 from llamavid_jax.evaluation.vqa_text import for_upload, official, one_line, textvqa_scores, vqa_accuracy
 
@@ -28,24 +28,24 @@ def read_vqav2(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     people = {}
     if files := sorted(folder.glob("v2_mscoco_*annotations.json"), key=lambda file: "_train" in file.name):
         annotations = checked(files[0], read_json(files[0], dict).get("annotations", []), "question_id", "answers")
-        people = {annotation["question_id"]: _people(annotation) for annotation in annotations}
+        people = {str(annotation["question_id"]): _people(annotation) for annotation in annotations}
     items = read_questions(
         folder,
         ("llava_vqav2_mscoco_test-dev2015.jsonl", "llava_vqav2_mscoco_val2014.jsonl"),
         VQA_IMAGES,
-        lambda line: people.get(line["question_id"], {}),
+        lambda line: people.get(str(line["question_id"]), {}),
     )
-    asked = {item.reference["question_id"] for item in items}
+    asked = {str(item.reference["question_id"]) for item in items}
     everything = folder / "llava_vqav2_mscoco_test2015.jsonl"
     rest = read_lines(everything, "question_id") if everything.exists() else []
-    order = {line["question_id"]: number for number, line in enumerate(rest)}
+    order = {str(line["question_id"]): number for number, line in enumerate(rest)}
     for item in items:
-        if item.reference["question_id"] in order:
-            item.reference["upload_place"] = order[item.reference["question_id"]]
+        if (name := str(item.reference["question_id"])) in order:
+            item.reference["upload_place"] = order[name]
     unasked = [
-        _unasked(line["question_id"], upload_place=place, **people.get(line["question_id"], {}))
+        _unasked(line["question_id"], upload_place=place, **people.get(str(line["question_id"]), {}))
         for place, line in enumerate(rest)
-        if line["question_id"] not in asked
+        if str(line["question_id"]) not in asked
     ]
     return items, unasked
 
@@ -119,7 +119,9 @@ def _scores(rows: Sequence[Row], prepare: Callable[[str], str], files: dict[str,
         if known and all(field in row["reference"] for row in known)
     }
     items = {row["id"]: value for row, value in zip(known, values, strict=True)}
-    notes = [] if known else ["the references are on the set's server: upload the file in submission/"]
+    notes = ["the references are on the set's server: upload the file in submission/"]
+    if known:
+        notes = ["of the references in the folder; the paper's figure is the server's", *without_reference(rows, known)]
     details = {"unprocessed": {row["id"]: value for row, value in zip(known, raw, strict=True)}} if known else {}
     return Scores(figures if known else {}, groups, items, files, notes, details=details)
 

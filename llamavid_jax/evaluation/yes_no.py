@@ -41,7 +41,7 @@ YES_OR_NO = "Please answer yes or no."
 def yes_or_no(text: str) -> str:
     """The first word that is one of the two; "other" without: "not sure" and "no idea" are neither."""
     no = r"(?:no|not|isn't|aren't|doesn't)\b(?! (?:idea|sure|certain|clear)\b)"
-    found = re.search(rf"\b(yes|yeah|yep|nope|{no})\b", text.lower())
+    found = re.search(rf"\b(yes|yeah|yep|nope|{no})\b", text.lower().replace("\u2019", "'"))
     return {None: "other", "yes": "yes", "yeah": "yes", "yep": "yes"}.get(found and found[1], "no")
 
 

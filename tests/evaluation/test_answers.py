@@ -214,6 +214,30 @@ def test_annotations_that_come_later(checkpoint, official, tmp_path, monkeypatch
     assert json.loads(results[0])["items"] == json.loads(results[1])["items"] != {}
 
 
+def test_annotations_that_come_later_to_parts(checkpoint, official, tmp_path, monkeypatch, capsys):
+    """No figure of the parts that know them alone: not where one part goes on, nor where all is asked as one."""
+    import dataclasses
+
+    monkeypatch.setitem(SETS, "vqav2", dataclasses.replace(SETS["vqav2"], max_new_tokens=4))
+    data, out = official("vqav2"), tmp_path / "out"
+    (file,) = data.glob("v2_mscoco*")
+    file.rename(tmp_path / file.name)
+    for part in ("1/2", "2/2"):
+        assert run(checkpoint, "vqav2", data, out, "--shard", part) == 0
+    before = (out / "result.json").read_text()
+    (tmp_path / file.name).rename(file)
+    assert run(checkpoint, "vqav2", data, out, "--shard", "1/2") == 0
+    assert run(checkpoint, "vqav2", data, out) == 2
+    error = capsys.readouterr().err
+    assert error.count("answers-2-of-2.jsonl does not know the annotations") == 2
+    assert (out / "result.json").read_text() == before
+    assert command.main(["score", str(out)]) == 0
+    assert "answers have no reference and are not counted" in capsys.readouterr().out
+    assert run(checkpoint, "vqav2", data, out, "--shard", "2/2") == 0
+    result = json.loads((out / "result.json").read_text())
+    assert len(result["items"]) == result["of"] + 1 and not any("no reference" in note for note in result["notes"])
+
+
 def test_two_processes_are_the_whole(checkpoint, official, tmp_path):
     """They find each other and share the pictures; the last one scores all."""
     arguments = ["--model", checkpoint, "--set", "gqa", "--data", str(official("gqa")), "--dtype", "float32"]

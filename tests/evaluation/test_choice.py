@@ -48,6 +48,12 @@ from llamavid_jax.evaluation.choice import chosen, numbered
         ("The answer is A because it barks", "A"),
         ("a.m. or later", None),
         ("I'm not sure", None),
+        ("A one dog", "A"),
+        ("B two dogs.", "B"),
+        ("A is the correct option.", "A"),
+        ("A is a dog", None),
+        ('"two dogs"', "B"),
+        ("**Two dogs.**", "B"),
     ],
 )
 def test_letters(text, letter):
@@ -62,6 +68,18 @@ def test_letters(text, letter):
 )
 def test_an_option_s_own_words_come_before_letters_in_them(text, letter):
     assert chosen(text, numbered(["vitamin C", "vitamin D", "A dog", "p.m."])) == letter
+
+
+@pytest.mark.parametrize("text", ["", " ", ".", '""'])
+def test_an_option_without_words_is_named_by_its_letter_alone(text):
+    """Of MLVU's "ego" two such options are the right ones: no answer, and a broken question, are not these."""
+    options = numbered(["the garage", "the toolbox", "", "the shelf"])
+    assert chosen(text, options) is None and chosen("C", options) == "C"
+
+
+def test_words_that_two_options_have():
+    """They name the first one, as which the second counts too."""
+    assert chosen("Blue.", numbered(["Red", "Blue", "White", "Blue"])) == "B"
 
 
 def test_an_answer_of_several_options_is_none():

@@ -11,6 +11,7 @@ from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation import command
 from llamavid_jax.evaluation.compare import bootstrap, compare
 from llamavid_jax.evaluation.items import mean
+from llamavid_jax.evaluation.results import page
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.evaluation.store import open_store
 
@@ -110,6 +111,14 @@ def test_compare(result, tmp_path, capsys):
     assert "within what chance makes" in same and outcome["p"] == 1
 
 
+def test_questions_that_one_alone_scored_are_said(result):
+    one, two = result("a", range(6)), result("b", range(6))
+    assert "left out" not in compare(one, two)[0]
+    found = json.loads((two / "result.json").read_text())
+    (two / "result.json").write_text(json.dumps({**found, "items": dict([*found["items"].items()][2:])}))
+    assert "2 questions that one of them alone scored are left out" in compare(one, two)[0]
+
+
 def test_what_cannot_be_compared(result, tmp_path, capsys):
     one, other = result("a", [0]), tmp_path / "other"
     other.mkdir()
@@ -133,6 +142,16 @@ def test_scores_are_repeatable(result):
     assert command.main(["score", str(folder)]) == 0 and (folder / "result.json").read_bytes() == before
     assert command.main(["score", str(folder), "--like-original"]) == 0
     assert json.loads((folder / "result.json").read_text())["scored"]["like_original"]
+
+
+def test_the_page_says_how_many_judgements_failed(result, tmp_path):
+    """What a judge refuses is left out of the figure beside the paper's."""
+    file = result("a", range(3)) / "result.json"
+    told = json.loads(file.read_text())
+    for failed, said in ((0, False), (9, True)):
+        told["scored"] |= {"judge": "x", "judge counts": {"calls": 12, "failed": failed}}
+        file.write_text(json.dumps(told))
+        assert ("9 judgements failed and left out" in page([file])) == said
 
 
 def test_answers_of_a_set_that_is_not_known(result, capsys):

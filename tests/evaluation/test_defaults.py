@@ -3,10 +3,12 @@
 import base64
 import io
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 
+import openpyxl
 import pytest
 from PIL import Image
 from recorded_evaluation import rows_of
@@ -59,6 +61,28 @@ def test_a_clear_answer_counts_by_default(official, name):
     default, original = (SETS[name].score(rows, mode) for mode in (False, True))
     assert all(value == 1 for value in default.items.values()) and default.items
     assert sum(original.items.values()) < len(rows)
+
+
+@pytest.mark.parametrize("name", ["gqa", "seed", "scienceqa", "vqav2"])
+def test_answers_that_are_counted_nowhere_are_said(official, name):
+    """As with annotations of another version of the set."""
+    items, _ = SETS[name].read(official(name), False)
+    rows = rows_of(items, ["a"] * len(items))
+    assert not any("no reference" in note for note in SETS[name].score(rows, False).notes)
+    rows[0]["reference"] = {"question_id": rows[0]["reference"]["question_id"]}
+    assert any(note.startswith("1 answers have no reference") for note in SETS[name].score(rows, False).notes)
+
+
+def test_vqav2_ids_as_numbers_and_as_text(official):
+    """In the question files, the annotations and the split: a question is the same one."""
+    folder = official("vqav2")
+    before = SETS["vqav2"].read(folder, False)
+    file = folder / "llava_vqav2_mscoco_test-dev2015.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**line, "question_id": str(line["question_id"])}) + "\n" for line in lines))
+    items, rest = SETS["vqav2"].read(folder, False)
+    told = [[{**item.reference, "question_id": 0} for item in some] for some in (before[0], items)]
+    assert told[0] == told[1] and rest == before[1] and any("people" in one for one in told[0])
 
 
 def test_the_training_split_s_annotations_are_others(official):
@@ -127,6 +151,41 @@ def test_mmbench_rounds(tmp_path):
     texts = ["B", "A", "C", "A", "A"]
     scores = SETS["mmbench_rounds"].score(rows_of(items, texts), False)
     assert (scores.figures["accuracy"].value, scores.figures["circular accuracy"].value) == (80, 50)
+
+
+def test_mmbench_rounds_hand_in_the_letters_of_the_sheet(tmp_path):
+    """The first round's: the others' letters are of options in another order. The original has the last one's."""
+    row = f"7\tWhich?\t\tcat\tdog\tfox\t\tB\tanimal\t{picture('RGB')}\tmade up\tperception\t\tdev"
+    items, _ = SETS["mmbench_rounds"].read(mmbench_table(tmp_path / "mmbench", row), False)
+    for original, letter in ((False, "B"), (True, "C")):
+        sheet = SETS["mmbench_rounds"].score(rows_of(items, ["B", "A", "C"]), original).files["mmbench.xlsx"]
+        header, line = openpyxl.load_workbook(io.BytesIO(sheet)).active.values
+        assert line[header.index("prediction")] == letter
+
+
+def test_mmbench_questions_about_one_picture_are_one(tmp_path):
+    rows = [
+        f"{number}\tWhich?\t\tcat\tdog\tfox\t\tB\tanimal\t{image}\tmade up\tperception\t\tdev"
+        for number, image in ((1, picture("RGB")), (2, "1"), (3, picture("L")), (4, "3"))
+    ]
+    items, _ = SETS["mmbench"].read(mmbench_table(tmp_path / "mmbench", *rows), False)
+    figures = SETS["mmbench"].score(rows_of(items, ["B", "B", "C", "C"]), False).figures
+    assert [round(figure.error, 2) for figure in figures.values()] == [35.36] * 2
+
+
+def test_circular_accuracy_is_of_questions_with_all_their_copies(tmp_path):
+    """With --limit the copies, behind all other questions, are not asked: one right answer is not a circle."""
+    rows = [
+        f"{number}\tWhich?\t\tcat\tdog\tfox\t\tB\tanimal\t{picture('RGB')}\tmade up\tperception\t\tdev"
+        for number in (1, 2, 3, 1_000_001, 1_000_002)
+    ]
+    items, _ = SETS["mmbench"].read(mmbench_table(tmp_path / "mmbench", *rows), False)
+    rows = rows_of(items, ["B"] * 4 + ["C"])
+    for asked, value, count in ((5, 100 * 2 / 3, 3), (4, 100, 2), (2, None, 0)):
+        scores = SETS["mmbench"].score(rows[:asked], False)
+        figure = scores.figures["circular accuracy"]
+        assert figure.count == count and (not count or math.isclose(figure.value, value))
+        assert any("not in the circular accuracy" in note for note in scores.notes) == (asked < 5)
 
 
 def test_mmbench_hands_in_every_line(tmp_path):

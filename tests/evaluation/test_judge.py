@@ -22,6 +22,7 @@ class Server:
         self.replies: list = []
         self.lost = 0  # bytes that are promised and do not come
         self.seconds = 0.0  # before an answer
+        self.hangs: threading.Event | None = None  # what an answer's end waits for
         self.headers: dict[str, str] = {}
         self.asked: list = []
         server = self
@@ -39,6 +40,9 @@ class Server:
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
+                if server.hangs:
+                    self.wfile.flush()
+                    server.hangs.wait(60)
 
             def content(self, reply) -> bytes:
                 if isinstance(reply, bytes):
@@ -124,6 +128,38 @@ def test_a_reply_that_breaks_off_or_does_not_come(server, monkeypatch, lost, sec
     assert judge.verdicts([case("two")]) == [None] and judge.counts["failed"] == 1
     server.lost = server.seconds = 0
     assert judge.verdicts([case("two")])[0].yes
+
+
+def test_a_reply_that_stops_half_way(server, monkeypatch):
+    """Its beginning comes and then nothing more: another case's matter, not the end of all."""
+    monkeypatch.setattr(judges, "PATIENCE", (1, 0.2))
+    server.replies, server.lost, server.hangs, judge = [GOOD], 5, threading.Event(), ModelJudge(server.address, "")
+    try:
+        assert judge.verdicts([case("one")]) == [None] and judge.counts["failed"] == 1
+    finally:
+        server.hangs.set()
+
+
+def test_an_empty_reply_is_asked_for_by_the_next_scoring(server, tmp_path):
+    server.replies, kept = [None], tmp_path / "replies.jsonl"
+    assert ModelJudge(server.address, "", kept=kept).verdicts([case()]) == [None] and len(server.asked) == ATTEMPTS
+    server.replies = [GOOD]
+    assert ModelJudge(server.address, "", kept=kept).verdicts([case()])[0].yes
+
+
+def test_two_cases_of_the_same_words_have_one_reply(tmp_path):
+    """Also where both are asked at once: else the next scoring, which finds one of them, gives another figure."""
+    kept, both, number = tmp_path / "replies.jsonl", threading.Barrier(2), iter((1, 4))
+
+    def call(sent):
+        both.wait(60)
+        return f"{{'pred': 'yes', 'score': {next(number)}}}"
+
+    judge = ModelJudge("http://127.0.0.1:9/v1", "", kept=kept)
+    judge._call = call
+    first = [verdict.score for verdict in judge.verdicts([case(), case()])]
+    again = ModelJudge("http://127.0.0.1:9/v1", "", kept=kept).verdicts([case(), case()])
+    assert first == [verdict.score for verdict in again] and len(set(first)) == 1
 
 
 @pytest.mark.parametrize("usage", [[1], {"prompt_tokens": "many"}, {"prompt_tokens": "1e400"}])

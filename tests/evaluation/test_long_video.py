@@ -59,6 +59,17 @@ def test_answers_that_are_no_candidate_or_two(mlvu):
     assert scores.notes == ["1 references are no option of their questions, which count as wrong"]
 
 
+def test_a_broken_question_about_an_empty_option_is_wrong(mlvu):
+    """As two of MLVU's "ego" have it, whose right answer has no words."""
+    write(
+        mlvu / "MLVU/json/4_count.json",
+        [{"video": "a.mp4", "question": "?", "candidates": ["1", ""], "answer": "", "question_type": "count"}],
+    )
+    items, _ = SETS["mlvu"].read(mlvu, False)
+    told = [SETS["mlvu"].score(rows_of(items, ["B", "B", text]), False).groups["task"] for text in ("", "B")]
+    assert [groups["count"].value for groups in told] == [0, 100]
+
+
 @pytest.fixture
 def video_mme(tmp_path):
     question = {"question_id": "001-1", "task_type": "OCR", "question": "Which?", "options": ["A. cat", "B. dog"]}
@@ -91,9 +102,29 @@ def test_video_mme_as_parquet(video_mme):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     (video_mme / "video_mme.json").unlink()
     assert SETS["video_mme"].read(video_mme, False) == before
+    halves = [file.with_name(f"test-0000{number}-of-00002.parquet") for number in (0, 1)]
+    file.rename(halves[0])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**rows[0], "question_id": "001-2"}]), halves[1])
+    assert [item.id for item in SETS["video_mme"].read(video_mme, False)[0]] == ["001-1", "001-2"]
+    halves[1].unlink()
+    halves[0].rename(file)
     file.write_bytes(b"PAR1 nonsense")
     with pytest.raises(InputError, match="no parquet table"):
         SETS["video_mme"].read(video_mme, False)
+
+
+def test_subtitles_of_no_video(video_mme, capsys):
+    """Unpacked one folder too deep, say: the questions would be asked without them. Some videos have none."""
+    (spoken,) = (video_mme / "subtitle").iterdir()
+    (video,) = json.loads((video_mme / "video_mme.json").read_text())
+    write(video_mme / "video_mme.json", [video, {**video, "video_id": "002", "videoID": "silent"}])
+    items, _ = SETS["video_mme_subtitles"].read(video_mme, False)
+    assert [item.subtitles for item in items] == [spoken, None]
+    assert "1 of 2 videos have no subtitles" in capsys.readouterr().err
+    spoken.rename(video_mme / spoken.name)
+    with pytest.raises(InputError, match="the subtitles of none of the 2 videos"):
+        SETS["video_mme_subtitles"].read(video_mme, False)
+    assert len(SETS["video_mme"].read(video_mme, False)[0]) == 2
 
 
 def test_subtitles_stand_between_the_frames(video_mme, tiny_model, monkeypatch):
@@ -136,6 +167,21 @@ def test_longvideobench(tmp_path):
         write(item.subtitles, broken)
         with pytest.raises(InputError, match=r"v_en\.json"):
             cues_of(item)
+
+
+def test_what_is_said_before_and_after_a_clip_is_left_out(tmp_path):
+    """LongVideoBench's clips have the subtitles of the whole video; the owner's reader leaves those out too."""
+    entry = {"id": "v_0", "video_path": "v.mp4", "question": "Who?", "candidates": ["cat", "dog"], "correct_choice": 0}
+    entry |= {"subtitle_path": "v_en.json", "starting_timestamp_for_subtitles": 60, "duration": 10.0}
+    write(tmp_path / "lvb_val.json", [entry])
+    (tmp_path / "videos").mkdir()
+    clock = "00:{:02}:{:02}.500".format
+    spoken = [(clock(0, 10), clock(0, 12), "long ago"), (clock(0, 58), clock(1, 0), "begun before")]
+    spoken += [(clock(1, 8), clock(1, 12), "ends after"), (clock(1, 11), clock(1, 13), "later")]
+    lines = [{"start": start, "end": end, "line": line} for start, end, line in spoken]
+    write(tmp_path / "subtitles" / "v_en.json", [*lines, {"timestamp": [90.0, 95.0], "text": "much later"}])
+    (item,), _ = SETS["longvideobench_subtitles"].read(tmp_path, False)
+    assert cues_of(item) == [Cue(0.5, "begun before"), Cue(12.5, "ends after")]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ from llamavid_jax.evaluation.replies import UnreadError, read_leniently, read_or
         ("{'pred': 'yes', 'score': True}", None),
         ("{'pred': 'yes', 'score': b'4'}", None),
         ("{'pred': 'yes', 'score': 4, 'why': ...}", None),
+        ("<think>As in {'pred': 'yes', 'score': 4.8}.</think>\n\n{'pred': 'no', 'score': 1}", (False, 1)),
+        ("<think>" + "So. " * 5000 + "</think>{'pred': 'no', 'score': 1}", (False, 1)),
+        ("<think>It should look like {'pred': 'yes', 'score': 4.8}, and the", None),
     ],
 )
 def test_lenient_reading(reply, expected):

@@ -65,6 +65,23 @@ def test_parts_in_the_order_of_the_set(tmp_path):
         gather(tmp_path)
 
 
+def test_annotations_that_another_part_does_not_know(tmp_path):
+    """They are said to be outdated until they are gone on with; their rows are not written by another process."""
+    paths = [tmp_path / part_name((part, 2)) for part in (1, 2)]
+
+    def go_on(part: int, reference: dict, rest: list) -> tuple[list, list[str]]:
+        header = {**HEADER, "shard": [part, 2]}
+        with open_store(paths[part - 1], header, rest, references={"0": reference, "1": reference}) as store:
+            store.write([row(str(part - 1), part - 1)] if str(part - 1) not in store.done else [])
+            return list(store.outdated), sorted(store.done)
+
+    assert go_on(1, {}, [row("rest", 9, text=None)]) == ([], ["0", "rest"])
+    assert go_on(2, {}, [row("rest", 9, text=None)]) == ([], ["0", "1", "rest"])
+    assert go_on(1, {"answer": "a"}, [row("more", 9, text=None)]) == ([paths[1]], ["0", "1", "more"])
+    assert go_on(2, {"answer": "a"}, [row("more", 9, text=None)]) == ([], ["0", "1", "more"])
+    assert [one["reference"] for one in gather(tmp_path)[1]] == [{"answer": "a"}] * 2 + [{}]
+
+
 def test_nothing_there(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match="holds no answers"):

@@ -29,6 +29,7 @@ from llamavid_jax.evaluation.sets import SETS
         ("I am not sure, but yes", "yes"),
         ("There isn't a kettle", "no"),
         ("I don't know", "other"),
+        ("There isn\u2019t one", "no"),
         ("No, I am not sure", "no"),
     ],
 )
