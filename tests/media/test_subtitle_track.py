@@ -1,5 +1,7 @@
 """Tracks of subtitles in files as FFmpeg writes them."""
 
+from pathlib import Path
+
 import av
 import pytest
 from clips import index_frame, write_clip
@@ -45,6 +47,15 @@ def test_the_first_track_of_text(tmp_path, late):
     found = read_track(film(tmp_path, ("srt", SRT), ("ass", ASS), late=late))
     assert [end for end, _ in found] == [2.5, 5.0]
     assert [text for _, text in found] == ["{\\i1}Hi{\\i0} there,\nyou", "Bye..."]
+
+
+def test_of_a_trimmed_film_what_is_said_keeps_its_time():
+    """`ffmpeg -ss 4.4 -c copy` of texts at 1-2, 4-6, 7.5-8.5 and 9 s: an edit list hides the first, and half the second.
+
+    FFmpeg reads the third at 1.5 s with the length of another (it writes the last one as long as the film).
+    """
+    trimmed = Path(__file__).with_name("trimmed_with_subtitles.mp4")
+    assert read_track(trimmed) == [(1.6, "Half"), (4.1, "Whole"), (9.5, "Last")]
 
 
 def test_a_file_of_its_own(tmp_path):
