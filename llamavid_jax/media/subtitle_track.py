@@ -37,9 +37,10 @@ def read_track(path: str | Path) -> list[tuple[float, str]]:
                 raise MediaError(f"{path} holds {held}; give them as text with --subtitles FILE.srt")
             track = next((one for one in texts if one.disposition & av.stream.Disposition.default), texts[0])
             video = container.streams.best("video")  # whose start FFmpeg may take from another stream
-            start = int(read_timeline(path, lambda _: None).pts[0]) * video.time_base if video else 0
-            said, tick, number = _said(container, track), track.time_base, track.index
             has_edits = "mp4" in container.format.name
+            late = _late(file, video.index) if has_edits and video else 0
+            start = (int(read_timeline(path, lambda _: None).pts[0]) + late) * video.time_base if video else 0
+            said, tick, number = _said(container, track), track.time_base, track.index
         if has_edits:
             with _opened(file, advanced_editlist="0") as container:
                 said = _in_edits(said, _said(container, container.streams[number]))
@@ -68,6 +69,20 @@ def _said(container: Any, track: Any) -> list[Said]:
             texts = (part.dialogue for part in packet.decode() if hasattr(part, "dialogue"))
             found += [Said(*own, text.decode("utf-8", errors="replace"), packet.is_discard) for text in texts]
     return found
+
+
+def _late(file: Path, number: int) -> int:
+    """Ticks of the stream from the beginning of an edit list to the first frame that it shows; FFmpeg drops them."""
+
+    def shown(place: int | None = None, **options: str) -> tuple[int, int]:
+        """Place and time of the first packet, or of the one in that place."""
+        with _opened(file, **options) as container:
+            packets = (one for one in container.demux(container.streams[number]) if one.size and one.pts is not None)
+            wanted = (one for one in packets if (not one.is_discard if place is None else one.pos == place))
+            return next(((one.pos, one.pts) for one in wanted), (0, 0))
+
+    place, pts = shown()
+    return shown(place, advanced_editlist="0")[1] - pts
 
 
 def _in_edits(said: list[Said], whole: list[Said]) -> list[Said]:

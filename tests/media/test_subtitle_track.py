@@ -50,12 +50,14 @@ def test_the_first_track_of_text(tmp_path, late):
 
 
 def test_of_a_trimmed_film_what_is_said_keeps_its_time():
-    """`ffmpeg -ss 4.4 -c copy` of texts at 1-2, 4-6, 7.5-8.5 and 9 s: an edit list hides the first, and half the second.
+    """`ffmpeg -ss 4.5 -c copy` of texts at 1-2, 4-6, 7.5-8.5 and 9 s: an edit list hides the first, and a part of the
+    second.
 
-    FFmpeg reads the third at 1.5 s with the length of another (it writes the last one as long as the film).
+    FFmpeg shows the third 1.5 s too early, with the length of another, and the frame of 4.6 s at 0.  (It also writes
+    the last text as long as the film.)
     """
     trimmed = Path(__file__).with_name("trimmed_with_subtitles.mp4")
-    assert read_track(trimmed) == [(1.6, "Half"), (4.1, "Whole"), (9.5, "Last")]
+    assert read_track(trimmed) == [(1.4, "Half"), (3.9, "Whole"), (9.4, "Last")]
 
 
 def test_a_file_of_its_own(tmp_path):
