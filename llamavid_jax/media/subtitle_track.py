@@ -89,10 +89,16 @@ def _in_edits(said: list[Said], whole: list[Said]) -> list[Said]:
     """What an edit list shows of the `whole` track.
 
     FFmpeg knows that of what is `said`, but counts it from the first text on, not from where the edit list begins, and
-    gives the texts the lengths of others.  The `whole` track has both right, but for texts behind a second edit.
+    gives the texts the lengths of others.  The `whole` track has both right, but for times behind a second edit.
     """
-    shown = {one.place: one for one in said}
-    whole = [one for one in whole if one.place in shown]
-    late = next((one.pts - shown[one.place].pts for one in whole if not shown[one.place].is_hidden), 0)
-    found = [one if shown[one.place].is_hidden else one._replace(pts=shown[one.place].pts + late) for one in whole]
-    return [one for one in found if one.pts + one.length > 0 or not shown[one.place].is_hidden]
+    own = {one.place: one for one in whole}
+    first = min((one for one in said if not one.is_hidden), key=lambda one: one.pts, default=None)
+    late = own.get(first.place, first).pts - first.pts if first else 0
+    found = []
+    for one in said:
+        pts, length = own.get(one.place, one)[1:3]
+        if not one.is_hidden:
+            found.append(one._replace(pts=one.pts + late, length=length))
+        elif pts + length > 0:  # a part of it is shown
+            found.append(one._replace(pts=pts, length=length))
+    return found
