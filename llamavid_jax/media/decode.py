@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from llamavid_jax.media.container import BROADCASTS, WITHOUT_TIMES, damaged, empty, is_hidden, open_video, packets_of
+from llamavid_jax.media.container import BROADCASTS, damaged, empty, is_hidden, open_video, packets_of
 from llamavid_jax.media.index import Index
 from llamavid_jax.media.reading import Part
 from llamavid_jax.media.source import MediaError, check_size
@@ -160,7 +160,7 @@ def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, 
     """(place in the timeline, frame) in order of presentation; MediaError when there are none or some are missing."""
     import av
 
-    is_broadcast, by_time = container.format.name in BROADCASTS, container.format.name not in WITHOUT_TIMES
+    is_broadcast = container.format.name in BROADCASTS
     shown = np.append(timeline.times, timeline.seconds)  # from shown[i] to shown[i + 1]
     last, previous = len(timeline.times) - 1, -1
     for packet in packets_of(container, stream):
@@ -173,7 +173,9 @@ def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, 
                 continue
             raise damaged(path, shown[max(previous, 0)], timeline.seconds) from None
         for frame in frames:
-            place = min(_place(timeline, frame.pts if by_time else None, previous + 1), last)
+            if timeline.is_timed and previous < 0 and frame.pts is None:
+                continue  # before the film's first time, as in Matroska before 0
+            place = min(_place(timeline, frame.pts if timeline.is_timed else None, previous + 1), last)
             is_lost = shown[place] - shown[previous + 1] > LOST and not (previous < 0 and is_broadcast)
             if is_lost or (frame.is_corrupt and not is_broadcast):  # corrupt: patched up with parts of others
                 raise damaged(path, shown[max(previous, 0)], timeline.seconds)

@@ -1,12 +1,23 @@
 """The subtitles in a video file, or in a file of subtitles of any kind that FFmpeg knows (.ass, .ssa, .sub, ...)."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from llamavid_jax.media.container import PLAYLISTS
 from llamavid_jax.media.source import MediaError, local_file
 from llamavid_jax.media.video import read_timeline
 
 PICTURES = ("dvdsub", "pgssub", "dvbsub", "xsub")  # FFmpeg's names of subtitles that hold no text
+
+
+class Said(NamedTuple):
+    """One text of a track; times in ticks."""
+
+    place: int  # in the file
+    pts: int
+    length: int
+    text: str
+    is_hidden: bool  # by an edit list, in part at least
 
 
 def read_track(path: str | Path) -> list[tuple[float, str]]:
@@ -18,7 +29,7 @@ def read_track(path: str | Path) -> list[tuple[float, str]]:
 
     file = local_file(path)
     try:
-        with av.open(str(file), metadata_errors="replace", options={"protocol_whitelist": "file"}) as container:
+        with _opened(file) as container:
             tracks = [track for track in container.streams.subtitles if track.codec_context is not None]
             texts = [track for track in tracks if track.codec_context.name not in PICTURES]
             if container.format.name in PLAYLISTS or not texts:
@@ -26,18 +37,68 @@ def read_track(path: str | Path) -> list[tuple[float, str]]:
                 raise MediaError(f"{path} holds {held}; give them as text with --subtitles FILE.srt")
             track = next((one for one in texts if one.disposition & av.stream.Disposition.default), texts[0])
             video = container.streams.best("video")  # whose start FFmpeg may take from another stream
-            start = int(read_timeline(path, lambda _: None).pts[0]) * video.time_base if video else 0
-            found = []
-            for packet in container.demux(track):
-                if packet.pts is not None and packet.size:
-                    # FFmpeg gives the last cue of a .lrc no length: it stands behind the frame that is shown then
-                    end = float((packet.pts + max(packet.duration or 0, 1)) * packet.time_base - start)
-                    texts = (part.dialogue for part in packet.decode() if hasattr(part, "dialogue"))
-                    found += [(end, text.decode("utf-8", errors="replace")) for text in texts]
+            has_edits = "mp4" in container.format.name
+            late = _late(file, video.index) if has_edits and video else 0
+            start = (int(read_timeline(path, lambda _: None).pts[0]) + late) * video.time_base if video else 0
+            said, tick, number = _said(container, track), track.time_base, track.index
+        if has_edits:
+            with _opened(file, advanced_editlist="0") as container:
+                said = _in_edits(said, _said(container, container.streams[number]))
+        found = [(float((one.pts + one.length) * tick - start), one.text) for one in said]
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
         raise MediaError(f"the subtitles in {path} cannot be read ({error}); save them as .srt in UTF-8") from None
     if not found:
         raise MediaError(f"the track of subtitles in {path} is empty; give them with --subtitles FILE.srt")
+    return found
+
+
+def _opened(file: Path, **options: str) -> Any:
+    import av
+
+    return av.open(str(file), metadata_errors="replace", options={"protocol_whitelist": "file"} | options)
+
+
+def _said(container: Any, track: Any) -> list[Said]:
+    found = []
+    for packet in container.demux(track):
+        if packet.pts is not None and packet.size:
+            # FFmpeg gives the last cue of a .lrc no length: it stands behind the frame that is shown then
+            own = packet.pos, packet.pts, max(packet.duration or 0, 1)
+            texts = (part.dialogue for part in packet.decode() if hasattr(part, "dialogue"))
+            found += [Said(*own, text.decode("utf-8", errors="replace"), packet.is_discard) for text in texts]
+    return found
+
+
+def _late(file: Path, number: int) -> int:
+    """Ticks of the stream from the beginning of an edit list to the first frame that it shows; FFmpeg drops them."""
+
+    def shown(place: int | None = None, **options: str) -> tuple[int, int]:
+        """Place and time of the first packet, or of the one in that place."""
+        with _opened(file, **options) as container:
+            packets = (one for one in container.demux(container.streams[number]) if one.size and one.pts is not None)
+            wanted = (one for one in packets if (not one.is_discard if place is None else one.pos == place))
+            return next(((one.pos, one.pts) for one in wanted), (0, 0))
+
+    place, pts = shown()
+    return shown(place, advanced_editlist="0")[1] - pts
+
+
+def _in_edits(said: list[Said], whole: list[Said]) -> list[Said]:
+    """What an edit list shows of the `whole` track.
+
+    FFmpeg knows that of what is `said`, but counts it from the first text on, not from where the edit list begins, and
+    gives the texts the lengths of others.  The `whole` track has both right, but for times behind a second edit.
+    """
+    own = {one.place: one for one in whole}
+    first = min((one for one in said if not one.is_hidden), key=lambda one: one.pts, default=None)
+    late = own.get(first.place, first).pts - first.pts if first else 0
+    found = []
+    for one in said:
+        pts, length = own.get(one.place, one)[1:3]
+        if not one.is_hidden:
+            found.append(one._replace(pts=one.pts + late, length=length))
+        elif pts + length > 0:  # a part of it is shown
+            found.append(one._replace(pts=pts, length=length))
     return found

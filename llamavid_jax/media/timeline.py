@@ -46,6 +46,7 @@ class Timeline:
     seconds: float  # until the last frame's end
     average_fps: float  # the declared rate where the frames keep it, else 0
     index: Index | None = None  # where decoding may begin; None where all has to be decoded in order
+    is_timed: bool = True  # else the packets have no times, or a guess, and frames are known by their order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,8 @@ def timeline_of(
     average_fps = declared_fps if _keeps_rate(times, declared_fps, 0.5 if has_times else 3.0) else 0.0
     if average_fps and not has_times:
         times = np.arange(len(times)) / average_fps
-    return Timeline(np.concatenate(parts), times, float(end), average_fps)
+    is_timed = has_times and any(packet.pts is not None for packet in packets)
+    return Timeline(np.concatenate(parts), times, float(end), average_fps, is_timed=is_timed)
 
 
 def _parts(packets: Sequence[Packet], jump: float) -> list[Int64[np.ndarray, " n"]]:
@@ -97,10 +99,13 @@ def _parts(packets: Sequence[Packet], jump: float) -> list[Int64[np.ndarray, " n
     known = [packet for packet in packets if packet.pts is not None]
     if not known:  # a stream without a container
         return [np.cumsum([0, *(max(packet.duration, 1) for packet in packets[:-1])])]
-    first = next((place for place, packet in enumerate(known) if packet.is_key), 0)
+    first = next((place for place, packet in enumerate(packets) if packet.is_key), 0)
+    begun = [packet for packet in packets[first:] if packet.pts is not None]
     parts: list[list[int]] = [[]]
-    start = latest = known[first].pts
-    for packet in known[first:]:  # what comes before the first key frame cannot be decoded
+    start = latest = begun[0].pts if begun else 0
+    if packets[first].pts is None:  # as Matroska's are before 0: all that follows can be decoded
+        start = min(packet.pts for packet in known)
+    for packet in begun:  # what comes before the first key frame cannot be decoded
         # All that precedes a key frame in the file is shown before it: otherwise the times begin again here.
         if packet.pts - latest > jump or (packet.is_key and packet.pts < latest):
             parts.append([])

@@ -1,11 +1,13 @@
 """Tracks of subtitles in files as FFmpeg writes them."""
 
+from pathlib import Path
+
 import av
 import pytest
 from clips import index_frame, write_clip
 
 from llamavid_jax.media.source import MediaError
-from llamavid_jax.media.subtitle_track import read_track
+from llamavid_jax.media.subtitle_track import Said, _in_edits, read_track
 from llamavid_jax.text.subtitles import cues_of_track, interleave
 
 SRT = "1\n00:00:01,000 --> 00:00:02,500\n<i>Hi</i> there,\nyou\n\n2\n00:00:04,000 --> 00:00:05,000\nBye...\n"
@@ -45,6 +47,24 @@ def test_the_first_track_of_text(tmp_path, late):
     found = read_track(film(tmp_path, ("srt", SRT), ("ass", ASS), late=late))
     assert [end for end, _ in found] == [2.5, 5.0]
     assert [text for _, text in found] == ["{\\i1}Hi{\\i0} there,\nyou", "Bye..."]
+
+
+def test_of_a_trimmed_film_what_is_said_keeps_its_time():
+    """`ffmpeg -ss 4.5 -c copy` of texts at 1-2, 4-6, 7.5-8.5 and 9 s: an edit list hides the first, and a part of the
+    second.
+
+    FFmpeg shows the third 1.5 s too early, with the length of another, and the frame of 4.6 s at 0.  (It also writes
+    the last text as long as the film.)
+    """
+    trimmed = Path(__file__).with_name("trimmed_with_subtitles.mp4")
+    assert read_track(trimmed) == [(1.4, "Half"), (3.9, "Whole"), (9.4, "Last")]
+
+
+def test_texts_of_a_film_whose_end_is_shown_first():
+    """Two edits: from 30 s on, in which a text begins at 32, and from 5 s on, in which one does at 6."""
+    said = [Said(300, 0, 1, "late", False), Said(60, 9, 2, "early", False)]  # FFmpeg's times and lengths
+    whole = [Said(10, -29, 1, "hidden", False), Said(60, -24, 1, "early", False), Said(300, 2, 2, "late", False)]
+    assert [(one.pts, one.length, one.text) for one in _in_edits(said, whole)] == [(2, 2, "late"), (11, 1, "early")]
 
 
 def test_a_file_of_its_own(tmp_path):

@@ -152,6 +152,15 @@ def test_a_file_that_starts_late_is_whole(tmp_path, name, codec, container):
     np.testing.assert_allclose(video.timestamps, [0, 1, 2], atol=2e-3)
 
 
+@pytest.mark.parametrize("group", [10, 250])
+def test_frames_before_0_have_no_time_in_matroska_and_are_not_sampled(tmp_path, group):
+    """As a cut without new encoding leaves them: they are there only for the rest to be decoded."""
+    times, options = [time - 1880 for time in EVEN], {"preset": "ultrafast", "bf": "2", "g": str(group)}
+    video = read_video(indexed(tmp_path / "a.mkv", times, container={"avoid_negative_ts": "disabled"}, options=options))
+    assert [read_index(frame) for frame in video.frames] == [47, 72]
+    assert len(video.sampling.timeline.times) == len(EVEN) - 47
+
+
 def test_sound_that_is_longer_than_the_picture_adds_nothing(tmp_path):
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as output:
