@@ -1,4 +1,4 @@
-"""Inputs of attention, and how far two results are apart."""
+"""Inputs for attention tests, and the relative error of results."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ def relative_error(got, wanted) -> float:
 
 
 def segments(length: int) -> np.ndarray:
-    """Two rows of samples of several lengths, the second padded."""
+    """Segment ids of two rows with samples of several lengths; the second row is padded."""
     first, second = length // 3, length // 2 + 5
     row = np.arange(length)
     return np.stack([1 + (row >= first) + (row >= second), np.where(row < second, 1, 0)]).astype(np.int32)

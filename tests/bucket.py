@@ -1,6 +1,6 @@
-"""A bucket on this machine: an emulator in memory, and what may befall its requests.
+"""A bucket on this machine: an in-memory emulator, with injected faults.
 
-`python -m tests.bucket FOLDER` is one, which says the variables that lead to it.
+`python -m tests.bucket FOLDER` starts one and prints the variables that lead to it.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ NAME = "films"
 
 
 class Bucket:
-    """gs://films; `url` is its address and `env` what leads a process to it."""
+    """gs://films; `url` is its address and `env` the variables that lead a process to it."""
 
     def __init__(self, port: int, places: Path):
         self.url, self.faults, self.seen = f"gs://{NAME}", [], []
@@ -43,7 +43,7 @@ class Bucket:
         }
 
     def fail(self, what: str, how: int | float | str, times: int = 1) -> None:
-        """The next requests like `what` ("PUT .*weights") get a status, wait for some seconds, or are "reset"."""
+        """The next `times` requests like `what` ("PUT .*weights") get a status, wait for seconds, or are "reset"."""
         self.faults.append([re.compile(what), how, times])
 
     @property
@@ -51,7 +51,7 @@ class Bucket:
         return file_system("gs")
 
     def put(self, source: Path, name: str) -> str:
-        """A file or a folder of the disk; returns its address."""
+        """Uploads a local file or folder; returns its address."""
         files = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]
         for file in files:
             inside = "" if file == source else f"/{file.relative_to(source)}"
@@ -59,7 +59,7 @@ class Bucket:
         return f"{self.url}/{name}"
 
     def get(self, name: str, target: Path) -> Path:
-        """A folder of the bucket, on the disk."""
+        """Downloads a folder to `target`."""
         for inside, content in self.files(name).items():
             file = target / inside
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,14 +67,14 @@ class Bucket:
         return target
 
     def files(self, name: str) -> dict[str, bytes]:
-        """What lies below a folder."""
+        """The files below a folder: path → content."""
         prefix = f"{NAME}/{name}/"
         found = self.store.find(prefix.rstrip("/"))
         return {one.removeprefix(prefix): self.store.cat_file(one) for one in found if one.startswith(prefix)}
 
 
 class Faulty(RequestHandler):
-    """The emulator's handler, which one request at a time goes through."""
+    """The emulator's request handler with faults; it handles one request at a time."""
 
     bucket: Bucket
     one_at_a_time, counting = threading.Lock(), threading.Lock()
@@ -109,9 +109,9 @@ class Faulty(RequestHandler):
             super().handle()
 
     def answer(self, method: str) -> None:
-        """As the emulator does, but heeds conditions, and says which version of an object it has.
+        """Answers as the emulator, and also checks preconditions and returns the object's version.
 
-        TensorStore needs both: threads add to the one manifest of a checkpoint's arrays.
+        TensorStore needs both: several threads update the one manifest of a checkpoint's arrays.
         """
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         name = query["name"][0] if "name" in query else unquote(path.partition("/o/")[2])
@@ -139,7 +139,7 @@ for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
 
 
 class Objects(Storage):
-    """The emulator's objects; versions are numbered as Google does, in microseconds, and no two are the same."""
+    """The emulator's objects, with unique version numbers in microseconds, as Google's."""
 
     newest = 0
 
@@ -149,16 +149,16 @@ class Objects(Storage):
         super().create_file(bucket_name, file_name, content, file_obj, file_id)
 
     def _write_config_to_file(self) -> None:
-        """Nothing: it would be the whole listing again for each object."""
+        """Does nothing; the emulator would write the whole listing again for each object."""
 
 
 class Server(ThreadingHTTPServer):
-    request_queue_size = 128  # connections at once; one more waits for a second
+    request_queue_size = 128  # connections; any more would wait for a second
 
 
 @contextlib.contextmanager
 def emulated(places: Path) -> Iterator[Bucket]:
-    """`with emulated(folder) as bucket`: an empty bucket; copies of it lie in `places`."""
+    """`with emulated(folder) as bucket`: an empty bucket, whose local copies are in `places`."""
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
     storage = Objects(use_memory_fs=True)
     create_bucket(NAME, storage)

@@ -1,4 +1,4 @@
-"""Synthetic video clips whose frames say their own index, so that sampling is checked exactly."""
+"""Synthetic video clips whose frames encode their own index, so that tests can check sampling exactly."""
 
 import contextlib
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 import av
 import numpy as np
 
-BITS, BLOCK = 10, 16  # the index as black and white blocks
+BITS, BLOCK = 10, 16  # bits of the index, and pixels of a block, black or white
 
 
 def index_frame(index: int) -> np.ndarray:
-    """uint8 [32, 160, 3]: the bits of `index`, lowest first."""
+    """An image, uint8 [32, 160, 3], that shows the bits of `index`, lowest first."""
     bits = [(index >> bit) & 1 for bit in range(BITS)]
     row = np.repeat(np.array(bits, np.uint8) * 255, BLOCK)
     return np.broadcast_to(row[None, :, None], (2 * BLOCK, BITS * BLOCK, 3)).copy()
@@ -27,7 +27,7 @@ def read_index(frame: np.ndarray) -> int:
 
 @contextlib.contextmanager
 def own_priority() -> Iterator[None]:
-    """SVT-AV1 takes the highest priority of real time where it may, and keeps it: other tests would stand still."""
+    """Restores this process's priority: SVT-AV1 sets real-time priority, which would starve other tests."""
     before = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield
@@ -46,12 +46,12 @@ def write_clip(
     container: dict[str, str] | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """Encodes `frames` at a constant `rate`, or at the `times_ms` of a variable one; `options` are the encoder's."""
+    """Encodes `frames` at a constant `rate` or at variable `times_ms`; `options` are the encoder's."""
     with own_priority(), av.open(str(path), "w", options=container or {}) as output:
         stream = output.add_stream(codec, rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
-        stream.codec_context.thread_count = 1  # several tests run at once
+        stream.codec_context.thread_count = 1  # tests run in parallel
         stream.options = options or ({"preset": "ultrafast", "g": "10"} if codec == "libx264" else {"g": "10"})
         if rotation is not None:
             stream.set_display_rotation(*rotation)  # degrees counter-clockwise, then mirrored left-right, up-down
@@ -80,7 +80,7 @@ def write_sound(path: Path, seconds: float = 1.0) -> Path:
 
 
 def cut(path: Path, fraction: float) -> Path:
-    """The beginning of a file, as an interrupted download leaves it."""
+    """The first part of a file, as an interrupted download leaves it."""
     data = path.read_bytes()
     short = path.with_name(f"cut-{fraction:g}-{path.name}")
     short.write_bytes(data[: int(len(data) * fraction)])

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test, float32 matmuls at full precision, and the golden folder."""
+"""Eight simulated CPU devices for every test, float32 matmuls at full precision, and shared fixtures."""
 
 import atexit
 import contextlib
@@ -6,8 +6,8 @@ import gc
 import os
 import tempfile
 
-# Small models compile far longer than they compute: without LLVM's optimisations in less than half the time, with XLA's
-# older way to write fusions, which does not go through MLIR, in a third of that, and as one module in four fifths.
+# Small models take far longer to compile than to run.  Without LLVM's optimisations compilation takes less than half
+# the time; with XLA's older fusion emitters, without MLIR, a third of that; as one module, four fifths of that.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
@@ -16,8 +16,8 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# What one worker has compiled, or a process that a test starts, the others load, from a folder that is empty at first.
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have that of the session
+# Workers, and processes that tests start, share compiled programs in a folder that is empty at first.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the session's folder
     COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
     atexit.register(COMPILED.cleanup)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
@@ -34,26 +34,26 @@ NEVER_SKIPPED = ("golden", "parity", "sharding", "real")
 
 
 def pytest_addoption(parser):
-    with contextlib.suppress(ValueError):  # where it is installed (tests/golden_option), it has the option already
+    with contextlib.suppress(ValueError):  # the plug-in in tests/golden_option, if installed, has added it
         parser.addoption("--golden", help="folder of recorded cases (tests/golden)")
 
 
 def pytest_collection_modifyitems(config, items):
-    """A kind of recorded case that the golden folder does not hold has no test; pytest would make a skipped one."""
+    """Deselects tests without any recorded case in the golden folder; pytest would skip them."""
     absent = [item for item in items if item.name.endswith("[NOTSET]")]
     items[:] = [item for item in items if item not in absent]
     config.hook.pytest_deselected(items=absent)
 
 
 def pytest_collection_finish(session):
-    """What all the imports made stays for good: garbage is looked for among what tests make."""
+    """Exempts all imported objects from garbage collection, which then has less to search."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A parity, sharding, golden or real test that skips is a failure: such tests are the proof."""
+    """Makes a skipped parity, sharding, golden or real test a failure: these tests are the evidence."""
     outcome = yield
     report = outcome.get_result()
     if report.skipped and any(item.get_closest_marker(name) for name in NEVER_SKIPPED):
@@ -63,7 +63,10 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
-    """Compiled programs stay in memory, in maps of which Linux gives a process 65,530; then XLA aborts."""
+    """Drops compiled programs when there are many.
+
+    They occupy memory maps, of which Linux gives a process 65,530; beyond that XLA aborts.
+    """
     if Path("/proc/self/maps").read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
         gc.collect()
@@ -76,7 +79,7 @@ def golden(request) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """The tiny configuration with random weights wide enough that tokens differ, and the small tokenizers."""
+    """The tiny configuration with random weights, large enough that tokens differ, and the small tokenizers."""
     import jax.numpy as jnp
     from training_cases import draw
 
@@ -100,7 +103,7 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def checkpoint(tiny_model, tmp_path_factory) -> str:
-    """The folder of the tiny model, which no test may change."""
+    """The tiny model's folder; tests must not change it."""
     from llamavid_jax import LLaMAVIDLlavaImageProcessor
 
     folder = tmp_path_factory.mktemp("checkpoint")

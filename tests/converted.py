@@ -1,4 +1,4 @@
-"""A recorded checkpoint, its weights as torch reads them, and what a conversion made of them."""
+"""A recorded checkpoint: its weights as torch reads them, its conversion, and checks of the result."""
 
 import functools
 import io
@@ -19,7 +19,7 @@ from llamavid_jax.weights.files import to_torch, weight_table
 
 ORIGINAL = GOLDEN / "short_video_mean"
 CONFIG = LLaMAVIDLlavaConfig.from_pretrained(ORIGINAL)
-COMPUTED = ("inv_freq", "position_ids")  # buffers, which no converted checkpoint holds
+COMPUTED = ("inv_freq", "position_ids")  # buffers, which converted checkpoints do not contain
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def convert(source: Path, out: Path, **options) -> str:
 
 
 def back(source, out, layout, **options) -> dict[str, torch.Tensor]:
-    """Writes `out` and reads it with the libraries that users have."""
+    """Converts back and reads `out` with the libraries that users have."""
     jax_to_torch.convert(source, out, layout=layout, **options)
     return tensors(out)
 
@@ -74,7 +74,7 @@ def restore(out: Path) -> dict[str, np.ndarray]:
 
 
 def as_torch(params: dict[str, np.ndarray], config: LLaMAVIDLlavaConfig) -> dict[str, np.ndarray]:
-    """Parameters under the original's names and in its layout."""
+    """Parameters with the original's names and layout."""
     found = {}
     for weight in weight_table(config, "original"):
         value = params[weight.path] if weight.index is None else params[weight.path][weight.index]
@@ -83,6 +83,6 @@ def as_torch(params: dict[str, np.ndarray], config: LLaMAVIDLlavaConfig) -> dict
 
 
 def assert_equal(params: dict[str, np.ndarray], expected: dict[str, torch.Tensor], config=CONFIG) -> None:
-    """Every parameter holds the weights of its torch name."""
+    """Asserts that every parameter equals the weights of its torch name."""
     for name, value in as_torch(params, config).items():
         np.testing.assert_array_equal(value, expected[name].float().numpy(), err_msg=name)

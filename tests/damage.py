@@ -1,4 +1,4 @@
-"""One bit flipped, in any file and anywhere: it is told, or harms nothing."""
+"""Flips single bits anywhere in any file: each flip is either reported or harmless."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ TRIALS = 100
 
 
 def flips(folder: Path, seed: int = 0) -> Iterator[Path]:
-    """Each file in turn with one bit flipped at a random place, TRIALS times or once a file; then it is mended."""
+    """Flips one random bit in each file in turn, at least TRIALS times in all; each file is restored afterwards."""
     files, rng = sorted(path for path in folder.rglob("*") if path.is_file()), random.Random(seed)
     for trial in range(max(TRIALS, len(files))):
         file = files[trial % len(files)]
@@ -25,9 +25,9 @@ def flips(folder: Path, seed: int = 0) -> Iterator[Path]:
 
 
 def assert_told_or_harmless(folder: Path, read: Callable[[], Mapping[str, np.ndarray]], least: int) -> None:
-    """`read` raises an error that names the file, or the array that it is of, or gives what it gives of whole files.
+    """For each flip, `read` either raises an error that names the file or its array, or returns the undamaged values.
 
-    `least` trials are told: the other bits stand where no reader looks.
+    At least `least` flips must be reported; the others are in bytes that no reader looks at.
     """
     wanted, told = read(), 0
     for file in flips(folder):

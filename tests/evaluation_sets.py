@@ -1,4 +1,4 @@
-"""One check for each recorded set: prompts, the files written, scores, judge messages, all as the original has them."""
+"""One check per recorded set: prompts, written files, scores and judge messages equal the original's."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def check_recording(recording: dict[str, Any], folder: Path) -> None:
     checks.get(name, picture_set)(name, recording, folder)
 
 
-# ---- sets of pictures
+# ---- image sets
 
 
 def picture_set(name: str, recording: dict[str, Any], folder: Path) -> None:
@@ -87,7 +87,7 @@ def vqa_set(scores, expected, rows) -> None:
     for row in expected.get("answer_normalisation", ()):
         assert vqa_text.for_upload(row["input"]) == row["submission_processor"]
         assert vqa_text.official(row["input"]) == row["official_vqa_eval_punct_then_digit_article"]
-    if "missing_prediction" in expected:  # stops the original; ours uploads '' for it
+    if "missing_prediction" in expected:  # crashes the original; ours uploads '' for it
         lost = [{**rows[0], "text": ""}, *rows[1:]]
         (upload,) = vqa.score_vizwiz(lost, True).files.values()
         assert json.loads(upload)[0]["answer"] == "" and len(json.loads(upload)) == len(rows)
@@ -115,7 +115,7 @@ def pope(scores, expected, rows) -> None:
         assert abs(found - expected[name]) < 1e-12
     for row in expected["answer_parsing"]:
         assert yes_no.pope_original(row["text"]) == row["parsed"], row["text"]
-    nobody = [{**row, "text": "no"} for row in rows]  # stops the original
+    nobody = [{**row, "text": "no"} for row in rows]  # crashes the original
     assert yes_no.score_pope(nobody, True).figures["mean F1 of the categories"].value == 0
 
 
@@ -149,11 +149,11 @@ def seed(scores, expected, rows) -> None:
     assert found == expected["per_question"]
     upload = [json.loads(line) for line in scores.files["seed_bench.jsonl"].decode().splitlines()]
     assert upload == expected["submission_jsonl"]
-    if "missing_prediction" in expected:  # counts as wrong and stops the original while it writes; ours leaves it out
+    if "missing_prediction" in expected:  # counts as wrong and crashes the original as it writes; ours omits it
         name = expected["missing_prediction"]["exception"].rsplit(": ", 1)[1].strip("'")
         without = [{**row, "text": None} if row["id"] == name else row for row in rows]
         assert printed(SETS["seed"].score(without, True)) == expected["missing_prediction"]["printed_before_it"]
-    if "type_without_right_answer" in expected:  # stops the original
+    if "type_without_right_answer" in expected:  # crashes the original
         number = int(expected["type_without_right_answer"].split(": ")[1])
         wrong = [{**row, "text": "?"} if row["reference"]["type_id"] == number else row for row in rows]
         (kind,) = {row["reference"]["type"] for row in rows if row["reference"]["type_id"] == number}
@@ -219,7 +219,7 @@ def mmbench_set(name: str, recording: dict[str, Any], folder: Path) -> None:
     assert scores.details["circular groups"] == expected["circular_groups"]
 
 
-# ---- sets of videos
+# ---- video sets
 
 
 def video_set(name: str, recording: dict[str, Any], folder: Path) -> None:
@@ -254,7 +254,7 @@ def video_set(name: str, recording: dict[str, Any], folder: Path) -> None:
 
 
 def printed_verdict(verdict) -> list[str]:
-    """What the original prints of one verdict alone."""
+    """What the original prints for a single verdict."""
     yes, no = int(verdict.yes is True), int(verdict.yes is False)
     return [
         f"Yes count: {yes}",

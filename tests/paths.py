@@ -1,4 +1,4 @@
-"""Where tests find the repository's files."""
+"""Paths of the repository's files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Recordings of the original's evaluation of a set, and what ours does with them, laid out as the official folder."""
+"""Recordings of the original's evaluation: laid out as a set's official folder, and compared with ours."""
 
 import base64
 import hashlib
@@ -52,7 +52,7 @@ VIDEO_FOLDERS = {"msvd": "video", "msrvtt": "video", "activitynet_qa": "all_test
 
 
 def lay_out(recording: dict[str, Any], folder: Path) -> Path:
-    """The recorded items as their set's official folder; videos are files that hold nothing."""
+    """Writes the recorded items as their set's official folder; the video files contain one byte."""
     name, items = recording["set"], recording["items"]
     files = {target: json.dumps(items[key]) for key, target in OTHER_FILES.get(name, {}).items() if "jsonl" not in key}
     files |= {target: lines(items[key]) for key, target in OTHER_FILES.get(name, {}).items() if "jsonl" in key}
@@ -85,7 +85,7 @@ def write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-# ---- prompts, pictures, frames, settings
+# ---- prompts, images, frames, settings
 
 
 def check_settings(name: str, recorded: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ def check_prompt(item: Item, recorded: dict[str, Any], suffix: str = "") -> None
 
 
 def check_picture(item: Item, given: dict[str, Any] | None, crops: bool) -> None:
-    """What the image processor sees; pictures of other modes become RGB here, as its own first step makes them."""
+    """Compares the image processor's input; by pixel only if the original's is RGB, as ours always is."""
     assert (given is None) == (item.media is None), item.id
     if given is None:
         return
@@ -120,7 +120,7 @@ def check_picture(item: Item, given: dict[str, Any] | None, crops: bool) -> None
 
 
 def sampled(frames: int, fps: float) -> list[int]:
-    """The frames of a video that keeps its rate."""
+    """The frames sampled from a video with a constant rate."""
     times = np.arange(frames) / fps
     return sample(Timeline(np.arange(frames), times, frames / fps, float(fps)), 1.0).frames.tolist()
 
@@ -134,7 +134,7 @@ def check_video(item: Item, videos: dict[str, dict[str, Any]], recorded: dict[st
 
 
 def check_frame_table(table: list[dict[str, Any]]) -> None:
-    """Where the original stops, for less than half a frame a second, ours says what to do."""
+    """Where the original crashes (fewer than half a frame a second), ours raises an error with a remedy."""
     for row in table:
         if "exception" in row:
             with pytest.raises(MediaError, match="too few"):
@@ -144,7 +144,7 @@ def check_frame_table(table: list[dict[str, Any]]) -> None:
 
 
 def check_shards(table: list[dict[str, Any]]) -> None:
-    """The original loses chunks; however many parts there are, ours hold every item once."""
+    """With any number of parts ours hold every item exactly once; the original loses chunks."""
     for row in table:
         items = [Item(str(n), "", "", "", None, False, {}) for n in range(row["items"])]
         groups = by_media(items)
@@ -156,7 +156,7 @@ def check_shards(table: list[dict[str, Any]]) -> None:
 
 
 def rows_of(items: list[Item], texts: list[str]) -> list[dict[str, Any]]:
-    """The rows that answers.jsonl would hold, once more read from JSON."""
+    """The rows of answers.jsonl, after a round trip through JSON."""
     made = [as_row(item, place, text) for place, (item, text) in enumerate(zip(items, texts, strict=True))]
     return json.loads(json.dumps(made))
 
@@ -166,13 +166,13 @@ def with_rest(rows: list[dict[str, Any]], rest: list[dict[str, Any]]) -> list[di
 
 
 def check_answers(rows: list[dict[str, Any]], recording: dict[str, Any], **more: Any) -> None:
-    """The answers file of the original's script."""
+    """Compares the answer file with that of the original's script."""
     found = [json.loads(line) for line in answers_file(rows, MODEL, **more).decode().splitlines()]
     assert found == recording["answers_file_rows"]
 
 
 def texts_of(predictions: list[dict[str, Any]]) -> list[str]:
-    """What the model's raw outputs become."""
+    """The cleaned texts of the model's raw outputs."""
     texts = [clean(one["raw_output"]) for one in predictions]
     assert texts == [one["text"] for one in predictions]
     return texts
@@ -183,7 +183,7 @@ def rounded(figures: dict[str, Any], digits: int = 2) -> dict[str, Any]:
 
 
 class Replies:
-    """A judge that gives recorded replies, and notes what it was asked."""
+    """A judge that gives recorded replies and checks the messages it receives."""
 
     name = "recorded"
 

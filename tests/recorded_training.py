@@ -1,4 +1,4 @@
-"""Training as the original recorded it: `train_stage*.npz` → losses, gradient norms and rates of our own steps."""
+"""Replays training that was recorded with the original: `train_stage*.npz` → losses, gradient norms and rates."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def recorded_batch(record: dict[str, np.ndarray], config: LLaMAVIDLlavaConfig, t
 
 
 def original_names(config: LLaMAVIDLlavaConfig) -> dict[str, list[str]]:
-    """Path → the original's names of what it holds, a name a layer."""
+    """Path → the original's names of its weights, one per layer."""
     names: dict[str, list[str]] = {}
     for weight in weight_table(config, "original"):
         names.setdefault(weight.path, []).append(weight.name)
@@ -50,8 +50,10 @@ def original_names(config: LLaMAVIDLlavaConfig) -> dict[str, list[str]]:
 
 
 def factor(names: list[str], shape: tuple[int, ...], lr_multi: str | dict | None) -> np.ndarray:
-    """The original's `lr_multi` of one parameter, layer by layer: factors by substring, a mapping or as the original
-    writes them, "substring:factor" separated by backslashes."""
+    """The original's `lr_multi` of one parameter, per layer: factors by substring of the name.
+
+    `lr_multi` is a mapping or in the original's notation, "substring:factor" separated by backslashes.
+    """
     written = (
         (part.rsplit(":", 1) for part in (lr_multi or "").split("\\") if part) if not isinstance(lr_multi, dict) else ()
     )
@@ -63,7 +65,7 @@ def factor(names: list[str], shape: tuple[int, ...], lr_multi: str | dict | None
 
 
 def replay(folder: Path, record: dict[str, np.ndarray], out: Path) -> dict[str, np.ndarray]:
-    """Runs the recorded steps from the folder's weights."""
+    """Repeats the recorded steps from the folder's weights."""
     assert torch_to_jax([str(folder), str(out)]) == 0
     config = LLaMAVIDLlavaConfig.from_pretrained(out)
     hyper, trained = json.loads(str(record["hyper"])), set(json.loads(str(record["trainable"])))

@@ -1,4 +1,4 @@
-"""Recordings of the original below any folder, told by what their files hold, not by what they are called."""
+"""Finds recordings of the original in any folder, by their content and not by their names."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ KINDS = ("checkpoint", "training", "preprocessing", "new_tokens", "text", "movie
 
 
 def find_recordings(root: Path) -> dict[str, list[Path]]:
-    """Kind → the folders of checkpoints, or the files of other recordings; "unread": files that are of no kind."""
+    """Kind → folders of checkpoints, or files of other recordings; "unread": files of no known kind."""
     found: dict[str, list[Path]] = {kind: [] for kind in (*KINDS, "outputs", "unread")}
     for file in sorted(path for path in root.rglob("*") if path.is_file()):
         if file.suffix in (".npz", ".npy", ".json", ".jsonl", ".pkl") and not is_setting(file):
@@ -53,7 +53,7 @@ def kind_of(file: Path) -> str:
 
 
 def tokenizer_folder(file: Path, root: Path) -> Path:
-    """Where the tokenizer of a recording of text is: beside it, else anywhere below `root`, else the repository's."""
+    """The tokenizer for a text recording: beside it, else anywhere below `root`, else the repository's."""
     if (file.parent / "tokenizer.model").exists():
         return file.parent
     return next((path.parent for path in sorted(root.rglob("tokenizer.model"))), GOLDEN / "text")

@@ -1,4 +1,4 @@
-"""Buckets, which an emulator is: copies of the newest object, whole and bounded; objects are whole or not there."""
+"""Buckets, with an emulator: copies are current, complete and bounded; uploads appear completely or not at all."""
 
 import os
 import threading
@@ -173,7 +173,7 @@ def test_it_is_said_in_one_line(bucket, monkeypatch):
 
 @pytest.fixture
 def folder(bucket) -> Path:
-    """A model that is to be sent."""
+    """A model to upload."""
     folder = local(f"gs://{NAME}/model")
     (folder / "weights").mkdir(parents=True)
     for name in ("a.json", "config.json", *(f"weights/{number}" for number in range(20))):

@@ -1,4 +1,4 @@
-"""What a command says instead of a traceback."""
+"""The messages that commands print instead of a traceback."""
 
 import re
 import subprocess

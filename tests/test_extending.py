@@ -1,4 +1,4 @@
-"""docs/extending.md: its changes apply, touch few files, and do what the page says, in a copy of the package."""
+"""docs/extending.md: applied to a copy of the package, its changes touch few files and do what the page says."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Files that come with the package, sums of files, and locks."""
+"""Files that come with the package, checksums of files, and locks."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The package as it is installed: what the wheel holds, and what runs from a folder without the repository."""
+"""The installed package: what the wheel contains, and what runs in a folder without the repository."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def pip(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """site-packages of an empty environment with the wheel; what the package depends on is that of this one."""
+    """site-packages of a new environment with the wheel; its dependencies are those of this environment."""
     folder = tmp_path_factory.mktemp("install")
     ignore = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
     for name in FOLDERS:
@@ -43,7 +43,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def run(site: Path, folder: Path, *command: str) -> subprocess.CompletedProcess:
-    """A command of the environment, in `folder`, which is also the user's cache folder."""
+    """Runs a command of the environment in `folder`, which is also the user's cache folder."""
     ours = ("PYTHONPATH", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(folder)}

@@ -1,4 +1,4 @@
-"""What importing the package costs, and which part may import which."""
+"""What importing the package loads, and which part may import which."""
 
 import ast
 import graphlib
@@ -48,7 +48,7 @@ def test_unknown_names_are_refused():
 
 
 def imports(file: Path) -> set[str]:
-    """Modules that a file imports, anywhere in it."""
+    """Modules that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ def imports(file: Path) -> set[str]:
 
 
 PACKAGE = ROOT / "llamavid_jax"
-# What each room may import of the package, itself aside.  A room stands above all that it imports.
+# What each room (a folder or file of the package) may import, besides itself.  Rooms come after what they import.
 GROUND = {"buckets", "copies", "errors", "files", "pickles", "shapes", "uploads"}
 BELOW = {
     "errors": set(),
@@ -77,9 +77,9 @@ BELOW = {
     "attention": {"parallel"},
     "models": GROUND | {"config", "weights", "parallel", "attention"},
     "checkpoints": GROUND | {"config", "text", "weights", "parallel", "models"},
-    "data": GROUND | {"config", "media", "text", "checkpoints"},  # validate.py asks for a tower
+    "data": GROUND | {"config", "media", "text", "checkpoints"},  # validate.py needs the vision tower's hash
 }
-BELOW["auto"] = set()  # it imports the public classes when they are asked for
+BELOW["auto"] = set()  # it imports the public classes on demand
 BELOW["inference"] = set(BELOW) - {"data"}
 BELOW["training"] = set(BELOW) - {"inference"}
 BELOW["precompile"] = set(BELOW)

@@ -1,4 +1,4 @@
-"""What no text of the repository holds: codes instead of sentences, paths of one machine, folders that nobody has."""
+"""Checks that no text contains codes in place of words, paths of one machine, or folders outside the repository."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ TEXT = re.compile(
 
 
 def tracked() -> list[str]:
-    """Text files that git knows; where there is no git, all but those in hidden folders."""
+    """Text files tracked by git; without git, all text files except hidden ones."""
     git = subprocess.run(["git", "-c", "safe.directory=*", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     everything = (str(file.relative_to(ROOT)) for file in ROOT.rglob("*") if file.is_file())
     names = [name for name in everything if name[0] != "."] if git.returncode else git.stdout.splitlines()

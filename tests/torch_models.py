@@ -1,9 +1,9 @@
-"""An independent LLaMA-VID in torch, our model with the same weights, and how far the two are apart.
+"""An independent LLaMA-VID in torch, our model with the same weights, and the error between the two.
 
-The vision tower, the text decoder and the language model are transformers' InstructBLIP, CLIP, BERT and LLaMA; between
-them stands the original's arithmetic, written here in torch.  `state_dict()` has the documented checkpoint's names, so
-that the conversion tables fill our model.  The parity tests hold the errors below BAR; `test_parity_has_teeth.py` puts
-bugs in and wants them above.
+The vision tower, the text decoder and the language model are transformers' InstructBLIP, CLIP, BERT and LLaMA; the
+original's arithmetic between them is written here in torch.  `state_dict()` has the documented checkpoint's names, so
+the conversion tables can fill our model.  The parity tests require errors below BAR; `test_parity_has_teeth.py` injects
+bugs and requires errors above it.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from llamavid_jax.models.structure import Structure
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import to_jax, weight_table
 
-BAR = 1e-5  # relative error of one module in float32; each test says next to it what was measured
-SCALES = (0.02, 0.2)  # of the weights: small ones show wrong epsilons, large ones wrong positions, masks, activations
-MEMORY_EPS = 1e-5  # torch.nn.LayerNorm's own, which `vlm_att_ln` keeps
+BAR = 1e-5  # relative error of one module in float32; each test states the measured one
+SCALES = (0.02, 0.2)  # of the weights: small ones reveal wrong epsilons, large ones wrong positions, masks, activations
+MEMORY_EPS = 1e-5  # torch.nn.LayerNorm's default, which `vlm_att_ln` uses
 
 CONFIG = LLaMAVIDLlavaConfig(
     vision_tower_config=LLaMAVIDLlavaVisionConfig(
@@ -67,7 +67,7 @@ BERT = dataclasses.replace(
 
 
 class TorchLlamaVid(torch.nn.Module):
-    """Random weights of one `scale`; norms around 1, so that none is neutral."""
+    """The reference model, with random weights of size `scale`, and norms' weights near 1 but not equal to it."""
 
     def __init__(self, config: LLaMAVIDLlavaConfig, scale: float):
         super().__init__()
@@ -100,7 +100,7 @@ class TorchLlamaVid(torch.nn.Module):
                 weight[vision.hidden_size : 2 * vision.hidden_size] = 0
 
     def vision_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """States after EVA's last block (the tower's own norm behind it is InstructBLIP's), or CLIP's of one layer."""
+        """EVA's states after the last block, without InstructBLIP's final norm; or the states of one CLIP layer."""
         vision = self.config.vision_tower_config
         if vision.kind == "eva":
             return self.vision_tower.encoder(inputs_embeds=self.vision_tower.embeddings(pixels)).last_hidden_state
@@ -108,7 +108,7 @@ class TorchLlamaVid(torch.nn.Module):
         return states[vision.feature_layer][:, vision.select_feature == "patch" :]
 
     def queries(self, memory: torch.Tensor, text_ids: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-        """The states that ask: of the Q-Former's queries, or of all of BERT's text."""
+        """The final states of the Q-Former's queries, or of BERT's whole text."""
         if self.config.bert_type == "raw_bert":
             return self.qformer(
                 input_ids=text_ids, attention_mask=text_mask.long(), encoder_hidden_states=memory, use_cache=False
@@ -159,7 +159,7 @@ def eva(config: LLaMAVIDLlavaConfig) -> torch.nn.Module:
 
 
 def clip(config: LLaMAVIDLlavaConfig) -> torch.nn.ModuleDict:
-    """CLIP, and beside it the norm of what the Q-Former reads."""
+    """CLIP, and the norm before the Q-Former."""
     sizes = dataclasses.asdict(config.vision_tower_config)
     tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, attn_implementation="eager"))
     return torch.nn.ModuleDict({"vision_model": tower, "post_layernorm": torch.nn.LayerNorm(config.memory_width)})
@@ -187,12 +187,12 @@ def reference(config: LLaMAVIDLlavaConfig, scale: float) -> TorchLlamaVid:
 
 @functools.cache
 def parameters(config: LLaMAVIDLlavaConfig, scale: float) -> dict:
-    """The reference's weights as ours, by path."""
+    """The reference's weights as our parameters, by path."""
     return parameters_of(reference(config, scale), config)
 
 
 def parameters_of(model: TorchLlamaVid, config: LLaMAVIDLlavaConfig) -> dict:
-    """What `config` needs of a reference's weights, which may be more."""
+    """The weights that `config` needs; the reference may have more."""
     state, shapes = {documented(name): value for name, value in model.state_dict().items()}, inventory.shapes(config)
     flat = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
     for weight in weight_table(config, "documented"):
@@ -202,7 +202,7 @@ def parameters_of(model: TorchLlamaVid, config: LLaMAVIDLlavaConfig) -> dict:
 
 
 def documented(name: str) -> str:
-    """BERT's names as InstructBLIP's Q-Former has them."""
+    """BERT's names changed to those of InstructBLIP's Q-Former."""
     return name.replace("attention.self.", "attention.attention.").replace(
         "embeddings.LayerNorm", "embeddings.layernorm"
     )
@@ -220,13 +220,13 @@ def ours(config: LLaMAVIDLlavaConfig, scale: float, dtype=np.float32) -> nnx.Mod
 
 
 def relative_error(got, wanted) -> float:
-    """‖got - wanted‖ / ‖wanted‖; infinite where the shapes differ."""
+    """‖got - wanted‖ / ‖wanted‖; infinite if the shapes differ."""
     got, wanted = (np.asarray(value, np.float64) for value in (got, wanted))
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)) if got.shape == wanted.shape else np.inf
 
 
 def features_of(config: LLaMAVIDLlavaConfig, scale: float, has_cls: bool = True, width: int = 0) -> np.ndarray:
-    """Two frames' random features, as small as the weights, so that the memory norm's epsilon counts."""
+    """Random features of two frames, scaled like the weights, so that the memory norm's epsilon matters."""
     vision = config.vision_tower_config
     shape = (2, vision.num_patches + has_cls, width or vision.hidden_size)
     return (scale * np.random.default_rng(1).normal(size=shape)).astype(np.float32)
@@ -250,21 +250,21 @@ def vision_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG) -> float:
 
 
 def qformer_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG) -> float:
-    """The text decoder alone, on memory of its own width."""
+    """The error of the text decoder alone, on memory of its own width."""
     arrays = (features_of(config, scale, width=config.memory_width), *questions(config))
     got = jax.vmap(ours(config, scale).qformer)(*arrays)
     return relative_error(got, reference(config, scale).queries(*map(torch.tensor, arrays)))
 
 
 def frame_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG, has_cls: bool = True) -> float:
-    """Text decoder and token generator together, from features to visual tokens."""
+    """The error of text decoder and token generator together, from features to visual tokens."""
     arrays = (features_of(config, scale, has_cls), *questions(config))
     got = jax.jit(functools.partial(ours(config, scale).frames_tokens, has_cls=has_cls))(*map(jnp.asarray, arrays))
     return relative_error(got, reference(config, scale).frame_tokens(*map(torch.tensor, arrays), has_cls))
 
 
 def tokens_error(scale: float, config: LLaMAVIDLlavaConfig = CONFIG) -> float:
-    """The token generator alone; queries of size 1, so that its attention is not flat."""
+    """The error of the token generator alone; its queries have size 1, so that its attention is not uniform."""
     vision, random = config.vision_tower_config, np.random.default_rng(5)
     patches = random.normal(size=(2, vision.num_patches, vision.hidden_size)).astype(np.float32)
     queries = random.normal(size=(2, config.num_query, config.qformer_config.hidden_size)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Small samples for training tests: pictures, clips and text of random numbers, and the tiny model's structure."""
+"""Small samples for training tests: random images, clips and text, and the tiny model's structure."""
 
 import functools
 import math
@@ -43,7 +43,7 @@ def qformer_tokenizer() -> QFormerTokenizer:
 
 
 def example(seed: int, frames: int, length: int, questions: int = 1) -> Example:
-    """`frames` 0 is text alone; each question has one placeholder."""
+    """With `frames` 0 the sample is text only; each question has one placeholder."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, CONFIG.text_config.vocab_size, length).astype(np.int32)
     labels = np.where(np.arange(length) < 6, -100, ids).astype(np.int32)
@@ -72,7 +72,7 @@ def structure(remat: str = "none") -> Structure:
 
 @functools.cache
 def draw(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
-    """`0.1 * jax.random.normal(key, shape)` of each shape with its own key, in one program: a prefix is the same."""
+    """`0.1 * jax.random.normal(key, shape)`, a key per shape, in one program; more shapes do not change the first."""
     sizes = list(map(math.prod, shapes))
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     rows = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (max(sizes),)))(keys))
@@ -80,17 +80,17 @@ def draw(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def random_params(seed: int = 0) -> dict[str, jax.Array]:
-    """Wide enough that every part matters."""
+    """Random weights, large enough that every part of the model matters."""
     shapes = {path: leaf.shape for path, leaf in structure().shapes.items()}
     values = zip(shapes, draw(seed, *shapes.values()), strict=True)
     return {path: jax.numpy.asarray(value + path.endswith("scale")) for path, value in values}
 
 
 def state(params: dict[str, jax.Array]) -> TrainState:
-    """Step 0 of training `params`."""
+    """The training state before the first step."""
 
     def zeros(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        """Where its parameter is; from the host, which needs no program for each shape."""
+        """Zeros with the parameter's sharding, made on the host to avoid compiling a program per shape."""
         value, parameter = jax.numpy.asarray(np.zeros(leaf.shape, leaf.dtype)), params.get(getattr(path[-1], "key", ""))
         return value if parameter is None or not parameter.committed else jax.device_put(value, parameter.sharding)
 

@@ -1,4 +1,4 @@
-"""A small LLaVA-format data set in a folder, and `train.py` as a process of its own."""
+"""A small data set in LLaVA's format, and runs of `train.py` in processes of their own."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from PIL import Image
 
 
 def write_data(folder: Path, count: int = 24) -> Path:
-    """Pictures, clips and texts by turns; returns the JSON file."""
+    """Images, clips and texts in turn; returns the JSON file."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     write_clip(folder / "clip.mp4", [index_frame(index) for index in range(75)])  # three seconds
@@ -42,7 +42,7 @@ def conversation(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def write_tokenizers(folder: Path) -> Path:
-    """The small tokenizers that the tiny model fits, in one folder."""
+    """The small tokenizers that fit the tiny model, in one folder."""
     from llamavid_jax.text.qformer_tokenizer import QFormerTokenizer
     from llamavid_jax.text.tokenizer import load_tokenizer
 
@@ -61,7 +61,7 @@ def command(config: str, data: Path, tokenizers: Path, output: Path, *extra: str
 
 
 def environment(devices: int) -> dict[str, str]:
-    """That of the tests, but with so many devices, and no PyTorch."""
+    """The tests' environment, but with `devices` devices and without PyTorch."""
     return os.environ | {
         "XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"]),
         "PYTHONPATH": str(ROOT / "tests" / "without_torch"),
@@ -88,7 +88,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 
 
 def two_processes(code: str, *arguments: str) -> list[str]:
-    """What two processes of four devices, which know of each other, print; `code` sees `process` and `arguments`."""
+    """The output of two connected processes with four devices each; `code` sees `process` and `arguments`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -99,7 +99,7 @@ def two_processes(code: str, *arguments: str) -> list[str]:
 
 
 def commands_together(command: list[str], devices: int = 2) -> list[str]:
-    """What two processes of a command print, which find each other by --coordinator; both end well."""
+    """The output of one command in two processes connected by --coordinator; both must end with code 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -113,6 +113,6 @@ def commands_together(command: list[str], devices: int = 2) -> list[str]:
 
 
 def losses(output: Path) -> list[float]:
-    """Of the steps in order."""
+    """The losses of all steps, in order."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]

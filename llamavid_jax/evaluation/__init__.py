@@ -1,1 +1,1 @@
-"""A set's questions answered, and the answers scored: one command for one row of the paper's tables."""
+"""Answers the questions of an evaluation set and scores the answers: one command per row of the paper's tables."""

@@ -1,9 +1,10 @@
-"""The answers half: items → rows.  Every picture and video is decoded and encoded once, for all its questions.
+"""Answers questions: items → rows.  Each image or video is decoded and encoded only once for all its questions.
 
     items of one video ─ frames, 1 a second ─▶ visual tokens of every question ─┐
-    ... of the next ─ read meanwhile ───────▶ ...                               ├─ full buckets ─▶ generate ─▶ rows
+    ... of the next, read meanwhile ────────▶ ...                               ├─ full buckets ─▶ generate ─▶ rows
                                                                                 ┘
-A row whose picture cannot be read, or whose prompt does not fit the model, costs itself: it is written as broken.
+If an image cannot be read, or a prompt does not fit the model, only those questions fail: their rows are written as
+broken.
 """
 
 import dataclasses
@@ -40,21 +41,21 @@ from llamavid_jax.text.subtitles import Cue, interleave
 from llamavid_jax.text.tokenizer import encode_with_images
 
 SAMPLING = "temperature", "top_p", "top_k", "max_new_tokens"
-PIECES_AHEAD = 16  # of the next video that are read before their turn: 256 frames, 154 MB of 224 px
+PIECES_AHEAD = 16  # pieces of the next video that are read ahead: 256 frames, 154 MB at 224 px
 
 Pieces = Iterator[tuple[np.ndarray, np.ndarray]]  # some frames' pixels [f, 3, H, W], and their seconds [f]
 
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """A question whose pictures are visual tokens, `[n, D]` or none."""
+    """A question that is ready for the language model; `tokens` are its visual tokens, `[n, D]` each, perhaps none."""
 
     item: Item
     index: int
     ids: list[int]
     tokens: list[np.ndarray]
     frames: int
-    seconds: float  # of waiting for frames and encoding them, shared out over the questions of one video
+    seconds: float  # spent on reading and encoding frames, divided by the number of questions about the video
 
     @property
     def length(self) -> int:
@@ -62,7 +63,7 @@ class Ready:
 
 
 def by_media(items: Sequence[Item]) -> list[list[int]]:
-    """Places of the items about the same picture or video, in the order in which each is first asked about."""
+    """Indices of the items about the same image or video (and subtitles); groups in order of first appearance."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for place, item in enumerate(items):
         key = (place,) if item.media is None else (item.media, item.subtitles, item.subtitles_start)
@@ -71,18 +72,18 @@ def by_media(items: Sequence[Item]) -> list[list[int]]:
 
 
 def clean(text: str) -> str:
-    """As the original cleans what its model says."""
+    """Cleans an answer as the original does."""
     return text.strip().removesuffix("</s>").strip()
 
 
 def llm_prompt(text: str, template: str, visuals: int, start_end: bool = False) -> str:
-    """The whole text that the language model gets."""
+    """The whole text for the language model."""
     turn = question_turn(visuals, text).replace(IMAGE, marked(IMAGE, start_end)) if visuals else text
     return prompt(template_named(template), [turn])
 
 
 class Asker:
-    """Asks a model; `write` is given rows as they come, some at a time and not in the items' order."""
+    """Asks a model.  `write` receives rows in small batches, not in the items' order."""
 
     def __init__(
         self,
@@ -99,10 +100,10 @@ class Asker:
         self.images = dataclasses.replace(images, image_aspect_ratio="crop") if crops else images
         self.is_sampled = settings["temperature"] > 0
         self.batch = 1 if self.is_sampled else batch
-        self.pending: dict[int, list[Ready]] = defaultdict(list)  # by the bucket of their lengths
+        self.pending: dict[int, list[Ready]] = defaultdict(list)  # by length bucket
 
     def ask(self, groups: Sequence[Sequence[tuple[int, Item]]]) -> None:
-        """Asks the items of each picture or video, with their places in the set; the next one is read meanwhile."""
+        """Asks (index in the set, item) pairs, grouped by image or video; the next group's media is read meanwhile."""
         with ThreadPoolExecutor(1) as pool:
             ahead = None
             for group, following in itertools.zip_longest(groups, groups[1:]):
@@ -136,7 +137,7 @@ class Asker:
                 waiting.clear()
 
     def _is_text(self, index: int, item: Item) -> bool:
-        """Whether a question can be asked at all; else it is written as broken."""
+        """Whether a question's text can be asked at all; if not, writes it as broken."""
         try:
             check_text(item.text, f"the question of {item.id}")
             check_text(item.question, f"the question of {item.id}")
@@ -148,7 +149,7 @@ class Asker:
         return True
 
     def _finish(self) -> None:
-        """Asks what has not filled its bucket."""
+        """Asks the questions in buckets that did not fill up."""
         for size in sorted(self.pending):
             waiting = self.pending.pop(size)
             if waiting:
@@ -157,7 +158,7 @@ class Asker:
     # ---- frames → visual tokens
 
     def _encode(self, items: Sequence[Item], pieces: Pieces) -> tuple[list[list[np.ndarray]], list[str], int]:
-        """Visual tokens and prompt of every item, and the number of frames."""
+        """The visual tokens and prompt of every item, and the number of frames."""
         first, config = items[0], self.model.config
         template, start_end = self.settings["template"], config.mm_use_im_start_end
         if first.media is None:
@@ -174,7 +175,7 @@ class Asker:
         return [[own] for own in tokens], texts, len(times)
 
     def _begin(self, item: Item) -> Pieces:
-        """The item's frames, the first of which are read."""
+        """The item's frames; the first PIECES_AHEAD pieces are read already."""
         if item.media is None:
             return iter(())
         if not item.is_video:
@@ -183,7 +184,7 @@ class Asker:
         return itertools.chain(list(itertools.islice(pieces, PIECES_AHEAD)), pieces)
 
     def _check_length(self, sampling: Any, done: int) -> None:
-        """A film that does not fit is said at its first frame."""
+        """Raises RequestError at the first frame of a film that does not fit the model."""
         room = self.model.config.text_config.max_length
         if done == 1 and len(sampling) * self.model.config.tokens_per_frame > room:
             raise RequestError(f"{len(sampling)} frames do not fit the {room} positions of this model")
@@ -191,7 +192,7 @@ class Asker:
     # ---- prompts → answers
 
     def _answer(self, rows: Sequence[Ready]) -> None:
-        """Answers rows together; where one of them cannot be, each alone."""
+        """Answers rows in one batch; if that fails, each alone."""
         started = time.perf_counter()
         sampling = {name: self.settings[name] for name in SAMPLING}
         seed = zlib.crc32(rows[0].item.id.encode()) if self.is_sampled else 0
@@ -227,12 +228,12 @@ def as_row(item: Item, index: int, text: str, **more: Any) -> Row:
 
 
 def broken(item: Item, index: int, error: InputError) -> Row:
-    """Counted as wrong, and said."""
+    """The row of a question that could not be asked: it has the error, and counts as wrong."""
     return as_row(item, index, "", frames=0, seconds=0.0, error=" ".join(str(error).split()))
 
 
 def cues_of(item: Item) -> list[Cue]:
-    """Of a .srt or .vtt file, or of LongVideoBench's JSON, on the video's own clock."""
+    """Subtitles from a .srt or .vtt file or LongVideoBench's JSON, in seconds of the video."""
     file = Path(item.subtitles)
     if file.suffix != ".json":
         return film_subtitles(str(file), item.media)
@@ -244,7 +245,7 @@ def cues_of(item: Item) -> list[Cue]:
 
 
 def _cue(one: Mapping[str, Any], begin: float) -> tuple[float, Cue]:
-    """Its start and itself, in seconds of the video's clock, which begins at `begin` of the subtitles'."""
+    """The cue and its start in seconds of the video, which starts at `begin` in the subtitles' time."""
     if "timestamp" in one:
         start, end = one["timestamp"]
         end, text = (end if isinstance(end, int | float) else start), one["text"]

@@ -1,4 +1,4 @@
-"""Which option an answer names, by the rules of different owners of sets, and by our own."""
+"""Which option an answer names: by the rules of several sets' owners, and by our own."""
 
 import re
 from collections.abc import Mapping
@@ -13,19 +13,19 @@ REFUSALS = (
 )
 
 
-NAMED = r"(?i:\banswer(?: is:?|:))", r"(?i:\b(?:answer|option|choice)(?: is)?:?)"  # a letter; the first counts more
+NAMED = r"(?i:\banswer(?: is:?|:))", r"(?i:\b(?:answer|option|choice)(?: is)?:?)"  # before a letter; the first one wins
 
 
 def chosen(text: str, options: Mapping[str, str]) -> str | None:
     """The letter that an answer names: "B", "(b)", "B. two dogs", "The answer is B", or an option's own words.
 
-    None where it names none, or several.
+    None if it names no option, or several.
     """
     letters, stripped = "".join(options), text.strip()
     bare = _bare(re.sub(rf"^(?i:the )?(?i:correct )?(?:{'|'.join(NAMED)})\s+", "", stripped))
     if not (letters and bare):
         return None
-    own = [letter for letter, option in options.items() if _bare(str(option)) == bare]  # several have the same words
+    own = [letter for letter, option in options.items() if _bare(str(option)) == bare]  # some have the same words
     own = own or [letter for letter, option in options.items() if f"{letter.lower()} {_bare(str(option))}" == bare]
     if own and len(bare) > 1:
         return own[0]
@@ -40,7 +40,7 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
             return found[0] if len(set(found)) == 1 else None
     if re.search(rf"(?<![\w']){alone}{more}", stripped):
         return None
-    # a capital by itself; "A" and "I" may be words, but not at the end of a clause, nor where they are "correct"
+    # a single capital; "A" and "I" may be words, but not at the end of a clause or before "is correct"
     said = r"[).,:;!?*\"\]]|$| is (?:the )?(?:correct|right|best)\b"
     capitals = rf"(?<![\w'])(?<!not )(?:(?![AI])({alone})|([{letters}])(?={said}))"
     if len(found := {one or other for one, other in re.findall(capitals, stripped)}) == 1:
@@ -49,12 +49,15 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _bare(text: str) -> str:
-    """Without quotes or stars around it, or full stops behind it."""
+    """The text in lower case, without quotes or asterisks around it and full stops after it."""
     return text.strip().lstrip("\"'*").rstrip(" .\"'*").lower()
 
 
 def toolkit(text: str, options: Mapping[str, str]) -> str | None:
-    """The rules of VLMEvalKit, as of 2026, before it would ask a judge; "Z" for a refusal, None where it would ask."""
+    """VLMEvalKit's rules (2026) for answers that need no judge: a letter, or "Z" for a refusal.
+
+    None where VLMEvalKit would ask a judge.
+    """
     return _toolkit_letter(text, options) or _toolkit_words(text, options)
 
 

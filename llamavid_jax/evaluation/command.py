@@ -1,11 +1,11 @@
 """Evaluate a model on a set, compare two results, make the page of results:
 
     llamavid-evaluate --model DIR --set gqa --data FOLDER --out runs/gqa
-    llamavid-evaluate score runs/gqa                  # the answers that are there, without the model or the data
+    llamavid-evaluate score runs/gqa                  # scores existing answers, without the model or the data
     llamavid-evaluate compare runs/gqa runs/gqa-int8
     llamavid-evaluate results docs/results.md runs/*
 
-The same command goes on with a run that was stopped.  Bad input ends with exit code 2 and one line.
+The same command resumes a run that was stopped.  Bad input ends with exit code 2 and one line.
 """
 
 import argparse
@@ -39,26 +39,26 @@ from llamavid_jax.evaluation.store import Store, gather, open_store, part_name
 from llamavid_jax.files import find, local, write_files
 
 REPLIES = "judge_replies.jsonl"
-SAY_EVERY = 60.0  # seconds, where stderr is no terminal
+SAY_EVERY = 60.0  # seconds between progress lines if stderr is no terminal
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="llamavid-evaluate", description="Evaluate a model on a set.", allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="DIR", help="a converted checkpoint")
-    parser.add_argument("--set", required=True, choices=SETS, dest="name", help="which set")
+    parser.add_argument("--set", required=True, choices=SETS, dest="name", help="the evaluation set")
     parser.add_argument("--data", required=True, metavar="FOLDER", help="the set's official folder, as downloaded")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for answers, scores and submission files")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N questions alone")
-    parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="the I-th of N parts, as 1/4")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions")
+    parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="only part I of N, such as 1/4")
     add_processes(parser)
     parser.add_argument("--retry", action="store_true", help="ask the broken questions again")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="questions answered together (8)")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="data type of the weights (bfloat16)"
     )
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="the weights, while they are loaded")
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="quantize the weights as they are loaded")
     parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
-    parser.add_argument("--like-original", action="store_true", help="with the original's sampling, rules and bugs")
+    parser.add_argument("--like-original", action="store_true", help="use the original's sampling, rules and bugs")
     add_judge(parser)
     options = parser.parse_args(arguments)
     check_processes(options)
@@ -74,7 +74,7 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge", metavar="URL", help="an OpenAI-compatible address, such as https://api.openai.com/v1"
     )
-    parser.add_argument("--judge-model", default=MODEL, metavar="NAME", help=f"({MODEL}, the paper's)")
+    parser.add_argument("--judge-model", default=MODEL, metavar="NAME", help=f"its model ({MODEL}, the paper's)")
     parser.add_argument(
         "--judge-key-env",
         default="OPENAI_API_KEY",
@@ -94,7 +94,7 @@ def judge_of(options: argparse.Namespace, out: Path) -> Any:
     if not options.judge:
         return OfflineJudge()
     key = os.environ.get(options.judge_key_env, "").strip()
-    if not (key.isascii() and key.isprintable()):  # requests would show it
+    if not (key.isascii() and key.isprintable()):  # requests' error message would show the key
         raise InputError(f"the key in {options.judge_key_env} has characters that no key has; set it again")
     return ModelJudge(options.judge, key, options.judge_model, out / REPLIES)
 
@@ -105,7 +105,7 @@ def judge_of(options: argparse.Namespace, out: Path) -> Any:
 def evaluate(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     one, out = SETS[options.name], local(options.out)
-    judge_of(options, out)  # what is wrong with it is said now, not when all is answered
+    judge_of(options, out)  # reports a wrong judge option now, not after all answers
     if options.distributed or options.coordinator:
         index, count = own_shard(options)
         options.shard = index + 1, count
@@ -139,13 +139,13 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def identity_of(model: str) -> dict[str, str]:
-    """With a word on the terminal: 16 GB take their time."""
+    """The model's identity; a status line says what takes so long, as hashing 16 GB does."""
     with Console(stderr=True).status(Text(printable(f"reading {model} for its SHA-256"))):
         return model_identity(model)
 
 
 def read(options: argparse.Namespace) -> tuple[list[Item], list[Row]]:
-    """The questions of the set, with most of their pictures and videos there."""
+    """The questions of the set.  InputError if no image or video is there; reports missing ones."""
     one, folder = SETS[options.name], opened(options.data)
     try:
         items, rest = one.read(folder, options.like_original)
@@ -167,7 +167,7 @@ def read(options: argparse.Namespace) -> tuple[list[Item], list[Row]]:
 
 
 def groups_of(items: list[Item], options: argparse.Namespace) -> list[list[tuple[int, Item]]]:
-    """What this process asks: by picture or video, each with its questions and their places in the set."""
+    """The questions for this process, grouped by image or video, each with its index in the set."""
     from llamavid_jax.evaluation.answers import by_media
 
     items = items[: options.limit]
@@ -209,7 +209,7 @@ def answer(
 
 
 def wait_for(outdated: Sequence[Path], options: argparse.Namespace) -> int:
-    """Nothing is scored: a figure of some of the questions would look like one of all."""
+    """Scores nothing while parts are outdated: a score of some questions would look like one of all."""
     told = f"{outdated[0].name} does not know the annotations that are in {options.data} now; call that part again, "
     told += "with its own --shard (answers.jsonl has none)"
     if options.shard == (1, 1):
@@ -219,7 +219,7 @@ def wait_for(outdated: Sequence[Path], options: argparse.Namespace) -> int:
 
 
 def is_whole(out: Path, count: int, asked: int) -> bool:
-    """Whether all parts are there and have answered the first `asked` questions."""
+    """Whether all parts exist and together have answered the first `asked` questions."""
     files = [out / part_name((part, count)) for part in range(1, count + 1)]
     if not all(find(file).exists() for file in files):
         return False
@@ -230,11 +230,11 @@ def is_whole(out: Path, count: int, asked: int) -> bool:
 
 
 def score(arguments: list[str]) -> int:
-    parser = Parser(prog="llamavid-evaluate score", description="Score answers that are there.", allow_abbrev=False)
+    parser = Parser(prog="llamavid-evaluate score", description="Score existing answers.", allow_abbrev=False)
     parser.add_argument("out", metavar="FOLDER", help="the --out of an evaluation")
     rules = parser.add_mutually_exclusive_group()
-    rules.add_argument("--like-original", action="store_true", default=None, help="by the original's rules")
-    rules.add_argument("--by-default", action="store_false", dest="like_original", help="by the default rules")
+    rules.add_argument("--like-original", action="store_true", default=None, help="score by the original's rules")
+    rules.add_argument("--by-default", action="store_false", dest="like_original", help="score by the default rules")
     add_judge(parser)
     options = parser.parse_args(arguments)
     out = find(options.out)
@@ -242,7 +242,7 @@ def score(arguments: list[str]) -> int:
 
 
 def scored(out: Path, like_original: bool | None, options: argparse.Namespace) -> dict[str, Any]:
-    with uploads.sending(out):  # the judge's replies
+    with uploads.sending(out):  # uploads the judge's replies if `out` is in a bucket
         return score_folder(out, like_original, judge_of(options, out))
 
 
@@ -255,7 +255,7 @@ def compared(arguments: list[str]) -> int:
     parser = Parser(prog="llamavid-evaluate compare", description="Compare two results of a set.", allow_abbrev=False)
     parser.add_argument("first", metavar="A", help="the folder of a scored evaluation")
     parser.add_argument("second", metavar="B")
-    parser.add_argument("--json", metavar="FILE", help="also write all of it")
+    parser.add_argument("--json", metavar="FILE", help="also write the whole comparison")
     options = parser.parse_args(arguments)
     text, outcome = compare(options.first, options.second)
     if options.json:
@@ -287,5 +287,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """`main` as a process of its own."""
+    """`main` in a process of its own."""
     program.run(main)

@@ -1,4 +1,4 @@
-"""Two results of one set: which questions changed, and whether the difference means anything."""
+"""Compares two results of one set: which questions changed, and whether the difference is more than chance."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ SEED = 0
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """The result in a folder, or in the file itself."""
+    """The result in a run's folder, or in the given result file."""
     file = find(path)
     file = file / RESULT if file.is_dir() else file
     try:
@@ -30,9 +30,10 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 
 def bootstrap(differences: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float]:
-    """Paired bootstrap of a mean difference, whole clusters at a time: its 95 % interval, and the two-sided p.
+    """Paired bootstrap of a mean difference over whole clusters: its 95 % interval, and the two-sided p.
 
-    No p is below that of so many clusters which all differ the same way by chance: few draw themselves again and again.
+    p is at least 2 · 0.5^clusters, the chance that all clusters differ the same way: with few clusters, resampling
+    alone would give a p that is too small.
     """
     names, places = np.unique(clusters, return_inverse=True)
     sums = np.bincount(places, differences, len(names))
@@ -47,7 +48,7 @@ def bootstrap(differences: np.ndarray, clusters: np.ndarray) -> tuple[float, flo
 
 
 def compare(a: str | Path, b: str | Path) -> tuple[str, dict[str, Any]]:
-    """The comparison for people, and as JSON."""
+    """The comparison as text, and as values for JSON."""
     one, two = read_result(a), read_result(b)
     if one["header"]["set"] != two["header"]["set"]:
         raise InputError(f"{a} is of {one['header']['set']} and {b} of {two['header']['set']}; compare one set")
@@ -88,7 +89,7 @@ def compare(a: str | Path, b: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def differing(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What the headers, and how they were scored, do not have in common."""
+    """The entries of headers and scoring that differ: name → both values."""
     flat = [_flat({**result["header"], "scored": result["scored"]}) for result in (one, two)]
     ignored = ("scored.judge counts", "started")
     names = [name for name in dict.fromkeys([*flat[0], *flat[1]]) if not name.startswith(ignored)]
@@ -103,7 +104,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _texts(path: Path) -> dict[str, str]:
-    """The answers by id, where they lie beside the result."""
+    """The answers by id, if they are in the result's folder."""
     try:
         return {row["id"]: row["text"] for row in gather(path if path.is_dir() else path.parent)[1]}
     except InputError:

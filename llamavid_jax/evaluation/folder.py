@@ -1,4 +1,4 @@
-"""An official folder as downloaded: its files found, and read; what is missing is said with where it comes from."""
+"""Finds and reads the files of a set's official folder; if one is missing, the error says where to get it."""
 
 import csv
 import io
@@ -13,11 +13,11 @@ from llamavid_jax.files import local
 from llamavid_jax.media.source import VIDEO_ENDINGS
 
 LLAVA = "LLaVA's eval.zip has it (github.com/haotian-liu/LLaVA, docs/Evaluation.md)"
-MAX_BYTES = 2 << 30  # of an annotation file; MMBench's pictures are in its table
+MAX_BYTES = 2 << 30  # of an annotation file; MMBench's table contains its images
 
 
 def need(folder: Path, names: Sequence[str], source: str) -> Path:
-    """The first of `names` (patterns) that `folder` holds.  InputError says where it comes from."""
+    """The first of `names` (patterns) that `folder` holds.  InputError names the source to download it from."""
     for name in names:
         found = sorted(folder.glob(name)) if "*" in name else [folder / name]
         if found and found[0].exists():
@@ -44,7 +44,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type = list) -> Any:
-    """The JSON `kind` in a file."""
+    """The JSON value in a file.  InputError if it is not of type `kind`."""
     try:
         value = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -55,7 +55,7 @@ def read_json(path: Path, kind: type = list) -> Any:
 
 
 def read_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """The objects of a file with one on each line, or of a JSON list; all have the `fields`."""
+    """The objects of a JSON Lines file, or of a JSON list.  InputError if one lacks one of the `fields`."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         return checked(path, read_json(path), *fields)
@@ -69,7 +69,7 @@ def read_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
 
 
 def checked(path: Path, rows: Sequence[Any], *fields: str) -> list[dict[str, Any]]:
-    """`rows`, if each is an object with the `fields`."""
+    """Returns `rows`.  InputError if one is no object or lacks one of the `fields`."""
     for number, row in enumerate(rows, 1):
         missing = [field for field in fields if not isinstance(row, dict) or field not in row]
         if missing:
@@ -78,7 +78,7 @@ def checked(path: Path, rows: Sequence[Any], *fields: str) -> list[dict[str, Any
 
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a table with tabs, as text."""
+    """The rows of a tab-separated table, as text."""
     csv.field_size_limit(MAX_BYTES)
     try:
         yield from csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
@@ -87,6 +87,6 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
 
 
 def video_file(folder: Path, stem: object) -> Path:
-    """The video of that stem: the first that is there; where none is, the name that was looked for first."""
+    """The video with that stem: the first existing file; if there is none, the first name that was tried."""
     names = [folder / f"{stem}{ending}" for ending in (*VIDEO_ENDINGS, *map(str.upper, VIDEO_ENDINGS))]
     return next((name for name in names if buckets.kind(name)), names[0])

@@ -1,4 +1,4 @@
-"""GQA, testdev balanced: an answer is right that is the reference, lower-cased and without full stops at its end."""
+"""GQA, testdev balanced: an answer is right if, in lower case and without final full stops, it equals the reference."""
 
 import json
 from collections import Counter, defaultdict
@@ -16,7 +16,7 @@ ANNOTATIONS = [
     f"{folder}testdev_balanced_questions.json" for folder in ("data/", "", "data/questions*/", "questions*/")
 ]
 IMAGES = ("images", "data/images"), SOURCE
-STEPS_UNCOUNTED = ("exist", "query: name", "choose name")  # the last step asks, and is no step of reasoning
+STEPS_UNCOUNTED = ("exist", "query: name", "choose name")  # final operations, which are not reasoning steps
 
 
 def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
@@ -33,7 +33,7 @@ def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
 
 def _reference(question: dict[str, Any] | None) -> dict[str, Any]:
     if question is None or not question.get("isBalanced", True):
-        return {}  # asked, and counted nowhere
+        return {}  # asked, but not scored
     steps = [f"{step['operation']}: {step['argument']}" for step in question["semantic"]]
     return {
         "answer": question["answer"],
@@ -79,7 +79,11 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
 
 
 def distribution(rows: Sequence[Row]) -> float | None:
-    """Chi-square of the answers given against the references, a hundredth, averaged over groups of like questions."""
+    """Chi-square of the given answers against the references, divided by 100.
+
+    It is computed per group of similar questions and averaged with the groups' numbers of questions as weights.  None
+    if no question has a group.
+    """
     gold: dict[str, Counter[str]] = defaultdict(Counter)
     given: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:

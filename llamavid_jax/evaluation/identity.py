@@ -1,4 +1,4 @@
-"""What a result is a result of: the model by its bytes, the questions, the settings, the versions."""
+"""What identifies a result: the model by a hash of its files, the questions, the settings, the versions."""
 
 import hashlib
 import importlib.metadata
@@ -19,8 +19,8 @@ from llamavid_jax.files import find, read_object
 PACKAGES = "jax", "jaxlib", "flax", "numpy", "av", "pillow"
 TEMPLATE = "vicuna_v1"
 FPS = 1.0
-# Sampling of the original's video scripts: what they do not pass is the checkpoint's default, and these are the
-# published checkpoints' and transformers'.
+# Sampling of the original's video scripts.  What they do not pass has the checkpoint's default; these are the defaults
+# of the published checkpoints and of transformers.
 TEMPERATURE, TOP_P, TOP_K = 0.2, 0.6, 50
 
 
@@ -42,7 +42,7 @@ def settings(one: Set, model: Path, original: bool, dtype: str, quantize: str | 
 
 
 def _checkpoint_defaults(model: Path) -> dict[str, Any]:
-    """top_p and top_k where the checkpoint's folder has a generation_config.json."""
+    """top_p and top_k from the checkpoint's generation_config.json, if it has one."""
     folder = find(model)
     try:
         values = read_object(folder / "generation_config.json")
@@ -52,9 +52,9 @@ def _checkpoint_defaults(model: Path) -> dict[str, Any]:
 
 
 def model_identity(folder: str | Path) -> dict[str, str]:
-    """Name and SHA-256 of a checkpoint: of the names and contents of all its files."""
+    """A checkpoint's name, and one SHA-256 over the names and contents of all its files."""
     root = find(folder)
-    if url(root):  # the objects' versions stand for their contents, which are on no disk
+    if url(root):  # hashes the objects' versions instead of their contents, which are not on disk
         objects = sorted(listing(root).items())
         return {"name": root.name, "sha256": hashlib.sha256(json.dumps(objects).encode()).hexdigest()}
     files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else []
@@ -71,13 +71,13 @@ def model_identity(folder: str | Path) -> dict[str, str]:
 
 
 def data_identity(items: Sequence[Item]) -> dict[str, Any]:
-    """Of the questions, not of the pictures and videos."""
+    """A hash of the questions, without their images and videos."""
     lines = [[item.id, item.text, item.question] for item in items]
     return {"questions": len(items), "sha256": hashlib.sha256(json.dumps(lines).encode()).hexdigest()}
 
 
 def media_name(item: Item) -> str | None:
-    """A picture or video by a name that is the same on every machine."""
+    """A name of an image or video that is the same on every machine."""
     if isinstance(item.media, str):
         return hashlib.sha256(item.media.encode()).hexdigest()[:16]
     return None if item.media is None else "/".join(item.media.parts[-2:])

@@ -1,8 +1,8 @@
-"""What the two halves of an evaluation are about: an Item is asked, a Row is its answer on disk, Scores come of rows.
+"""The data types of an evaluation: an Item is a question, a Row its answer on disk, Scores are computed from rows.
 
     official folder ─ read ─▶ Items ─ answers.py ─▶ answers.jsonl (Rows) ─ score ─▶ Scores ─▶ result.json, submission/
 
-The halves meet in the file of rows alone, so each row carries all that scoring it takes: its `reference`.
+The file of rows is all that scoring reads, so each row also carries its `reference`: everything that scoring needs.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class Item:
     """One question.
 
-    `text` stands in the user's turn behind the picture; `question` is what the Q-Former reads; `prompt` is how the
-    original's files write the question down.  `media` None asks in words alone.  `subtitles`, a file, make the video a
-    film with what is said.
+    `text` follows the image in the user's turn; `question` is what the Q-Former reads; `prompt` is the question as the
+    original's files write it.  With `media` None the question is text only.  `subtitles` is a file whose text is put
+    between the video's frames.
     """
 
     id: str  # unique in its set
@@ -34,17 +34,17 @@ class Item:
     is_video: bool
     reference: dict[str, Any]
     subtitles: Path | None = None
-    subtitles_start: float = 0.0  # seconds of the subtitles' own clock at which the video begins
-    duration: float = math.inf  # seconds of the video, where the set says so: what is said outside it is left out
+    subtitles_start: float = 0.0  # seconds in the subtitles' time at which the video starts
+    duration: float = math.inf  # seconds of the video, if the set gives it; subtitles outside it are left out
 
 
 Row = Mapping[
     str, Any
-]  # id, index, prompt, text (None: never asked), frames, seconds, media, reference; error, where one
+]  # id, index, prompt, text (None: never asked), frames, seconds, media, reference; error if broken
 
 
 class Figure(NamedTuple):
-    """A number of a table, its standard error (None where there is none) and the questions behind it."""
+    """A score, its standard error (None if unknown), and the number of questions it is computed from."""
 
     value: float
     error: float | None
@@ -53,11 +53,12 @@ class Figure(NamedTuple):
 
 @dataclasses.dataclass
 class Scores:
-    """`figures`: the set's numbers, that of the paper's table first.  `groups`: the same number for parts of the set.
+    """What scoring computes.
 
-    `items`: the score of each question by its id, for comparisons.  `files`: what the set's server or tool takes.
-    `media`: the video of each item that goes by another id than its row.
-    `counts`: what else the set's tools say, for result.json; `details`: what scoring found out about each question.
+    `figures`: the set's scores, the one of the paper's table first.  `groups`: the same score for parts of the set.
+    `items`: the score of each question by its id, for comparisons.  `files`: for the set's server or tool.
+    `media`: the video of each item whose id is not that of its row.
+    `counts`: other results of the set's tools, for result.json.  `details`: how each question was scored.
     """
 
     figures: dict[str, Figure]
@@ -71,14 +72,14 @@ class Scores:
 
 
 def mean(values: Sequence[float], scale: float = 1.0, clusters: Sequence[Hashable] | None = None) -> Figure:
-    """The mean and its standard error; values of one cluster (a picture, a video) are not taken for independent."""
+    """The mean and its standard error; values of one cluster (an image, a video) do not count as independent."""
     if not values:
         return Figure(math.nan, None, 0)
     return Figure(scale * (sum(values) / len(values)), error_of(shares(values), scale, clusters), len(values))
 
 
 def shares(values: Sequence[float], names: Sequence[Any] | None = None) -> list[float]:
-    """What each value adds to the deviation of the mean: of all, or of those of its name."""
+    """What each value adds to the mean's deviation: (value - mean) / count, over all values or those of its name."""
     names = [None] * len(values) if names is None else names
     sums, counts = defaultdict(float), Counter(names)
     for name, value in zip(names, values, strict=True):
@@ -87,9 +88,9 @@ def shares(values: Sequence[float], names: Sequence[Any] | None = None) -> list[
 
 
 def error_of(shares: Sequence[float], scale: float, clusters: Sequence[Hashable] | None = None) -> float | None:
-    """A figure's standard error, by what each question adds to its deviation; None where all are of one cluster.
+    """A score's standard error, from each question's contribution to its deviation; None if there is only one cluster.
 
-    A question whose cluster is None is one of its own.
+    A question without a cluster (None) is a cluster by itself.
     """
     sums: dict[Hashable, float] = defaultdict(float)
     for place, share in enumerate(shares):
@@ -101,7 +102,7 @@ def error_of(shares: Sequence[float], scale: float, clusters: Sequence[Hashable]
 def by_group(
     names: Iterable[Any], values: Iterable[float], clusters: Iterable[Hashable], scale: float = 100.0
 ) -> dict[str, Figure]:
-    """The mean of each group, in the groups' order."""
+    """The mean of each group, sorted by the groups' names."""
     groups: dict[Any, tuple[list[float], list[Hashable]]] = defaultdict(lambda: ([], []))
     for name, value, cluster in zip(names, values, clusters, strict=True):
         groups[name][0].append(value)
@@ -113,8 +114,11 @@ def by_group(
 def average(
     parts: Collection[Figure], shares: Sequence[float], clusters: Sequence[Hashable], scale: float = 100.0
 ) -> Figure:
-    """The mean of several figures, by what each question adds to the deviation of its own: a picture may be in
-    several of them."""
+    """The mean of several scores.
+
+    `shares` are each question's contributions to the deviation of its own score; clusters may span several scores, as
+    one image may.
+    """
     known = parts and all(part.error is not None for part in parts)
     error = error_of(shares, scale / len(parts), clusters) if known else None
     value = sum(part.value for part in parts) / len(parts) if parts else math.nan
@@ -122,13 +126,13 @@ def average(
 
 
 def without_reference(rows: Iterable[Row], known: Collection[Row]) -> list[str]:
-    """A note about questions that were answered, and are counted nowhere."""
+    """A note about questions that were answered but cannot be scored."""
     lost = sum(row["text"] is not None for row in rows) - sum(row["text"] is not None for row in known)
     return [f"{lost} answers have no reference and are not counted: other annotations?"] if lost else []
 
 
 def unique(names: Iterable[Any]) -> list[str]:
-    """The names as ids: "a", "a#2", "a#3" where one comes again."""
+    """Unique ids from names: repeated names become "a", "a#2", "a#3"."""
     seen: dict[str, int] = defaultdict(int)
     ids = []
     for name in map(str, names):
@@ -138,5 +142,5 @@ def unique(names: Iterable[Any]) -> list[str]:
 
 
 def lettered(options: Iterable[tuple[str, Any]]) -> str:
-    """Options on a line each: "A. cat"."""
+    """Options, one per line: "A. cat"."""
     return "\n".join(f"{letter}. {option}" for letter, option in options)

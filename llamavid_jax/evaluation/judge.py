@@ -1,10 +1,10 @@
-"""Judges of free answers: a model at any OpenAI-compatible address, or exact and normalised match offline.
+"""Judges of free answers: a model at any OpenAI-compatible address, or offline by exact and normalised match.
 
-    Case ─ messages ─▶ address ─ reply ─ read ─▶ Verdict       a reply that cannot be read is asked for again, ATTEMPTS
-         └ answer, predictions ─▶ offline ─────▶ Verdict       times in all; then the case is counted as failed
+    Case ─ messages ─▶ address ─ reply ─ read ─▶ Verdict       an unreadable reply is requested again, up to ATTEMPTS
+         └ answer, predictions ─▶ offline ─────▶ Verdict       times in all; then the case counts as failed
 
-Replies are kept in a file, so that a score is computed again without a call.  Nothing here asks for ever, as the
-original does, and no reply stops the scoring.
+Replies are kept in a file, so that scoring again needs no calls.  Unlike in the original, requests are not repeated for
+ever, and no reply stops the scoring.
 """
 
 import concurrent.futures
@@ -24,12 +24,12 @@ from llamavid_jax.evaluation.vqa_text import official
 from llamavid_jax.evaluation.yes_no import yes_or_no
 
 ATTEMPTS = 5  # of one case
-CALLS = 8  # at a time
-RETRIES = 5  # of a call that the server refuses for now
-BUSY = 408, 409, 429, 500, 502, 503, 504  # by which it does
+CALLS = 8  # in parallel
+RETRIES = 5  # of a call that the server temporarily refuses
+BUSY = 408, 409, 429, 500, 502, 503, 504  # status codes of such a refusal
 PATIENCE = 10, 120  # seconds for a connection, and for a reply
-LONGEST_WAIT = 60  # seconds, whatever a busy server asks for
-SAY_EVERY = 60.0  # seconds
+LONGEST_WAIT = 60  # seconds, even if a busy server asks for more
+SAY_EVERY = 60.0  # seconds between progress lines
 MODEL = "gpt-3.5-turbo"  # the original's
 
 
@@ -39,9 +39,9 @@ WRONG = Verdict(False, 0.0, {"pred": "no", "score": 0})
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One judgement: the messages as sent, what an offline judge compares, and how a reply is read.
+    """One judgement: the messages to send, what an offline judge compares, and the function that reads a reply.
 
-    `predictions` are none where the question could not be asked: it counts as wrong, and no judge is.
+    `predictions` is empty if the question could not be asked: it counts as wrong without asking a judge.
     """
 
     messages: list[dict[str, str]]
@@ -55,9 +55,9 @@ def messages(system: str, user: str) -> list[dict[str, str]]:
 
 
 class OfflineJudge:
-    """Right is what equals the answer once both are normalised as VQA's are, or holds it as whole words; 5 or 0.
+    """An answer is right (5, else 0) if it contains the reference as whole words, both normalised as VQA's answers are.
 
-    Where the answer is yes or no, right is what says the same.
+    If the reference is yes or no, the answer is right if it means the same.
     """
 
     name = "offline: exact and normalised match; not the paper's judge"
@@ -79,7 +79,7 @@ class OfflineJudge:
 
 
 def _was_reached(error: Exception) -> bool:
-    """Whether a server was there, whose reply broke off or did not come in time."""
+    """Whether the server was reached, but its reply broke off or did not come in time."""
     from requests.exceptions import ChunkedEncodingError, ContentDecodingError, ReadTimeout
     from urllib3.exceptions import ProtocolError, ReadTimeoutError
 
@@ -90,7 +90,8 @@ def _was_reached(error: Exception) -> bool:
 class ModelJudge:
     """A chat model at `address`, such as https://api.openai.com/v1; `key` may be empty for a local server.
 
-    `kept` is the file of replies.  `counts`: calls, tokens in and out, replies from the file, unread ones, failures.
+    `kept` is the file of replies.  `counts`: calls, tokens in and out, replies from the file, unreadable ones,
+    failures.
     """
 
     def __init__(self, address: str, key: str, model: str = MODEL, kept: Path | None = None):
@@ -106,17 +107,17 @@ class ModelJudge:
             raise InputError(f"the judge's address is {address!r}; give a URL such as https://api.openai.com/v1")
         self.url = address.rstrip("/") + "/chat/completions"
         self.model, self.key, self.kept = model, key, kept
-        self.shown = re.sub("//[^/]*@", "//", self.url)  # a password in an address is nobody's business
+        self.shown = re.sub("//[^/]*@", "//", self.url)  # hides a password in the address
         self.name = f"{model} at {self.shown.removesuffix('/chat/completions')}"
         self.counts = dict.fromkeys(("calls", "tokens in", "tokens out", "kept replies", "unread", "failed"), 0)
         self._lock, self._local, self._stop = threading.Lock(), threading.local(), threading.Event()
-        self._retry = Patient(  # a reply that does not come in time is not asked for again: read=False
+        self._retry = Patient(  # read=False: no second request after a reply's timeout
             RETRIES, read=False, backoff_factor=1.0, status_forcelist=BUSY, allowed_methods=None, raise_on_status=False
         )
         self._requests, self._is_said, self._replies = requests, False, self._read_kept()
 
     def verdicts(self, cases: Sequence[Case]) -> list[Verdict | None]:
-        """One a case, None where it failed.  InputError where the address answers nothing that a judge would."""
+        """A verdict per case, None if it failed.  InputError if the address does not answer as a judge would."""
         pool = concurrent.futures.ThreadPoolExecutor(CALLS)
         try:
             waiting, said = [pool.submit(self._one, case) for case in cases], time.monotonic()
@@ -129,7 +130,7 @@ class ModelJudge:
         except BaseException:
             self._stop.set()
             raise
-        finally:  # nobody waits for a slow server, at Ctrl-C or after an error
+        finally:  # at Ctrl-C or after an error, does not wait for a slow server
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _one(self, case: Case) -> Verdict | None:
@@ -156,17 +157,17 @@ class ModelJudge:
             self._count(**{"kept replies": 1})
             return self._replies[key]
         reply = self._call(sent)
-        if reply:  # an empty one is asked for again by the next scoring
+        if reply:  # an empty one is requested again by the next scoring
             with self._lock:
                 if (first := self._replies.setdefault(key, reply)) is not reply:
-                    return first  # another case of the same messages, which was asked meanwhile
+                    return first  # of another case with the same messages
                 if self.kept is not None:
                     with self.kept.open("a", encoding="utf-8") as file:
-                        file.write("\n" + json.dumps({"key": key, "reply": reply}))  # behind what a kill cut off
+                        file.write("\n" + json.dumps({"key": key, "reply": reply}))  # after a line cut off by a kill
         return reply
 
     def _call(self, sent: list[dict[str, str]]) -> str | None:
-        """The reply's text; None where the server has none for these messages."""
+        """The reply's text; None if the server gives none for these messages."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         asked = {"json": {"model": self.model, "messages": sent}, "headers": headers, "timeout": PATIENCE}
         self._count(calls=1)
@@ -191,13 +192,13 @@ class ModelJudge:
         return reply if isinstance(reply, str) else "" if reply is None else self._nothing(told)
 
     def _nothing(self, reason: str) -> None:
-        """Why there is no reply, said once."""
+        """Reports once why there is no reply."""
         if not self._is_said:
             self._is_said = True
             say(f"the judge at {self.shown} gave no reply, which counts as failed: {' '.join(reason.split())[:300]}")
 
     def _session(self) -> Any:
-        """One a thread: connections are kept open in it."""
+        """One session per thread; it keeps connections open."""
         if not hasattr(self._local, "session"):
             self._local.session = self._requests.Session()
             for scheme in ("http://", "https://"):
@@ -210,7 +211,7 @@ class ModelJudge:
                 self.counts[name] += value
 
     def _read_kept(self) -> dict[str, str]:
-        """A line that was cut off by the end of a process is left out."""
+        """The kept replies; a line that a killed process left incomplete is skipped."""
         replies = {}
         if self.kept is not None and self.kept.exists():
             text = self.kept.read_text(encoding="utf-8", errors="replace")

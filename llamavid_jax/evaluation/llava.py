@@ -1,4 +1,4 @@
-"""The question files of LLaVA's eval.zip, which the image sets have in common, and the answers file of its scripts."""
+"""The question files of LLaVA's eval.zip, which the image sets share, and the answer file of its scripts."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +17,7 @@ def read_questions(
 ) -> list[Item]:
     """Items of a question file: each line has question_id, image, and the text with its instruction.
 
-    `images` are the names that the folder of pictures may have, and where they come from; `reference(line)` is what
-    scoring needs beside the id.
+    `images`: possible names of the image folder, and where to get it.  `reference(line)`: what else scoring needs.
     """
     lines = read_lines(need(folder, questions, LLAVA), "question_id", "image", "text")
     pictures = need(folder, *images)
@@ -37,7 +36,7 @@ def read_questions(
 
 
 def answers_file(rows: Iterable[Row], model: str, **more: Callable[[Row], Any]) -> bytes:
-    """The answers as the original's scripts write them, so that its other tools read them too."""
+    """The answers in the format of the original's scripts, for its other tools."""
     lines = [
         {
             "question_id": row["reference"]["question_id"],

@@ -1,6 +1,7 @@
-"""Multiple choice about long videos: MLVU, Video-MME with and without subtitles, LongVideoBench; one reader for all.
+"""Multiple choice about long videos: MLVU, and Video-MME and LongVideoBench with and without subtitles.
 
-A set's own file gives Choices; the rest, prompt and scores, is the same.  The original has none of these sets.
+Each set has its own reader, which gives Choices; prompt and scores are the same for all.  The original has none of
+these sets.
 """
 
 import dataclasses
@@ -37,8 +38,11 @@ NO_OPTION = "@"
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One question: `answer` is a letter, None where it is not public, NO_OPTION where it is no option, which some of
-    MLVU's are: no answer is right.  `groups`: which parts of the set it is of."""
+    """One question.
+
+    `answer` is a letter, None if it is not public, or NO_OPTION if it is none of the options (as for some of MLVU's),
+    so that no answer is right.  `groups`: the parts of the set to which it belongs, by title.
+    """
 
     name: str
     video: Path
@@ -63,7 +67,10 @@ def items_of(choices: Sequence[Choice]) -> list[Item]:
 
 
 def score(rows: Sequence[Row], original: bool, *, average_of: str | None = None) -> Scores:
-    """Accuracy over all questions; over the parts of `average_of` first, where the set's own figure is their mean."""
+    """Accuracy over all questions.
+
+    With `average_of` the first score is the mean over the parts with that title, as the set's own metric is.
+    """
     known = [row for row in rows if row["reference"]["answer"] is not None and row["text"] is not None]
     right = [float(_is_right(row)) for row in known]
     titles = list(dict.fromkeys(title for row in known for title in row["reference"]["groups"]))
@@ -88,7 +95,7 @@ def score(rows: Sequence[Row], original: bool, *, average_of: str | None = None)
 
 
 def _is_right(row: Row) -> bool:
-    """The letter, or another with the same words: a few questions have an option twice."""
+    """Whether the answer names the right letter, or another with the same text: a few questions repeat an option."""
     options, answer = row["reference"]["options"], row["reference"]["answer"]
     found = chosen(row["text"], options)
     return found is not None and (found == answer or options[found] == options.get(answer) != "")
@@ -125,7 +132,7 @@ def read_mlvu(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
 
 
 def read_video_mme(folder: Path, original: bool, *, subtitles: bool = False) -> tuple[list[Item], list[Row]]:
-    """The parquet file of its repository, or its evaluation's JSON, where a video has a list of questions."""
+    """Reads the repository's parquet file, or its evaluation's JSON, where each video has a list of questions."""
     file = need(folder, ("videomme/test-*.parquet", "*.parquet", "*.json"), VIDEO_MME_SOURCE)
     fields = (
         "video_id",
@@ -161,13 +168,13 @@ def read_video_mme(folder: Path, original: bool, *, subtitles: bool = False) -> 
     lost = {choice.video for choice in choices if texts and choice.subtitles is None}
     if choices and len(lost) == len({choice.video for choice in choices}):
         raise InputError(f"{texts} holds the subtitles of none of the {len(lost)} videos: {VIDEO_MME_SOURCE}")
-    if lost:  # some are silent
+    if lost:  # silent videos have none
         say(f"{len(lost)} of {len({choice.video for choice in choices})} videos have no subtitles in {texts}")
     return items_of(choices), []
 
 
 def _parquet(file: Path) -> list[dict[str, Any]]:
-    """The rows of a table, all of whose files are read: test-00000-of-00002.parquet and so on."""
+    """The rows of a table, from all its files: test-00000-of-00002.parquet and so on."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,7 +1,8 @@
-"""MMBench, in English and Chinese: a table with pictures in it, scored by its server.
+"""MMBench, in English and Chinese: a table that contains its images, scored by its server.
 
-The table's own copies of a question, whose options go round, have its index plus a million: circular accuracy counts a
-question only where all its copies are right.  `rounds` makes such copies of every question.
+Some tables contain copies of a question with rotated options; their index is the question's plus a multiple of a
+million.  Circular accuracy counts a question only if all its copies are right.  `rounds` makes such copies of every
+question.
 """
 
 import io
@@ -23,14 +24,14 @@ TABLES = {
 }
 COPIES = 1_000_000
 NOT_UPLOADED = {"hint", "category", "source", "image", "comment", "l2-category"}
-PREDICTION_PLACE = 6  # among the columns of the upload
-# cells that the original's reader of tables takes for empty
+PREDICTION_PLACE = 6  # index among the upload's columns
+# cells that the original's table reader treats as empty
 MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A"}
 MISSING |= {"NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 
 
 def read(folder: Path, original: bool, *, language: str = "en", rounds: bool = False) -> tuple[list[Item], list[Row]]:
-    import openpyxl  # noqa: F401  for the upload: that it is missing is said now, not when all is answered
+    import openpyxl  # noqa: F401  for the upload: fails now if it is missing, not after all answers
 
     file = need(folder, TABLES[language], SOURCE)
     rows = list(read_table(file))
@@ -52,7 +53,7 @@ def read(folder: Path, original: bool, *, language: str = "en", rounds: bool = F
             reference = {
                 "question_id": int(row["index"]),
                 "round": number,
-                "letters": letters,  # as shown; `option_char` are those that are meant
+                "letters": letters,  # as shown; `option_char`: the table's letter of each
                 "options": [option for _, option in asked],
                 "option_char": turned,
                 "choices": {letter: row[letter] for letter in _letters(row) if row[letter] is not None},
@@ -83,7 +84,7 @@ def _is_none(value: str | None) -> bool:
 
 
 def _options(row: dict[str, Any], original: bool) -> dict[str, str]:
-    """By their letters; the original's list ends at the first that is missing, and knows four letters."""
+    """The options by letter; the original's list ends at the first missing one and has at most four."""
     options = {}
     for letter in _letters(row)[: 4 if original else None]:
         if not (_is_none(row[letter]) if original else row[letter] is None):
@@ -116,7 +117,7 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
         notes.append(f"{lost} questions, of whose copies some are not answered, are not in the circular accuracy")
     values = list(right.values())
     clusters = [pictures[str(row["reference"]["question_id"] % COPIES)] for row in known]
-    # the server's figure is the first
+    # the first is the server's metric
     figures = {"circular accuracy": mean([*whole.values()], 100.0, [pictures[name] for name in whole])}
     figures["accuracy"] = mean(values, 100.0, clusters)
     return Scores(
@@ -130,9 +131,9 @@ def score(rows: Sequence[Row], original: bool) -> Scores:
 
 
 def cells(rows: Sequence[Row], original: bool = False) -> list[list[Any]]:
-    """Every cell of the sheet that is uploaded, the header first.
+    """The cells of the sheet to upload, with its header.
 
-    Of several rounds the first answer, whose letters are those of the sheet; in the original the last one.
+    With several rounds it has the answer to the first, whose letters are the sheet's; in the original to the last.
     """
     header = list(rows[0]["reference"]["cells"])
     shown = [row for row in rows if original or row["reference"]["round"] == 0]
@@ -146,7 +147,7 @@ def cells(rows: Sequence[Row], original: bool = False) -> list[list[Any]]:
 
 
 def sheet(rows: Sequence[Row], original: bool = False) -> bytes:
-    """The upload as .xlsx; ModuleNotFoundError without openpyxl."""
+    """The upload as .xlsx.  Raises ModuleNotFoundError without openpyxl."""
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 

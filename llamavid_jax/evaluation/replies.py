@@ -1,7 +1,7 @@
-"""What a judge's reply says: as the original reads it, and by default.
+"""Reads a judge's reply, as the original does or by default.
 
-read_original   the whole reply a Python literal, kept as JSON
-read_leniently  the first dictionary in it
+read_original   the whole reply is a Python literal, kept as JSON
+read_leniently  the first dictionary in the reply
 """
 
 import ast
@@ -12,26 +12,26 @@ from typing import Any, NamedTuple
 
 from llamavid_jax.files import LITERAL
 
-LONGEST = 10_000  # characters of a reply that is read
+LONGEST = 10_000  # characters; a longer reply is not read
 
 
 class Verdict(NamedTuple):
-    """What a judge said.  `yes` is None where only a score is asked for, or where neither was said."""
+    """A judge's verdict.  `yes` is None if only a score was requested, or the reply says neither yes nor no."""
 
     yes: bool | None
     score: float
-    reply: Any  # as it was read
+    reply: Any  # as read
 
 
 class UnreadError(Exception):
-    """A reply that cannot be used.  `is_final`: the original does not ask again, and stops at it later."""
+    """An unusable reply.  `is_final`: the original does not request another, and crashes at this one later."""
 
     def __init__(self, is_final: bool = False):
         self.is_final = is_final
 
 
 def literal(reply: str) -> Any:
-    """The Python literal that a whole reply is, as the file of judgements holds it; UnreadError for any other."""
+    """The Python literal that the whole reply is, converted to JSON types; UnreadError if it is none."""
     if len(reply) > LONGEST:
         raise UnreadError
     try:
@@ -41,16 +41,16 @@ def literal(reply: str) -> Any:
         raise UnreadError from None
     try:
         return json.loads(json.dumps(value))
-    except (ValueError, TypeError, RecursionError):  # a set, bytes
+    except (ValueError, TypeError, RecursionError):  # a set or bytes
         raise UnreadError(is_final=True) from None
 
 
 def first_literal(reply: str) -> Any:
-    """The first dictionary in a reply: between code fences, behind a sentence, in Python's or JSON's words.
+    """The first dictionary in a reply: in code fences, after a sentence, in Python or JSON.
 
-    Also with the two quotes of the example in Video-ChatGPT's messages: "{''score': 4.8}".
+    Also with two single quotes, as in the example of Video-ChatGPT's messages: "{''score': 4.8}".
     """
-    reply = reply.rpartition("</think>")[2]  # what a model thinks quotes the messages' example
+    reply = reply.rpartition("</think>")[2]  # a model's thoughts may quote the messages' example
     if len(reply) > LONGEST or "<think>" in reply:
         raise UnreadError
     for found in re.findall(r"\{[^{}]*\}", reply):
@@ -71,14 +71,14 @@ def first_literal(reply: str) -> Any:
 
 
 def read_original(reply: str, keys: Sequence[str] = (), needs_word: bool = True) -> Verdict:
-    """As the original: the whole reply a literal, the score as a whole number, "yes" or "no" anywhere in the word.
+    """As the original: the whole reply a literal, the score truncated to an integer, "yes" or "no" within the word.
 
-    `keys` are those that the word may have, none where only a score is asked for.  Without `needs_word` a word that is
+    `keys` are the possible names of the word, empty if only a score was requested.  Without `needs_word` a word that is
     neither leaves only the score.
     """
     value = literal(reply)
     try:
-        score = float(int(value["score"]))  # one too long for a float stops the original too
+        score = float(int(value["score"]))  # a number too large for a float stops the original too
         if not keys:
             return Verdict(None, score, value)
         word = value[next((key for key in keys if key in value), keys[-1])].lower()
@@ -91,13 +91,13 @@ def read_original(reply: str, keys: Sequence[str] = (), needs_word: bool = True)
 
 
 def read_leniently(reply: str, keys: Sequence[str] = ()) -> Verdict:
-    """By default: the first dictionary in the reply, a score from 0 to 5 as it stands, and words that say yes or no."""
+    """By default: the first dictionary in the reply, its score from 0 to 5 as it is, and yes, no, true or false."""
     value = {str(key).lower(): one for key, one in first_literal(reply).items()}
     try:
         score = float(value["score"])
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UnreadError from None
-    if not 0 <= score <= 5 or isinstance(value["score"], bool):  # also what is no number
+    if not 0 <= score <= 5 or isinstance(value["score"], bool):  # also rejects NaN
         raise UnreadError
     if not keys:
         return Verdict(None, score, value)

@@ -1,4 +1,4 @@
-"""`docs/results.md` from result files: the paper's published numbers beside what was measured, and what differs."""
+"""Makes `docs/results.md` from result files: published numbers, measured ones, and how the runs differ."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -52,14 +52,14 @@ def _measured(figure: Mapping[str, Any] | None) -> str:
 
 
 def how(result: Mapping[str, Any]) -> str:
-    """What a reader has to know before comparing."""
+    """What a reader has to know before comparing results."""
     header, scored = result["header"], result["scored"]
     settings = header["settings"]
     asked = "like the original" if header["like_original"] else "by default"
     rules = "" if scored["like_original"] == header["like_original"] else ", scored by the other rules"
     sampled = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
     parts = [f"asked {asked}{rules}", sampled, f"{settings['quantize'] or settings['dtype']}"]
-    parts += result["notes"]  # such as the judge, or that the paper's figure is a server's
+    parts += result["notes"]  # such as the judge, or that the paper's score is the server's
     parts += [f"{result['answered']} of {result['of']} questions"] if result["answered"] != result["of"] else []
     parts += [f"{result['broken']} broken"] if result["broken"] else []
     failed = (scored["judge counts"] or {}).get("failed")

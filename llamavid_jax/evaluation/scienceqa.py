@@ -1,4 +1,4 @@
-"""ScienceQA's test split; the paper's column is that of the questions with a picture."""
+"""ScienceQA's test split; the paper gives the accuracy on questions with an image."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
     def reference(name: str) -> dict[str, Any]:
         problem = problems.get(name)
         if problem is None or name not in places:
-            return {"question_id": name}  # asked, and counted nowhere
+            return {"question_id": name}  # asked, but not scored
         kinds = {"subject": problem.get("subject"), "grade": problem.get("grade")}
         return {
             "question_id": name,
@@ -54,7 +54,7 @@ def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
 
 
 def original_answer(text: str) -> str:
-    """The letter of an answer by the original's rules, "FAILED" where they find none."""
+    """The letter of an answer by the original's rules; "FAILED" if they find none."""
     if text in [*OPTIONS]:
         return text
     if len(text) >= 3 and text[0] in OPTIONS and text[1:3] == ". ":

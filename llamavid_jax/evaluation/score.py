@@ -1,4 +1,4 @@
-"""The scores half: `answers.jsonl` → a table, `result.json` and the files of servers.  Nothing else is read."""
+"""Scores answers: `answers.jsonl` → a table, `result.json` and files to upload.  Nothing else is read."""
 
 import json
 import math
@@ -19,7 +19,7 @@ RESULT, DETAILS, SUBMISSION = "result.json", "details.json", "submission"
 def score_folder(folder: Path, original: bool | None, judge: Any) -> dict[str, Any]:
     """Scores the answers in a folder, writes the files and returns the result.
 
-    `original`: by the original's rules; None: as the answers were made.
+    `original`: by the original's rules; None: by the rules of the mode in which the answers were made.
     """
     header, rows = gather(folder)
     original = header["like_original"] if original is None else original
@@ -80,7 +80,7 @@ def as_json(figure: Figure) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result for people."""
+    """The result as text."""
     header = result["header"]
     how = "like the original" if header["like_original"] else "by default"
     scored = "by the original's rules" if result["scored"]["like_original"] else "by default rules"

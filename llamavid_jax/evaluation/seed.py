@@ -1,4 +1,4 @@
-"""SEED-Bench, its videos by one frame each, as the original has it: the answer is to be the letter."""
+"""SEED-Bench; its videos are shown as one frame each, as in the original.  The letter has to be named."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ IMAGES = ("",), SOURCE
 
 
 def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
-    """The upload and the scores go by SEED-Bench.json; what it has and the question file does not is counted wrong."""
+    """Questions of SEED-Bench.json that the question file lacks count as wrong."""
     file = need(folder, ("SEED-Bench.json",), SOURCE)
     content = read_json(file, dict)
     names = {number: name for name, number in content.get("question_type", {}).items()}

@@ -1,4 +1,4 @@
-"""The sets that can be evaluated: where each is read, how it is asked, how it is scored."""
+"""The sets that can be evaluated: how each is read, asked and scored."""
 
 import dataclasses
 import functools
@@ -22,10 +22,11 @@ from llamavid_jax.evaluation.items import Item, Row, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Set:
-    """`read(folder, original)` gives Items, and Rows of what scoring knows beyond them; `score(rows, original)` Scores,
-    with a judge as its third argument where it `is_judged`.
+    """One evaluation set.
 
-    `max_new_tokens` and what the original does else are those of its scripts.
+    `read(folder, original)` returns Items, and Rows of further questions that are not asked but known to scoring.
+    `score(rows, original)` returns Scores; if it `is_judged`, a judge is its third argument.  `max_new_tokens` and the
+    `original_` fields are those of the original's scripts.
     """
 
     title: str
@@ -34,9 +35,9 @@ class Set:
     max_new_tokens: int = 128
     is_judged: bool = False
     original_samples: bool = (
-        False  # its video scripts: temperature 0.2, and top-p and top-k of the checkpoint's defaults
+        False  # as its video scripts: temperature 0.2, and the checkpoint's defaults for top-p and top-k
     )
-    original_crops: bool = False  # stills, in place of padding them to a square
+    original_crops: bool = False  # images are cropped instead of padded to a square
 
 
 _VIDEO: dict[str, Any] = {"max_new_tokens": 1024, "is_judged": True, "original_samples": True}

@@ -1,7 +1,7 @@
-"""`answers.jsonl`: a header, then a row an answer, added as they come; and the parts of several processes.
+"""`answers.jsonl`: a header, then a row per answer, appended as they come; and such files of several processes.
 
-A process may be killed at any moment: what is whole stays, a line cut off at the end is taken away, and the next
-process asks what is left.  Two processes do not write one file.
+A process may be killed at any moment: complete lines stay, an incomplete last line is removed, and the next process
+asks what is left.  A lock keeps two processes from writing to one file.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from llamavid_jax.evaluation.items import Row
 from llamavid_jax.files import find, locked, write_files
 
 NAME = "answers.jsonl"
-IDENTITY = "set", "like_original", "settings", "model", "data", "shard"  # of a header: what makes it the same run
+IDENTITY = "set", "like_original", "settings", "model", "data", "shard"  # the header's fields that identify a run
 
 
 def part_name(shard: tuple[int, int]) -> str:
@@ -26,18 +26,18 @@ def part_name(shard: tuple[int, int]) -> str:
 
 
 def as_line(row: Row) -> bytes:
-    """Readable in any language; half surrogate pairs of a question stay what they are."""
+    """A row as a line of UTF-8; half surrogate pairs in a question are kept as they are."""
     return json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[Row], int]:
-    """Header, rows and how many bytes are whole lines.  InputError for a file that is none of ours."""
+    """Header, rows, and the length of the complete lines in bytes.  InputError if it is no such file."""
     rows, whole = [], 0
     try:
         with path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
-                    break  # cut off by the end of a process
+                    break  # incomplete: the process was killed
                 rows.append(json.loads(line))
                 whole += len(line)
     except (OSError, ValueError) as error:
@@ -52,7 +52,7 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[Row], int]:
 class Store:
     """The open file of answers.  `done`: the ids that it and the other parts have.
 
-    `outdated`: the other parts whose rows lack what is known of their questions now; who goes on with them adds it.
+    `outdated`: other parts, written with other annotations than the present ones; resuming such a part updates it.
     """
 
     def __init__(self, file: BinaryIO, rows: Sequence[Row], outdated: Sequence[Path] = ()):
@@ -61,7 +61,7 @@ class Store:
         self.broken = sum("error" in row for row in rows)
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Adds rows; they are on the disk when this returns."""
+        """Appends rows; they are on disk when this returns."""
         self.file.write(b"".join(map(as_line, rows)))
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -70,7 +70,7 @@ class Store:
 
 
 def current(rows: Sequence[Row], rest: Sequence[Row], references: Mapping[str, Any], retry: bool) -> list[Row]:
-    """The rows with what is known now: the folder may have got other annotations since they were written."""
+    """The rows with the present references: the folder's annotations may have changed since they were written."""
     known = {name: {"reference": reference} for name, reference in references.items()}
     known |= {row["id"]: row for row in rest}
     kept = [row for row in rows if not (retry and "error" in row) and (row["text"] is not None or row["id"] in known)]
@@ -85,11 +85,11 @@ def open_store(
     retry: bool = False,
     references: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Store]:
-    """Goes on with the file, or begins it with the header and, the first part, the rows that nobody is asked for.
+    """Resumes the file, or starts it with the header.
 
-    What other parts have answered is done as well: there may be more or fewer processes than before.  `retry` takes the
-    broken items out of it; `references` are those of the questions by their ids.  InputError where it, or another part,
-    was begun with other settings.
+    The first part also gets `rest`, the rows of questions that are never asked.  What other parts have answered is done
+    too, as there may be more or fewer processes than before.  `retry` removes the broken rows; `references` are the
+    questions' references by id.  InputError if this or another part was begun with other settings.
     """
     with contextlib.ExitStack() as exits:
         try:
@@ -139,9 +139,9 @@ def _short(value: Any) -> str:
 
 
 def gather(folder: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The rows of all parts in the set's order, each question once, a broken one only where no part has its answer.
+    """The rows of all parts in the set's order, each question once; a broken row only if no part has an answer.
 
-    InputError where there are none, or parts of different runs.
+    InputError if there are none, or if the parts are of different runs.
     """
     header: dict[str, Any] = {}
     rows: dict[str, Row] = {}
@@ -155,7 +155,7 @@ def gather(folder: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def parts(folder: Path) -> list[tuple[Path, dict[str, Any], list[Row]]]:
-    """File, header and rows of each part that is begun."""
+    """File, header and rows of each existing part."""
     files = [folder / NAME, *sorted(folder.glob("answers-*-of-*.jsonl"))]
     found = [(file, *read_rows(file)[:2]) for file in files if file.exists()]
     return [part for part in found if part[1]]

@@ -1,8 +1,8 @@
-"""Video-ChatGPT's benchmark: longer answers about videos, scored from 0 to 5 in five dimensions by a model.
+"""Video-ChatGPT's benchmark: longer answers about videos, scored from 0 to 5 in five dimensions by a judge model.
 
 generic_qa.json      correctness, detail, context
 temporal_qa.json     temporal understanding
-consistency_qa.json  consistency: two questions with one answer
+consistency_qa.json  consistency: two questions with the same answer
 """
 
 import functools
@@ -23,7 +23,7 @@ FIRST, SECOND = (f"Q{number}" for number in (1, 2))  # the fields of consistency
 
 
 class Dimension(NamedTuple):
-    """One of the five: its file, and what its messages say."""
+    """One of the five dimensions: its file, and the wording of its messages."""
 
     name: str
     file: str
@@ -141,7 +141,7 @@ def read(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
 
 
 def question_set(texts: dict[str, str], entry: dict[str, Any], original: bool) -> dict[str, str]:
-    """What the judge is told of an entry; the original gives it the first of two questions twice."""
+    """What the judge is shown of an entry; the original shows the first of two questions twice."""
     if FIRST not in entry:
         return {"q": entry["Q"], "a": entry["A"], "pred": texts["Q"]}
     second = entry[FIRST if original else SECOND]
@@ -176,7 +176,7 @@ def case(dimension: Dimension, shown: dict[str, str], original: bool, is_broken:
 
 
 def entries_of(rows: Sequence[Row], name: str) -> list[tuple[str, dict[str, Any], dict[str, str], Any]]:
-    """Key, entry, texts by field and video of each entry of a file that is wholly answered, in the file's order."""
+    """Key, entry, texts by field, and video of each completely answered entry of a file, in the file's order."""
     found: dict[int, tuple[str, dict[str, Any], dict[str, str], Any]] = {}
     for row in rows:
         reference = row["reference"]

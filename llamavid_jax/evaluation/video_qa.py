@@ -1,6 +1,6 @@
 """MSVD-QA, MSRVTT-QA and ActivityNet-QA: short free answers about videos, judged by a model.
 
-The paper's figures are gpt-3.5-turbo's of its time, and no score by another judge is comparable to them.
+The paper's judge was gpt-3.5-turbo as it was then; scores by any other judge are not comparable with the paper's.
 """
 
 import functools
@@ -41,7 +41,7 @@ USER = (
 
 
 def read_qa(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
-    """MSVD-QA and MSRVTT-QA."""
+    """Reads MSVD-QA or MSRVTT-QA."""
     file = need(folder, ("test_qa.json",), QA_SOURCE)
     lines = checked(file, read_json(file), "id", "question", "answer", "video_id")
     videos = need(folder, ("video", "videos", "YouTubeClips"), QA_SOURCE)
@@ -50,7 +50,7 @@ def read_qa(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
 
 
 def numbered_video(videos: Path, name: object, clips: Mapping[str, str] | None = None) -> Path:
-    """By its number the sets' authors call a video vid7 (MSVD) or video7 (MSR-VTT); or as `clips` have it."""
+    """The file of video 7, say: its name in `clips`, or 7, vid7 (MSVD) or video7 (MSR-VTT)."""
     clip = (clips or {}).get(str(name).removeprefix("vid"), name)
     names = dict.fromkeys([f"{clip}", f"{name}", f"vid{name}", f"video{name}"])
     files = (video_file(videos, one) for one in names)
@@ -58,14 +58,14 @@ def numbered_video(videos: Path, name: object, clips: Mapping[str, str] | None =
 
 
 def clip_names(folder: Path) -> dict[str, str]:
-    """The number of a video -> YouTube's name of its clip, by the table that MSVD's own download has."""
+    """Video number → name of its YouTube clip, from the table in MSVD's own download."""
     table = folder / "youtube_mapping.txt"
     pairs = (line.split() for line in read_text(table).splitlines()) if table.exists() else ()
     return {pair[1].removeprefix("vid"): pair[0] for pair in pairs if len(pair) == 2}
 
 
 def read_activitynet(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
-    """The original pairs the two files by place; by default they are paired by the questions' ids."""
+    """By default questions and answers are paired by id; the original pairs the two files by position."""
     question_file, answer_file = (
         need(folder, (f"test_{kind}.json", f"dataset/test_{kind}.json"), ACTIVITYNET_SOURCE) for kind in "qa"
     )
@@ -110,7 +110,7 @@ def _items(entries: Sequence[tuple[Any, dict[str, Any], Path, dict[str, Any]]]) 
 
 
 def counted(names: Any) -> list[str]:
-    """The original's keys of judgements: the name and how often it came before."""
+    """The original's keys of judgements: a name and how often it occurred before."""
     seen: dict[str, int] = defaultdict(int)
     keys = []
     for name in map(str, names):

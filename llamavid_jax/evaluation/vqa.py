@@ -1,7 +1,8 @@
 """VQAv2, VizWiz and TextVQA: answers compared with those of ten people.
 
-The answers to the test questions of VQAv2 and VizWiz are on servers, for which the files are written; where a folder
-has annotations (a validation split, in the official form) the accuracy is computed too, by the server's public rules.
+Servers hold the reference answers to the test questions of VQAv2 and VizWiz; the files to upload are written.  If the
+folder has annotations (of a validation split, in the official form), the accuracy is also computed here, by the
+servers' public rules.
 """
 
 import json
@@ -24,7 +25,7 @@ TEXTVQA_IMAGES = ("train_images", "train_val_images/train_images"), "train_val_i
 
 
 def read_vqav2(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
-    """test-dev2015; the upload holds all questions of test2015, as its server wants, with '' for those not asked."""
+    """test-dev2015; the upload has all questions of test2015, as its server requires, '' for those not asked."""
     people = {}
     if files := sorted(folder.glob("v2_mscoco_*annotations.json"), key=lambda file: "_train" in file.name):
         annotations = checked(files[0], read_json(files[0], dict).get("annotations", []), "question_id", "answers")
@@ -102,12 +103,12 @@ def _unasked(question_id: Any, **reference: Any) -> Row:
 
 
 def _accuracy(row: Row, prepare: Callable[[str], str]) -> float:
-    """Of a broken question 0: a person's "the" is as empty, once it is normalised."""
+    """An answer's accuracy; 0 for a broken question, even if a person's answer is empty after normalisation."""
     return 0.0 if "error" in row else vqa_accuracy(prepare(row["text"] or ""), row["reference"]["people"])
 
 
 def _scores(rows: Sequence[Row], prepare: Callable[[str], str], files: dict[str, bytes]) -> Scores:
-    """Accuracy of what is uploaded, where there are references; and of the texts as the model wrote them."""
+    """Accuracy of the uploaded answers, if there are references; and of the texts as the model wrote them."""
     known = [row for row in rows if "people" in row["reference"]]
     values = [_accuracy(row, prepare) for row in known]
     raw = [_accuracy(row, str) for row in known]
@@ -146,7 +147,7 @@ def read_textvqa(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
 
 
 def asked_question(prompt: str) -> str:
-    """The question alone, lower-cased, of a prompt of any of the four forms of LLaVA's files."""
+    """The question alone, in lower case, from a prompt in any of the four forms of LLaVA's files."""
     if prompt.startswith("OCR tokens: "):
         found = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
         return (found[1] if found else prompt).lower()

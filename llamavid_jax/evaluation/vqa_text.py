@@ -1,7 +1,7 @@
-"""Answers of VQA-like sets, made comparable: the two public normalisations, and the score among ten people.
+"""Normalisation of VQA answers by the two public rules, and the score against ten people's answers.
 
-`official` is the VQA server's; `for_upload` is what the original's converters do to an answer before it is uploaded
-(that of M4C and TextVQA): it also takes ',' and '?' away and splits possessives ("bob 's").
+`official` is the VQA server's rule.  `for_upload` is the rule (of M4C and TextVQA) that the original applies before an
+upload: it also removes ',' and '?' and splits possessives ("bob 's").
 """
 
 import re
@@ -12,9 +12,9 @@ NUMBERS = {word: str(number) for number, word in enumerate(NAMES.split())}
 NUMBERS["none"] = "0"
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-MOST_STOPS = 32  # full stops that are taken away; the public tools pass a flag of that value where a count belongs
+MOST_STOPS = 32  # full stops to remove; the public tools pass a flag of that value in place of a count
 
-# An apostrophe that was left out is put back: each of these words without any one of its apostrophes means the word.
+# Missing apostrophes are restored: each of these words, with any one of its apostrophes left out, becomes the word.
 APOSTROPHES = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
 he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -30,16 +30,16 @@ CONTRACTIONS = {
     for place, letter in enumerate(word)
     if letter == "'"
 }
-CONTRACTIONS["somebody'd"] = "somebodyd"  # as the tools have it
+CONTRACTIONS["somebody'd"] = "somebodyd"  # as in the public tools
 
 
 def official(text: str) -> str:
-    """The VQA server's: punctuation, then numbers, articles and contractions."""
+    """The VQA server's rule: punctuation, then numbers, articles and contractions."""
     return _words(_without_punctuation(one_line(text)))
 
 
 def for_upload(text: str) -> str:
-    """The original converters'."""
+    """The rule of the original's converters."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return official(text)
 
@@ -49,7 +49,10 @@ def one_line(text: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """A mark goes where a blank stands beside it anywhere, or digits on both sides of a comma; else it is a blank."""
+    """Removes each mark that has a space beside it anywhere, or any mark if a comma stands between digits.
+
+    Other marks become spaces.  Full stops are removed unless a digit follows.
+    """
     glued, out = re.search(r"\d,\d", text) is not None, text
     for mark in PUNCTUATION:
         out = out.replace(mark, "" if glued or f"{mark} " in text or f" {mark}" in text else " ")
@@ -62,13 +65,13 @@ def _words(text: str) -> str:
 
 
 def agreement(answer: str, people: Sequence[str]) -> float:
-    """The mean over the people of min(1, how many of the others gave this answer / 3)."""
+    """The mean over the people of min(1, number of the other people who gave this answer / 3)."""
     same = [person == answer for person in people]
     return sum(min(1.0, (sum(same) - own) / 3) for own in same) / len(people)
 
 
 def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
-    """The official tool's: answers are normalised where the people's differ, else compared as they are."""
+    """The official tool's accuracy; answers are normalised only if the people's answers differ."""
     answer, people = one_line(answer), [one_line(person) for person in people]
     if len(set(people)) > 1:
         answer, people = official(answer), [official(person) for person in people]
@@ -76,6 +79,6 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
 
 
 def textvqa_scores(people: Sequence[str]) -> dict[str, float]:
-    """TextVQA's score of every answer that somebody gave, normalised."""
+    """TextVQA's score of every normalised answer that somebody gave."""
     people = [for_upload(person) for person in people]
     return {answer: agreement(answer, people) for answer in sorted(set(people))}

@@ -1,7 +1,7 @@
-"""POPE and MME: questions with yes or no for an answer.
+"""POPE and MME: questions to answer with yes or no.
 
-The original reads an answer by rules that take "NO" and "Nope" for yes (POPE), or "Know" for no (MME); by default its
-first word that is yes or no counts, and an answer without either is wrong.
+The original's rules take "NO" and "Nope" for yes (POPE), or "Know" for no (MME).  By default the first word that means
+yes or no counts, and an answer without one is wrong.
 """
 
 import math
@@ -39,7 +39,7 @@ YES_OR_NO = "Please answer yes or no."
 
 
 def yes_or_no(text: str) -> str:
-    """The first word that is one of the two; "other" without: "not sure" and "no idea" are neither."""
+    """What the first word that means yes or no says, else "other"; "not sure" and "no idea" are neither."""
     no = r"(?:no|not|isn't|aren't|doesn't)\b(?! (?:idea|sure|certain|clear)\b)"
     found = re.search(rf"\b(yes|yeah|yep|nope|{no})\b", text.lower().replace("\u2019", "'"))
     return {None: "other", "yes": "yes", "yeah": "yes", "yep": "yes"}.get(found and found[1], "no")
@@ -49,8 +49,10 @@ def yes_or_no(text: str) -> str:
 
 
 def read_pope(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
-    """The two files number the questions differently.  A label is found by its question; in the original by its place,
-    which is that of another question where the labels are of another version than the questions."""
+    """Finds a question's label by the question, as the question file and the label files number questions differently.
+
+    The original finds it by position, which is another question's label if the files are of different versions.
+    """
     labels: dict[str, dict[Any, dict[str, Any]]] = {}
     for file in sorted(need(folder, ("coco",), POPE_SOURCE).glob("coco_pope_*.json")):
         lines = checked(file, read_lines(file), "label")
@@ -76,7 +78,7 @@ def read_pope(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
 
 
 def _pope_question(line: dict[str, Any]) -> tuple[Any, str]:
-    """LLaVA's copies have a misspelling that later labels have not."""
+    """Image and question; LLaVA's files have a misspelling that later labels do not have."""
     return line.get("image"), _bare(str(line["text"])).replace("imange", "image")
 
 
@@ -124,7 +126,7 @@ def _pope_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def counts(pairs: Sequence[tuple[str, str]]) -> dict[str, int | float]:
-    """TP, FP, TN, FN and what comes of them; an answer that is neither is wrong either way.  0 where nothing is."""
+    """TP, FP, TN, FN and the ratios; an answer that is neither yes nor no is always wrong.  Undefined ratios are 0."""
     tp, fp, tn = (pairs.count(pair) for pair in (("yes", "yes"), ("yes", "no"), ("no", "no")))
     fn = sum(given != "yes" and label == "yes" for given, label in pairs)
     precision = tp / (tp + fp) if tp + fp else 0.0
@@ -141,7 +143,7 @@ def counts(pairs: Sequence[tuple[str, str]]) -> dict[str, int | float]:
 
 
 def _f1_share(table: dict[str, int | float], given: str, label: str) -> float:
-    """What a question adds to the deviation of F1 = 2 TP / (2 TP + FP + FN), by the delta method."""
+    """A question's contribution to the deviation of F1 = 2 TP / (2 TP + FP + FN), by the delta method."""
     top, wrong = 2 * (given == label == "yes"), (given == "yes") != (label == "yes")
     bottom = 2 * table["TP"] + table["FP"] + table["FN"]
     return (top - table["f1"] * (top + wrong)) / bottom if bottom else 0.0
@@ -166,7 +168,7 @@ def read_mme(folder: Path, original: bool) -> tuple[list[Item], list[Row]]:
 
 
 def _wordings(release: Path, category: str, stem: str) -> dict[str, tuple[str, str]]:
-    """The benchmark's own questions about a picture: the bare question → its wording, "Yes" or "No"."""
+    """The benchmark's own questions about an image: bare question → its wording, and "Yes" or "No"."""
     names = f"{category}/{stem}.txt", f"{category}/questions_answers_YN/{stem}.txt"
     file = next((release / name for name in names if (release / name).exists()), None)
     if file is None:
@@ -187,7 +189,7 @@ def mme_original(text: str) -> str:
 def score_mme(rows: Sequence[Row], original: bool) -> Scores:
     parse = mme_original if original else yes_or_no
     known = [row for row in rows if "label" in row["reference"] and row["text"] is not None]
-    right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))  # category → picture → questions
+    right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))  # category → image → questions
     files: dict[str, str] = defaultdict(str)
     items = {}
     for row in known:
@@ -215,7 +217,7 @@ def score_mme(rows: Sequence[Row], original: bool) -> Scores:
 
 
 def _mme_task(pictures: Sequence[Sequence[bool]]) -> dict[str, Figure]:
-    """acc: right questions; acc_plus: pictures with both right; score: their sum, all in percent."""
+    """acc: right questions; acc_plus: images with both questions right; score: their sum; all in percent."""
     clusters = [number for number, answers in enumerate(pictures) for _ in answers]
     both = [float(len(answers) == 2 and all(answers)) for answers in pictures]
     acc = mean([float(answer) for answers in pictures for answer in answers], 100.0, clusters)

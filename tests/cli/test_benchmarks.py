@@ -1,4 +1,4 @@
-"""The benchmarks run; their numbers are for machines that nobody else uses."""
+"""The benchmarks run; their numbers are meaningful only on an otherwise idle machine."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Commands whose files are all in a bucket, which an emulator is; and what befalls them there."""
+"""Commands with all their files in an emulated bucket, and their behaviour under its faults."""
 
 import json
 import re
@@ -61,13 +61,13 @@ def train(place: str, output: str, *extra: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(disk, env) -> Path:
-    """Six steps on the disk, without interruption."""
+    """Six training steps on the local disk, without interruption."""
     run(train(str(disk), str(disk / "whole")), env)
     return disk / "whole"
 
 
 def load_all(model: Path) -> dict[str, bytes]:
-    """Every weight of a model, as bytes."""
+    """The bytes of every weight of a model."""
     params = load_weights(model, LLaMAVIDLlavaConfig.from_pretrained(model), "float32")
     return {path: np.asarray(value).tobytes() for path, value in params.items()}
 
@@ -141,7 +141,7 @@ def model(bucket, checkpoint) -> str:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, bucket) -> Iterator[Path]:
-    """An empty working folder, where no command leaves a folder `gs:`; each looks anew, as another process would."""
+    """An empty working folder, in which no command may leave a folder `gs:`; buckets are always checked anew."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(copies, "FRESH", 0.0)
     yield tmp_path

@@ -1,4 +1,4 @@
-"""`infer.py` as its users run it: real files, the shell, bad input."""
+"""`infer.py` as users run it: real files, the shell, bad input."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def ask(checkpoint, capsys):
 
 @pytest.fixture(scope="module")
 def video_answer(checkpoint) -> dict:
-    """One question about the bundled video, in a process of its own."""
+    """One question about the bundled video, in a separate process."""
     command = [sys.executable, "infer.py", "--model", checkpoint, "--dtype", "float32", "--max-new-tokens", "8"]
     command += ["--video", CLIP, "--question", QUESTION, "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The notebooks: their committed form, and every cell from the top on a CPU: in place, and in a fresh folder."""
+"""The notebooks: their committed form, and all cells run in order on a CPU, in place and in a new folder."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""deploy/ for training: one run in all its files, that of docs/tpu-pod.md, and one way to end and go on."""
+"""deploy/ for training: all files start the run of docs/tpu-pod.md and end and resume it in the same way."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from llamavid_jax.training.pace import HUNG
 
 BAD_INPUT, GRACE, RESTARTS = 2, 600, 50
 
-# Every name that the manifests use, as the schemas of JobSet v1alpha2 and Kueue v1beta2 spell it.
+# Every field that the manifests use, as spelled in the schemas of JobSet v1alpha2 and Kueue v1beta2.
 NAMES = """
   action annotations apiVersion args backoffLimit clusterQueue command completions containerName containers
   coveredResources failurePolicy flavors image kind labels limits maxRestarts metadata name namespace
@@ -33,7 +33,7 @@ def read(name: str) -> str:
 
 
 def told(script: str, command: str, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    """`bash script`, where `command` says its arguments and exits with `code`, and so does what Slurm brings."""
+    """Runs `bash script`; stand-ins for `command` (exit code `code`) and Slurm's scontrol print their arguments."""
     stubs = f"{command}() {{ printf '%s\\n' \"$@\"; return {code}; }}; scontrol() {{ echo scontrol $@; }}"
     line = f"{stubs}; export -f {command} scontrol; exec bash deploy/{script}"
     env = {"PATH": "/usr/bin:/bin", **variables}
@@ -59,7 +59,7 @@ def slurm(code: int = 0, restarts: int = 0) -> subprocess.CompletedProcess:
 
 
 def arguments() -> dict[str, list[str]]:
-    """What each of the files gives to train.py."""
+    """The arguments that each of the files gives to train.py."""
     (command,) = (line.removeprefix("--command=") for line in xpk() if line.startswith("--command="))
     managed = yaml.safe_load(read("skypilot.yaml"))["run"].replace("\\\n", " ").replace("$BUCKET", "BUCKET")
     page = (ROOT / "docs" / "tpu-pod.md").read_text(encoding="utf-8").replace("$BUCKET", "BUCKET")

@@ -1,7 +1,7 @@
-"""Two processes, which stand for hosts, under many faults, end as if nothing had been: `make test-pods`.
+"""Two processes, which stand for hosts, train under many faults with the same result as without: `make test-pods`.
 
-What an orchestrator does is done here: when one process ends, the other is killed, and the run is started again.  Every
-other time one process takes the place of both, with the devices of both.
+The test does what an orchestrator would: if one process ends, it kills the other and starts the run again.  Every other
+time one process, with the devices of both, replaces the two.
 """
 
 import itertools
@@ -20,12 +20,12 @@ from llamavid_jax.training.pace import HUNG
 
 pytestmark = pytest.mark.pods
 FAULTS, SAVE_EVERY = 50, 3
-CODES = {"kill": -signal.SIGKILL, "hang": HUNG, "disk": 2}  # of the process that has it
-BESIDE = "slow", "nan"  # which end none: a life has both, and then one of CODES before its next save
+CODES = {"kill": -signal.SIGKILL, "hang": HUNG, "disk": 2}  # exit code of the process with the fault
+BESIDE = "slow", "nan"  # which end no process: each life has both, then one of CODES before its next save
 
 
 def life(arguments: list[str], processes: int = 2) -> tuple[list[int], str]:
-    """Exit codes and what all print of one life of the run, which has two devices."""
+    """One life of the run, which has two devices: the exit codes and the output of all its processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -68,8 +68,8 @@ def test_many_faults_change_nothing(tmp_path):
     had: Counter[str] = Counter()
     for number, kind in zip(range(lives), itertools.cycle(CODES)):
         began, last = time.monotonic(), saved(output)
-        at = last + SAVE_EVERY  # behind the steps up to the next save, which all count
-        faults = [f"slow@{last + 1}", f"nan@{at + 1}", f"{kind}@{at + 3}"]  # a step is looked at behind the next
+        at = last + SAVE_EVERY  # after the steps up to the next save, which all count
+        faults = [f"slow@{last + 1}", f"nan@{at + 1}", f"{kind}@{at + 3}"]  # a step is checked after the next one
         arguments = itertools.chain(*(("--simulate-fault", one) for one in faults))
         codes, text = life([*run_in(output), *arguments], processes=2 - number % 2)
         print(*faults, f"codes {codes}, {time.monotonic() - began:.0f} s", flush=True)

@@ -1,4 +1,4 @@
-"""What the README says: its Python runs, its commands parse, its files exist."""
+"""The README: its Python runs, its commands parse, its files exist."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands(start: str) -> list[list[str]]:
-    """Arguments of every command in the README that begins with `start`."""
+    """The arguments of every command in the README that begins with `start`."""
     lines = re.findall(rf"{re.escape(start)} ([^`\n#]*)", README)
     return [shlex.split(line) for line in lines]
 

@@ -1,4 +1,4 @@
-"""Commands whose standard streams are closed, narrow or full: no traceback, and an error is never the answer."""
+"""Commands whose standard streams are closed, full or not UTF-8: no traceback, and no error in place of an answer."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def test_with_every_stream_closed():
 
 @pytest.fixture
 def data(tmp_path):
-    """One sample that can be used, and one that cannot, whose id and file no terminal can show."""
+    """A usable sample, and an unusable one whose id and file no terminal can display."""
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
     path = tmp_path / "data.json"
     broken = {"id": "日本 \x1b[2J\ud83d", "video": "gone\udce9.mp4", "conversations": talk}

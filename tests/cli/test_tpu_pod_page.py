@@ -1,4 +1,4 @@
-"""docs/tpu-pod.md: what can run here is run, as it stands; of the rest the shell and our own commands understand it."""
+"""docs/tpu-pod.md: what can run here is run unchanged; the rest is checked by the shell and our own parsers."""
 
 import math
 import re

@@ -1,6 +1,6 @@
-"""`train.py` as its users run it: stages one after another, interrupted, killed, damaged, on several processes.
+"""`train.py` as users run it: consecutive stages, runs interrupted, killed and damaged, several processes.
 
-Each run that computes is a process of its own; all have the tiny model, and programs compiled once are kept on disk.
+Each run that computes has its own process; all use the tiny model and share compiled programs on disk.
 """
 
 import json
@@ -55,7 +55,7 @@ def six_steps(folder: Path, output: Path, *extra: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(folder, env) -> Path:
-    """Six steps without interruption."""
+    """Six training steps without interruption."""
     run(six_steps(folder, folder / "whole"), env)
     return folder / "whole"
 
@@ -67,7 +67,7 @@ def weights(output: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same(output: Path, expected: Path) -> None:
-    """Bit for bit: every weight and every loss."""
+    """Asserts that all weights and losses are equal bit for bit."""
     found, wanted = weights(output), weights(expected)
     for path, value in wanted.items():
         np.testing.assert_array_equal(found[path], value, err_msg=path)
@@ -282,9 +282,9 @@ def test_two_processes_then_one_then_two(folder):
     fewer = six_steps(folder, elastic, *settings, "training.save_every=1", "--simulate-fault", "kill@6")
     assert "at step 2 of 6" in run(fewer, environment(2), -signal.SIGKILL)
     assert re.search("at step [45] of 6", both(elastic))  # a save waits for the one before
-    # Sums in another order, which Adam's first steps enlarge.
+    # Summation in another order, whose difference Adam's first steps enlarge.
     np.testing.assert_allclose(losses(elastic), losses(together), rtol=1e-5)
-    # With a batch left out or seen twice they would be another step's.
+    # If a batch were left out or seen twice, they would be those of another step.
     assert (np.abs(np.diff(losses(together))) > 1e-3).all()
 
 
@@ -294,7 +294,7 @@ def metrics_lines(output: Path) -> list[dict]:
 
 
 def until(condition, process) -> None:
-    """Waits for `condition` while the process runs."""
+    """Waits until `condition` holds, while the process runs."""
     for _ in range(6000):
         if condition():
             return

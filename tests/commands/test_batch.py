@@ -1,4 +1,4 @@
-"""`llamavid-batch`: the answers are those of the rows alone, and none is lost or written twice, whatever happens."""
+"""`llamavid-batch`: answers equal those of single rows, and none is lost or written twice, whatever happens."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ QUESTIONS = ("what is in the video?", "who?", "which car is it, and where does i
 
 @pytest.fixture
 def media(tmp_path, monkeypatch) -> Path:
-    """Clips of 3, 6 and 9 seconds and a picture, by their names alone."""
+    """Clips of 3, 6 and 9 seconds and an image, to be named without their folder."""
     monkeypatch.chdir(tmp_path)
     for number in (1, 2, 3):
         write_clip(tmp_path / f"{number}.mp4", [index_frame(90 * number + i) for i in range(3 * number)], rate=1)
@@ -33,7 +33,7 @@ def media(tmp_path, monkeypatch) -> Path:
 
 
 def rows() -> list[dict]:
-    """Videos in turns, so that each comes back."""
+    """Rows that take the videos in turn, so that each is used again later."""
     found = [
         {"id": f"{number}-{place}", "video": f"{number}.mp4", "question": question}
         for place, question in enumerate(QUESTIONS)
@@ -48,7 +48,7 @@ def save(path: Path, lines: list) -> Path:
 
 
 def read(path: Path) -> dict[str, dict]:
-    """The answers by id, of which there is one each."""
+    """The answers by id; asserts that each id occurs once."""
     answers = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({answer["id"] for answer in answers}) == len(answers)
     return {answer["id"]: answer for answer in answers}
@@ -230,7 +230,7 @@ def test_how_many_are_answered_together_changes_nothing(run, media, tokens):
 
 
 def bad(case: str, media: Path) -> str:
-    """Prepares a case; returns what is said."""
+    """Prepares a case; returns the expected message."""
     questions, answers = media / "q.jsonl", media / "a.jsonl"
     row = {"id": "a", "video": "1.mp4", "question": "who?"}
     save(questions, [row])

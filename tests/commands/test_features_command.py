@@ -1,4 +1,4 @@
-"""`llamavid-features` as its users run it."""
+"""`llamavid-features` as users run it."""
 
 import json
 import os

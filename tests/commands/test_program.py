@@ -1,4 +1,4 @@
-"""Compiled programs between two calls of a command."""
+"""Compiled programs are kept between two calls of a command."""
 
 import os
 import subprocess

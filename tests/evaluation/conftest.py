@@ -1,4 +1,4 @@
-"""A small checkpoint, and official folders with made-up questions about real pictures and clips."""
+"""A small checkpoint, and sets' official folders with made-up questions about real images and clips."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def checkpoint(tiny_model, tmp_path_factory) -> str:
 
 @pytest.fixture
 def official(tmp_path):
-    """`official("gqa")` lays the recorded items of a set out as its official folder."""
+    """`official("gqa")` writes the recorded items of a set as its official folder."""
 
     def make(name: str) -> Path:
         recording = json.loads((GOLDEN / "evaluation" / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The answers half with a small model: once a video, full buckets, broken items, runs that end anywhere."""
+"""Answers from a small model: each video encoded once, full batches, broken items, runs that are stopped anywhere."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def texts(out: Path) -> dict[str, str]:
 
 @pytest.fixture
 def short(monkeypatch):
-    """Answers of four tokens."""
+    """Limits answers to four tokens."""
     import dataclasses
 
     for name in ("gqa", "msvd", "scienceqa"):
@@ -119,7 +119,7 @@ def test_a_broken_item_costs_itself(checkpoint, official, tmp_path, short, capsy
     assert "1 of 6 pictures and videos are missing" in error and "3 questions are broken" in error
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["answered"], result["of"], result["broken"]) == (9, 9, 3)
-    official("msvd")  # mended
+    official("msvd")  # restores the video
     assert run(checkpoint, "msvd", data, tmp_path / "out") == 0
     assert sum("error" in row for row in rows(tmp_path / "out")) == 3
     assert run(checkpoint, "msvd", data, tmp_path / "out", "--retry") == 0
@@ -296,6 +296,6 @@ def test_killed_runs_lose_and_repeat_nothing(checkpoint, official, tmp_path):
 
 
 def rows_so_far(out: Path) -> list[dict]:
-    """The whole lines."""
+    """The rows of complete lines."""
     lines = (out / "answers.jsonl").read_bytes().split(b"\n")[1:-1]
     return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""Standard errors, the paired bootstrap, the comparison of two runs and the page of results."""
+"""Standard errors, the paired bootstrap, the comparison of two runs, and the page of results."""
 
 import json
 import math
@@ -28,7 +28,7 @@ HEADER = {
 
 @pytest.fixture
 def result(official, tmp_path):
-    """`result("a", [0, 1])`: a scored run of GQA with those questions answered right."""
+    """`result("a", [0, 1])`: a scored run of GQA that answered questions 0 and 1 right."""
 
     def make(name: str, right, **header):
         items, _ = SETS["gqa"].read(official("gqa"), False)

@@ -1,4 +1,4 @@
-"""The default mode, where the original's rules would count a right answer wrong, or a wrong one right."""
+"""The default mode, where the original's rules would count a right answer as wrong, or a wrong one as right."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Judges: a local server that answers well, badly, never; the file of replies; the offline judge."""
+"""Judges: a local server that replies well, badly or never; the file of replies; the offline judge."""
 
 import json
 import threading
@@ -16,13 +16,13 @@ GOOD = "{'pred': 'yes', 'score': 4}"
 
 
 class Server:
-    """Answers with `replies` in turn, the last one for ever; an int is a status."""
+    """Sends `replies` in turn, the last one repeatedly; an int is a status code."""
 
     def __init__(self):
         self.replies: list = []
-        self.lost = 0  # bytes that are promised and do not come
-        self.seconds = 0.0  # before an answer
-        self.hangs: threading.Event | None = None  # what an answer's end waits for
+        self.lost = 0  # bytes that are announced but not sent
+        self.seconds = 0.0  # delay before a reply
+        self.hangs: threading.Event | None = None  # delays the end of a reply until it is set
         self.headers: dict[str, str] = {}
         self.asked: list = []
         server = self

@@ -1,4 +1,4 @@
-"""MLVU, Video-MME and LongVideoBench in their own forms: prompts, subtitles, scores."""
+"""MLVU, Video-MME and LongVideoBench in their official formats: prompts, subtitles, scores."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/evaluation.md: its commands run, from an empty folder, on made-up data; its table names every set."""
+"""docs/evaluation.md: its commands run in an empty folder on made-up data, and its table lists every set."""
 
 import re
 import shlex
@@ -32,7 +32,7 @@ def test_commands(checkpoint, official, tmp_path, monkeypatch, short, server, ca
         arguments = shlex.split(line.replace("https://api.openai.com/v1", server.address), comments=True)[1:]
         assert command.main(arguments) == 0, line + capsys.readouterr().err
     assert "MSVD-QA" in capsys.readouterr().out and len(server.asked) == 9
-    assert Path("results.md").read_text().count("llamavid-7b") == 0  # a checkpoint is called by its own folder's name
+    assert Path("results.md").read_text().count("llamavid-7b") == 0  # a checkpoint's name is that of its folder
     assert Path("results.md").read_text().count("| checkpoint") == 2
 
 

@@ -1,4 +1,4 @@
-"""What is read in a judge's reply, and what is not."""
+"""Which judge's replies are read, and how."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The file of answers: cut off at any byte, used by two, of another run, of several parts."""
+"""The file of answers: cut off at any byte, used by two processes, from another run, in several parts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""POPE and MME: what an answer says, the labels and questions of their owners."""
+"""POPE and MME: reading yes or no in an answer, and the labels and questions of their owners."""
 
 import math
 

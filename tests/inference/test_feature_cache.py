@@ -1,4 +1,4 @@
-"""Asking again: from a cache or a file the answer is the video's own, and never that of other features."""
+"""Repeated questions, from a cache or a feature file: the answer is the video's own, never from other features."""
 
 import errno
 import multiprocessing
@@ -34,7 +34,7 @@ SHORT = {"max_new_tokens": 8}
 
 @pytest.fixture
 def encoded(tiny_model, monkeypatch) -> list[int]:
-    """Frames of every chunk that went through the tower to be kept."""
+    """The number of frames in each chunk that the tower encoded for keeping."""
     counts, chunks = [], type(tiny_model).feature_chunks
 
     def counted(model, pixels):
@@ -52,7 +52,7 @@ def clip(tmp_path) -> str:
 
 
 def asked(model, video, cache=None, images=IMAGES, question="what is it?", **more):
-    """Ids and visual tokens of one question."""
+    """The ids and visual tokens of one question."""
     ids, tokens = Session(model, images, videos=[video], cache=cache, follow_ups=False, **more).inputs(question)
     return ids, [array.tobytes() for array in tokens]
 
@@ -134,7 +134,7 @@ def other(model, change, **more):
 
 
 def nudged(name, value):
-    """One weight of the tower, by the least that float32 can hold."""
+    """Changes one weight of the tower by the smallest float32 step."""
     if not name.startswith("vision.blocks.attn") or not name.endswith("out.kernel"):
         return value
     return value.at[(0,) * value.ndim].set(np.nextafter(value[(0,) * value.ndim], np.float32(9)))
@@ -346,7 +346,7 @@ def test_the_rules_of_sampling_are_part_of_the_key(tiny_model, clip, tmp_path, m
 
 
 def film(model, path, video, dtype="F32", inputs=None, fps=1.0, images=IMAGES):
-    """The feature file of a video, as the cache writes it."""
+    """A video's feature file, as the cache writes it."""
     cache = FeatureCache(path.parent / "made")
     asked(model, video, cache, images, fps=fps)
     made = path.parent / "made" / cache.path(video_key(Path(video), fps, model, images)).name

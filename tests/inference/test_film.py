@@ -1,4 +1,4 @@
-"""What a session gives up when it is told to, and that it says so."""
+"""What a session leaves out of a long or damaged film when allowed to, and that it reports it."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ SHORT = {"max_new_tokens": 4}
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
-    """Six seconds, a key frame every 0.4 of them."""
+    """Six seconds, with a key frame every 0.4 s."""
     return write_clip(tmp_path_factory.mktemp("film") / "film.mkv", [index_frame(i) for i in range(150)])
 
 

@@ -1,4 +1,4 @@
-"""Prefill in chunks: the same answers, flat memory."""
+"""Prefill in chunks: the same answers in constant memory."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Generation: batches, buckets, stopping, streaming, sampling, and how often anything compiles."""
+"""Generation: batches, buckets, stopping, streaming, sampling, and the number of compilations."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def frames(count: int, seed: int = 0) -> np.ndarray:
 
 
 def full_forward_greedy(model, ids: list[int], count: int, **visuals) -> list[int]:
-    """Greedy decoding without a cache: the whole row again for every token."""
+    """Greedy decoding without a cache: a full forward pass for every token."""
     ids, new = list(ids), []
     for _ in range(count):
         new.append(int(np.argmax(model([ids + new], **visuals).logits[0, -1])))
@@ -30,7 +30,7 @@ def full_forward_greedy(model, ids: list[int], count: int, **visuals) -> list[in
 
 @pytest.fixture(scope="module")
 def alone(tiny_model):
-    """Each row of the ragged batch, answered by itself."""
+    """The answer to each row of the ragged batch, asked alone."""
     video = tiny_model.generate(
         [VIDEO], pixel_values=[frames(3)], prompts=[[PROMPT]], max_new_tokens=20, ignore_eos=True
     )

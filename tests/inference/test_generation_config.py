@@ -1,4 +1,4 @@
-"""GenerationConfig's fields, and what this model does not do."""
+"""GenerationConfig's fields, and those that this model does not support."""
 
 import pytest
 

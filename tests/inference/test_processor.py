@@ -1,4 +1,4 @@
-"""The processor: text, media and chats -> the model call's arguments, and malformed calls, each with its own error."""
+"""The processor: text, media and chats -> the model's arguments; each malformed call has its own error."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ SIZE = 28
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkpoint folder as far as the processor reads it."""
+    """The files of a checkpoint folder that the processor reads."""
     path = tmp_path_factory.mktemp("checkpoint")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(GOLDEN / "text" / name, path)

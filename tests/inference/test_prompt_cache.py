@@ -1,4 +1,4 @@
-"""A conversation's prompts: what the one before has computed is not computed again, and the answers stay."""
+"""A conversation's prompts: what an earlier prompt has computed is reused, and the answers stay the same."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Requests that are refused: ids, visuals, masks, labels and settings, each by a line that names the value."""
+"""Refused requests: ids, visuals, masks, labels and settings, each with a line that names the value."""
 
 import numpy as np
 import pytest

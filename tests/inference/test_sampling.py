@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits warpers, and its draws against the distribution they should come from."""
+"""Sampling, compared with transformers' logits warpers; draws, compared with the expected distribution."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A conversation: its layout is the processor's, what it has computed stays, and it may go on for ever."""
+"""A conversation: laid out as by the processor, it reuses what it has computed and may continue without end."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def clip(frames: int) -> np.ndarray:
 
 @pytest.fixture
 def prompts(tiny_model, monkeypatch) -> list[list[int]]:
-    """Ids of every row that the model is asked about."""
+    """The ids of every row that the model is asked."""
     asked, generate = [], tiny_model.generate
     monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: asked.append(list(ids[0])) or generate(ids, **kw))
     return asked
@@ -107,7 +107,7 @@ def test_a_question_that_fails_changes_nothing(tiny_model):
 
 @pytest.fixture
 def positions(tiny_model, monkeypatch):
-    """Gives the model other positions than its 2,048."""
+    """Changes the model's number of positions from 2,048."""
 
     def change(trained: int, factor: float = 1.0) -> None:
         text = dataclasses.replace(tiny_model.config.text_config, max_position_embeddings=trained, rope_factor=factor)

@@ -1,4 +1,4 @@
-"""Stop strings and streaming over the borders of tokens and characters, with the golden sentencepiece vocabulary."""
+"""Stop strings and streaming across token and character boundaries, with the golden sentencepiece vocabulary."""
 
 import pytest
 from paths import GOLDEN

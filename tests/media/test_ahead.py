@@ -1,4 +1,4 @@
-"""Items come in order, from no further ahead than there is room, and nothing is left running."""
+"""Reading ahead: items come in order, no further ahead than the limit, and no thread is left running."""
 
 import contextlib
 import subprocess
@@ -15,7 +15,7 @@ from llamavid_jax.media.ahead import side_by_side
 
 
 def worker(count, made=None):
-    """Reads job `n` as the items `10 n`, `10 n + 1`, ..."""
+    """Job `n` yields the items `10 n`, `10 n + 1`, ..."""
 
     @contextlib.contextmanager
     def open_one():
@@ -43,7 +43,7 @@ def test_no_thread_runs_further_ahead_than_there_is_room(threads, room):
     made, taken = [], 0
     for _ in side_by_side(range(40), worker(8, made), threads, room):
         taken += 1
-        # what waits, one more that each thread holds, and one a job that may always wait
+        # waiting items, one more held by each thread, and one per job that is always allowed to wait
         assert len(made) - taken <= room / 10 + threads + 2 * threads
         assert max(job for job, _ in made) <= (taken - 1) // 8 + 2 * threads
     assert taken == len(made) == 320
@@ -100,7 +100,7 @@ def test_a_thread_that_takes_the_iterator_away_itself(threads, monkeypatch):
 
     class Item(np.ndarray):
         @property
-        def nbytes(self):  # asked for while the thread holds the lock
+        def nbytes(self):  # read while the thread holds the lock
             if held and taken.is_set():
                 held.clear()
             return 10

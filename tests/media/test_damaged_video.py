@@ -1,4 +1,4 @@
-"""Files that are damaged, cut short or no videos: a MediaError that names the file and a remedy, never a crash."""
+"""Files that are damaged, truncated or no videos: a MediaError that names the file and a remedy, never a crash."""
 
 import io
 import random
@@ -45,7 +45,7 @@ def picture(folder, name):
 
 
 def cover_only(path):
-    """A song with a picture."""
+    """A song with cover art."""
     with av.open(str(path), "w", format="mp4") as output:
         sound, cover = output.add_stream("aac", rate=16000), output.add_stream("mjpeg", rate=25)
         cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"

@@ -1,4 +1,4 @@
-"""The feature file: what goes in comes out, as safetensors reads it too, and no damage goes unnoticed."""
+"""The feature file: it returns what was written, safetensors reads it too, and all damage is detected."""
 
 import errno
 import hashlib
@@ -68,14 +68,14 @@ def test_others_read_it_with_safetensors_alone(tmp_path):
 
 
 def test_int8_and_its_error(tmp_path):
-    wide = FEATS * np.array([1, 100, 0.01, 0], np.float32)  # channels of very different sizes, one of nothing
+    wide = FEATS * np.array([1, 100, 0.01, 0], np.float32)  # channels of very different scales, one of zeros
     path = write(tmp_path / "a.safetensors", wide, "I8")
     found, said = np.stack(list(iter_features(path, keep_cls=True))), describe(path)
     assert found.dtype == np.float32
     error = found - wide
     assert said["error"]["relative"] == pytest.approx(np.sqrt((error**2).sum() / (wide**2).sum()), rel=1e-4)
     assert said["error"]["largest"] == pytest.approx(np.abs(error).max(), rel=1e-6)
-    assert (np.abs(error) <= np.abs(wide).max(1, keepdims=True) / 254 * 1.001).all()  # half a step of each channel
+    assert (np.abs(error) <= np.abs(wide).max(1, keepdims=True) / 254 * 1.001).all()  # half a quantization step
     assert path.stat().st_size < write(tmp_path / "b.safetensors", wide, "F32").stat().st_size
     with safe_open(path, framework="np") as opened:
         alone = opened.get_tensor("feats") * opened.get_tensor("scales")[:, None]
@@ -98,13 +98,13 @@ def test_one_flipped_bit_is_told(dtype, tmp_path):
         texts = json.dumps(said) + str(read_header(path))
         return {"frames": frames.astype(np.float32), "said": np.array(texts)}
 
-    assert_told_or_harmless(tmp_path, read, least=25)  # half of the file are blanks behind the header
+    assert_told_or_harmless(tmp_path, read, least=25)  # half of the file is blanks after the header
 
 
 def test_frames_before_the_damage_are_right_and_those_after_it_never_come(tmp_path):
     path = write(tmp_path / "a.safetensors", dtype="F32")
     data = bytearray(path.read_bytes())
-    data[-5] ^= 4  # in the last run of frames, 64 to 69
+    data[-5] ^= 4  # in the last block of frames, 64 to 69
     path.write_bytes(data)
     seen = []
     with pytest.raises(MediaError, match=r"a\.safetensors .*frames 64 to 69 do not have the SHA-256"):
@@ -165,7 +165,7 @@ def test_what_a_type_cannot_hold_is_said(tmp_path):
 
 
 def resealed(path, **changes):
-    """The file with other fields in its JSON, and the right sum of that."""
+    """The file with other fields in its JSON and a checksum that matches them."""
     with safe_open(path, framework="np") as opened:
         metadata, feats = opened.metadata(), opened.get_tensor("feats")
     said = json.loads(metadata["llamavid_features"])

@@ -1,4 +1,4 @@
-"""The original's pickles of features are read, and nothing in a pickle is ever run."""
+"""The original's pickled features are read, and nothing in a pickle is ever executed."""
 
 import collections
 import pickle
@@ -57,7 +57,7 @@ class State:
 
 
 def attacks(ran: str):
-    """What is given in the place of the array, or of everything, and what the refusal says."""
+    """Values in place of the array or of the whole content, and the error for each."""
     code = f"open({ran!r}, 'w')"
     return {
         "system": (Call(__import__("os").system, f"touch {ran}"), r"names posix\.system"),

@@ -1,4 +1,4 @@
-"""Ready features: one flipped bit of an archive is told or harms nothing."""
+"""Precomputed features: one flipped bit in an archive is reported or harmless."""
 
 import concurrent.futures
 import gc

@@ -1,4 +1,4 @@
-"""The documented front: every form of picture and video, and the settings file of transformers."""
+"""The image processor: every form of image and video, and transformers' settings file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""CLIP's preprocessing against the original's recorded output and against transformers; every kind of bad picture."""
+"""CLIP's preprocessing against the original's recorded output and against transformers; all kinds of bad images."""
 
 import io
 import random
@@ -92,7 +92,7 @@ def test_sixteen_bit_grey_keeps_its_shades(tmp_path, name):
     np.testing.assert_array_equal(grey, np.repeat((levels >> 8).astype(np.uint8)[..., None], 3, 2))
 
 
-# Where the picture's top left corner lies in the file for each EXIF orientation: (row, column) from the ends.
+# For each EXIF orientation, the position of the image's top left corner in the file: (row, column).
 STORED = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (-1, 0), 7: (-1, -1), 8: (0, -1)}
 
 

@@ -1,4 +1,4 @@
-"""Decoding only what a sampling needs gives the frames that decoding everything in order gives, bit for bit."""
+"""Decoding only what a sampling needs gives the same frames, bit for bit, as decoding everything in order."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ COUNT = 150
 
 @functools.cache
 def frames():
-    """Frames that say their index, above a picture that moves: a wrong reference is seen."""
+    """Frames that show their index above a moving image, so that a wrong reference frame is noticed."""
     texture = np.random.default_rng(0).integers(0, 256, (32, 320, 3), np.uint8)
     return [np.concatenate([index_frame(i), texture[:, i : i + 160]]) for i in range(COUNT)]
 
@@ -37,7 +37,7 @@ def x264(text):
 
 
 H265 = "keyint=12:scenecut=0:log-level=none"
-PARTS = {  # what has several places to begin at
+PARTS = {  # files in which decoding can start at several positions
     "H.264.mp4": ("libx264", {}),
     "H.264.mkv": ("libx264", {}),
     "H.264 without B-frames.mp4": ("libx264", {"bf": "0"}),
@@ -55,7 +55,7 @@ PARTS = {  # what has several places to begin at
     "MPEG-2.mkv": ("mpeg2video", {"g": "12", "bf": "2"}),
     "Motion JPEG.mkv": ("mjpeg", {}),
 }
-ONE_PART = {  # what begins at its beginning alone, where frames that nothing refers to are left out
+ONE_PART = {  # files that are decoded from the start; frames that none refers to are skipped
     "H.264 open.mp4": x264("keyint=12:open-gop=1:bframes=3"),
     "H.264 refreshed bit by bit.mkv": x264("keyint=12:intra-refresh=1"),
     "H.264 of one group.mp4": ("libx264", {"g": "1000"}),
@@ -74,14 +74,14 @@ IN_ORDER = {
 
 @pytest.fixture(params=[1, 60])
 def small(monkeypatch, request):
-    """The plan of a long film for a clip, with parts of one group or of several."""
+    """Plans a clip like a long film, in parts of one group of pictures or of several."""
     monkeypatch.setattr(reading, "SHORT", 0)
     monkeypatch.setattr(reading, "PART", request.param)
 
 
 @pytest.fixture
 def resorted(monkeypatch):
-    """How often decoding in order had to step in."""
+    """Counts how often the reader fell back to decoding in order."""
     calls, original = [], video.decode_in_order
     monkeypatch.setattr(video, "decode_in_order", lambda *args: calls.append(1) or original(*args))
     return calls
@@ -227,8 +227,8 @@ def test_an_index_that_is_wrong_costs_time_alone(tmp_path, small, resorted):
     for wrong in (
         dataclasses.replace(index, entries=np.array([0, 25, 50, 75, 100, 125])),  # no key frames
         dataclasses.replace(index, pts=swapped),
-        dataclasses.replace(index, pts=np.append(index.pts[1:], 10**9)),  # a packet that is gone
-        dataclasses.replace(index, dts=index.dts + 10**6, pts=index.pts),  # which harms nothing
+        dataclasses.replace(index, pts=np.append(index.pts[1:], 10**9)),  # a missing packet
+        dataclasses.replace(index, dts=index.dts + 10**6, pts=index.pts),  # harmless
     ):
         changed = dataclasses.replace(sampling, timeline=dataclasses.replace(sampling.timeline, index=wrong))
         for decoders in (0, 2):
@@ -238,7 +238,7 @@ def test_an_index_that_is_wrong_costs_time_alone(tmp_path, small, resorted):
 
 
 def spoiled(path, number, start, value):
-    """The file with the bytes of one packet behind `start` set to a value."""
+    """The file with all bytes of one packet after `start` set to a value."""
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
         position, length = packets[number].pos, packets[number].size

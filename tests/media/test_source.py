@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that misbehaves in every way asked for."""
+"""Downloads from a local server that misbehaves on request."""
 
 import base64
 import contextlib
@@ -71,7 +71,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def drip(self, begin, piece):
-        """`begin`, and then `piece` again and again, each time before a socket's own timeout would end."""
+        """Sends `begin`, then `piece` repeatedly, each time before a socket timeout would occur."""
         self.wfile.write(begin)
         while not self.server.closing.wait(0.05):
             self.wfile.write(piece)

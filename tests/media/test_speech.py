@@ -1,4 +1,4 @@
-"""What is said in a video is heard at the right times, whatever hears it."""
+"""Speech in a video gets the right times, with any speech recogniser."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ RATE = 8000
 
 
 class Whisper:
-    """Stands for faster-whisper's: hears each stretch that is loud as two words, and all of them as one segment."""
+    """Stands in for faster-whisper: hears each loud stretch as two words, and all words as one segment."""
 
     def __init__(self, model: str, **settings: object):
         if model == "nothing":
@@ -25,7 +25,7 @@ class Whisper:
     def transcribe(self, sound: np.ndarray, language: str | None, **settings: object) -> tuple:
         assert sound.dtype == np.float32 and np.abs(sound).max() <= 1
         sound = np.pad(sound, (0, -len(sound) % 160)).reshape(-1, 160)
-        loud = np.abs(sound).max(1) > 0.1  # of each hundredth of a second
+        loud = np.abs(sound).max(1) > 0.1  # per hundredth of a second
         edges = np.flatnonzero(np.diff(loud, prepend=False, append=False)).reshape(-1, 2) / 100
         words = [
             SimpleNamespace(start=start, end=end, word=f" {end - start:.1f}")
@@ -47,7 +47,7 @@ def film(
     gap: tuple[float, float] = (0, 0),
     codec: str = "pcm_s16le",
 ) -> Path:
-    """Ten seconds; the sound begins `late` after the picture, is loud in `tones`, and has no packet in `gap`."""
+    """Ten seconds; the sound starts `late` seconds after the video, is loud in `tones`, and has no packets in `gap`."""
     clip = write_clip(path.with_suffix(".mp4"), [index_frame(i) for i in range(10)], rate=1)
     with av.open(str(path), "w") as out, av.open(str(clip)) as source:
         copy = out.add_stream_from_template(source.streams.video[0])

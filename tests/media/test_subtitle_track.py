@@ -1,4 +1,4 @@
-"""Tracks of subtitles in files as FFmpeg writes them."""
+"""Subtitle tracks in video files, as FFmpeg writes them."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ Dialogue: 0,0:00:01.00,0:00:02.50,Default,Bob,0,0,0,,{\\i1}Hello{\\i0}, you\\Nth
 
 
 def film(folder, *tracks: tuple[str, str], late: float = 0.0):
-    """A clip of ten seconds that begins `late`, with copies of the streams in these files of subtitles."""
+    """A clip of ten seconds that starts `late`, with the subtitle streams of these files."""
     names = [write_clip(folder / "clip.mkv", [index_frame(i) for i in range(10)], times_ms=range(0, 10_000, 1000))]
     for number, (kind, content) in enumerate(tracks):
         names.append(folder / f"{number}.{kind}")

@@ -1,4 +1,4 @@
-"""Plans from the times of packets alone; clips of every kind are in test_video.py."""
+"""Sampling plans from packet times alone; clips of every kind are in test_video.py."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Sampling is checked on clips whose frames show their own index; bad files on every kind that users have sent."""
+"""Sampling, on clips whose frames show their own index; errors, on every kind of bad file that users have sent."""
 
 import gc
 import os
@@ -81,14 +81,14 @@ BURST = [20 * i for i in range(50)] + [1000 * i for i in range(1, 6)]  # a secon
 
 
 def indexed(path, times_ms, rate=25, **options):
-    """A clip whose frames come at `times_ms`, while its header says `rate`; `codec` as write_clip has it."""
+    """A clip with frames at `times_ms` and `rate` in its header; `codec` as for write_clip."""
     return write_clip(path, [index_frame(i) for i in range(len(times_ms))], rate, times_ms=times_ms, **options)
 
 
 @pytest.mark.parametrize(
     ("name", "codec"),
     [
-        ("a.mkv", "libx264"),  # with frames that are stored before others and shown after them
+        ("a.mkv", "libx264"),  # with frames stored before others but shown after them
         ("a.mp4", "libx264"),
         ("a.webm", "libvpx"),
         ("a.ts", "libx264"),
@@ -296,7 +296,7 @@ def test_a_stream_that_changes_its_size_is_brought_to_its_first_size(tmp_path):
 
 
 def write_streams(path, **streams):
-    """One H.264 stream for each colour=width, the second the default one, and a picture as cover art."""
+    """A file with one H.264 stream per name=width, the second one the default; `cover` is cover art."""
     with av.open(str(path), "w") as output:
         for place, (name, width) in enumerate(streams.items()):
             stream = output.add_stream("mjpeg" if name == "cover" else "libx264", rate=25)
@@ -334,7 +334,7 @@ def test_only_sampled_frames_are_converted_and_none_outlives_its_transform(tmp_p
     seen = []
 
     def shrink(frame):
-        gc.collect(1)  # the young ones: frames are
+        gc.collect(1)  # the young generations, where the frames are
         assert all(reference() is None for reference in seen)
         seen.append(weakref.ref(frame))
         return frame[::4, ::4].copy()
