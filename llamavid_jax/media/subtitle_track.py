@@ -1,4 +1,4 @@
-"""The subtitles in a video file, or in a file of subtitles of any kind that FFmpeg knows (.ass, .ssa, .sub, ...)."""
+"""The subtitles in a video file, or in a subtitle file of any format that FFmpeg knows (.ass, .ssa, .sub, ...)."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from llamavid_jax.media.container import PLAYLISTS
 from llamavid_jax.media.source import MediaError, local_file
 from llamavid_jax.media.video import read_timeline
 
-PICTURES = ("dvdsub", "pgssub", "dvbsub", "xsub")  # FFmpeg's names of subtitles that hold no text
+PICTURES = ("dvdsub", "pgssub", "dvbsub", "xsub")  # FFmpeg's names of subtitle formats that hold images
 
 
 class Said(NamedTuple):
@@ -21,9 +21,9 @@ class Said(NamedTuple):
 
 
 def read_track(path: str | Path) -> list[tuple[float, str]]:
-    """(end in seconds after the first frame, text with the marks of .ass) of the track that a player would show.
+    """(end in seconds after the first frame, text with .ass markup) of the track that a player would show.
 
-    That is the one marked as default, else the first one of text.  Raises MediaError for a file without one.
+    That is the track marked as default, else the first text track.  Raises MediaError for a file without one.
     """
     import av  # here, so that importing the package loads no video library
 
