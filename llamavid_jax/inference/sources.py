@@ -18,7 +18,7 @@ from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.timeline import Sampling, Timeline
 from llamavid_jax.text.conversation import IMAGE
 
-RULES = 2  # raised when decoding, sampling or preprocessing gives other pixels for the same key
+RULES = 2  # increased when decoding, sampling or preprocessing changes the pixels of a key
 
 
 class Shown(NamedTuple):

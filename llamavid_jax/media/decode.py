@@ -161,7 +161,7 @@ def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, 
     import av
 
     is_broadcast = container.format.name in BROADCASTS
-    shown = np.append(timeline.times, timeline.seconds)  # from shown[i] to shown[i + 1]
+    shown = np.append(timeline.times, timeline.seconds)  # shown[i] to shown[i + 1]: frame i
     last, previous = len(timeline.times) - 1, -1
     for packet in packets_of(container, stream):
         try:
@@ -174,10 +174,10 @@ def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, 
             raise damaged(path, shown[max(previous, 0)], timeline.seconds) from None
         for frame in frames:
             if timeline.is_timed and previous < 0 and frame.pts is None:
-                continue  # before the film's first time, as in Matroska before 0
+                continue  # before the video's first timed frame, as in Matroska before 0
             place = min(_place(timeline, frame.pts if timeline.is_timed else None, previous + 1), last)
             is_lost = shown[place] - shown[previous + 1] > LOST and not (previous < 0 and is_broadcast)
-            if is_lost or (frame.is_corrupt and not is_broadcast):  # corrupt: patched up with parts of others
+            if is_lost or (frame.is_corrupt and not is_broadcast):  # corrupt: patched with parts of other frames
                 raise damaged(path, shown[max(previous, 0)], timeline.seconds)
             previous = max(previous, place)
             yield place, frame

@@ -45,8 +45,8 @@ class Timeline:
     times: Float64[np.ndarray, " N"]  # seconds after the first frame
     seconds: float  # until the last frame's end
     average_fps: float  # the declared rate if the frames keep it, else 0
-    index: Index | None = None  # where decoding may begin; None where all has to be decoded in order
-    is_timed: bool = True  # else the packets have no times, or a guess, and frames are known by their order
+    index: Index | None = None  # where decoding may begin; None if all must be decoded in order
+    is_timed: bool = True  # else packets have no times or guessed ones, and frames are identified by order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _parts(packets: Sequence[Packet], jump: float) -> list[Int64[np.ndarray, " n
     begun = [packet for packet in packets[first:] if packet.pts is not None]
     parts: list[list[int]] = [[]]
     start = latest = begun[0].pts if begun else 0
-    if packets[first].pts is None:  # as Matroska's are before 0: all that follows can be decoded
+    if packets[first].pts is None:  # as in Matroska before 0: all that follows can be decoded
         start = min(packet.pts for packet in known)
     for packet in begun:  # what comes before the first key frame cannot be decoded
         # All that precedes a key frame in the file is shown before it: otherwise the times begin again here.
