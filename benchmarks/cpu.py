@@ -1,11 +1,11 @@
-"""A CPU beside PyTorch on the same random weights, in float32: docs/performance.md, "On a CPU".
+"""Compares JAX with PyTorch on a CPU, on the same random weights in float32: docs/performance.md, "On a CPU".
 
     python -m benchmarks.cpu --rounds 15
 
-Two blocks of ViT-g on four frames, a LLaMA of 135M parameters' prefill of 512 tokens, and decoding behind them.  Both
-sides run in one process by turns, with as many threads as there are cores.  Medians over the rounds: seconds by the
-clock, and those of all cores, which compare where others use the machine too.  PyTorch is `torch_side.py`, as it stands
-or (--compiled) under `torch.compile`.  `error` is ‖ours − theirs‖ / ‖theirs‖ of what a run gives.
+Two blocks of ViT-g on four frames; prefill of 512 tokens by a LLaMA of 135M parameters; decoding after them.  Both
+sides alternate in one process, with as many threads as cores.  The table has medians over the rounds: wall time, and
+CPU time of all cores, which is comparable even on a busy machine.  PyTorch is `torch_side.py`, eager or (--compiled)
+under `torch.compile`.  `error` is ‖ours − theirs‖ / ‖theirs‖ of a run's result.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ SMALL = LlamaConfig(
 )  # fmt: skip
 COLUMNS = "work", "JAX, ms", "PyTorch, ms", "PyTorch / JAX", "JAX, CPU ms", "PyTorch, CPU ms", "error"
 Run = Callable[[], Any]
-Pair = tuple[str, Run, Run, float, int]  # the work, ours, PyTorch's, how far apart, and what one run does of it
+Pair = tuple[str, Run, Run, float, int]  # the work, ours, PyTorch's, their relative error, and units of work in a run
 
 
 def tower(compiled: Callable) -> Iterator[Pair]:
@@ -96,7 +96,7 @@ def language(compiled: Callable) -> Iterator[Pair]:
 
 
 def took(run: Run) -> tuple[float, float]:
-    """Seconds by the clock, and of all cores."""
+    """Wall seconds, and CPU seconds of all cores."""
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(run())
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, metavar="N")
     parser.add_argument("--compiled", action="store_true", help="PyTorch under torch.compile")
     options = parser.parse_args(arguments)
-    if not 1 <= options.rounds <= (most := TOKENS // BLOCK_STEPS - 2):  # PyTorch's cache has room for these
+    if not 1 <= options.rounds <= (most := TOKENS // BLOCK_STEPS - 2):  # so many fit PyTorch's cache
         parser.error(f"--rounds is {options.rounds}; give 1 to {most}")
     torch.set_num_threads(cores())
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "torch"))

@@ -1,11 +1,11 @@
-"""How fast a film's frames are read: the table of docs/long-video.md, readers in turn, each in a process of its own.
+"""How fast a video's frames are read: the table of docs/long-video.md, each reader in a process of its own.
 
     python -m benchmarks.decode FILM.mp4 --fps 1 --rounds 2
 
-`in order` decodes every frame on FFmpeg's own threads; `parts` is what a session does, `one decoder` what a worker of
-training does.  torchcodec is measured where it is installed, with its own threads and with a decoder for each core.
-All shrink their frames to 224 x 224 with the same function.  `frames` says whether they are those of `in order`, bit
-for bit, or how far the worst one is from it, as the mean difference of its pixels (another frame: 2 and more).
+`in order` decodes every frame on FFmpeg's own threads; `parts` is what a session does, `one decoder` what a training
+worker does.  torchcodec is measured if it is installed, with its own threads and with a decoder per core.  All readers
+shrink their frames to 224 x 224 with the same function.  `frames` tells whether they equal those of `in order` bit for
+bit, or else the mean pixel difference of the worst frame (2 and more: a wrong frame).
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ from llamavid_jax.media.timeline import Sampling, nearest_keys
 from llamavid_jax.media.video import cores, iter_frames, plan_video
 
 ROOT = Path(__file__).parent.parent
-CHUNK = 16  # frames that torchcodec is asked for at once
+CHUNK = 16  # frames requested from torchcodec at once
 
 
 def crop(frame: np.ndarray) -> np.ndarray:
@@ -81,7 +81,7 @@ READERS = {
 
 
 def measure(name: str, path: str, fps: float, small: Path) -> dict:
-    """One reading; pictures of 28 x 28 pixels go to the file `small`."""
+    """Reads the file once; thumbnails of 28 x 28 pixels go to the file `small`."""
     began, digest, first, thumbs = time.perf_counter(), hashlib.sha256(), None, []
     sampling = plan_video(path, fps)
     for frame in READERS[name](path, sampling):
@@ -111,9 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="decode", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("film", metavar="FILM")
     parser.add_argument("--fps", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="through all readers (1)")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="rounds through all readers (1)")
     parser.add_argument("--readers", nargs="*", default=list(READERS), choices=list(READERS), metavar="NAME")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "FILE"), help="that reader alone, in this process")
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "FILE"), help="run only this reader, in this process")
     options = parser.parse_args(arguments)
     if options.one:
         print(json.dumps(measure(options.one[0], options.film, options.fps, Path(options.one[1]))))

@@ -1,13 +1,13 @@
-"""What a device does, beside PyTorch on the same random weights: the table of docs/performance.md.
+"""Compares JAX with PyTorch on a device, on the same random weights: the table of docs/performance.md.
 
     python -m benchmarks.device --kept build/device.jsonl                          # one accelerator, 7B sizes
     python -m benchmarks.device --kept build/rehearsal.jsonl --rehearse            # the CPU, in a minute
 
-One process; each part is a line of JSON in --kept as soon as it is measured, and the same command goes on at the part
-where it was cut off.  `error` is ‖ours − theirs‖ / ‖theirs‖: of the tower's features; of the keys and values that the
-last layer makes of the prompt, or of the next token; of the first train step's gradient norm.  PyTorch is
-`torch_side.py` under `torch.compile`, its decode step as a CUDA graph.  A film (--film) stands beside its own plain
-reader.  Where PyTorch is not installed its column is empty.
+All runs in one process.  Each part is written to --kept as a line of JSON once it is measured, and the same command
+resumes at the part where it was stopped.  `error` is ‖ours − theirs‖ / ‖theirs‖: of the tower's features; of the last
+layer's keys and values for the prompt, or for the next token; of the first train step's gradient norm.  PyTorch is
+`torch_side.py` under `torch.compile`, its decode step as a CUDA graph.  A video (--film) is compared with reading it in
+order.  Without PyTorch its column is empty.
 """
 
 import os
@@ -56,7 +56,7 @@ def row(work: str, unit: str, ours: float, theirs: float | None = None, error: f
 
 
 def apart(ours: Any, theirs: Any) -> float:
-    """Relative error of an array of ours; theirs is a tensor."""
+    """Relative error of an array of ours against their tensor."""
     ours, theirs = np.asarray(ours, np.float64), theirs.detach().double().cpu().numpy()
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
@@ -76,12 +76,12 @@ def torch_time(run: Callable[[], Any], steps: int) -> float:
 
 
 def compiled(function: Any, mode: str | None = None) -> Any:
-    """On a GPU; a rehearsal does not wait for a compiler."""
+    """Compiles on a GPU only: a rehearsal does not wait for a compiler."""
     return torch.compile(function, mode=mode) if torch.cuda.is_available() else function
 
 
 def model_of(options: Namespace, vision: int | None, text: int | None, quantization: str = "none") -> Any:
-    """Random weights, with so many layers of the two towers (None: all)."""
+    """A model with random weights and the given numbers of layers in the two towers (None: all)."""
     config = LLaMAVIDLlavaConfig.from_yaml(options.model)
     parts = {"vision_tower_config": vision, "text_config": text}
     parts = {
@@ -113,7 +113,7 @@ def tower(options: Namespace) -> Iterator[dict[str, Any]]:
     yield row(f"vision tower, {vision.num_hidden_layers} blocks, batch {size}", "frames/s", ours, theirs, error)
 
 
-Times = dict[str, float]  # of prefill, and of decoding one token
+Times = dict[str, float]  # seconds of prefill, and of decoding one token
 
 
 def jax_language(model: Any, ids: np.ndarray, options: Namespace) -> tuple[Times, int, dict[str, np.ndarray]]:
@@ -145,7 +145,7 @@ def jax_language(model: Any, ids: np.ndarray, options: Namespace) -> tuple[Times
 def torch_language(
     llama: Any, ids: np.ndarray, first: int, seen: dict[str, np.ndarray], options: Namespace
 ) -> tuple[Times, Times]:
-    """Seconds, and how far the last layer's keys and values are from those `seen`."""
+    """Seconds, and the errors of `seen` against the last layer's keys and values."""
     steps, device = BLOCK_STEPS * options.steps, llama.norm.device
     whole, own_ids = compiled(lambda ids: llama(ids, last=True)), torch.from_numpy(ids[None]).to(device)
     took = {"prefill": torch_time(partial(whole, own_ids), options.steps)}
@@ -154,7 +154,7 @@ def torch_language(
     room = 1 + WARM_UP + steps
     kept = [tuple(torch.nn.functional.pad(x, (0, 0, 0, room)) for x in pair) for pair in pairs]
     for x in (x for pair in kept for x in pair):
-        torch._dynamo.mark_static_address(x)  # written in place, which a CUDA graph takes of such alone
+        torch._dynamo.mark_static_address(x)  # written in place, which a CUDA graph allows only for these
 
     def one(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         return llama(token, position, kept)[0][:, -1].argmax(-1, keepdim=True)
@@ -196,7 +196,7 @@ def language(options: Namespace, quantization: str = "none") -> Iterator[dict[st
 
 
 def train(options: Namespace) -> Iterator[dict[str, Any]]:
-    """A step of LLaMA alone, with few layers, float32 parameters and state."""
+    """A training step of LLaMA alone, with few layers, float32 parameters and optimizer state."""
     config = LLaMAVIDLlavaConfig.from_yaml(options.model)
     text = dataclasses.replace(config.text_config, num_hidden_layers=options.train_layers)
     vision = dataclasses.replace(config.vision_tower_config, num_hidden_layers=1)
@@ -260,10 +260,10 @@ def line(found: dict[str, Any]) -> str:
 @command("device")
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="device", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--kept", required=True, metavar="FILE", help="JSON lines; parts that it has are not repeated")
+    parser.add_argument("--kept", required=True, metavar="FILE", help="JSON lines; parts in it are not repeated")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes")
     parser.add_argument("--layers", type=int, metavar="N", help="keep N of LLaMA's layers, to save time")
-    parser.add_argument("--film", metavar="FILE", help="a video of up to an hour; without it that part is left out")
+    parser.add_argument("--film", metavar="FILE", help="a video of up to an hour; without it this part is skipped")
     options = parser.parse_args(arguments)
     sizes = (TINY if options.rehearse else SEVEN) | ({"layers": options.layers} if options.layers else {})
     chosen = Namespace(**sizes, film=options.film)
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     kept = Path(options.kept)
     kept.parent.mkdir(parents=True, exist_ok=True)
     lines = kept.read_text().splitlines(keepends=True) if kept.exists() else []
-    lines = [text for text in lines if text.endswith("\n")]  # the last one may be torn
+    lines = [text for text in lines if text.endswith("\n")]  # the last line may be incomplete
     kept.write_text("".join(lines))
     known = {one["part"]: one["rows"] for one in map(json.loads, lines) if one["about"] == about}
     print(", ".join(f"{name} {value}" for name, value in about.items()) + f"\n\n{COLUMNS}", flush=True)

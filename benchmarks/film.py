@@ -1,13 +1,13 @@
-"""A film from file to first word, and its second question: the table of docs/performance.md.
+"""Times a video from file to first word, and its second question: the table of docs/performance.md.
 
     python -m benchmarks.film FILM.mp4 --fps 1 --fps 0.1
 
-Two ways to the same features and the same word in turn, in one process: `plain` decodes every frame in order, `session`
-is what a Session does.  Between them stands what decoding every frame and throwing it away takes, and each of the
-session's stages alone: what they take together is more than the session, where they run side by side.  Programs are
-compiled before the clock starts.  On a machine that others use, CPU seconds compare and wall seconds do not.
+Two ways to the same features and the same word alternate in one process: `plain` decodes every frame in order,
+`session` is what a Session does.  Also timed: decoding every frame and discarding it, and each of the session's stages
+alone, which together take more than the session, where they overlap.  Programs are compiled before the clock starts.
+On a busy machine compare CPU seconds, not wall seconds.
 
-The model's positions are stretched until the film fits; its answers mean nothing then.
+The model's positions are stretched until the video fits, so its answers are meaningless.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ COLUMNS = "| frames a second | what | wall, s | CPU, s |\n|---|---|---|---|"
 
 
 class InOrder(Reading):
-    """Decodes every frame: the file's index is not used."""
+    """Decodes every frame, as it ignores the file's index."""
 
     def plan(self, sampling: Sampling, *_: Any) -> Sampling:
         return dataclasses.replace(sampling, timeline=dataclasses.replace(sampling.timeline, index=None))
@@ -57,7 +57,7 @@ def clocked(run: Callable[[], Any]) -> Took:
 
 
 def stretched(model: LLaMAVIDLlavaForConditionalGeneration, tokens: int) -> LLaMAVIDLlavaForConditionalGeneration:
-    """The model with positions for `tokens` at least."""
+    """The model with at least `tokens` positions."""
     text = model.config.text_config
     factor = max(text.rope_factor, -(-tokens // text.max_position_embeddings))
     config = dataclasses.replace(model.config, text_config=dataclasses.replace(text, rope_factor=float(factor)))
@@ -123,8 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("film", metavar="FILM")
     parser.add_argument("--model", default="demo/model", metavar="DIR")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--fps", type=float, action="append", help="1; may be given several times")
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="the best counts (1)")
+    parser.add_argument("--fps", type=float, action="append", help="frames a second (1); may be repeated")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="rounds; the best counts (1)")
     options = parser.parse_args(arguments)
     film = str(local_file(options.film))
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype=options.dtype)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.packing [--config configs/stage2_instruct.yaml] [section.key=value ...]
 
-Prints the table that a run prints of its own data: the rows of each bucket, and the part of their tokens that holds no
-sample.  Sizes are drawn: images of 1 to 8 turns, videos of 90 s at one frame a second (median), texts of 400 tokens
+Prints the table that a training run prints for its data: the rows of each bucket, and the share of their tokens that is
+padding.  Sizes are random: images of 1 to 8 turns, videos of 90 s at one frame a second (median), texts of 400 tokens
 (median).
 """
 
@@ -19,7 +19,7 @@ from llamavid_jax.training.config import read_config
 
 
 def mixed(samples: int, tokens_per_frame: int, seed: int = 0) -> Sizes:
-    """The sizes of a mixed set."""
+    """The sizes of a mixed set of samples."""
     random = np.random.default_rng(seed)
 
     def log_normal(median: float, spread: float) -> float:

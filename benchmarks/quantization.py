@@ -2,11 +2,11 @@
 
     python -m benchmarks.quantization docs/quantization.md --data build/demo_data/instruct_test.json
 
-Logits are those of prompts and answers, all but the first few tokens decoded one at a time, so that the cache counts.
-`logits` is the relative error ‖a − b‖ / ‖b‖ and `top-1` the part of positions with the same likeliest token, on the
-recorded checkpoints of tests/golden and on questions about clips that the shipped demo model has not seen; `exact` is
-the part of its answers that are right.  Everything runs on the CPU.  What stands around the table, between its two
-marks, stays as it is.
+Logits are of prompts and answers; all but the first few tokens are decoded one at a time, so that errors of the cache
+count.  `logits` is the relative error ‖a − b‖ / ‖b‖ and `top-1` the share of positions with the same likeliest token,
+on the recorded checkpoints of tests/golden and on questions about clips that the shipped demo model has not seen;
+`exact` is the share of its answers that are right.  Everything runs on the CPU.  Only the text between the file's two
+marks is replaced.
 """
 
 import functools
@@ -52,7 +52,7 @@ COLUMNS = (
 )
 ROOT = Path(__file__).parent.parent
 GOLDEN = ("short_video_mean", "image_none")
-PREFILLED = 8  # tokens of a row; the others are decoded
+PREFILLED = 8  # tokens of a row; the rest are decoded
 ROW = 96  # tokens, so that one program serves all cases of a model
 CASES = 40  # questions about clips whose logits are compared
 SEVEN = ROOT / "configs" / "models" / "llamavid_7b_224_video.yaml"
@@ -98,7 +98,7 @@ def load(folder: Path, variant: Variant) -> LLaMAVIDLlavaForConditionalGeneratio
 def decoded_logits(
     structure, params, token_ids: Int[Array, "1 T"], visual: Float[Array, "1 N D"], visual_index: Int[Array, "1 T"]
 ) -> Float[Array, "T V"]:
-    """Logits of a row whose first tokens are prefilled and whose others are decoded one by one."""
+    """Logits of a row whose first tokens are prefilled and whose remaining ones are decoded one by one."""
     model: LlamaVid = structure.model(params)
     row = model.merge(token_ids, visual, visual_index)
     length = row.shape[1]
@@ -115,7 +115,7 @@ def decoded_logits(
 
 
 def logits_of(model: LLaMAVIDLlavaForConditionalGeneration, *request: Any, **visuals: Any) -> np.ndarray:
-    """Of all tokens of all rows of a request, one behind the other."""
+    """Logits of all tokens of all rows of a request, concatenated."""
     table, rows = model._merge(read_request(model.config, *request, **visuals))
     found = []
     for row in rows:
@@ -127,7 +127,7 @@ def logits_of(model: LLaMAVIDLlavaForConditionalGeneration, *request: Any, **vis
 
 
 def golden_logits(work: Path, variant: Variant) -> np.ndarray:
-    """Of the videos of the recorded cases, converted into `work`."""
+    """Logits for the videos of the recorded cases, whose checkpoints are converted into `work`."""
     found = []
     for name in GOLDEN:
         expected = read_expected(ROOT / "tests" / "golden" / name / "expected.npz")
@@ -139,7 +139,7 @@ def golden_logits(work: Path, variant: Variant) -> np.ndarray:
 
 
 def demo_logits(model: LLaMAVIDLlavaForConditionalGeneration, processor: Any, cases: list[tuple]) -> np.ndarray:
-    """Of questions with their true answers."""
+    """Logits for questions with their true answers."""
     found = []
     for video, question, truth in cases:
         asked = [{"type": "video", "path": video}, {"type": "text", "text": question}]
@@ -150,7 +150,7 @@ def demo_logits(model: LLaMAVIDLlavaForConditionalGeneration, processor: Any, ca
 
 
 def compare(got: np.ndarray, wanted: np.ndarray) -> list[str]:
-    """Relative error and agreement, as cells."""
+    """Relative error and top-1 agreement, as table cells."""
     error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
     return [f"{error:.2%}", f"{np.mean(got.argmax(-1) == wanted.argmax(-1)):.1%}"]
 
@@ -161,13 +161,13 @@ def gib_of_7b(variant: Variant) -> float:
     config = config.quantized(variant.quantize) if variant.quantize else config
     leaves = abstract_params(config, variant.dtype)
     bits = {path: 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for path, leaf in leaves.items()}
-    if variant.vision:  # eight bits a weight, and a scale of sixteen for a block of 64
+    if variant.vision:  # eight bits a weight, and a scale of 16 bits for each block of 64
         bits |= {path: 8.25 for path in bits if path.startswith("vision.blocks") and path.endswith(".kernel")}
     return sum(leaf.size * bits[path] for path, leaf in leaves.items()) / 8 / 2**30
 
 
 def rows(data: Path, limit: int) -> Iterator[list[str]]:
-    """The cells of every variant, the first of which the others are compared with."""
+    """Yields the cells of every variant; the first variant is the reference for all."""
     demo = ROOT / "demo" / "model"
     processor = LLaMAVIDLlavaProcessor.from_pretrained(demo)
     records = json.loads(data.read_text(encoding="utf-8"))[:limit]
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="quantization", description="Measures what quantisation costs.", allow_abbrev=False)
     parser.add_argument("file", type=Path, help="docs/quantization.md")
     parser.add_argument("--data", type=Path, required=True, help="instruct_test.json of demo/make_data.py")
-    parser.add_argument("--limit", type=int, default=100, help="clips that the demo model is asked about (100)")
+    parser.add_argument("--limit", type=int, default=100, help="number of clips for the demo model's accuracy (100)")
     options = parser.parse_args(arguments)
     before, _, rest = options.file.read_text(encoding="utf-8").partition(BEGIN)
     _, found, after = rest.partition(END)

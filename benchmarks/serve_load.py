@@ -1,12 +1,12 @@
-"""Load for a running server: answers under load compared with those given alone, throughput and latencies.
+"""Load test for a running server: throughput, latencies, and answers compared with those without load.
 
     llamavid-serve --model demo/model &
     python -m benchmarks.serve_load --url http://127.0.0.1:8000 --films 8
 
-Every question is first asked alone, which also encodes the films; then each number of clients asks, in an order of
-its own, for `--seconds`.  Prints a table, as it stands in docs/serving.md, with what the server says of itself: how
-many tokens a second its slots could give while they decode, its processor time an answer, and its memory.  Exit code 1
-where an answer was lost or another one than alone.  The films are drawn with the demo's digits.
+Every question is first asked alone, which also encodes the videos.  Then each number of clients asks for `--seconds`,
+each client in its own random order.  Prints the table of docs/serving.md, with the server's own metrics: the tokens a
+second that its slots could produce while decoding, its CPU time per answer, and its memory.  Exit code 1 if an answer
+was lost or differs from the one alone.  The videos show the demo's digits.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def chosen_questions(count: int) -> list[str]:
 
 
 class Client:
-    """One connection that stays."""
+    """A persistent connection."""
 
     def __init__(self, url: str, key: str):
         self.place = urllib.parse.urlsplit(url).netloc
@@ -57,7 +57,7 @@ class Client:
         return json.load(self.send("POST", "/v1/files", body, f"multipart/form-data; boundary={mark}"))["id"]
 
     def ask(self, model: str, film: str, question: str) -> tuple[str, list[float], int]:
-        """The answer, the moments of its words after the request, and its number of tokens."""
+        """The answer, the seconds after the request at which its words and its end came, and its number of tokens."""
         content = [{"type": "video_url", "video_url": {"url": film}}, {"type": "text", "text": question}]
         body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 64, "stream": True}
         started, text, moments, tokens = time.perf_counter(), "", [], 0
@@ -75,13 +75,13 @@ class Client:
 
 
 def measured(client: Client) -> dict[str, float]:
-    """The server's own numbers."""
+    """The server's own metrics."""
     lines = client.send("GET", "/metrics").read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
 def drawn(folder: Path, count: int) -> list[Path]:
-    """Films of half a minute to four."""
+    """Writes videos of half a minute to four minutes."""
     paths = [folder / f"film-{number}.mp4" for number in range(count)]
     for number, path in enumerate(paths):
         write_video(path, long_clip(np.random.default_rng(number), True, 30 * (1 + number % 8)), 1)
@@ -98,7 +98,7 @@ def load(url: str, key: str, model: str, pairs, alone: dict, clients: int, secon
             pair = order.choice(pairs)
             try:
                 text, moments, tokens = client.ask(model, *pair)
-            except Exception as error:  # lost, whatever became of it
+            except Exception as error:  # lost, for whatever reason
                 wrong.append(f"{pair}: {error}")
                 client = Client(url, key)
                 continue
@@ -135,10 +135,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--key", default="none", metavar="KEY")
-    parser.add_argument("--films", type=int, default=8, metavar="N", help="that are drawn (8)")
+    parser.add_argument("--films", type=int, default=8, metavar="N", help="number of videos (8)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N")
     parser.add_argument("--seconds", type=float, default=20, metavar="S")
-    parser.add_argument("--questions", type=int, default=40, metavar="N", help="of each film (40)")
+    parser.add_argument("--questions", type=int, default=40, metavar="N", help="questions about each video (40)")
     options = parser.parse_args()
     client = Client(options.url, options.key)
     model = json.load(client.send("GET", "/v1/models"))["data"][0]["id"]

@@ -1,10 +1,10 @@
-"""The same language model in PyTorch on the questions of `serve_load`: one request at a time, and in static batches.
+"""The same language model in PyTorch on the questions of `serve_load`: single requests and static batches.
 
     python -m benchmarks.serve_torch --model demo/model --films 8
 
-What it is given is ready: the films' visual tokens, as this package's encoder makes them, so that the server's own
-store and HTTP cost it nothing.  transformers' LLaMA answers them greedily with its cache, `--batch` at a time padded to
-the longest.  Prints answers a second, the processor time of one, and how many are not those of this package alone.
+Its inputs are precomputed: the videos' visual tokens, from this package's encoder, so that it has no cost for the
+server's store and HTTP.  transformers' LLaMA answers greedily with its cache, `--batch` requests at a time, padded to
+the longest.  Prints answers a second, the CPU time of one, and how many differ from this package's answers.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def torch_llama(model: LLaMAVIDLlavaForConditionalGeneration, dtype: torch.dtype
 
 
 def embedded(llama: transformers.LlamaForCausalLM, ids: list[int], blocks: list[np.ndarray]) -> torch.Tensor:
-    """A row `[T, D]`: its text's embeddings, and visual tokens in the places of -200."""
+    """A row `[T, D]`: its text's embeddings, with visual tokens in place of -200."""
     parts, left = [], iter(blocks)
     for token in ids:
         own = token == IMAGE_TOKEN
@@ -68,7 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--films", type=int, default=8, metavar="N")
-    parser.add_argument("--questions", type=int, default=40, metavar="N", help="of each film (40)")
+    parser.add_argument("--questions", type=int, default=40, metavar="N", help="questions about each video (40)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options = parser.parse_args()
@@ -84,7 +84,7 @@ def main() -> int:
                 ids, blocks = film.inputs(question)
                 rows.append(embedded(llama, ids, blocks))
                 alone.append(model.generate([ids], visual_tokens=[blocks], max_new_tokens=64).texts[0].strip())
-    order = np.random.default_rng(0).permutation(len(rows)).tolist()  # a batch has films of all lengths, as they come
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()  # batches mix videos of all lengths
     print(f"{len(rows)} questions about {options.films} films, {options.dtype}, {torch.get_num_threads()} threads")
     print("| batch | answers/s | seconds of a batch: p50 / p95 | CPU, ms | other answers |\n|---|---|---|---|---|")
     for size in options.batch:

@@ -1,4 +1,4 @@
-"""One clock for both frameworks: a warm-up, then steps in a row, waited for once."""
+"""Times both frameworks alike: a warm-up, then consecutive steps and a single wait at the end."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ WARM_UP = 3  # steps before the clock starts: compilation, and the first use of 
 
 
 def seconds(run: Callable[[], None], wait: Callable[[], Any], steps: int) -> float:
-    """The mean of `steps` runs after the warm-up; `wait` returns when the device has done them."""
+    """The mean of `steps` runs after the warm-up; `wait` returns when the device has finished them."""
     for _ in range(WARM_UP):
         run()
     wait()

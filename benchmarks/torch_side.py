@@ -1,7 +1,7 @@
-"""EVA ViT-g and LLaMA in plain PyTorch with the weights of ours, laid out so that its compiler makes them fast.
+"""EVA ViT-g and LLaMA in plain PyTorch with our weights, written so that its compiler makes them fast.
 
-SDPA, a static cache that is written in place, int8 kernels with a scale for each output (which the compiler widens
-inside the product).  Arrays go from JAX to PyTorch on the device itself.
+They use SDPA, a static cache that is written in place, and int8 kernels with a scale for each output (which the
+compiler widens inside the product).  Arrays go from JAX to PyTorch on the device itself.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ Params = Mapping[str, Any]
 
 
 def tensor(array: Any) -> torch.Tensor:
-    """A copy, as JAX may use its buffer again."""
+    """A copy, as JAX may reuse its buffer."""
     return torch.from_dlpack(array).clone()
 
 
 def linear(kernel: Any, bias: torch.Tensor | None = None, inputs: int = 1) -> torch.nn.Linear:
-    """A kernel of ours, `[*in, *out]` with so many axes of inputs."""
+    """A layer from our kernel `[*in, *out]`, which has `inputs` input axes."""
     weight = tensor(kernel).flatten(inputs).flatten(0, inputs - 1).T.contiguous()
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = torch.nn.Parameter(weight)
@@ -32,7 +32,7 @@ def linear(kernel: Any, bias: torch.Tensor | None = None, inputs: int = 1) -> to
 
 
 class Int8(torch.nn.Module):
-    """A linear layer whose kernel is rounded."""
+    """A linear layer with its kernel rounded to int8."""
 
     def __init__(self, layer: torch.nn.Linear):
         super().__init__()
@@ -109,7 +109,7 @@ class Layer(torch.nn.Module):
         self.is_grouped = config.num_key_value_heads < config.num_attention_heads
 
     def forward(self, x, rotation, cache=None, position=None):
-        """The new states, and the keys and values `[B, K, T, H]`; behind a `cache` of them where it is given."""
+        """The new states, and the keys and values `[B, K, T, H]`, which are written into the `cache` if given."""
         normed = functional.rms_norm(x, x.shape[-1:], self.attn_norm.to(x.dtype), self.eps)
         q, k, v = (part(normed).unflatten(-1, (-1, self.size)).transpose(1, 2) for part in (self.q, self.k, self.v))
         q, k = turned(q, rotation), turned(k, rotation)
@@ -143,7 +143,7 @@ class Llama(torch.nn.Module):
         self.eps, self.remat = config.rms_norm_eps, remat
 
     def forward(self, ids, position=None, cache=None, last=False):
-        """Logits, of the last position alone where it is asked, and the keys and values of every layer."""
+        """Logits, with `last` only of the last position, and the keys and values of every layer."""
         x, seen = functional.embedding(ids, self.embedding), []
         position = torch.arange(ids.shape[1], device=ids.device) if position is None else position
         angles = position[:, None] * self.frequencies
@@ -158,7 +158,7 @@ class Llama(torch.nn.Module):
         return functional.linear(x, self.embedding if self.head is None else self.head.weight), seen
 
     def rounded(self) -> "Llama":
-        """With the layers' kernels in int8, in place."""
+        """Rounds the layers' kernels to int8, in place."""
         for layer in self.layers:
             for name, part in list(layer.named_children()):
                 setattr(layer, name, Int8(part))

@@ -1,10 +1,10 @@
-"""Writes the table of docs/tpu.md: every recipe compiled for the slices that it is meant for.
+"""Writes the table of docs/tpu.md: every recipe, compiled for the TPU slices that it is meant for.
 
     python -m benchmarks.tpu_table docs/tpu.md
 
-Each row is compiled in a process of its own, for --limit seconds at most, and kept as a line of JSON in --kept: the
-same command goes on where it stopped.  A row whose program is refused holds the reason.  What stands around the table,
-between its two marks, stays as it is.
+Each row is compiled in its own process, for --limit seconds at most, and written as a line of JSON to --kept: the same
+command resumes where it stopped.  A row whose program is refused states the reason.  Only the text between the file's
+two marks is replaced.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ DAY = "data.buckets=[{frames: 130560, pairs: 130560, questions: 1, tokens: 26214
 
 
 class Step(NamedTuple):
-    """A train step: what stands in the command of `training.compile_check`."""
+    """A train step: the arguments of `precompile.compile_check`."""
 
     config: str
     topology: str
@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 
 class Inference(NamedTuple):
-    """Encode, compress, prefill and decode of one row of `tokens`."""
+    """Encoding, compression, prefill and decoding of one row of `tokens`."""
 
     model: str
     topology: str
@@ -79,7 +79,7 @@ ROWS: list[Step | Inference] = [
     Step("stage2_instruct_image_336_13b", "v5e:8x8", "fsdp=64", _micro(1)),
     Step("stage2_instruct_image_336_13b", "v5p:2x2x4", "fsdp=16"),
     Step("stage2_instruct_image_336_13b", "v6e:4x4", "fsdp=16"),
-    # stage 3, ready features; and a whole day at one frame a second
+    # stage 3, precomputed features; and a whole day at one frame a second
     Step("stage3_long_video", "v5e:8x8", "fsdp=8,sequence=8", features=True),
     Step("stage3_long_video", "v5p:2x4x4", "fsdp=8,sequence=4", features=True),
     Step("stage3_long_video", "v6e:4x8", "fsdp=8,sequence=4", features=True),
@@ -103,7 +103,7 @@ ROWS: list[Step | Inference] = [
 
 
 def compiled(row: Step | Inference, kept: Path, limit: float, machine_code: bool) -> dict[str, Any]:
-    """What is kept of `row`, or what a process of its own finds: `{"row", "reports"}`, or `{"row", "reason"}`."""
+    """The line of `row` in `kept` or from a new process: `{"row", "reports"}`, or `{"row", "reason"}`."""
     name, made = f"{type(row).__name__}{tuple(row)}", versions()
     lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     for line in reversed(lines):
@@ -135,8 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="tpu_table", description="Compiles every recipe and writes the table.", allow_abbrev=False)
     parser.add_argument("file", type=Path, help="docs/tpu.md")
     parser.add_argument("--kept", type=Path, default=Path("build/tpu_table.jsonl"), metavar="FILE")
-    parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="of one row")
-    parser.add_argument("--machine-code", action="store_true", help="compile the programs whole, which takes hours")
+    parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="for one row, at most")
+    parser.add_argument("--machine-code", action="store_true", help="compile the whole programs, which takes hours")
     options = parser.parse_args(arguments)
     before, _, rest = options.file.read_text(encoding="utf-8").partition(BEGIN)
     _, mark, after = rest.partition(END)

@@ -1,9 +1,9 @@
-"""How fast a train step is: tokens/s, seconds and model-FLOPs utilisation, on random data of one bucket.
+"""Measures a train step: tokens/s, seconds and model-FLOPs utilisation, on random data of one bucket.
 
     python -m benchmarks.train_throughput --model configs/models/llamavid_7b_224_video.yaml --layers 4 --llama-only
 
 The step is the one that train.py runs, with stage 2's trained parameters, AdamW and clipping.  `benchmarks.device`
-runs it beside PyTorch's.
+compares it with PyTorch's.
 """
 
 import dataclasses
@@ -60,12 +60,12 @@ def random_batch(config: LLaMAVIDLlavaConfig, rows: int, shape: RowShape) -> Bat
 
 
 def trained_model(config: LLaMAVIDLlavaConfig, remat: str = "none") -> LlamaVid:
-    """The model of the step, float32 parameters that are always the same."""
+    """The model of the step, with float32 parameters that are always the same."""
     return LlamaVid(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, remat=remat)
 
 
 def jax_seconds(config: LLaMAVIDLlavaConfig, shape: RowShape, options: Namespace) -> tuple[float, int, StepMetrics]:
-    """Seconds of one step, the number of devices that share it, and what the first one said."""
+    """Seconds of one step, the number of devices that share it, and the metrics of the first step."""
     dtype, mesh = jnp.bfloat16, run_mesh(options.mesh)
 
     def make() -> LlamaVid:
@@ -107,12 +107,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="configs/models/tiny.yaml", metavar="FILE", help="one of configs/models/")
     parser.add_argument("--layers", type=int, metavar="N", help="keep N of LLaMA's layers, to fit one device")
     parser.add_argument("--rows", type=int, default=8, metavar="N")
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="of a row")
-    parser.add_argument("--frames", type=int, default=64, metavar="N", help="of a row")
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of a row")
+    parser.add_argument("--frames", type=int, default=64, metavar="N", help="frames of a row")
     parser.add_argument("--steps", type=int, default=10, metavar="N")
     parser.add_argument("--remat", choices=REMAT, default="full")
     parser.add_argument("--mesh", default="", help="such as fsdp=4,tensor=2; all devices on fsdp by default")
-    parser.add_argument("--llama-only", action="store_true", help="text alone, and only LLaMA trains")
+    parser.add_argument("--llama-only", action="store_true", help="only text, and only LLaMA is trained")
     options = parser.parse_args(arguments)
     config = LLaMAVIDLlavaConfig.from_yaml(options.model)
     if options.layers:

@@ -1,1 +1,1 @@
-"""The small model that ships with the package: what it answers, and how its data and weights are made anew."""
+"""The small model that ships with the package: its demo, and the scripts that make its data and weights."""

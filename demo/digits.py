@@ -1,10 +1,10 @@
-"""Coloured handwritten digits on a dark frame: what the demo's pictures and clips show.
+"""Coloured handwritten digits on a dark frame: the content of the demo's images and clips.
 
     split -> events -> Scene -> frame(scene, seconds) uint8 [96, 96, 3]
 
-The digits are the 1,797 pictures of 8 x 8 pixels of `sklearn.datasets.load_digits`; a fixed fifth of them, of every
-digit, is kept for testing and never drawn in training.  Positions are pixels, x to the right and y down; times are
-seconds.  All draws come from the generator that is given.
+The digits are the 1,797 images of 8 x 8 pixels of `sklearn.datasets.load_digits`; a fixed fifth of every digit's is
+kept for testing and never used in training.  Positions are pixels, x to the right and y down; times are seconds.  All
+random draws come from the given generator.
 """
 
 import dataclasses
@@ -33,20 +33,20 @@ CROSSING = (2, 3, 5)  # seconds in which the four steps from edge to edge are wh
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One digit that is seen from `start` for `seconds` while it moves from `path[0]` to `path[1]`."""
+    """One digit, visible from `start` for `seconds` while it moves from `path[0]` to `path[1]`."""
 
     digit: int
-    picture: int  # which one of load_digits
+    picture: int  # index in load_digits
     colour: str
     rgb: tuple[int, int, int]  # a shade of `colour`
     angle: float  # degrees
     path: tuple[tuple[float, float], tuple[float, float]]  # centres
     start: int = 0
     seconds: int = 1
-    direction: str = ""  # a key of DIRECTIONS; empty for a digit that stands still
+    direction: str = ""  # a key of DIRECTIONS; empty for a still digit
 
     def centre(self, time: float) -> tuple[float, float] | None:
-        """Where the digit is at `time`; None while it is not to be seen."""
+        """Where the digit is at `time`; None while it is not visible."""
         if not self.start <= time < self.start + self.seconds:
             return None
         (x0, y0), (x1, y1) = self.path
@@ -56,7 +56,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Events in the order of their starts, no two digits or colours alike, before a background."""
+    """Events in order of their starts, no two with the same digit or colour, on a background."""
 
     events: tuple[Event, ...]
     background: tuple[int, int, int]
@@ -65,7 +65,7 @@ class Scene:
 
 @functools.cache
 def pictures() -> tuple[np.ndarray, np.ndarray]:
-    """Opacity float32 [1797, 8, 8] in 0..1 and digit [1797] of every picture."""
+    """Opacity float32 [1797, 8, 8] in 0..1 and digit [1797] of every image."""
     from sklearn.datasets import load_digits  # here: it takes a second, and comes with the extra `demo`
 
     digits = load_digits()
@@ -74,7 +74,7 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def split(test: bool) -> Mapping[int, np.ndarray]:
-    """The pictures of every digit that training, or testing, draws from."""
+    """For every digit, the images that training, or testing, draws from."""
     order = np.random.default_rng(0).permutation(len(pictures()[1]))
     order = [order[pictures()[1][order] == digit] for digit in range(10)]
     return {digit: own[: len(own) // 5] if test else own[len(own) // 5 :] for digit, own in enumerate(order)}
@@ -99,7 +99,7 @@ def frame(scene: Scene, time: float) -> np.ndarray:
 
 @functools.lru_cache(64)
 def _sprite(picture: int, angle: float) -> np.ndarray:
-    """Opacity [s, s] of a picture scaled to SIZE pixels and turned; s is even and holds the corners."""
+    """Opacity [s, s] of an image scaled to SIZE pixels and rotated; s is even and leaves room for the corners."""
     side = 2 * int(np.ceil(SIZE * 0.6))
     image = Image.fromarray(pictures()[0][picture]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     canvas = Image.new("F", (side, side))
@@ -149,7 +149,7 @@ def _crossings(rng, test: bool, starts: Sequence[int], lengths: Sequence[int], s
 
 
 def _looks(rng, test: bool, count: int) -> list[dict]:
-    """Digits and colours, all different, with a picture, shade and angle for each."""
+    """Digits and colours, all different, each with an image, a shade and an angle."""
     looks = []
     for digit, colour in zip(rng.permutation(10)[:count], rng.permutation(list(COLOURS))[:count].tolist(), strict=True):
         shade = np.clip(np.array(COLOURS[colour]) * rng.uniform(0.85, 1.05) + rng.uniform(-12, 12, 3), 0, 255)

@@ -1,8 +1,8 @@
-"""Held-out accuracy of a trained demo model: the part of exact answers for every type of question.
+"""Held-out accuracy of a trained demo model: the share of exact answers for every type of question.
 
     python -m demo.evaluate MODEL DATA_JSON [--limit N] [--batch N] [--json OUT]
 
-Every question of every record is asked alone, greedily, in the template `vicuna_v1`; the record's `types` name them.
+Every question of every record is asked alone, greedily, in the template `vicuna_v1`; the record's `types` are theirs.
 """
 
 import collections
@@ -48,11 +48,11 @@ def answers(
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a table, type by type, and writes it with every wrong answer where `--json` says."""
+    """Prints accuracy by type; `--json` writes it to a file, with every wrong answer."""
     parser = Parser(prog="evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", type=Path, help="checkpoint folder, such as runs/demo/stage3/model")
     parser.add_argument("data", type=Path, help="a *_test.json of demo/make_data.py")
-    parser.add_argument("--limit", type=int, default=None, help="records; all by default")
+    parser.add_argument("--limit", type=int, default=None, help="number of records; all by default")
     parser.add_argument("--batch", type=int, default=8, help="records answered together")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args(arguments)

@@ -1,11 +1,11 @@
-"""Films of a minute to an hour to train on: one to three digits each, and a question as `demo.length` asks them.
+"""Makes training videos of a minute to an hour: one to three digits each, and a question as in `demo.length`.
 
     python -m demo.films MODEL OUT [--films MINUTES:NUMBER ...] [--review N]
 
-    OUT/films.json     a question a film, and short clips with three questions each, so that nothing is forgotten
-    OUT/features/*.npz what the model's vision tower makes of a frame a second: feats [F, P, E] in 16 bits
+    OUT/films.json     a question per video, and short clips with three questions each, to prevent forgetting
+    OUT/features/*.npz the vision tower's features at one frame a second: feats [F, P, E] in 16 bits
 
-The digits are pictures of the training part.  A film's frames without a digit are all alike: each different frame is
+The digits are images of the training split.  A video's frames without a digit are all equal: each distinct frame is
 encoded once, and an hour's file is small because it is compressed.
 """
 
@@ -27,14 +27,14 @@ FILMS = ("1:1800", "4:120", "10:160", "30:24", "60:24")
 
 
 def film_features(model, images, scene: digits.Scene) -> np.ndarray:
-    """Features [F, P, E] of a frame a second, after the CLS token's, float16."""
+    """Features [F, P, E] of one frame a second, the CLS token first, float16."""
     frames, places = different_frames(scene, 1.0)
     (pixels,) = images(videos=frames)["pixel_values"]
     return model.vision_features(pixels).astype(np.float16)[places]
 
 
 def films(spec: str, seed: int):
-    """(name, scene, questions) of a number of films; the kinds of questions take turns."""
+    """(name, scene, questions) for the videos of one `spec`; the kinds of questions alternate."""
     minutes, _, count = spec.partition(":")
     if not (minutes.isdecimal() and count.isdecimal() and int(minutes)):
         raise InputError(f"--films has {spec!r}; write MINUTES:NUMBER, such as 10:160")
@@ -45,7 +45,7 @@ def films(spec: str, seed: int):
 
 
 def clips(count: int, seed: int):
-    """The same of clips of 8 s with three questions each."""
+    """The same for clips of 8 s with three questions each."""
     for number in range(count):
         rng = generator("film review", number, seed)
         scene = short_clip(rng, test=False)
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--films", nargs="*", default=FILMS, metavar="MINUTES:NUMBER")
-    parser.add_argument("--review", type=int, default=1000, help="short clips")
+    parser.add_argument("--review", type=int, default=1000, help="number of short clips")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     keep_programs()

@@ -1,9 +1,9 @@
-"""Gives a checkpoint a Q-Former that has learnt nothing, with the projectors that make the context token's attention.
+"""Gives a checkpoint an untrained Q-Former, with untrained projectors for the context token's attention.
 
     python -m demo.fresh_qformer MODEL OUT [--bert-type raw_bert] [--tower-alone]
 
-Pictures of a single digit ask nothing of the question.  What attention learns from them is to look at one patch only,
-whatever is asked, so surely that no gradient is left to learn anything else; so it begins anew before it is needed.
+Images of a single digit do not need the question.  From them the attention learns to look at one patch, whatever the
+question, with such certainty that no gradient is left to learn anything else; so it is reset before it is needed.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="fresh_qformer", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", type=Path, help="checkpoint folder, such as runs/demo/stage0/model")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--bert-type", help="another kind of text decoder; the model's own by default")
+    parser.add_argument("--bert-type", help="another kind of text decoder; the model's by default")
     parser.add_argument("--tower-alone", action="store_true", help="keep the vision tower and nothing else")
     options = parser.parse_args(arguments)
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32")

@@ -1,19 +1,19 @@
-"""How long a film the demo model answers about: needles of 5 s in an empty film of a minute to eight hours.
+"""How long a video the demo model can answer about: needles of 5 s in an empty video of a minute to eight hours.
 
     python -m demo.length MODEL ANSWERS.jsonl [--minutes 1 10 60 180 480] [--questions N] [--every SECONDS]
                                                 [--beyond HOW] [--picture OUT]
 
 A needle is a digit that crosses the frame.  Three kinds of questions: `locate` (one needle: which digit, what colour,
-which way), `order` (two: which comes before or after) and `count` (one to three).  A film's frames without a needle are
-all alike, so each of its different frames is encoded once and its visual tokens are repeated.  The answers are added to
-the file as they come, and what it holds is not asked again; it is of one model, and the table and the picture are made
-of all of it.
+which way), `order` (two: which comes before or after) and `count` (one to three).  A video's frames without a needle
+are all equal, so each distinct frame is encoded once and its visual tokens are repeated.  Answers are appended to the
+file as they come, and those in it are not asked again.  The file is for one model; the table and the figure show all
+of it.
 
-Beyond the positions that the model was trained for there are three ways:
+Three ways to go beyond the positions that the model was trained for:
 
-    extend    the positions go on
-    stretch   they are divided, as the long-video checkpoints' are (and without training for it)
-    thin      fewer frames a second, as `infer.py --fit` takes them
+    extend    the positions continue
+    stretch   they are divided, as in the long-video checkpoints (but without training for it)
+    thin      fewer frames a second, as with `infer.py --fit`
 """
 
 import collections
@@ -47,7 +47,7 @@ MAX_NEW_TOKENS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Needle:
-    """A question about a film that nobody has to write to disk."""
+    """A question about a video that is never written to disk."""
 
     scene: digits.Scene
     question: str
@@ -67,7 +67,7 @@ def needle(kind: str, seconds: int, number: int, seed: int = 0, test: bool = Tru
 
 
 def different_frames(scene: digits.Scene, every: float) -> tuple[np.ndarray, list[int]]:
-    """Of a frame every so many seconds those that differ, first the one without a digit, and which one each is."""
+    """Of one frame every `every` seconds, the distinct ones, first that without a digit; and the index of each."""
     taken = np.arange(0, scene.seconds, every).tolist()
     shown = [second for second in taken if any(event.centre(second) for event in scene.events)]
     empty = [second for second in taken if second not in shown][:1]
@@ -76,7 +76,7 @@ def different_frames(scene: digits.Scene, every: float) -> tuple[np.ndarray, lis
 
 
 def film_tokens(model, images, needle: Needle, every: float) -> np.ndarray:
-    """Visual tokens `[F·(n+1), D]` of a frame every so many seconds."""
+    """Visual tokens `[F·(n+1), D]` of one frame every `every` seconds."""
     frames, places = different_frames(needle.scene, every)
     (pixels,) = images(videos=frames)["pixel_values"]
     tokens = model.visual_tokens(pixels, [needle.question])[0].reshape(len(frames), model.config.tokens_per_frame, -1)
@@ -84,7 +84,7 @@ def film_tokens(model, images, needle: Needle, every: float) -> np.ndarray:
 
 
 def answers(model, images, needles: Sequence[Needle], every: float) -> Iterator[dict[str, Any]]:
-    """A row for each, asked together."""
+    """Yields a row for each needle; all are answered together."""
     started = time.perf_counter()
     tokens = [film_tokens(model, images, one, every) for one in needles]
     ids = [encode_with_images(model.tokenizer, llm_prompt(one.question, "vicuna_v1", 1)) for one in needles]
@@ -97,7 +97,7 @@ def answers(model, images, needles: Sequence[Needle], every: float) -> Iterator[
 
 
 def fitted(model, seconds: int, beyond: str, every: float = 1.0) -> tuple[Any, float]:
-    """The model with room for a film of so many seconds, and the seconds from one frame to the next."""
+    """The model with positions for a video of `seconds`, and the seconds from one frame to the next."""
     text, needed = model.config.text_config, math.ceil(seconds / every) * model.config.tokens_per_frame + WORDS
     if needed <= text.max_length:
         return model, every
@@ -113,7 +113,7 @@ def fitted(model, seconds: int, beyond: str, every: float = 1.0) -> tuple[Any, f
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each length and way, longest last; accuracy with its standard error."""
+    """Markdown: a line per length and way, longest last; accuracy with its standard error."""
     heads = ["film", "a frame every", "beyond its positions", "tokens", *KINDS, "s a question", "memory, GB"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (minutes, beyond, every), own in sorted(grouped(rows, "minutes", "beyond", "every").items()):
@@ -161,16 +161,16 @@ def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Asks what the file lacks and prints the table."""
+    """Asks the questions that the file lacks and prints the table."""
     parser = Parser(prog="length", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("model", type=Path)
-    parser.add_argument("answers", type=Path, help="a .jsonl that is begun or gone on with")
+    parser.add_argument("answers", type=Path, help="a .jsonl to begin or continue")
     parser.add_argument("--minutes", type=int, nargs="*", default=[1, 10, 60, 180, 480])
-    parser.add_argument("--questions", type=int, default=20, help="of each kind and length")
+    parser.add_argument("--questions", type=int, default=20, help="number for each kind and length")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--every", type=float, default=1.0, help="seconds from one frame to the next")
     parser.add_argument("--beyond", choices=BEYOND, default="extend")
-    parser.add_argument("--batch", type=int, default=1, help="films answered together")
+    parser.add_argument("--batch", type=int, default=1, help="videos answered together")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args(arguments)
     keep_programs()

@@ -1,13 +1,13 @@
-"""Writes the demo's data: pictures, clips and long clips of digits, with questions, in LLaVA format.
+"""Writes the demo's data: images, clips and long clips of digits, with questions, in LLaVA format.
 
     python -m demo.make_data OUT [--pictures N] [--align N] [--clips N] [--long N] [--long-seconds S ...] [--long-fps F]
                                  [--tests N] [--seed S]
 
     OUT/{images,clips,long}/*.png, *.mp4
     OUT/{pretrain,refer,align,instruct,long}.json       training
-    OUT/{pretrain,refer,instruct,long}_test.json        held out: other digit pictures; `types` of questions
+    OUT/{pretrain,refer,instruct,long}_test.json        held out: other digit images; `types` of questions
 
-Every sample has a generator of its own, from the seed and its name, so that the files do not depend on the number of
+Every sample has its own random generator, from the seed and its name, so that the files do not depend on the number of
 processes.
 """
 
@@ -31,7 +31,7 @@ CLIP_FPS = 2  # of the files; the loader samples one frame a second
 STILL_SIDE = 48  # pixels: what the model sees of a frame, so that a picture is read fast
 LONG_SECONDS = (30, 60, 60, 120, 120, 240, 600)
 TURNS = {"instruct": 3, "instruct_test": 3, "long": 1, "long_test": 3}
-# How often a type of question is drawn beside the others: the harder, the oftener.
+# How often each type of question is drawn: the harder, the more often.
 WEIGHT = {"digit": 3.0, "count": 1.0, "colour": 1.0, "way": 1.5, "second": 3.0, "after": 3.0, "before": 3.0}
 
 
@@ -64,7 +64,7 @@ def sample(
         path = f"long/{name}_{number:05}.mp4"
         write_video(folder / path, scene, long_fps)
     chosen = choose(rng, asked, TURNS.get(name, 1))
-    if name == "instruct":  # a clip's whole story teaches more than single words do; seldom it is asked for earlier
+    if name == "instruct":  # a caption teaches more than single words; it is mostly the last turn
         chosen[rng.integers(len(chosen)) if rng.random() < 0.25 else -1] = questions.clip_caption(rng, scene)
     return record(f"{name}-{number}", path, chosen, test)
 
@@ -86,14 +86,14 @@ def short_clip(rng: np.random.Generator, test: bool) -> digits.Scene:
 
 
 def choose(rng: np.random.Generator, asked: list[questions.Question], count: int) -> list[questions.Question]:
-    """`count` of the questions, or all if they are fewer."""
+    """Draws `count` of the questions, or all if there are fewer."""
     weights = np.array([WEIGHT.get(question, 1.0) for question, _, _ in asked])
     count = min(count, len(asked))
     return [asked[i] for i in rng.choice(len(asked), count, replace=False, p=weights / weights.sum())]
 
 
 def record(name: str, path: str, asked: list[questions.Question], test: bool) -> dict:
-    """A LLaVA record with a question and an answer a turn."""
+    """A LLaVA record with one question and answer per turn."""
     turns = []
     for index, (_, question, answer) in enumerate(asked):
         turns.append({"from": "human", "value": question if index else "<image>\n" + question})
@@ -103,7 +103,7 @@ def record(name: str, path: str, asked: list[questions.Question], test: bool) ->
 
 
 def write_video(path: Path, scene: digits.Scene, fps: int) -> None:
-    """The scene as H.264; equal frames cost next to nothing."""
+    """Writes the scene as H.264, where equal frames take almost no space."""
     with av.open(str(path), "w", options={"movflags": "faststart"}) as output:
         stream = output.add_stream("libx264", rate=fps)
         stream.width = stream.height = digits.SIDE
@@ -122,25 +122,25 @@ def write_video(path: Path, scene: digits.Scene, fps: int) -> None:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Writes everything, with two processes unless told otherwise."""
+    """Writes all files, by default with two processes."""
     parser = Parser(prog="make_data", description=__doc__, allow_abbrev=False)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pictures", type=int, default=30000, help="pictures of pretrain.json, and of refer.json")
-    parser.add_argument("--align", type=int, default=6000, help="pictures of align.json")
+    parser.add_argument("--pictures", type=int, default=30000, help="images of pretrain.json, and of refer.json")
+    parser.add_argument("--align", type=int, default=6000, help="images of align.json")
     parser.add_argument("--clips", type=int, default=16000, help="short clips of instruct.json")
     parser.add_argument("--long", type=int, default=800, help="long clips of long.json")
     parser.add_argument(
-        "--long-seconds", type=int, nargs="+", default=LONG_SECONDS, help="drawn from; held out: the last"
+        "--long-seconds", type=int, nargs="+", default=LONG_SECONDS, help="lengths to draw from; held out: the last"
     )
-    parser.add_argument("--long-fps", type=int, default=1, help="frames a second of the long clips' files")
-    parser.add_argument("--review", type=int, default=6400, help="short clips of long.json, which are of instruct.json")
+    parser.add_argument("--long-fps", type=int, default=1, help="frames a second in the files of long clips")
+    parser.add_argument("--review", type=int, default=6400, help="short clips of long.json, taken from instruct.json")
     parser.add_argument(
-        "--tests", type=int, default=400, help="held-out short clips, as many pictures, a quarter as many long clips"
+        "--tests", type=int, default=400, help="held-out short clips, as many images, a quarter as many long clips"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
-    digits.pictures()  # before the processes begin, which then share them
+    digits.pictures()  # before the processes start, which then share them
     for name in ("images", "clips", "long"):
         (options.out / name).mkdir(parents=True, exist_ok=True)
     counts = {

@@ -1,7 +1,7 @@
-"""Makes the demo's two small tokenizers from the questions and answers that it asks: `python -m demo.make_tokenizers`.
+"""Makes the demo's two small tokenizers from its questions and answers: `python -m demo.make_tokenizers`.
 
 demo/tokenizers/tokenizer.model, tokenizer_config.json    sentencepiece BPE with LLaMA's settings
-demo/tokenizers/qformer_tokenizer/vocab.txt               WordPiece: the words, and characters for all others
+demo/tokenizers/qformer_tokenizer/vocab.txt               WordPiece: the words, and characters for all other words
 """
 
 import io

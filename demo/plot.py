@@ -1,4 +1,4 @@
-"""Draws the demo model's training: the loss of every stage, and of the held-out set beside it.
+"""Draws the demo model's training: the loss of every stage, on the training and the held-out set.
 
 python -m demo.plot docs/demo_training.png
 """

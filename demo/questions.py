@@ -1,4 +1,4 @@
-"""Questions about a scene and their short exact answers, in several phrasings.
+"""Questions about a scene in several phrasings, with their short exact answers.
 
 Scene -> [(type, question, answer)]; every answer follows from the scene's events alone.
 """
@@ -9,7 +9,7 @@ from .digits import CENTRES, COLOURS, DIRECTIONS, Event, Scene
 
 Question = tuple[str, str, str]
 
-# {who} tells a digit by its colour or its kind: "the red digit", "the 7"
+# {who} names a digit by its colour or its value: "the red digit", "the 7"
 DIGIT = ("Which digit is {who}?", "What digit is the {who} one?", "Name the {who} digit.")
 CLIP_DIGIT = ("Which digit crosses the frame?", "Which digit appears?", "What digit is in the video?")
 ONLY_COLOUR = ("What colour is the digit?", "Which colour does the digit have?", "Name the colour of the digit.")
@@ -40,7 +40,7 @@ PHRASINGS = (
 
 
 def clip_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
-    """All that can be asked of a short clip: also way, order and second."""
+    """All questions about a short clip, including direction, order and second."""
     events = scene.events
     asked = [("count", _say(rng, CLIP_COUNT), str(len(events)))]
     for index, event in enumerate(events):
@@ -58,13 +58,13 @@ def clip_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
 
 
 def clip_caption(rng: np.random.Generator, scene: Scene) -> Question:
-    """All that happens in a short clip: when, colour, kind and way of every digit, in order."""
+    """All that happens in a short clip: second, colour, digit and direction of each, in order."""
     words = [f"second {event.start} {event.colour} {event.digit} {event.direction}" for event in scene.events]
     return "caption", _say(rng, CLIP_CAPTION), " ".join(words)
 
 
 def long_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
-    """What can be asked of the one event of a long clip."""
+    """The questions about the single event of a long clip."""
     (event,) = scene.events
     return [
         ("digit", _say(rng, CLIP_DIGIT), str(event.digit)),
@@ -79,9 +79,9 @@ def caption(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def reference(rng: np.random.Generator, scene: Scene) -> Question:
-    """Any question that names a digit by colour or kind; the answer is that digit's caption, or nothing, if absent.
+    """Any question that names a digit by colour or value; the answer is its caption, or "nothing" if it is absent.
 
-    What the model sees first of questions: which part of a picture they are about.
+    From these the model first learns which part of an image a question is about.
     """
     if scene.events and rng.random() < 0.8:
         event = scene.events[rng.integers(len(scene.events))]
@@ -104,7 +104,7 @@ def _words(event: Event) -> str:
 
 
 def corpus() -> list[str]:
-    """Every phrasing with every word that it may hold, and every answer: what the tokenizers are made from."""
+    """Every phrasing with every word that may fill it, and every answer: the tokenizers are trained on these."""
     digits, colours = [str(n) for n in range(10)], list(COLOURS)
     names = digits + [f"{c} digit" for c in colours] + ["digit"]
     lines = [phrasing.format(who=who) for phrasing in PHRASINGS for who in names]
@@ -118,6 +118,6 @@ def _say(rng: np.random.Generator, phrasings: tuple[str, ...], who: str = "") ->
 
 
 def _who(rng: np.random.Generator, scene: Scene, event: Event) -> str:
-    """A way to tell this digit from the others."""
+    """A name that distinguishes this digit from the others."""
     names = [f"{event.colour} digit", str(event.digit)] + ["digit"] * (len(scene.events) == 1)
     return names[rng.integers(len(names))]

@@ -2,8 +2,8 @@
 
     python -m demo.show [PICTURE.png]
 
-The clip (`held_out.mp4`) and its questions (`held_out.json`) are made like the training data, from pictures of digits
-that no training clip shows.  In the picture a row is a question, a column a second; brighter patches have more of the
+The clip (`held_out.mp4`) and its questions (`held_out.json`) are made like the training data, from images of digits
+that no training clip shows.  In the drawing a row is a question, a column a second; brighter patches get more of the
 context token's attention.
 """
 

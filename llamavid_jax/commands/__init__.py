@@ -5,7 +5,7 @@ from typing import Any
 
 
 def _without_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Ctrl-C while a command's modules are imported, before `errors.command` holds, is said by its exit code alone."""
+    """Ctrl-C while a command's modules are imported, before `errors.command` applies, gives only its exit code."""
     if kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, trace)
 

@@ -1,13 +1,13 @@
-"""Many questions about many videos:
+"""Answers many questions about many videos:
 
     python -m llamavid_jax.commands.batch --in questions.jsonl --out answers.jsonl --model DIR
 
-A line of questions.jsonl is {"id": "7", "video": "walk.mp4", "question": "Who walks?"}; "image" is one in place of
-"video", and both may be lists.  Without "id" a line's number stands for it.  Each video is encoded once, whatever the
-order of the lines, and rows of about the same length are answered together.
+A line of questions.jsonl is {"id": "7", "video": "walk.mp4", "question": "Who walks?"}; "image" may replace "video",
+and both may be lists.  Without "id" the line's number is used.  Each video is encoded once, whatever the order of the
+lines, and rows of similar length are answered together.
 
-Answers are written as they come, a line each, so that the same command goes on where it was stopped, however that was.
-A row that fails has "error" in the place of "answer", and the exit code is then 1: delete its line to try it again.
+Answers are written as they come, one per line, so that the same command resumes where it was stopped, even if it was
+killed.  A row that fails has "error" instead of "answer", and the exit code is then 1: delete its line to try it again.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from llamavid_jax.files import find, local, locked
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.shapes import bucket
 
-SECONDS = 10.0  # between two lines of progress
+SECONDS = 10.0  # between two progress messages
 MOST_ROWS = 64  # answered together
 
 
@@ -58,8 +58,8 @@ class Prompt(NamedTuple):
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="llamavid-batch", description="Answer many questions about many videos.", allow_abbrev=False)
-    parser.add_argument("--in", dest="questions", required=True, metavar="JSONL", help="a question a line")
-    parser.add_argument("--out", required=True, metavar="JSONL", help="where the answers go, a line each")
+    parser.add_argument("--in", dest="questions", required=True, metavar="JSONL", help="the questions, one per line")
+    parser.add_argument("--out", required=True, metavar="JSONL", help="file for the answers, one per line")
     add_model(parser)
     add_fps(parser)
     add_times(parser)
@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=16384,
         metavar="N",
-        help="tokens of the rows that are answered together, prompts and room for answers (16384)",
+        help="tokens of the rows answered together: their prompts and longest answers (16384)",
     )
     add_shard(parser)
     options = parser.parse_args(arguments)
@@ -82,15 +82,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Runner:
-    """Asks rows: video after video, and together those that are ready."""
+    """Encodes video after video, and answers rows of similar length together."""
 
     def __init__(self, options: argparse.Namespace, model: Any, images: LLaMAVIDLlavaImageProcessor, answers: Answers):
         self.options, self.model, self.images, self.answers = options, model, images, answers
-        self.waiting: dict[int, list[Prompt]] = collections.defaultdict(list)  # by the bucket of their length
+        self.waiting: dict[int, list[Prompt]] = collections.defaultdict(list)  # by length bucket
         self.frames = 0
 
     def run(self, rows: Sequence[Row]) -> Iterator[None]:
-        """Yields after each step, so that others may look how far it is."""
+        """Yields after each step, so that the caller can report progress."""
         groups: dict[tuple, list[Row]] = collections.defaultdict(list)
         for row in rows:
             groups[row.videos, row.images, row.error].append(row)
@@ -111,12 +111,12 @@ class Runner:
             yield
 
     def _together(self, size: int) -> int:
-        """How many rows of `size` tokens are answered at once: a power of two, which fills its bucket."""
+        """How many rows of `size` tokens are answered at once: a power of two, so that it fills its bucket."""
         count = min(self.options.batch_tokens // (size + bucket(self.options.max_new_tokens)), MOST_ROWS)
         return 1 << max(count.bit_length() - 1, 0)
 
     def _prompts(self, group: Sequence[Row]) -> Iterator[Prompt]:
-        """The rows of one set of visuals, which are encoded once."""
+        """The prompts of rows with the same images and videos, which are encoded once."""
         from llamavid_jax.inference.session import Session  # JAX takes seconds to import
 
         first, options = group[0], self.options
@@ -145,7 +145,7 @@ class Runner:
                 yield prompt
 
     def _answer(self, prompts: Sequence[Prompt]) -> None:
-        """One that cannot be answered costs its own row: the others are asked alone then."""
+        """Answers rows together or, if that fails, one by one, so that an error costs only its own row."""
         given = [prompt.ids for prompt in prompts], [prompt.tokens for prompt in prompts]
         try:
             out = self.model.generate(given[0], visual_tokens=given[1], **self.options.settings)
@@ -223,7 +223,7 @@ def _run(
 
 
 def run() -> None:
-    """`main` as a process of its own."""
+    """Runs `main` as a process."""
     program.run(main)
 
 

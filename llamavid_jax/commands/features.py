@@ -1,10 +1,10 @@
-"""Feature files of many videos, for training and for asking again:
+"""Writes feature files of many videos, for training and for inference:
 
     python -m llamavid_jax.commands.features FOLDER "clips/*.mp4" walk.mp4 --model DIR --out FEATURES
 
-A folder gives all videos in it, at any depth.  FEATURES/NAME.mp4.safetensors is written for each; what is there already
-and whole, of the same video, tower and sampling, is skipped, so that the same command goes on where it was stopped.  A
-video that fails costs itself alone: it is named in FEATURES/failures.jsonl, and the exit code is then 1.
+A folder stands for all videos in it, at any depth.  FEATURES/NAME.mp4.safetensors is written for each.  Complete files
+of the same video, tower and sampling are skipped, so that the same command resumes where it was stopped.  A video that
+fails does not stop the others: it is listed in FEATURES/failures.jsonl, and the exit code is then 1.
 """
 
 import argparse
@@ -40,14 +40,14 @@ SUBTITLES = (".srt", ".vtt", ".ass")
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="llamavid-features", description="Write feature files of videos.", allow_abbrev=False)
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders and patterns such as 'clips/*.mp4'")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the feature files go")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the feature files")
     add_model(parser)
     add_fps(parser)
-    parser.add_argument("--int8", action="store_true", help="half the size; its error stands in each file")
+    parser.add_argument("--int8", action="store_true", help="half the size; each file states the error")
     parser.add_argument(
         "--subtitles",
         action="store_true",
-        help="with what is said: the .srt, .vtt or .ass beside a video, of the same name",
+        help="include subtitles: the .srt, .vtt or .ass file of the same name beside each video",
     )
     add_transcribe(parser, "where none lies beside a video: what is said by its sound")
     add_shard(parser)
@@ -61,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find_videos(given: Sequence[str]) -> dict[str, Path]:
-    """The videos by the name of their feature file, relative to the output.  InputError for one that is not there."""
+    """The videos by the name of their feature file, relative to the output.  InputError for a missing one."""
     found: dict[str, Path] = {}
     for text in given:
         path = local(text)
@@ -101,7 +101,7 @@ class Extractor:
         self.dtype = "I8" if options.int8 else "F16" if model.dtype == "float32" else name_of(model.dtype)
 
     def __call__(self, number: str, name: str, video: str) -> dict[str, Any]:
-        """Says what became of a video; returns its line for the failures, or None, and whether it has no subtitles."""
+        """Reports on a video; returns its line for failures.jsonl, or None, and whether it lacks subtitles."""
         started, path, error = time.perf_counter(), local(video), None
         try:
             frames = self.write(path, local(self.options.out) / name)
@@ -113,7 +113,7 @@ class Extractor:
         return {"error": error, "without": path in self.without}
 
     def write(self, video: Path, file: Path) -> int:
-        """The number of frames, 0 where the file is there already.  Raises InputError and OSError."""
+        """Writes a feature file; returns the number of frames, 0 if it exists.  Raises InputError and OSError."""
         from llamavid_jax.inference.sources import description, version, video_key  # JAX takes seconds to import
 
         path, cues = local_file(video), self._cues(video)
@@ -163,7 +163,7 @@ class Extractor:
         try:
             return find(file).exists() and (describe(file) or {}).get("made_as") == made_as
         except MediaError:
-            return False  # damaged: made again
+            return False  # damaged: written again
 
 
 @command("llamavid-features")
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if pipeline is None:
         outcomes = itertools.starmap(Extractor(options), tasks)
     else:  # workers may be other machines
-        LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)  # a wrong folder is told here
+        LLaMAVIDLlavaImageProcessor.from_pretrained(options.model)  # reports a wrong folder
         options.model, options.out = buckets.address(brought(Path(options.model))), buckets.address(out)
         tasks = [(number, name, buckets.address(brought(Path(video)))) for number, name, video in tasks]
         outcomes = beam_map(functools.partial(Extractor, options), tasks, pipeline, out / ".outcomes.jsonl")
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """`main` as a process of its own."""
+    """Runs `main` as a process."""
     program.run(main)
 
 

@@ -1,8 +1,8 @@
-"""What a run's hours went into, as a table and as a picture of its wall clock over all restarts:
+"""What a training run's hours went into, as a table and as an image of its wall clock over all restarts:
 
     python -m llamavid_jax.commands.goodput runs/stage2 stage2.png
 
-The numbers are those of `goodput.jsonl` in the run's folder (`training/goodput.py` says what each part is).
+The numbers are those of `goodput.jsonl` in the run's folder (`training/goodput.py` explains the parts).
 """
 
 import sys
@@ -15,7 +15,7 @@ from llamavid_jax.errors import InputError, Parser, command
 from llamavid_jax.files import find, local
 from llamavid_jax.inference.draw import clock
 
-COLOURS = {  # as of PARTS; steps that count are the only green
+COLOURS = {  # for PARTS; only steps that count are green
     "steps": "#2e8b57",
     "compile": "#7b68ee",
     "data wait": "#ff8c00",
@@ -26,7 +26,7 @@ COLOURS = {  # as of PARTS; steps that count are the only green
     "lost": "#dc143c",
     "idle": "#c8c8c8",
 }
-WIDTH, HEIGHT, EDGE, LINE = 1200, 120, 20, 24  # pixels: the band, what is around it, a line of the legend
+WIDTH, HEIGHT, EDGE, LINE = 1200, 120, 20, 24  # pixels: the band, its margin, a line of the legend
 
 Spans = Sequence[tuple[float, float, dict[str, float]]]
 
@@ -35,7 +35,7 @@ Spans = Sequence[tuple[float, float, dict[str, float]]]
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="goodput", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=local, metavar="RUN", help="a run's output folder")
-    parser.add_argument("picture", type=local, nargs="?", metavar="PICTURE", help="such as goodput.png")
+    parser.add_argument("picture", type=local, nargs="?", metavar="PICTURE", help="image to write, such as goodput.png")
     options = parser.parse_args(arguments)
     from llamavid_jax.training.goodput import FILE, PARTS, in_words, spans, tally  # JAX takes seconds to import
     from llamavid_jax.training.log import JsonLines
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def draw(found: Spans, totals: Mapping[str, float]) -> Image.Image:
-    """The wall clock from left to right: in each span its parts from top to bottom, and a legend below."""
+    """Draws the wall clock from left to right, each span's parts from top to bottom, and a legend below."""
     begin, whole = found[0][0], sum(totals.values())
     scale = WIDTH / max(found[-1][1] - begin, 1e-9)
     used = [part for part in COLOURS if totals[part]]

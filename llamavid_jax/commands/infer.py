@@ -3,7 +3,7 @@
     python infer.py --model DIR --video FILE_OR_URL --question "What happens?"
 
 The answer goes to stdout, progress to stderr.  Bad input ends with exit code 2 and one line that says what to do.
-`--chat` reads one question a line and never encodes the video again.
+`--chat` reads one question per line and encodes the video only once.
 """
 
 import argparse
@@ -46,8 +46,8 @@ from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 from llamavid_jax.media.source import is_url, local_file
 from llamavid_jax.media.video import plan_video
 
-MOST_EVIDENCE = 10  # frames in --json, the one with the most weight first
-# what the original's command line does, but for the seed; an option of its own wins over it
+MOST_EVIDENCE = 10  # frames in --json, those with the most weight first
+# the original's command line, except for the seed; an explicit option overrides these
 LIKE_ORIGINAL = {"template": "llava_v1", "temperature": 0.2, "top_p": 0.7, "image_aspect_ratio": "crop"}
 
 
@@ -56,41 +56,41 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="infer.py", description="Ask LLaMA-VID about videos and images.", allow_abbrev=False)
     add_model(parser)
     parser.add_argument(
-        "--video", action="append", default=[], metavar="FILE|URL", help="may be given several times; or its features"
+        "--video", action="append", default=[], metavar="FILE|URL", help="a video or its features; may be repeated"
     )
-    parser.add_argument("--image", action="append", default=[], metavar="FILE|URL", help="may be given several times")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE|URL", help="may be repeated")
     add_film(parser)
     parser.add_argument("--question", help="what to ask; with --chat the first question")
-    parser.add_argument("--chat", action="store_true", help="go on asking: one question a line on stdin")
+    parser.add_argument("--chat", action="store_true", help="read further questions from stdin, one per line")
     add_fps(parser)
-    parser.add_argument("--fit", action="store_true", help="at a lower rate where a video is too long for the model")
+    parser.add_argument("--fit", action="store_true", help="lower --fps if a video is too long for the model")
     parser.add_argument(
-        "--fast-sampling", action="store_true", help="take the key frame nearest to each frame asked for: much faster"
+        "--fast-sampling", action="store_true", help="use the key frame nearest to each sampled frame: much faster"
     )
-    parser.add_argument("--partial", action="store_true", help="answer about what can be read of a damaged video")
+    parser.add_argument("--partial", action="store_true", help="answer about the readable part of a damaged video")
     add_settings(parser)
     add_cache(parser)
     parser.add_argument(
         "--like-original",
         action="store_true",
-        help="as the original's command line: template llava_v1, stills cropped, sampled at temperature 0.2 and top-p "
-        "0.7, in a chat the visuals in the newest question alone; other options given with it hold",
+        help="like the original's command line: template llava_v1, images cropped, temperature 0.2 and top-p 0.7, in a "
+        "chat only the newest question has the visuals; explicit options override these",
     )
-    parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    parser.add_argument("--stream", action="store_true", help="print the answer as it is generated")
     parser.add_argument(
         "--evidence", metavar="FILE", help="draw the frames of the video that the answer rests on; --json lists them"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object for each answer")
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and stop")
-    parser.add_argument("--topology", metavar="NAME", help="such as v5e:1x1: a generation of TPU, and chips")
-    parser.add_argument("--tokens", type=int, metavar="N", help="of the compiled prompt, frames and all (3584)")
+    parser.add_argument("--topology", metavar="NAME", help="TPU generation and chips, such as v5e:1x1")
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of the compiled prompt, with frames (3584)")
     parser.set_defaults(**{"image_aspect_ratio": None} | (LIKE_ORIGINAL if "--like-original" in arguments else {}))
     options = parser.parse_args(arguments)
     if options.compile_only != bool(options.topology):
         parser.error("--compile-only and --topology go together, such as --compile-only --topology v5e:1x1")
     if options.tokens is not None and (options.tokens < 1 or not options.compile_only):
         parser.error(f"--tokens is {options.tokens}; give the length of the prompt to compile, with --compile-only")
-    # said now, not after minutes of loading
+    # reports errors now, not after minutes of loading
     options.settings = read_settings(options)
     if options.compile_only:
         return options
@@ -111,12 +111,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if is_features(options.video[0]):
             parser.error(f"--evidence draws frames, and {options.video[0]} holds features alone; give the video")
         options.evidence = local(options.evidence)
-        write_files(options.evidence.parent, {})  # InputError where nothing can
+        write_files(options.evidence.parent, {})  # InputError if it is not writable
     return options
 
 
 def compile_only(options: argparse.Namespace) -> int:
-    """Compiles the programs for a slice that need not be there.  `--model` may be one of configs/models/."""
+    """Compiles the programs for a slice that need not be attached; `--model` may be a file of configs/models/."""
     from llamavid_jax import LLaMAVIDLlavaConfig
     from llamavid_jax.precompile.infer import check_inference
     from llamavid_jax.precompile.report import show
@@ -137,7 +137,7 @@ def compile_only(options: argparse.Namespace) -> int:
 
 
 def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
-    """Also looks at all files: MediaError for one that is no picture, or no video that can be sampled.
+    """The image processor.  Checks all files: MediaError for one that is no image, or no video that can be sampled.
 
     URLs are read later.
     """
@@ -145,7 +145,7 @@ def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
     if options.image_aspect_ratio:
         processor = dataclasses.replace(processor, image_aspect_ratio=options.image_aspect_ratio)
     fps = processor.rate(options.fps) if options.video else None
-    partial = (lambda _: None) if options.partial else None  # the session says it
+    partial = (lambda _: None) if options.partial else None  # the session reports it
     for sources, look in (
         (options.image, processor.image_pixels),
         (options.video, lambda video: is_features(video) or plan_video(video, fps, partial)),
@@ -158,7 +158,7 @@ def image_processor(options: argparse.Namespace) -> LLaMAVIDLlavaImageProcessor:
 
 
 def start_session(options: argparse.Namespace, console: Console) -> Any:
-    """The conversation, with its model loaded."""
+    """Loads the model and starts the conversation."""
     images = image_processor(options)  # before minutes of loading, and before JAX is imported
     if options.transcribe:
         with console.status(Text(printable(f"listening to {options.video[0]}"))):
@@ -189,7 +189,7 @@ def start_session(options: argparse.Namespace, console: Console) -> Any:
 
 @contextlib.contextmanager
 def progress_bar(console: Console, session: Any) -> Iterator[Callable[[Any, int, int | None], None]]:
-    """A bar for each video, where stderr is a terminal: stage, frames, how much faster than it plays, time left."""
+    """A bar for each video if stderr is a terminal: stage, frames, speed against real time, time left."""
     stage = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1))
     speed, times = TextColumn("{task.fields[speed]}"), (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     columns = stage, BarColumn(10), MofNCompleteColumn(), speed, *times
@@ -214,7 +214,7 @@ def progress_bar(console: Console, session: Any) -> Iterator[Callable[[Any, int,
 
 
 def draw_evidence(session: Any, question: str, answer: Any, file: Path, number: int) -> None:
-    """One picture for each answer of a chat: FILE.png, FILE-2.png, ..."""
+    """Writes one image for each answer of a chat: FILE.png, FILE-2.png, ..."""
     from llamavid_jax.inference.evidence import draw
 
     if number > 1:
@@ -244,7 +244,7 @@ def questions(options: argparse.Namespace) -> Iterator[str]:
 
 
 def write(text: str) -> None:
-    """To stdout; what a terminal would obey is written out there."""
+    """Writes to stdout; on a terminal, control characters are escaped."""
     try:
         print(printable(text, kept="\n\t") if sys.stdout.isatty() else text, end="", flush=True)
     except BrokenPipeError:
@@ -256,7 +256,7 @@ def write(text: str) -> None:
 @command("infer.py")
 def main(arguments: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was downloaded is deleted
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that downloads are deleted
     options = parse_arguments(arguments)
     if was_closed(sys.stdout):
         raise InputError("stdout is closed, and the answer goes there; leave it open, or give > FILE")
@@ -296,5 +296,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """`main` as a process of its own."""
+    """Runs `main` as a process."""
     program.run(main)

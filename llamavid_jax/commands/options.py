@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they stand for."""
+"""Options that several commands share, and how they are read."""
 
 import argparse
 import dataclasses
@@ -21,15 +21,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, type=lambda text: str(local(text)), metavar="DIR", help="a converted checkpoint"
     )
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (bfloat16)"
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="data type of the weights (bfloat16)"
     )
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="the weights, while they are loaded")
-    parser.add_argument("--kv-cache", default="float", choices=["float", "int8"], help="of decoding (float)")
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="quantise the weights while loading")
+    parser.add_argument("--kv-cache", default="float", choices=["float", "int8"], help="type of the KV cache (float)")
     parser.add_argument("--mesh", default="", metavar="AXIS=N", help="shard over devices, such as tensor=4")
 
 
 def load_model(options: argparse.Namespace) -> Any:
-    """The model of `add_model`."""
+    """Loads the model that the options of `add_model` describe."""
     from llamavid_jax import LLaMAVIDLlavaForConditionalGeneration  # JAX takes seconds to import
     from llamavid_jax.parallel.mesh import local_mesh, parse_mesh
 
@@ -40,12 +40,12 @@ def load_model(options: argparse.Namespace) -> Any:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """How to generate, and in which words the question is put."""
+    """Options for generation and for the prompt's template."""
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (512)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of mass (1)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling of probability P (1)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (0: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for sampling (0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT")
     parser.add_argument("--template", default="vicuna_v1", choices=sorted(TEMPLATES), help="conversation format")
 
@@ -61,7 +61,7 @@ def read_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_fps(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fps", type=float, help="frames sampled a second of video (what the checkpoint says: 1)")
+    parser.add_argument("--fps", type=float, help="frames sampled per second of video (the checkpoint's: 1)")
 
 
 def check_fps(options: argparse.Namespace) -> None:
@@ -70,16 +70,16 @@ def check_fps(options: argparse.Namespace) -> None:
 
 
 def add_film(parser: argparse.ArgumentParser) -> None:
-    """What stands between the frames of a video."""
+    """Options for text between the frames of a video."""
     parser.add_argument(
-        "--subtitles", metavar="FILE|auto", help="what is said in the one video: .srt, .vtt, .ass; auto: its own track"
+        "--subtitles", metavar="FILE|auto", help="subtitles of the single video: .srt, .vtt, .ass; auto: its own track"
     )
     add_transcribe(parser, "subtitles from the sound of the one video")
     add_times(parser)
 
 
 def check_film(options: argparse.Namespace) -> None:
-    """Reads what `--subtitles` names.  InputError where an option does not go with the others."""
+    """Reads the file of `--subtitles`.  InputError for options that do not go together."""
     for option in ("subtitles", "transcribe", "times", "evidence"):
         if getattr(options, option) is not None and (len(options.video) != 1 or options.image):
             raise InputError(f"--{option} goes with one --video alone; give that")
@@ -108,7 +108,7 @@ def add_times(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=TIMES[0],
         choices=TIMES,
-        help="the time of each frame (or minute) of a video in the text, for a model that was trained so",
+        help="put the time of each frame (or minute) into the text, for a model trained this way",
     )
 
 
@@ -117,13 +117,13 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         "--cache",
         metavar="DIR",
         default=os.environ.get("LLAMAVID_CACHE") or None,
-        help="keep the features of videos there for the next question (LLAMAVID_CACHE)",
+        help="folder that keeps features of videos for later questions (LLAMAVID_CACHE)",
     )
-    parser.add_argument("--cache-size", type=float, metavar="GB", help="of that folder, at most (20)")
+    parser.add_argument("--cache-size", type=float, metavar="GB", help="maximum size of that folder (20)")
 
 
 def read_cache(options: argparse.Namespace) -> Any:
-    """The folder of features that --cache names, None without."""
+    """The feature cache in the folder that --cache names; None without it."""
     size = 20.0 if options.cache_size is None else options.cache_size
     if not 0 < size < math.inf:
         raise InputError(f"--cache-size is {size}; give a number of GB above 0, such as 20")
@@ -137,9 +137,9 @@ def read_cache(options: argparse.Namespace) -> Any:
 
 
 def checked(text: str, name: str) -> str:
-    """An argument as UTF-8 has it, also where the locale is another: Python gives its bytes as half surrogate pairs.
+    """Decodes an argument as UTF-8 in any locale; Python passes undecodable bytes as lone surrogates.
 
-    InputError for bytes that are not UTF-8.
+    Raises InputError for bytes that are not UTF-8.
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")

@@ -1,4 +1,4 @@
-"""One of several processes: of a training run together, or each with its own part of videos and questions."""
+"""Several processes: those of one training run, or independent ones that share videos and questions."""
 
 import argparse
 import contextlib
@@ -11,10 +11,10 @@ from llamavid_jax.errors import InputError, say
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--distributed", action="store_true", help="a TPU pod: find the other hosts by themselves")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where hosts do not find each other")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
-    parser.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    parser.add_argument("--distributed", action="store_true", help="on a TPU pod: the hosts find each other")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, unless --distributed")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
 
 
 def check_processes(options: argparse.Namespace) -> None:
@@ -30,7 +30,7 @@ def check_processes(options: argparse.Namespace) -> None:
 
 
 def join(options: argparse.Namespace) -> None:
-    """Makes this process one of several, where that is asked for."""
+    """Connects this process to the others, if the options ask for it."""
     if not (options.coordinator or options.distributed):
         return
     import jax  # takes seconds
@@ -48,19 +48,19 @@ def join(options: argparse.Namespace) -> None:
 
 
 def leave() -> None:
-    """Leaves the others of a run, as the interpreter's end does; but that first waits for every thread.
+    """Disconnects from the other processes before the interpreter exits, which would first wait for every thread.
 
-    Those of a save that failed wait for other processes for 20 minutes.
+    The threads of a failed save wait for other processes for 20 minutes.
     """
     import jax
 
     if jax.process_count() > 1:
-        with contextlib.suppress(RuntimeError):  # one of them is gone, which is said where it was missed
+        with contextlib.suppress(RuntimeError):  # another process is gone, which was reported where it was missed
             jax.distributed.shutdown()
 
 
 def check_coordinator(address: str, process: int) -> None:
-    """Raises InputError for a host that is not known and, on process 0, a port that is taken: JAX would abort."""
+    """Raises InputError for an unknown host and, on process 0, a port in use: JAX would abort."""
     host, _, port = address.rpartition(":")
     try:
         socket.getaddrinfo(host, port)
@@ -71,12 +71,12 @@ def check_coordinator(address: str, process: int) -> None:
 
 
 def add_shard(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shard", metavar="I/N", help="the part I, from 0, of N that processes share (0/1: all)")
+    parser.add_argument("--shard", metavar="I/N", help="process part I (from 0) of N parts (0/1: all)")
     add_processes(parser)
 
 
 def read_shard(options: argparse.Namespace) -> tuple[int, int]:
-    """ "2/8" as (2, 8); (0, 1) without."""
+    """ "2/8" as (2, 8); (0, 1) without --shard."""
     check_processes(options)
     if options.shard is not None and (options.coordinator or options.distributed):
         raise InputError("--shard names the part that --distributed finds out; give one of them")
@@ -87,9 +87,9 @@ def read_shard(options: argparse.Namespace) -> tuple[int, int]:
 
 
 def own_shard(options: argparse.Namespace) -> tuple[int, int]:
-    """The part of this process, and of how many: what `read_shard` found, or the process's place among the others.
+    """The part of this process, and the number of parts: from `read_shard`, or by the process's index among all.
 
-    A process of its own asks for the place, and ends: each works alone then, waits for no other and outlives it.
+    A separate process finds the index and ends.  After that the processes are independent: none waits for another.
     """
     if not (options.coordinator or options.distributed):
         return options.shard

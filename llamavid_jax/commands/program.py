@@ -1,4 +1,4 @@
-"""How every command begins and ends: compiled programs are kept for the next call, and the process leaves at once."""
+"""How every command begins and ends: compiled programs are cached for the next call, and the process exits at once."""
 
 import contextlib
 import gc
@@ -10,34 +10,34 @@ from typing import NoReturn
 
 
 def keep_programs() -> None:
-    """The programs that XLA compiles go into the user's cache folder, from where the next call takes them.
+    """Caches the programs that XLA compiles in the user's cache folder, for the next call.
 
     `JAX_ENABLE_COMPILATION_CACHE=false` turns that off; `JAX_COMPILATION_CACHE_DIR` names another folder.
     """
     import jax  # here, so that `--help` does not wait for it
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        given = os.environ.get("XDG_CACHE_HOME", "")  # which counts only as a full path
+        given = os.environ.get("XDG_CACHE_HOME", "")  # valid only as an absolute path
         try:
             folder = (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "llamavid_jax"
             folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # no home, or none to write to: as without a cache
+        except (OSError, RuntimeError):  # no home, or not writable: no cache
             return
         if not os.access(folder, os.W_OK):
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX's own leaves out what takes below a second
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX skips compilations under a second
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Runs a command and leaves with its exit code, without the half second that JAX takes to put itself away.
+    """Runs a command and exits with its code, without the half second that JAX takes to shut down.
 
-    Work that was compiled may still run after Ctrl-C, and would crash the interpreter's own end.
+    Compiled work may still run after Ctrl-C, and would crash the interpreter's normal exit.
     """
-    gc.set_threshold(100_000)  # imports and traces make a million objects that stay
+    gc.set_threshold(100_000)  # imports and traces create a million long-lived objects
     status = main()
-    with contextlib.suppress(OSError):  # of a stream that has failed before, which `main` has said
+    with contextlib.suppress(OSError):  # of a stream that failed before, which `main` has reported
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)

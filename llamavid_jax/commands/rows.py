@@ -1,4 +1,4 @@
-"""The two files of `llamavid-batch`: rows that are asked, and their answers, which outlive what ends the process."""
+"""The two files of `llamavid-batch`: its questions, and their answers, which survive any end of the process."""
 
 import contextlib
 import json
@@ -12,13 +12,13 @@ from llamavid_jax.errors import InputError, say
 from llamavid_jax.files import local, read_object, write_files
 from llamavid_jax.text.conversation import check_text
 
-START = b'{"id": '  # of every answer
-# of records, chats and commands: in a row they would be without effect, and the answer about something else
+START = b'{"id": '  # beginning of every answer
+# fields of records, chats and commands, refused here: they would be ignored, and the answer would be wrong
 UNREAD = {"videos", "images", "features", "subtitles", "transcribe", "times", "fps", "num_frames"}
 
 
 class Row(NamedTuple):
-    """A line of the questions; `error` says why it cannot be asked."""
+    """A line of the questions; `error` says why it cannot be answered."""
 
     id: str
     question: str = ""
@@ -27,14 +27,14 @@ class Row(NamedTuple):
     error: str = ""
 
     def said(self) -> dict[str, Any]:
-        """What the line of its answer repeats, by which it is known again."""
+        """The fields that its answer repeats, by which the answer is recognised."""
         media = {"video": self.videos, "image": self.images}
         shown = {name: paths[0] if len(paths) == 1 else list(paths) for name, paths in media.items() if paths}
         return {"id": self.id, "question": self.question, **shown}
 
 
 def read_questions(path: str) -> list[Row]:
-    """All rows, those that cannot be asked among them.  InputError where two have the same id."""
+    """All rows, also invalid ones.  Raises InputError if two have the same id."""
     lines, rows = JsonRows(local(path)), {}
     for number in range(len(lines)):
         row = _row(lines, number)
@@ -76,7 +76,7 @@ def _paths(value: Mapping[str, Any], kind: str) -> tuple[str, ...]:
 
 
 class Answers:
-    """The file of answers: `done` holds the ids that it has already.  Each call of `write` is one system call."""
+    """The file of answers; `done` holds the ids in it.  `write` appends its answers with one system call."""
 
     def __init__(self, path: Path, rows: Iterable[Row]):
         self.path, known = path, {row.id: row for row in rows}
@@ -128,7 +128,7 @@ class Answers:
             say(f"llamavid-batch: {row.id}: {error}")
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Says which of these the answers that are here were not made with; they stay as they are."""
+        """Reports the settings that differ from those of the answers already in the file, which stay as they are."""
         file = self.path.with_name(f".{self.path.name}.settings")
         before: Mapping[str, Any] = settings
         with contextlib.suppress(OSError, ValueError):

@@ -1,10 +1,10 @@
-"""Trains LLaMA-VID, a stage at a time:
+"""Trains LLaMA-VID, one stage at a time:
 
     python train.py --config configs/stage2_instruct.yaml data.path=chat.json output=runs/stage2
 
-Every field of the file can be given as `section.key=value`.  The same command goes on where a run stopped.  On several
-hosts the same command runs on each: with --distributed on TPU pods, which know each other, elsewhere with
---coordinator, --processes and --process.
+Every field of the file can be given as `section.key=value`.  The same command resumes a run where it stopped.  On
+several hosts run it on each: with --distributed on TPU pods, where hosts find each other, elsewhere with --coordinator,
+--processes and --process.
 """
 
 import argparse
@@ -16,15 +16,15 @@ from llamavid_jax.precompile import compile_check
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Trains LLaMA-VID, a stage at a time.", allow_abbrev=False)
+    parser = Parser(description="Trains LLaMA-VID, one stage at a time.", allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="one of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="put over the file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides a field of the file")
     parser.add_argument("--profile", action="store_true", help="write a trace of three steps to OUTPUT/profile")
     parser.add_argument(
         "--simulate-fault",
         action="append",
         metavar="KIND@STEP",
-        help="kill, hang, slow, nan, disk or bucket: see what becomes of the run; may be repeated",
+        help="test how the run copes with kill, hang, slow, nan, disk or bucket; may be repeated",
     )
     parser.add_argument("--compile-only", action="store_true", help="compile the step for --topology and stop")
     compile_check.add_arguments(parser)

@@ -2,11 +2,11 @@
 
     python -m lmms_eval --model llamavid_jax --model_args checkpoint=llamavid-7b-336 --tasks mme --batch_size 8
 
-    request ─ doc_to_messages ─▶ pictures, videos, text ─ Session ─▶ ids, tokens ─ batches of a bucket ─▶ answers
+    request ─ doc_to_messages ─▶ images, videos, text ─ Session ─▶ ids, tokens ─ a batch per length bucket ─▶ answers
 
-Videos are read here, one frame a second, and encoded once for all questions about them.  A request that cannot be asked
-has no words for an answer, and is said.  The task's `until` is not used: answers end where the model ends them, as the
-original's do.
+Videos are read here, one frame a second, and encoded once for all questions about them.  A request that cannot be
+answered gets an empty answer and is reported.  The task's `until` is not used: the model ends its answers, as in the
+original.
 """
 
 import collections
@@ -25,11 +25,11 @@ from llamavid_jax.inference.session import Session
 from llamavid_jax.parallel.mesh import make_mesh, parse_mesh
 from llamavid_jax.shapes import bucket
 
-MAX_NEW_TOKENS = 128  # of tasks that do not say
+MAX_NEW_TOKENS = 128  # for tasks that set none
 
 
 class Asked(NamedTuple):
-    """A request: what is shown, the words, and how it is answered."""
+    """A request: its images and videos, its text, and its generation settings."""
 
     images: list[Any]
     videos: list[str]
@@ -38,7 +38,7 @@ class Asked(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A row of a batch, and the place of its request."""
+    """A row of a batch, and the index of its request."""
 
     place: int
     ids: list[int]
@@ -46,7 +46,7 @@ class Ready(NamedTuple):
 
 
 class LlamaVidJax(lmms):
-    """`checkpoint` is a converted one; `mesh`, such as "tensor=4", shards it over the devices of this process."""
+    """`checkpoint` is a converted checkpoint; `mesh`, such as "tensor=4", shards it over this process's devices."""
 
     is_simple = False
 
@@ -61,7 +61,7 @@ class LlamaVidJax(lmms):
         batch_size: int | str = 8,
         **harness: Any,
     ):
-        """`harness`: `device` and `max_batch_size`, which lmms-eval gives to all models and JAX does not need."""
+        """`harness`: `device` and `max_batch_size`, which lmms-eval passes to every model and JAX does not need."""
         super().__init__()
         if unknown := harness.keys() - {"device", "max_batch_size"}:
             raise InputError(f"--model_args has {', '.join(sorted(unknown))}, which llamavid_jax does not know")
@@ -119,7 +119,7 @@ class LlamaVidJax(lmms):
         return Asked(images, videos, text, tuple(sampling(settings, task).items()))
 
     def _answers(self, rows: Sequence[Ready], settings: tuple[tuple[str, Any], ...]) -> list[str]:
-        """Answers rows together; where one of them cannot be answered, each alone."""
+        """Answers rows together; if one of them cannot be answered, each on its own."""
         try:
             ids, tokens = [row.ids for row in rows], [row.tokens for row in rows]
             output = self.model.generate(ids, visual_tokens=tokens, **dict(settings))
@@ -138,7 +138,7 @@ class LlamaVidJax(lmms):
 
 
 def sampling(settings: dict[str, Any], task: str) -> dict[str, Any]:
-    """`generate`'s arguments of a task's generation_kwargs; greedy unless these draw."""
+    """The arguments of `generate` for a task's generation_kwargs; greedy unless these sample."""
     if (settings.get("num_beams") or 1) > 1:
         raise InputError(f"{task} searches with {settings['num_beams']} beams; give --gen_kwargs num_beams=1")
     temperature = float(settings.get("temperature") or 0) if settings.get("do_sample", True) else 0.0
@@ -147,7 +147,7 @@ def sampling(settings: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def same_media(asked: Sequence[Asked]) -> list[list[int]]:
-    """Places of the requests about the same videos; pictures come as objects of their own, each alone."""
+    """Indices of the requests about the same videos, as groups; a request with images is a group by itself."""
     groups: dict[Hashable, list[int]] = collections.defaultdict(list)
     for place, one in enumerate(asked):
         groups[place if one.images or not one.videos else tuple(map(str, one.videos))].append(place)

@@ -1,8 +1,8 @@
-"""The model in VLMEvalKit.  In a clone of it, where its run.py stands:
+"""The model in VLMEvalKit.  In a clone of it, in the folder of its run.py:
 
     python -m llamavid_jax.harness.vlmevalkit llamavid-7b-336 --data MMBench_DEV_EN --work-dir runs
 
-What follows the checkpoint goes to run.py, which asks the model under the name `llamavid_jax`.
+The options after the checkpoint go to run.py, which knows the model as `llamavid_jax`.
 """
 
 import functools
@@ -26,7 +26,7 @@ NAME = "llamavid_jax"
 
 
 class LlamaVidJax(BaseModel):
-    """Pictures and videos before the words, greedily; a video by one frame a second, or by the data set's `fps`."""
+    """Images and videos before the text, greedily; videos at one frame a second, or at the data set's `fps`."""
 
     VIDEO_LLM = True
 

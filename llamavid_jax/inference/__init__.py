@@ -1,1 +1,1 @@
-"""From frames and a question to an answer: `processor` the inputs, `model` the public class, `encode`, `generate`."""
+"""From frames and a question to an answer: `processor` (inputs), `model` (the public class), `encode`, `generate`."""

@@ -1,9 +1,9 @@
-"""Frames beside one another, a row for each question: brighter patches have more of its context token's attention.
+"""Draws frames side by side, one row per question: brighter patches get more of its context token's attention.
 
-    (text, frames uint8 [F, H, W, 3], attention float32 [F, S, S] or None)  ->  a picture, a row for each
+    (text, frames uint8 [F, H, W, 3], attention float32 [F, S, S] or None)  ->  an image, one row for each
 
 The attention is that of `model.context_attention` for the same frames: cropped as the model sees them
-(`resize_and_crop`), or square anyway.
+(`resize_and_crop`), or already square.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-TILE, GAP, LINE = 144, 6, 22  # pixels: a frame's side, what is between them, a line of text
+TILE, GAP, LINE = 144, 6, 22  # pixels: a frame's side, the gap between frames, a line of text
 
 
 def draw_frames(rows: Sequence[tuple[str, np.ndarray, np.ndarray | None]]) -> Image.Image:
-    """A row with its line of text for each; a row's brightest patch is the one with the most attention in all of it."""
+    """Draws each row with its line of text; a row's brightest patch has the most attention in all its frames."""
     columns = max(len(frames) for _, frames, _ in rows)
     canvas = Image.new("RGB", (columns * (TILE + GAP) + GAP, len(rows) * (TILE + LINE + GAP) + GAP), "white")
     pen = ImageDraw.Draw(canvas)
@@ -38,9 +38,9 @@ def draw_evidence(
     attention: np.ndarray | None,
     places: Sequence[int],
 ) -> Image.Image:
-    """Some frames, as in `draw_frames`, each with its second, and a curve of all weights over the video.
+    """Draws some frames, as `draw_frames` does, each with its second, and a curve of all weights over the video.
 
-    `seconds` and `weights` are of every sampled frame, `places` the numbers of those that are shown.
+    `seconds` and `weights` are of all sampled frames, `places` the indices of those drawn.
     """
     tiles = draw_frames([(text, frames, attention)])
     canvas = Image.new("RGB", (tiles.width, tiles.height + LINE + TILE), "white")

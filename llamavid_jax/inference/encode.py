@@ -1,8 +1,7 @@
 """Frames → a table of visual tokens `[N, D]`, chunk by chunk: only the tokens of a video are kept.
 
-Frames come from arrays or from iterators (a video that is still being decoded), of several visuals one after another,
-and fill chunks of `FRAME_CHUNK` together.  The vision tower sees each frame once, the Q-Former each pair of a frame
-and a question once.
+Frames come from arrays or from iterators (a video that is still being decoded); consecutive visuals share chunks of
+`FRAME_CHUNK` frames.  The vision tower sees each frame once, the Q-Former each pair of a frame and a question once.
 """
 
 import itertools
@@ -20,14 +19,14 @@ from llamavid_jax.models.structure import Params, Structure
 from llamavid_jax.shapes import FRAME_CHUNK, bucket, chunk_size, pad_to
 
 SMALLEST_TABLE = 128  # visual tokens
-UNKNOWN_FRAMES = 64  # room for a video whose number of frames is not known yet
-SMALLEST_QUESTIONS, SMALLEST_QUESTION = 8, 32  # their number, and the tokens of one
+UNKNOWN_FRAMES = 64  # assumed for a video whose number of frames is not known yet
+SMALLEST_QUESTIONS, SMALLEST_QUESTION = 8, 32  # smallest buckets of their number and of the tokens of one
 
 
 def frame_features(
     structure: Structure, params: Params, frames: Iterable[np.ndarray], config: LLaMAVIDLlavaConfig
 ) -> Iterator[np.ndarray]:
-    """Features `[f, 1+P, E]` of every chunk of frames, brought to the host while the next chunk is encoded."""
+    """Yields features `[f, 1+P, E]` of each chunk, copied to the host while the next chunk is encoded."""
     before = None
     for chunk in _chunks(frames):
         pixels = np.stack([_checked(frame, config, None) for frame in chunk])
@@ -49,9 +48,9 @@ def encode_visuals(
     dtype: Any,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, list[list[np.ndarray]]]:
-    """Encodes all visuals: the table `[N, D]`, and in `slots[visual][question]` `[F]` the places of the first tokens.
+    """Encodes all visuals: the table `[N, D]`, and `slots[visual][question]` `[F]`, each frame's first index.
 
-    `text_ids` and `text_mask` `[U, T]` hold the questions.  `progress` is told how many frames each step took.
+    `text_ids` and `text_mask` `[U, T]` hold the questions.  `progress` gets the number of frames of each step.
     Raises RequestError for a frame of a wrong shape.
     """
     slots: list[list[list[int]]] = [[[] for _ in visual.questions] for visual in visuals]
@@ -66,7 +65,7 @@ def encode_visuals(
             array = np.stack([_checked(frame, config, has_cls if are_features else None) for _, frame in chunk])
             array = pad_to(array, chunk_size(len(chunk)))
             features = jnp.asarray(array, dtype) if are_features else encode_frames(structure, params, array)
-            running.block_until_ready()  # of the chunk before: decoding may run ahead by one chunk, not by the video
+            running.block_until_ready()  # the previous chunk: decoding may run ahead by one chunk, not by the video
             running = features
             pairs = []
             for place, (index, _) in enumerate(chunk):
@@ -92,7 +91,7 @@ def encode_visuals(
 def table_of(
     tokens: Sequence[Sequence[np.ndarray]], width: int, dtype: Any
 ) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-    """Ready visual tokens as a table `[N, D]` of a bucketed length, and the places in it of every row's arrays."""
+    """Given visual tokens as a table `[N, D]` of a bucketed length, and the indices in it of every row's arrays."""
     arrays = [array for row in tokens for array in row]
     table = np.concatenate([np.zeros((0, width), dtype), *arrays]).astype(dtype)
     ends = itertools.accumulate(map(len, arrays))
@@ -102,7 +101,7 @@ def table_of(
 
 
 def token_places(slots: np.ndarray, tokens_per_frame: int) -> np.ndarray:
-    """Places `[F·(n+1)]` in the table of the frames at `slots`."""
+    """Indices `[F·(n+1)]` in the table of all tokens of the frames at `slots`."""
     return (slots[:, None] + np.arange(tokens_per_frame)).reshape(-1).astype(np.int32)
 
 

@@ -1,4 +1,4 @@
-"""The frames that an answer rests on, as a picture: `draw(session, question, answer).save("evidence.png")`."""
+"""The frames that an answer rests on, as an image: `draw(session, question, answer).save("evidence.png")`."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ STRONGEST = 8  # frames that are shown
 
 
 def draw(session: Session, question: str, answer: Answer) -> Image.Image:
-    """The frames of the one video with the most weight, where the question's context token looked in each, and a curve.
+    """Draws the frames with the most weight, where the question's context token looked in each, and a curve of all.
 
     Only these frames are read again.  Raises InputError for a conversation about anything but one video file.
     """
@@ -25,7 +25,7 @@ def draw(session: Session, question: str, answer: Answer) -> Image.Image:
     strongest = np.argsort(weights)[-STRONGEST:]
     places = [place for place in sorted(strongest.tolist()) if weights[place] > max(weights) / 10]
     processor = visuals.image_processor
-    partial = (lambda _: None) if visuals.reading.partial else None  # the session has said it
+    partial = (lambda _: None) if visuals.reading.partial else None  # the session has reported it
     frames = processor.video_frames(visuals.videos[0], [seconds[place] for place in places], partial)
     pixels = normalize(frames, processor.image_mean, processor.image_std)
     attention = session.model.context_attention(pixels, question)

@@ -1,10 +1,11 @@
-"""Features of videos that were asked about before, in a folder: the next question, on another day, needs no tower.
+"""A cache of videos' features in a folder: a later question, on another day, needs no vision tower.
 
     content of the video, sampling, processing, tower  ─ SHA-256 ─▶  NAME.safetensors, a feature file
 
-An entry is found by what it is of, never by a file's name.  It is written aside and renamed, so that of two writers the
-later one wins and a reader never meets half of one; its sums are checked while it is read.  Beyond the limit those go
-that have not been used for longest.  A folder that cannot be written to is said once, and then there is no cache.
+An entry is found by the video's content, never by a file's name.  It is written under a temporary name and renamed: of
+two writers the later one wins, and a reader never sees half an entry.  Checksums are verified while it is read.  Beyond
+the size limit the least recently used entries are deleted.  A folder that cannot be used is reported once, and the
+session continues without a cache.
 """
 
 import contextlib
@@ -28,16 +29,16 @@ from llamavid_jax.media.features import describe, iter_features
 from llamavid_jax.media.source import MediaError
 
 DEFAULT_BYTES = 20 * 10**9  # eight hours of film at one frame a second, for the 7B models
-LEFT_OVER = 24 * 3600.0  # seconds after which a file that nobody finished is taken away
-OWN = re.compile(r"\.?[0-9a-f]{40}\.safetensors(\..+\.part)?")  # all else in the folder is somebody's: it stays
+LEFT_OVER = 24 * 3600.0  # seconds after which an unfinished file is deleted
+OWN = re.compile(r"\.?[0-9a-f]{40}\.safetensors(\..+\.part)?")  # other files in the folder are the user's and stay
 
 
 class DamagedEntryError(Exception):
-    """Frames of the cache cannot be used; those that came before are right."""
+    """The next frames of a cache entry are damaged; those before them are right."""
 
 
 class FeatureCache:
-    """`find(key)` an entry, or `keep(key, ...)` frames as they come.  `notice(text)` is told what goes wrong, once."""
+    """`find(key)` looks an entry up, `keep(key, ...)` writes one as frames pass; `notice(text)` reports problems."""
 
     def __init__(self, folder: str | Path, limit: int = DEFAULT_BYTES, notice: Callable[[str], None] = lambda _: None):
         if limit < 1:
@@ -51,7 +52,7 @@ class FeatureCache:
         return self.folder / f"{name}{SUFFIX}"
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The description of the entry, which counts as used now; None where there is none or it is damaged."""
+        """The entry's description, or None if it is absent or damaged; the entry counts as used now."""
         path = self.path(key)
         try:
             if not path.exists():
@@ -69,8 +70,10 @@ class FeatureCache:
         return None
 
     def frames(self, key: Mapping[str, Any]) -> Iterator[np.ndarray]:
-        """The entry's frames, with the CLS token where they have it.  One that is damaged, or that another process has
-        just taken away, is dropped, and DamagedEntryError raised."""
+        """Yields the entry's frames, with their CLS token if they have it.
+
+        An entry that is damaged, or that another process has just deleted, is dropped and raises DamagedEntryError.
+        """
         try:
             yield from iter_features(self.path(key), keep_cls=True)
         except MediaError as error:
@@ -88,9 +91,9 @@ class FeatureCache:
         count: Callable[[], int],
         describe: Callable[[], Description | None],
     ) -> Iterator[np.ndarray]:
-        """Passes `frames` on while it writes them; the entry is there when all `count()` have come.
+        """Yields `frames` while it writes them; the entry exists once all `count()` have passed.
 
-        Both functions are called once frames have come, `describe` after the last one; None keeps nothing.
+        `count` is called at the first frame, `describe` after the last; if that returns None, nothing is kept.
         """
         writer = None
         try:
@@ -122,7 +125,7 @@ class FeatureCache:
     def _tried(
         self, writer: FeatureWriter, step: Callable[..., None], *given: Any, **more: Any
     ) -> FeatureWriter | None:
-        """The writer after a step; None where that failed."""
+        """Runs a step; returns the writer, or None if the step failed."""
         try:
             step(*given, **more)
             return writer
@@ -137,11 +140,11 @@ class FeatureCache:
             self.notice(f"the cache {self.folder} cannot be used ({reason}); going on without it")
 
     def _evict(self) -> None:
-        """Makes room: entries by their last use, after what was left over by processes that were killed."""
+        """Frees space: deletes leftovers of killed processes, then the least recently used entries."""
         found = []
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.folder):
-                with contextlib.suppress(OSError):  # another process has just taken it away
+                with contextlib.suppress(OSError):  # another process has just deleted it
                     if OWN.fullmatch(entry.name):
                         found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
         left_over = {path for used, _, path in found if path.endswith(".part") and time.time() - used > LEFT_OVER}

@@ -1,4 +1,4 @@
-"""How a session reads a film: the frames asked for, fewer, those that are quick to have, or what is left of a file."""
+"""How a session reads a video: the requested frames, fewer, nearby key frames, or the readable part of a file."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,11 +12,11 @@ Notice = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What may be given up, which is then told.
+    """What may be given up; each loss is reported.
 
-    fast     the nearest key frame is taken in place of each frame asked for
-    partial  a damaged file is read as far as it can be
-    fit      a film that is too long for the model is sampled at a lower rate
+    fast     the key frame nearest to each requested frame is taken instead
+    partial  a damaged file is read as far as possible
+    fit      a video that is too long for the model is sampled at a lower rate
     """
 
     fast: bool = False
@@ -24,7 +24,7 @@ class Reading:
     fit: bool = False
 
     def plan(self, sampling: Sampling, fps: float | int, most: int, video: object, notice: Notice) -> Sampling:
-        """The plan of what is read in place of `sampling`, at `fps`; `most` frames fit the model."""
+        """The sampling that is read in place of `sampling` at `fps`; `most` frames fit the model."""
         if self.fit:
             asked = len(sampling)
             sampling, rate = sample_at_most(sampling.timeline, fps, most, video)
@@ -46,7 +46,7 @@ class Reading:
         return keys
 
     def damage(self, video: object, notice: Notice) -> Callable[[float], None] | None:
-        """Is told how much of a damaged file can be read; None where it is refused."""
+        """A function that reports the readable seconds of a damaged file; None if such a file is refused."""
         if not self.partial:
             return None
         return lambda seconds: notice(f"{video} is cut short or damaged: only its first {seconds:.1f} seconds are read")

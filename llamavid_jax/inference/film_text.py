@@ -1,4 +1,4 @@
-"""What is said in a film, from wherever it stands."""
+"""The subtitles of a video: from a file, from its own track or from its sound."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from llamavid_jax.text.subtitles import Cue, cues_of_track, read_subtitles
 
 
 def film_subtitles(given: str, video: str | Path, as_original: bool = False) -> list[Cue]:
-    """The subtitles of `video`: of the file `given`, or of its own track where that is "auto".
+    """The subtitles of `video`: from the file `given`, or from its own track if that is "auto".
 
     Raises InputErrors.
     """
@@ -18,7 +18,7 @@ def film_subtitles(given: str, video: str | Path, as_original: bool = False) -> 
 
 
 def film_speech(video: str | Path, model: str = "small") -> list[Cue]:
-    """The subtitles of `video` by its sound: what faster-whisper's `model`, a folder or a name, hears.
+    """Subtitles of `video` transcribed from its sound by faster-whisper's `model`, a folder or a name.
 
     Raises InputErrors.
     """

@@ -1,11 +1,11 @@
-"""Merged rows → new ids: prefill of the prompts, then a compiled decode loop over its cache and room for the answer.
+"""Merged rows → new ids: prefills the prompts, then runs a compiled decode loop over their cache and the answers'.
 
     prefill   the prompt in one piece where attention is fused (TPU, GPU); on a CPU its first PREFILL_CHUNK positions
-    extend    on a CPU the others, a chunk at a time behind what the cache holds: memory stays flat however many they
-              are.  Everywhere what a prompt has beyond the one before, whose keys and values were kept
+    extend    on a CPU the remaining positions, a chunk at a time, so that memory stays flat; on any device the part of
+              a prompt after its common beginning with the previous one, whose keys and values were kept
     decode    one position at a time
 
-The host looks at the ids after every block of decode steps, to stop rows at stop strings and to stream their text;
+The host reads the ids after every block of decode steps, to stop rows at stop strings and to stream their text;
 within a block nothing leaves the device.  A row's greedy ids depend neither on its batch nor on its bucket.
 """
 
@@ -26,18 +26,18 @@ from llamavid_jax.parallel.rows import ways
 from llamavid_jax.parallel.sharding import target
 from llamavid_jax.shapes import TEXT, Row, bucket, pad_rows
 
-BLOCK_STEPS = 16  # decode steps between two looks of the host
-SMALLEST_LENGTH = 64  # of prompts and of room for answers
-EVIDENCE_TOKENS, SMALLEST_EVIDENCE = 64, 8  # of an answer: a layer of 32 heads and 21,600 positions then has 177 MB
-PREFILL_CHUNK = 1024  # positions prefilled at a time, where the scores of more would fill the memory
+BLOCK_STEPS = 16  # decode steps before the host reads the ids
+SMALLEST_LENGTH = 64  # smallest bucket of prompts and of answers
+EVIDENCE_TOKENS, SMALLEST_EVIDENCE = 64, 8  # of an answer: 64 take 177 MB in a layer of 32 heads and 21,600 positions
+PREFILL_CHUNK = 1024  # positions prefilled at a time on a CPU: the scores of more would fill the memory
 
 
 class DecodeState(NamedTuple):
     """What the decode loop carries."""
 
     token: Int[Array, " B"]  # the newest token of every row, not yet in the cache
-    position: Int[Array, " B"]  # where that token stands
-    done: Bool[Array, " B"]  # rows that have ended; they go on computing, unread
+    position: Int[Array, " B"]  # of that token
+    done: Bool[Array, " B"]  # rows that have ended; they are still computed, and ignored
     cache: KVCache
     keys: Key[Array, " B"]  # one a row
 
@@ -55,7 +55,7 @@ def prefill(
     *,
     greedy: bool,
 ) -> tuple[Int[Array, " B"], Key[Array, " B"], KeysValues]:
-    """Runs the prompts: the first token of every row, its key, and what the cache holds of the prompts."""
+    """Runs the prompts: the first token of every row, its random key, and the prompts' keys and values."""
     model: LlamaVid = structure.model(params)
     hidden, prompt = model.llama.prefill(model.merge(token_ids, visual, visual_index))
     token, keys = _first_tokens(model, hidden, lengths - 1, lengths, seed, sampling, greedy)
@@ -78,7 +78,7 @@ def extend(
     *,
     greedy: bool,
 ) -> tuple[Int[Array, " B"], Key[Array, " B"], KeysValues]:
-    """`prefill` of the positions from `start` on: `token` and `prompt` are what it returned for those before.
+    """Prefills the positions from `start` on; `token` and `prompt` are the results for the positions before.
 
     A row that does not end in this chunk keeps its `token`.
     """
@@ -91,7 +91,7 @@ def extend(
 
 
 def _first_tokens(model: LlamaVid, hidden, last, lengths, seed, sampling: Sampling, greedy: bool):
-    """The token that follows place `last` of each row's hidden states, and the row's key."""
+    """The token after position `last` of each row's hidden states, and the row's random key."""
     rows = jnp.arange(len(lengths))
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
     return next_tokens(model.llama.logits(hidden[rows, last]), keys, lengths, sampling, greedy=greedy), keys
@@ -114,7 +114,7 @@ def decode_block(
 ) -> tuple[DecodeState, Int[Array, "B s"]]:
     """The next `steps` tokens of every row, at most BLOCK_STEPS: the newest one of `state` and those after it.
 
-    They come as `[B, BLOCK_STEPS]`, filled up with `eos`.
+    Returned as `[B, BLOCK_STEPS]`, padded with `eos`.
     """
     model: LlamaVid = structure.model(params)
     tokens, layers = jnp.full((len(state.token), BLOCK_STEPS), eos, jnp.int32), model.llama.each_layer()
@@ -150,10 +150,10 @@ def generate(
     on_tokens: Callable[[int, list[int]], bool] | None = None,
     kept: tuple[int, KeysValues] | None = None,
 ) -> tuple[list[list[int]], KeysValues]:
-    """New ids of every row, without the end token `eos` (-1: never end), and what the cache holds of the prompts.
+    """New ids of every row, without the end token `eos` (-1: never end), and the prompts' keys and values.
 
-    `on_tokens(row, ids)` is given a row's new ids as they come and returns True to stop that row.
-    `kept`: so many first positions are as an earlier call returned them, in arrays that are used up.
+    `on_tokens(row, ids)` receives a row's new ids as they come and returns True to stop that row.
+    `kept`: a number of first positions with their keys and values from an earlier call, whose arrays are donated.
     """
     lengths = np.array([len(row.token_ids) for row in rows], np.int32)
     lengths = np.pad(lengths, (0, bucket(len(rows)) - len(rows)), constant_values=1)
@@ -190,11 +190,11 @@ def evidence(
     prompt: KeysValues,
     smallest: int = SMALLEST_EVIDENCE,
 ) -> list[Float[np.ndarray, " n"]]:
-    """How much of an answer's attention falls on each of its row's visual tokens: mean over layers, heads and places.
+    """The share of an answer's attention on each visual token of its row: mean over layers, heads and positions.
 
-    The places are those that gave the answer's ids: the end of the prompt and the ids before the last, of which the
-    first EVIDENCE_TOKENS count.  `prompt` is what `generate` returned for the rows.  There is a program for each bucket
-    of lengths from `smallest` on.
+    The positions are those that predicted the answer's ids: the prompt's last one, and those of all ids but the last,
+    at most EVIDENCE_TOKENS.  `prompt` is what `generate` returned for the rows.  One program is compiled for each
+    bucket of lengths from `smallest` on.
     """
     given = [[int(row.token_ids[-1]), *ids][:EVIDENCE_TOKENS] for row, ids in zip(rows, answers, strict=True)]
     batch, length = jax.tree.leaves(prompt)[0].shape[1], bucket(max(map(len, given)), smallest)
@@ -204,7 +204,7 @@ def evidence(
         start[number], asked[number, :places] = len(row.token_ids) - 1, 1 / places
     weights = np.asarray(_look_back(structure, params, pad_rows(given, batch, length, 0), start, asked, prompt))
     places = [np.flatnonzero(row.visual_index != TEXT) for row in rows]
-    return [of_row[own] for of_row, own in zip(weights, places, strict=False)]  # behind the rows is padding
+    return [of_row[own] for of_row, own in zip(weights, places, strict=False)]  # padding rows follow
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -214,7 +214,7 @@ def _look_back(structure, params, token_ids, start, asked, prompt) -> Float[Arra
 
 
 def prefills_at_once() -> bool:
-    """Whether a prompt of any length is run in one piece: on TPUs and GPUs, and where the mesh cuts rows."""
+    """Whether a prompt of any length is run in one piece: on TPUs and GPUs, and if the mesh shards rows."""
     return target().platform != "cpu" or ways() > 1
 
 

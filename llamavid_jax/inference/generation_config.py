@@ -6,7 +6,7 @@ from typing import Any
 from llamavid_jax.inference.request import RequestError, Settings
 
 FIELDS = {"max_new_tokens": "max_new_tokens", "top_p": "top_p", "top_k": "top_k", "stop_strings": "stop"}
-# What would change the answer and is not done here, with the value that changes nothing; None never does.
+# Unsupported fields that would change the answer, with their value that changes nothing; None never does.
 OFF = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "length_penalty"), 1),
@@ -19,10 +19,10 @@ OFF = {
 
 
 def read_settings(config: Any, eos: int, do_sample: bool | None = None, **given: Any) -> Settings:
-    """`given` settings go before those of `config`, those before the defaults; None is not given.
+    """`given` settings override those of `config`, and those the defaults; None means not given.
 
-    `do_sample` False is greedy, True samples, at temperature 1 where none is given.  Raises RequestError, naming the
-    field, for what this model does not do.
+    `do_sample` False is greedy, True samples, at temperature 1 if none is given.  Raises RequestError, naming the
+    field, for what is not supported.
     """
     fields = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
     if config is not None and not fields:
@@ -36,7 +36,7 @@ def read_settings(config: Any, eos: int, do_sample: bool | None = None, **given:
         raise RequestError(f"generation_config has eos_token_id {fields['eos_token_id']}; this model ends at {eos}")
 
     settings = {ours: fields[name] for name, ours in FIELDS.items() if fields.get(name) is not None}
-    if config is not None:  # there a temperature alone does not sample
+    if config is not None:  # in a GenerationConfig a temperature alone does not sample
         temperature = fields.get("temperature")
         settings["temperature"] = (1.0 if temperature is None else temperature) if fields.get("do_sample") else 0.0
     settings |= {name: value for name, value in given.items() if value is not None}

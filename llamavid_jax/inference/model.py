@@ -1,4 +1,4 @@
-"""`LLaMAVIDLlavaForConditionalGeneration`: the friendly front of the model, NumPy or JAX arrays in and out.
+"""`LLaMAVIDLlavaForConditionalGeneration`: the model's public class, with NumPy or JAX arrays in and out.
 
 It lays rows out on the host (`shapes.py`) and calls the compiled functions of `models/llama_vid.py` and
 `generate.py`.  `checkpoints/pretrained.py` loads and saves it.
@@ -40,10 +40,10 @@ from llamavid_jax.text.qformer_tokenizer import pad_questions
 class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
     """LLaMA-VID with its weights.
 
-    A sample's frames are an array `[F, 3, H, W]` of normalised pixels (`pixel_values`) or `[F, P, E]` of ready
-    features (`features`), with as many prompts as its row has placeholders: each placeholder takes the visual tokens
-    of these frames for its prompt.  A list of n arrays with n prompts pairs them one by one (several videos in one
-    conversation; the same array may stand in it again).  None is a text-only sample, which costs no vision work.
+    A sample's frames are an array `[F, 3, H, W]` of normalised pixels (`pixel_values`) or `[F, P, E]` of precomputed
+    features (`features`), with one prompt per placeholder in its row: each placeholder takes the visual tokens of
+    these frames for its prompt.  A list of n arrays with n prompts pairs them one by one (several videos in one
+    conversation; the list may repeat an array).  None is a text-only sample, which costs no vision work.
     """
 
     tower = functools.cached_property(TowerHash)
@@ -71,10 +71,10 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         return np.concatenate(chunks)
 
     def feature_chunks(self, pixel_values: Frames) -> Iterator[np.ndarray]:
-        """`vision_features` in pieces `[f, P, E]`, of frames as they are asked for."""
+        """`vision_features` in pieces `[f, P, E]`; frames are read as they are needed."""
         chunks = frame_features(self.structure, self.params, pixel_values, self.config)
         while True:
-            with self.on_mesh():  # not while another has its turn
+            with self.on_mesh():  # not held while the caller runs
                 chunk = next(chunks, None)
             if chunk is None:
                 return
@@ -86,7 +86,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         """Where in each frame the question looks: float32 `[F, S, S]` over the S × S patches, summing to 1 a frame.
 
         The weights of the paper's context token (section 3.2), averaged over the queries.  `features` `[F, P, E]`, as
-        `vision_features` gives them, stand for the pixels.
+        `vision_features` returns them, replace the pixels.
         """
         text_ids, text_mask = (array[0] for array in self._question_ids([prompt], [1]))
         features = self.vision_features(pixel_values) if features is None else features
@@ -99,7 +99,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
                     self.structure, self.params, padded, text_ids, text_mask, has_cls=vision.has_cls
                 )
                 chunks.append(np.asarray(weights)[: len(chunk)])
-        weights = np.concatenate(chunks)[:, -vision.num_patches :]  # without the CLS token's, where it has one
+        weights = np.concatenate(chunks)[:, -vision.num_patches :]  # without the CLS token's, if there is one
         return weights.reshape(-1, vision.side, vision.side)
 
     def visual_tokens(
@@ -129,10 +129,10 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         labels: Any = None,
         features_have_cls: bool = False,
     ) -> ForwardOutput:
-        """Logits of whole rows, and the loss where labels are given.
+        """Logits of whole rows, and the loss if labels are given.
 
-        `input_ids` `[B, t]` (or ragged lists) hold -200 where visual tokens go; one placeholder a prompt, or, for
-        ready features of a long video, one for every visual token.  `attention_mask` `[B, t]` marks the tokens of
+        `input_ids` `[B, t]` (or ragged lists) hold -200 where visual tokens go: one placeholder per prompt or, for
+        precomputed features of a long video, one per visual token.  `attention_mask` `[B, t]` marks the tokens of
         rows padded on either side.  `labels` `[B, t]` hold -100 where no loss is wanted; the loss is the mean over all
         other labels.  Raises RequestError when rows, prompts and frames do not fit together.
         """
@@ -186,13 +186,12 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         """Answers every row until its end token, a `stop` string or `max_new_tokens` (512).
 
         Greedily at `temperature` 0, the default; `top_p` 1 and `top_k` 0 are off.  `generation_config`: transformers'
-        GenerationConfig or a mapping of its fields, behind what is given beside it; `do_sample` is transformers' too.
-        `visual_tokens` holds a list for each sample, with the array `[n, D]` of every placeholder, in place of frames
-        and prompts.  `streamer(row, text)` is given each row's text as it comes, whole characters only.  The same
-        `seed` draws the same answer.  `cache` holds what one row's prompt shares with the one before.  `evidence` asks
-        for the attention to each visual token, which takes one step more.  Raises
-        RequestError for what does not fit together or is longer than the model's positions, ConversationError for
-        prompts that cannot be read.
+        GenerationConfig or a mapping of its fields, which the other arguments override; `do_sample` is transformers'
+        too.  `visual_tokens` replaces frames and prompts: a list for each sample, with an array `[n, D]` for each
+        placeholder.  `streamer(row, text)` receives each row's text as it comes, whole characters only.  The same
+        `seed` draws the same answer.  `cache`, for a single row, keeps its keys and values for the next prompt.
+        `evidence` adds the attention to each visual token, which takes one more step.  Raises RequestError for inputs
+        that do not fit together or exceed the model's positions, ConversationError for prompts that cannot be read.
         """
         eos = self.config.text_config.eos_token_id
         drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop}
@@ -270,7 +269,7 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         return table, [merge_row(*row) for row in zip(request.ids, places, request.labels, strict=True)]
 
     def _encode(self, questions, visuals, blocks, progress) -> tuple[jax.Array, list[list[np.ndarray]]]:
-        """The table `[N, D]` of all visual tokens, and `places[row][prompt]`: where a prompt's tokens stand in it."""
+        """The table `[N, D]` of all visual tokens; in `places[row][prompt]`, the indices of a prompt's tokens."""
         if not visuals:
             return jnp.zeros((1, self.config.text_config.hidden_size), self.dtype), [[] for _ in blocks]
         text_ids, text_mask = self._question_ids(questions, [len(block) for block in blocks])
@@ -286,8 +285,10 @@ class LLaMAVIDLlavaForConditionalGeneration(PretrainedModel):
         return table, places
 
     def _question_ids(self, questions: Sequence[str], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask `[U, T]` of questions for the Q-Former, `counts` of each sample, T a bucket; those beyond its
-        positions lose their beginning."""
+        """Ids and mask `[U, T]` of questions for the Q-Former, `counts` of them per sample; T is a bucket.
+
+        A question longer than the Q-Former's positions loses its beginning.
+        """
         if self.qformer_tokenizer is None:
             raise RequestError("prompts need the Q-Former's tokenizer; convert with --bert-tokenizer FOLDER")
         positions = self.config.qformer_config.max_position_embeddings

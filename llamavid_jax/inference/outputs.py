@@ -1,4 +1,4 @@
-"""What a call of the model gives."""
+"""The results of a call of the model."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class ForwardOutput:
-    """`logits` `[B, T, V]`, T the longest merged row: a row starts at position 0, behind its end is noise.
+    """`logits` `[B, T, V]`, T the longest merged row: a row starts at position 0; after its end is noise.
 
     `lengths` `[B]` are the merged lengths.  `loss` is None without labels.
     """
@@ -20,11 +20,11 @@ class ForwardOutput:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
-    """New ids of every row, without end token; their text where the model has a tokenizer; what the prompts held.
+    """New ids of every row, without end token; their text if the model has a tokenizer; the prompts' lengths.
 
-    `seconds` tells how long decoding and encoding the frames took ("encode") and how long the answer ("generate");
-    `cached_tokens` how many of the prompt a PromptCache had; `evidence`, where it was asked for, how much of the
-    answer's attention falls on each of a row's visual tokens.
+    `seconds`: the time for decoding and encoding frames ("encode") and for the answer ("generate").  `cached_tokens`:
+    how many of the prompt's were in a PromptCache.  `evidence`, if requested: the share of the answer's attention on
+    each of a row's visual tokens.
     """
 
     token_ids: list[list[int]]

@@ -1,16 +1,16 @@
-"""The documented `LLaMAVIDLlavaProcessor`: text, images, videos and chats -> what the model call takes.
+"""The documented `LLaMAVIDLlavaProcessor`: text, images, videos and chats -> inputs of the model.
 
     inputs = processor(text="... USER: <image>\\nWhat is this? ASSISTANT:", images="cat.png")
     inputs = processor.chat([{"role": "user", "content": [{"type": "video", "path": "walk.mp4"}, ...]}])
 
     input_ids       int32 [B, T], -200 for each placeholder, padded on the right
     attention_mask  bool [B, T], False at padding
-    pixel_values    a sample each: float32 [F, 3, S, S]; a list of such arrays; None without visuals
-    prompts         a sample each: what the Q-Former reads, one string per placeholder
+    pixel_values    for each sample: float32 [F, 3, S, S]; a list of such arrays; None without visuals
+    prompts         for each sample: what the Q-Former reads, one string per placeholder
 
     answer = model.generate(**inputs)
 
-`inputs.video_metadata` says which frames were taken of each visual of each sample, `inputs.timestamps` their seconds.
+`inputs.video_metadata` says which frames of each sample's visuals were sampled, `inputs.timestamps` their seconds.
 
 A sample with one visual and n placeholders shows the same frames n times, each time with its own prompt;
 otherwise there are as many visuals as placeholders, in order, and `pixel_values` holds their list.
@@ -45,7 +45,7 @@ from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images, load_toke
 
 
 class ModelInputs(dict):
-    """What `model(**inputs)` and `model.generate(**inputs)` take, by name: `inputs["input_ids"]`, `inputs.input_ids`.
+    """Arguments of `model(**inputs)` and `model.generate(**inputs)`: `inputs["input_ids"]` or `inputs.input_ids`.
 
     `video_metadata` holds a VideoMetadata for each visual of each sample, `timestamps` the seconds of its frames.
     """
@@ -113,15 +113,15 @@ class LLaMAVIDLlavaProcessor:
         return_tensors: str = "np",
         progress: Any = None,
     ) -> ModelInputs:
-        """One sample, or a list of texts with a list of each other argument, None where a sample has none.
+        """One sample; or a list of texts and a list for each other argument, None where a sample has none.
 
-        `text` is a ready prompt with one `<image>` per visual.  A sample with images and videos gives both lists as
-        long as its placeholders, None where the other list has the visual.  `prompts`: one string per placeholder, or
-        one for all; by default the words of the `template`'s user turn around the placeholder.  `fps`: a number, or a
-        sample each a number or a list as long as its images and videos; or `num_frames` of each video at equal
-        distances; None: as the image processor says.
-        `timestamps`: the time of each frame of a video stands in the text, or with "minute" of each minute, as in a
-        `Session` with `times`: for models that were trained so.  `return_tensors`: "np" or "jax".
+        `text` is a complete prompt with one `<image>` per visual.  For a sample with both images and videos, both lists
+        are as long as its placeholders, None where the other list has the visual.  `prompts`: one string per
+        placeholder, or one for all; by default the words of the `template`'s user turn around the placeholder.
+        `fps`: a number; or for each sample a number, or a list as long as its images and videos.  `num_frames`: of
+        each video, evenly spaced.  Without both, the image processor decides.  `timestamps` puts the time of each
+        frame of a video into the text, or with "minute" of each minute, like `times` in a `Session`, for models that
+        were trained this way.  `return_tensors`: "np" or "jax".
         Raises ConversationError for text and counts, MediaError for media.
         """
         if isinstance(text, str):
@@ -161,9 +161,9 @@ class LLaMAVIDLlavaProcessor:
     ) -> ModelInputs:
         """The same for role/content messages (`text/chat.py`), one conversation or a list of them.
 
-        Each of the user's turns is asked with visual tokens of its own, also about what was shown before, as in
-        training and in a `Session`.  `add_generation_prompt` asks for the answer to the last message, which must be
-        the user's.  `fps` holds for the parts that name none.
+        Each user turn has its own visual tokens, also if it asks about an earlier visual, as in training and in a
+        `Session`.  `add_generation_prompt` asks for the answer to the last message, which must be the user's.  `fps`
+        applies to parts that name none.
         """
         chats = read_chats(messages, add_generation_prompt)
         return self(
@@ -191,7 +191,7 @@ class LLaMAVIDLlavaProcessor:
     ) -> str | list[str] | np.ndarray | ModelInputs:
         """transformers' name for `chat`: the text; with `tokenize` its ids `[B, T]`; with `return_dict` all inputs.
 
-        Text and ids alone read no media, whose parts may then name none.  `settings` are those of `chat`.
+        Text and ids alone read no media, so that media parts need no source.  `settings` are those of `chat`.
         """
         if tokenize and return_dict:
             return self.chat(messages, add_generation_prompt=add_generation_prompt, template=template, **settings)
@@ -202,7 +202,7 @@ class LLaMAVIDLlavaProcessor:
         return texts if isinstance(messages[0], list | tuple) else texts[0]
 
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
-        """The text of one row of ids, such as `model.generate(...).token_ids[0]`; special tokens have none."""
+        """The text of one row of ids, such as `model.generate(...).token_ids[0]`, without special tokens."""
         if not skip_special_tokens:
             raise ConversationError("special tokens are not decoded; leave skip_special_tokens at True")
         return self.tokenizer.decode(np.asarray(ids).astype(int).reshape(-1).tolist())
@@ -246,7 +246,7 @@ class LLaMAVIDLlavaProcessor:
     def _with_times(
         self, text: str, pixels: list[np.ndarray], metadata: list[VideoMetadata], times: str, start_end: bool
     ) -> str:
-        """One placeholder for each visual token, and between those of a video the times."""
+        """The text with one placeholder per visual token, and the times between a video's frames."""
         found = dict(zip(dict.fromkeys(map(id, pixels)), metadata, strict=True))
         before, *rest = text.split(IMAGE)
         for place, words in enumerate(rest):
@@ -274,7 +274,7 @@ class LLaMAVIDLlavaProcessor:
                 which = "neither an image nor a video" if image is None else "an image and a video"
                 raise ConversationError(f"visual {index} is {which}; give one of them, and None for the other")
             source = id(image if video is None else video), rate
-            if source in read:  # a later turn about what an earlier one showed
+            if source in read:  # a later turn about an earlier visual
                 pixels.append(read[source])
                 continue
             media = load(images=None if image is None else [image], videos=None if video is None else [video], fps=rate)
@@ -285,7 +285,7 @@ class LLaMAVIDLlavaProcessor:
 
 
 def _on_device(inputs: ModelInputs) -> ModelInputs:
-    """NumPy's arrays as JAX's, one for one: an array that is given twice stays one."""
+    """Converts NumPy arrays to JAX arrays; an array that occurs twice is converted once."""
     arrays: dict[int, Any] = {}
 
     def convert(value: Any) -> Any:

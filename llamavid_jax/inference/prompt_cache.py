@@ -1,11 +1,11 @@
-"""What a prompt left behind, for the next one that begins as it did: the keys and values of every position.
+"""Keeps a prompt's keys and values for the next prompt, which begins in the same way.
 
     row     system │ question 1, its frames' tokens │ answer 1 │ question 2, ...
     next    system │ question 1, its frames' tokens │ answer 1 │ question 2, ... │ answer 2 │ question 3, ...
             ───────────────────────── in the cache ──────────────────────────────┘
 
-Text is the same where its ids are, visual tokens where they are the same array: whoever keeps a conversation gives
-the arrays of earlier questions again.
+Text is the same if its ids are equal, visual tokens if they are the same array object: a conversation passes the
+arrays of earlier questions again.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ class PromptCache:
         self._keys_values: KeysValues | None = None
 
     def take(self, row: Row, blocks: Sequence[np.ndarray]) -> tuple[int, KeysValues] | None:
-        """How many first positions of `row` are here, and their keys and values, which leave the cache.
+        """How many first positions of `row` are cached, and their keys and values, which leave the cache.
 
-        None where that is nothing.  `row.visual_index` counts through `blocks`, an array `[n, D]` for each placeholder.
+        None if there are none.  `row.visual_index` indexes the concatenated `blocks`, one array `[n, D]` a placeholder.
         """
         keys_values, self._keys_values = self._keys_values, None
         if keys_values is None:
@@ -41,12 +41,12 @@ class PromptCache:
         return (shared, keys_values) if shared else None
 
     def put(self, row: Row, blocks: Sequence[np.ndarray], keys_values: KeysValues) -> None:
-        """Keeps those of `row` in place of what was here."""
+        """Stores the keys and values of `row` in place of the previous ones."""
         self._blocks, self._signature, self._keys_values = tuple(blocks), _signature(row, blocks), keys_values
 
 
 def _signature(row: Row, blocks: Sequence[np.ndarray]) -> Int[np.ndarray, "2 T"]:
-    """Of every position: which array (0 for text), and the id of its text or its place in the array."""
+    """For every position: its array (0 for text), and the text's token id or the index in the array."""
     sizes = [len(block) for block in blocks]
     owners = np.repeat(np.array([id(block) for block in blocks], np.int64), sizes)
     places = np.concatenate([np.arange(size) for size in sizes] or [np.zeros(0, np.int64)])

@@ -1,6 +1,6 @@
 """A request as the host reads it: rows, visuals and prompts, checked against each other before anything is computed.
 
-Encoding a long video takes minutes, so whatever can be wrong with a request is said here, not after it.
+Encoding a long video takes minutes, so errors in a request are raised here, not afterwards.
 """
 
 import dataclasses
@@ -51,9 +51,9 @@ class Settings:
 
 
 class Visual(NamedTuple):
-    """One image or video: its frames and the questions asked of it, as places in `Request.questions`.
+    """One image or video: its frames and the questions about it, as indices in `Request.questions`.
 
-    `frames` yields pixels `[3, H, W]`, or features `[P, E]` where `are_features`; `has_cls` says whether those, or the
+    `frames` yields pixels `[3, H, W]`, or features `[P, E]` if `are_features`; `has_cls` says whether these, or the
     tower's, start with the CLS token.
     """
 
@@ -64,20 +64,20 @@ class Visual(NamedTuple):
 
     @property
     def num_frames(self) -> int | None:
-        """None for an iterator, whose end is not known."""
+        """None for an iterator, whose length is not known."""
         return len(self.frames) if hasattr(self.frames, "__len__") else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What one call is about, without padding."""
+    """The inputs of one call, without padding."""
 
-    ids: list[np.ndarray]  # a row each; IMAGE_TOKEN at the placeholders
+    ids: list[np.ndarray]  # one for each row; IMAGE_TOKEN at the placeholders
     labels: list[np.ndarray | None]
     questions: list[str]  # of all samples
     visuals: list[Visual]
-    blocks: list[list[tuple[int, int]]]  # of each row's prompts: (visual, which of its questions)
-    tokens: list[list[np.ndarray]] | None = None  # of each row's placeholders, where they are ready: [n, D] each
+    blocks: list[list[tuple[int, int]]]  # for each row's prompts: (visual, which of its questions)
+    tokens: list[list[np.ndarray]] | None = None  # given visual tokens: [n, D] for each of a row's placeholders
 
 
 def read_request(
@@ -95,8 +95,8 @@ def read_request(
 ) -> Request:
     """Reads the arguments of a model call.
 
-    Raises RequestError where they do not fit together, or where a row and its new tokens are longer than the model's
-    positions; with an iterator of frames that is known only once they are encoded.
+    Raises RequestError if they do not fit together, or if a row and its new tokens exceed the model's positions; with
+    an iterator of frames the length is known only after encoding.
     """
     rows = _entries("input_ids", input_ids, None)
     if not rows:
@@ -144,8 +144,8 @@ def read_visuals(
 ) -> tuple[list[str], list[Visual], list[list[tuple[int, int]]]]:
     """Questions, visuals and blocks of a Request.
 
-    `have_cls`: whether features of pixels, and ready ones, begin with the CLS token.
-    Raises RequestError where frames and prompts do not fit together.
+    `have_cls`: whether the tower's features, and given ones, begin with the CLS token.
+    Raises RequestError if frames and prompts do not fit together.
     """
     questions: list[str] = []
     visuals: list[Visual] = []
@@ -189,8 +189,8 @@ def check_row(
 ) -> None:
     """Raises RequestError unless the placeholders fit the prompts and the merged row fits the model.
 
-    `tokens` are the row's visual tokens, None while they are unknown.  It holds one placeholder a prompt, or one a
-    visual token.
+    `tokens`: the number of the row's visual tokens, None while unknown.  The row holds one placeholder per prompt, or
+    one per visual token.
     """
     placeholders = int((row == IMAGE_TOKEN).sum())
     if placeholders != prompts and not (0 < prompts < placeholders and tokens in (None, placeholders)):
@@ -225,7 +225,7 @@ def _entries(name: str, values: Any, count: int | None) -> list[Any]:
 
 def _frames(number: int, frames: Any) -> Iterable[np.ndarray]:
     if hasattr(frames, "__array__"):
-        frames = np.asarray(frames)  # from the device once, not frame by frame
+        frames = np.asarray(frames)  # copied from the device once, not frame by frame
     if (
         isinstance(frames, (str, bytes, dict))
         or not isinstance(frames, Iterable)
@@ -275,7 +275,7 @@ def _check_range(name: str, values: np.ndarray, vocabulary: int, special: int, m
 
 
 def _kept(number: int, length: int, mask: Any) -> np.ndarray:
-    """Places of a row that hold tokens: one stretch, with padding on either side of it."""
+    """Indices of a row's tokens, which are contiguous, with padding on either side."""
     if mask is None:
         return np.arange(length)
     mask = np.asarray(mask)

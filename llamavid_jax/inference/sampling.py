@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 
 class Sampling(NamedTuple):
-    """How to pick; temperature 0 is greedy, top_k 0 and top_p 1 are off.  As arrays, new values compile nothing.
+    """How to pick; temperature 0 is greedy, top_k 0 and top_p 1 are off.  As arrays, new values need no compilation.
 
     Arrays `[B]` hold a value for each row.
     """
@@ -19,13 +19,13 @@ class Sampling(NamedTuple):
 
 
 def keep_top_k(logits: Float[Array, " V"], k: Int[Array, ""] | int) -> Float[Array, " V"]:
-    """Only the k greatest logits stay; all where k is 0."""
+    """Keeps only the k greatest logits; all if k is 0."""
     threshold = jnp.sort(logits)[::-1][jnp.clip(k, 1, len(logits)) - 1]
     return jnp.where((k <= 0) | (logits >= threshold), logits, -jnp.inf)
 
 
 def keep_top_p(logits: Float[Array, " V"], p: Float[Array, ""] | float) -> Float[Array, " V"]:
-    """Only the fewest tokens whose probabilities reach p stay; the likeliest always does."""
+    """Keeps only the fewest tokens whose probabilities reach p; always the likeliest."""
     order = jnp.argsort(-logits)
     probabilities = jax.nn.softmax(logits[order])
     kept_before = jnp.cumsum(probabilities) - probabilities < p
@@ -50,7 +50,7 @@ def next_tokens(
 ) -> Int[Array, " B"]:
     """One token a row; a row's draw depends on its own key and position, not on the rest of the batch.
 
-    `greedy` says that no row has a temperature, which spares the sorting.
+    `greedy`: no row has a temperature, which saves the sorting.
     """
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

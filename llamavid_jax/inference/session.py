@@ -3,14 +3,13 @@
     frames ─ once ─▶ features on the host ─ each question ─▶ its own visual tokens
     system │ visual tokens 1, question 1 │ answer 1 │ visual tokens 2, question 2 │ ...
 
-Each turn is asked with visual tokens of its own, as in training and as the processor's `chat` lays messages out.  A
-prompt so begins as the one before, whose keys and values are kept (`prompt_cache.py`): only the last answer and the
-new question are run.
+Each turn has its own visual tokens, as in training and in the processor's `chat`.  A prompt therefore begins like the
+previous one, whose keys and values are kept (`prompt_cache.py`): only the last answer and the new question are run.
 
-A conversation that becomes too long loses what is oldest, and `notice` is told so once.  Beyond the positions that the
-language model was trained for before they were stretched (4,096 for Vicuna) earlier turns keep their words but not
-their visual tokens: every turn of an hour of video would bring 7,200 more.  Beyond the model's own positions the older
-half of the turns is left out.
+A conversation that becomes too long is shortened in two steps, each reported once to `notice`.  Beyond the positions
+that the language model was first trained for (4,096 for Vicuna, before they were stretched), earlier turns keep their
+words but lose their visual tokens: each turn about an hour of video would add 7,200.  Beyond the model's maximum length
+the older half of the turns is dropped.
 """
 
 import dataclasses
@@ -46,10 +45,10 @@ from llamavid_jax.text.tokenizer import encode_with_images
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What one question gave.  Of the `prompt_tokens`, `visual_tokens` are frames, `cached_tokens` known before.
+    """The answer to one question.  Of the `prompt_tokens`, `visual_tokens` are of frames, `cached_tokens` were cached.
 
-    `evidence`, where it was asked for, has every frame in order: its image or video, its second in it, and its part of
-    the answer's attention to all frames (docs/long-video.md).
+    `evidence`, if requested, lists every frame in order: its image or video, its second there, and its share of the
+    answer's attention to all frames (docs/long-video.md).
     """
 
     text: str
@@ -65,7 +64,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question with its visual tokens, `[n, D]` for each visual or none where they are left out, and its answer."""
+    """A question with its visual tokens, `[n, D]` for each visual (none once they are dropped), and its answer."""
 
     question: str
     tokens: list[np.ndarray]
@@ -75,14 +74,14 @@ class Turn:
 class Session:
     """One conversation.
 
-    `images` and `videos` are paths, URLs or pixels, of which one path or URL alone need not be in a list; `subtitles`
-    those of the one video; `times` put the time of each "frame" or each "minute" of it into the text, for a model that
-    was trained so; `fps` holds in place of the image processor's.  Without `follow_ups` every question stands alone
-    and frames are forgotten as they are encoded; with them their features stay in host memory (0.7 MB a frame for the
-    7B models).  `like_original` leaves the visual tokens out of all earlier turns and places subtitles as the
-    original's command lines do.  A video may be a file of its features (`media/features.py`); `cache` keeps those of
-    all others for the next session.  `progress(video, frames done, frames in all or None)` and `notice(text)` are told
-    what happens, each text once.
+    `images` and `videos` are paths, URLs or pixels; a single path or URL need not be in a list.  A video may also be a
+    file of its features (`media/features.py`); `cache` keeps the features of other videos for later sessions.
+    `subtitles` are those of a single video.  `times` "frame" or "minute" puts the time of each into the text, for a
+    model that was trained this way.  `fps` overrides the image processor's.  Without `follow_ups` every question stands
+    alone and frames are dropped once encoded; with them the features stay in host memory (0.7 MB a frame for the 7B
+    models).  `like_original` drops the visual tokens of all earlier turns and places subtitles as the original's
+    command lines do.  `progress(video, frames done, total frames or None)` is called for each frame, `notice(text)`
+    once for each text.
     """
 
     def __init__(
@@ -141,10 +140,10 @@ class Session:
         evidence: bool = False,
         **settings: Any,
     ) -> Answer:
-        """The answer to a question, after all that was asked before.
+        """Answers a question, given all earlier turns.
 
-        `streamer` is given the answer as it comes; `settings` are those of `generate`, such as `max_new_tokens=128`.
-        Raises InputErrors; the conversation is then what it was.
+        `streamer` receives the answer as it comes; `settings` are those of `generate`, such as `max_new_tokens=128`.
+        Raises InputErrors, which leave the conversation unchanged.
         """
         if evidence and not (self.visuals.images or self.visuals.videos):
             raise InputError("evidence is the attention to frames, and there are none; give an image or a video")
@@ -169,17 +168,17 @@ class Session:
         return Answer(text, self.visuals.frames, *counts, seconds, self.visuals.sampling(), looked_at)
 
     def inputs(self, question: str) -> tuple[list[int], list[np.ndarray]]:
-        """Ids and visual tokens of the question as the first of a conversation: a row of a batch for `generate`."""
+        """Ids and visual tokens of the question as the first of a conversation: one row for a batch of `generate`."""
         return self._lay_out([self._turn(question, 1)])
 
     def encode(self, new_tokens: int = 1) -> int:
-        """Decodes and encodes all frames, which the first question does otherwise; returns their number."""
+        """Decodes and encodes all frames, as the first question would; returns their number."""
         if self.features is None:
             self.features = self.visuals.each(new_tokens, lambda visual: gathered(visual, self.model))
         return self.visuals.frames
 
     def _evidence(self, weights: np.ndarray) -> list[dict[str, Any]]:
-        """Every frame with the attention `weights` `[n]` to its tokens in all turns, as a part of their sum."""
+        """Every frame with its tokens' share of the attention `weights` `[n]`, summed over all turns."""
         found = [frame | {"weight": 0.0} for frame in self.visuals.each_frame()]
         width = self.model.config.tokens_per_frame
         parts = weights.reshape(-1, len(found), width).sum((0, 2)) / (weights.sum() or 1.0)
@@ -202,11 +201,11 @@ class Session:
         return Turn(question, self.visuals.each(new_tokens, tokens))
 
     def _that_fit(self, newest: Turn, new_tokens: int) -> list[Turn]:
-        """The earlier turns that go before the newest one, with their visual tokens or without."""
+        """The earlier turns that fit before the newest one, with or without their visual tokens."""
         positions = self.model.config.text_config
         room, turns = positions.max_length - new_tokens, self.turns
         if self._length([newest]) > room:
-            return []  # it cannot be asked at all, which `generate` says
+            return []  # too long by itself, which `generate` reports
         short = min(room, positions.max_position_embeddings)
         if any(turn.tokens for turn in turns) and (self.like_original or self._length([*turns, newest]) > short):
             turns = [dataclasses.replace(turn, tokens=[]) for turn in turns]

@@ -18,18 +18,18 @@ from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.timeline import Sampling, Timeline
 from llamavid_jax.text.conversation import IMAGE
 
-RULES = 2  # raised when decoding, sampling or preprocessing gives other pixels for the same key
+RULES = 2  # increased when decoding, sampling or preprocessing changes the pixels of a key
 
 
 class Shown(NamedTuple):
-    """One visual: frames [3, S, S] where `has_cls` is None, else features [P, E] with the CLS token or without it."""
+    """One visual: frames [3, S, S] if `has_cls` is None, else features [P, E] with or without the CLS token."""
 
     frames: Iterable[np.ndarray]
     has_cls: bool | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of `model.visual_tokens`."""
+        """The arguments of `model.visual_tokens`."""
         if self.has_cls is None:
             return {"pixel_values": self.frames}
         return {"features": self.frames, "features_have_cls": self.has_cls}
@@ -37,7 +37,7 @@ class Shown(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Features in a file, and the frames that they are of."""
+    """Features in a file, and the sampling of their frames."""
 
     path: Path
     has_cls: bool
@@ -45,12 +45,12 @@ class Stored:
     inputs: str | None = None
 
     def frames(self) -> Iterator[np.ndarray]:
-        """Raises MediaError at the first frames that are damaged."""
+        """Yields the features of each frame.  Raises MediaError at the first damaged frames."""
         return iter_features(self.path, keep_cls=self.has_cls)
 
 
 def stored(path: Path, description: Mapping[str, Any]) -> Stored:
-    """What a feature file says that it holds.  The CLS token stays: the answers are those about the video itself."""
+    """A feature file by its description.  The CLS token stays, so that answers equal those about the video itself."""
     said = description["sampling"]
     sampling = _sampling(np.array(description["timestamps"], float), said["seconds"], said["rule"])
     return Stored(path, description["cls"], sampling, description["inputs"])
@@ -67,10 +67,10 @@ def read_stored(
     model: LLaMAVIDLlavaForConditionalGeneration,
     images: LLaMAVIDLlavaImageProcessor,
 ) -> Stored:
-    """A file of features of any kind.  Raises MediaError, also for one of another tower, or of another rate than `fps`.
+    """A file of features of any kind.  Raises MediaError, also for another tower or another rate than `fps`.
 
-    Files of other kinds than ours say nothing of themselves: their frames are taken as `fps` a second, and without
-    CLS token, as the original reads them.
+    Only feature files have a description.  Frames of other kinds of files count as `fps` a second, without CLS token,
+    as in the original.
     """
     description, header = describe(path), read_header(path)
     vision = model.config.vision_tower_config
@@ -94,7 +94,7 @@ def read_stored(
 
 
 def prepared(images: LLaMAVIDLlavaImageProcessor) -> dict[str, Any]:
-    """What a video's frames go through before the tower."""
+    """How a video's frames are preprocessed for the tower."""
     return processing(images.size, images.image_mean, images.image_std)
 
 
@@ -106,8 +106,10 @@ def video_key(
     fast: bool = False,
     most: int | None = None,
 ) -> dict[str, Any]:
-    """All that the features of a video depend on: also whether key frames stand in for those asked for (`fast`), and
-    to how many frames the rate was fitted (`most`)."""
+    """All that the features of a video depend on.
+
+    `fast`: key frames replace the requested ones; `most`: the number of frames that the rate was fitted to.
+    """
     return {
         "rules": RULES,
         "source": content(path),
@@ -121,13 +123,13 @@ def video_key(
 
 
 def content(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file: 1.4 GB/s on a core that has instructions for it."""
+    """Size and SHA-256 of a file: 1.4 GB/s on a core with SHA instructions."""
     with path.open("rb") as stream:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def version(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced."""
+    """Numbers that change when a file is written to or replaced."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -139,7 +141,7 @@ def description(
     model: LLaMAVIDLlavaForConditionalGeneration,
     inputs: str | None = None,
 ) -> Description:
-    """What a feature file of a video says; `key` is its `video_key`, `inputs` the text of a film."""
+    """The description for a video's feature file; `key` is its `video_key`, `inputs` its text with subtitles."""
     return Description(
         cls=model.config.vision_tower_config.has_cls,
         timestamps=sampling.times.tolist(),

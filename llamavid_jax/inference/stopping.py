@@ -1,4 +1,4 @@
-"""Turning ids into text while they come: stop strings, and only what is certain for a streamer."""
+"""Turns ids into text as they come: ends at stop strings, and streams only text that is final."""
 
 from collections.abc import Sequence
 

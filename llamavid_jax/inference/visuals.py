@@ -1,7 +1,7 @@
-"""The images and videos of a session, frame by frame, from wherever they are to be had.
+"""Reads the images and videos of a session frame by frame, from files or from the cache.
 
 video file ── in the cache? ─▶ its features there
-    │   └──── decode ─▶ pixels ─▶ with a cache: features, which it keeps on the way
+    │   └──── decode ─▶ pixels ─▶ with a cache: features, stored on the way
 feature file ─▶ its features
 """
 
@@ -32,8 +32,12 @@ from llamavid_jax.text.tokenizer import encode_with_images
 
 
 class Visuals:
-    """What `each` has read is told: `frames` in all, of each video which were `sampled` and their `times`, and `movie`,
-    the placeholders of its frames with what is said, and times, between them."""
+    """Reads images and videos with `each`, which sets the attributes below.
+
+    frames          the number of frames in total
+    sampled, times  of each video: which frames were sampled, and their seconds
+    movie           a single video's text, its frames' placeholders with subtitles and times between; else None
+    """
 
     def __init__(
         self,
@@ -52,7 +56,7 @@ class Visuals:
         progress: Callable[[Any, int, int | None], None],
         say: Notice,
     ):
-        """As those of `Session`."""
+        """Arguments as in `Session`."""
         if subtitles is not None and (len(videos) != 1 or images):
             raise InputError(f"subtitles go with one video alone, not with {len(videos)} and {len(images)} images")
         if times not in (None, *TIMES):
@@ -78,7 +82,7 @@ class Visuals:
         ]
 
     def each_frame(self) -> Iterator[dict[str, Any]]:
-        """All frames in order: the image or video of each, and its second in that."""
+        """All frames in order, each with its image or video and its second there."""
         for image in self.images:
             yield {"image": str(image), "second": 0.0}
         for number, video in enumerate(self.videos):
@@ -86,20 +90,20 @@ class Visuals:
                 yield {"video": str(video), "second": second}
 
     def each(self, new_tokens: int, use: Callable[[Shown], Any]) -> list[Any]:
-        """What `use` makes of every image and video; the frames of a video are decoded as it asks for them."""
+        """The results of `use` for every image and video; a video's frames are decoded as `use` consumes them."""
         self.frames = 0
         made = [use(Shown(self._counted(self.image_processor.image_pixels(image)))) for image in self.images]
         for number, video in enumerate(self.videos):
             before = self.frames
             for source in self._sources(number, video, new_tokens):
                 self.frames = before
-                with contextlib.suppress(DamagedEntryError):  # then there is another source
+                with contextlib.suppress(DamagedEntryError):  # then the next source is tried
                     made.append(use(source))
                     break
         return made
 
     def _sources(self, number: int, video: Any, new_tokens: int) -> Iterator[Shown]:
-        """Where the frames of a video are to be had: from the cache first, which may turn out to be damaged."""
+        """Yields a video's frames from each source until one succeeds: first the cache, whose entry may be damaged."""
         if is_features(video):
             with fetch(video) as path:
                 known = read_stored(path, self.asked_fps, self.model, self.image_processor)
@@ -107,7 +111,7 @@ class Visuals:
                     raise InputError(f"{video} is a film with what is said, and goes alone; give no other visual")
                 yield Shown(self._stored_frames(number, video, known, known.frames(), new_tokens), known.has_cls)
             return
-        # what is left of a damaged file is not kept: it is no answer to who asks about the whole
+        # the readable part of a damaged file is not cached: it must not answer a question about the whole
         if self.cache is None or self.reading.partial or not isinstance(video, str | Path):
             yield Shown(self._counted(self._video_frames(number, video, new_tokens)))
             return
@@ -117,14 +121,14 @@ class Visuals:
             how = {"fast": self.reading.fast, "most": most}
             before, key = version(path), video_key(path, self.fps, self.model, self.image_processor, **how)
             if found := self.cache.find(key):
-                if self.reading != Reading():  # what is given up is said again
+                if self.reading != Reading():  # report again what is given up
                     plan = plan_video(path, self.fps)
                     self.reading.plan(plan, self.fps, self._room(number, plan, new_tokens), video, self.say)
                 known, frames = stored(self.cache.path(key), found), self.cache.frames(key)
                 yield Shown(self._stored_frames(number, video, known, frames, new_tokens), has_cls)
 
             def described() -> Description | None:
-                same = version(path) == before  # else it was written to meanwhile, and is not what `key` says
+                same = version(path) == before  # else it was written to meanwhile, and `key` is another file's
                 return description(video, key, self.sampled[number], self.model) if same else None
 
             pixels = self._counted(self._video_frames(number, path if is_url(video) else video, new_tokens))
@@ -134,7 +138,7 @@ class Visuals:
     def _stored_frames(
         self, number: int, video: Any, known: Stored, frames: Iterator[np.ndarray], new_tokens: int
     ) -> Iterator[np.ndarray]:
-        """`_video_frames` of features that a file holds."""
+        """`_video_frames` for features from a file."""
         self.sampled[number], times = known.sampling, known.sampling.times.tolist()
         self.times[number] = times
         self._check_length(video, new_tokens)
@@ -184,13 +188,13 @@ class Visuals:
         self.movie = self._film(times, until=readable)
 
     def _film(self, times: Sequence[float], said: str | None = None, until: float = math.inf) -> str | None:
-        """The text of the one video, read `until` so many seconds; None where nothing stands between its frames."""
+        """The single video's text, read up to `until` seconds; None if nothing stands between its frames."""
         if self.subtitles is not None:
             said = interleave(times, [cue for cue in self.subtitles if cue.end <= until], self.like_original)
         return with_times(said, times, self.times_of)
 
     def _room(self, number: int, plan: Sampling, new_tokens: int) -> int:
-        """Frames of the video that the model has room for beside all else, and a tenth of that for the question."""
+        """Frames of the video that fit beside everything else, when a tenth is left for the question."""
         config, words = self.model.config, ""
         if self.subtitles is not None or self.times_of is not None:  # as they stand between frames
             until = plan.timeline.seconds if self.reading.partial else math.inf
@@ -204,7 +208,7 @@ class Visuals:
         return int(self._frames_in(room, plan) / (len(self.videos) - number))
 
     def _frames_in(self, room: float | int, plan: Sampling) -> float:
-        """Frames of the video that fill so many tokens, with the times that the text says of them."""
+        """The number of the video's frames that fit in `room` tokens, with their times in the text."""
         frame, seconds = self.model.config.tokens_per_frame, int(plan.timeline.seconds)
         if self.times_of is None:
             return room / frame
@@ -213,7 +217,7 @@ class Visuals:
         return max(room / (frame + time), (room - most * time) / frame)
 
     def _check_length(self, video: Any, new_tokens: int) -> None:
-        """Says that the videos are too long at the first frame of the one too many, not after its last."""
+        """Raises InputError if the videos are too long, at the first frame of the one too many, not after its last."""
         width, plans = self.model.config.tokens_per_frame, list(self.sampled.values())
         frames, timelines = sum(map(len, plans)), [plan.timeline for plan in plans]
         room = self._frames_in(self.model.config.text_config.max_length - new_tokens, plans[-1])

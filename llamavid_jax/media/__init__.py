@@ -1,1 +1,1 @@
-"""Pictures, videos and ready features: from a path, a URL or bytes to frames for the vision tower.  No JAX."""
+"""Images, videos and precomputed features: from a path, a URL or bytes to frames for the vision tower.  No JAX."""

@@ -1,8 +1,8 @@
-"""Several iterators side by side, their items in order: each in a thread, and never further ahead than there is room.
+"""Runs several iterators in threads and yields their items in the jobs' order, with bounded buffers.
 
     jobs ─ one after another to the threads ─▶ a queue for each job ─ in the jobs' order ─▶ items
 
-Threads, as FFmpeg and Pillow work without Python's lock: nothing is copied between processes or left behind by one.
+Threads suffice, as FFmpeg and Pillow release Python's lock: nothing is copied between processes or left behind by one.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ Worker = Callable[[], contextlib.AbstractContextManager[Callable[[Any], Iterator
 
 
 def side_by_side(jobs: Sequence[Any], worker: Worker, threads: int, room: int) -> Iterator[np.ndarray]:
-    """The items of all jobs, made by so many `threads`, each with a `worker` of its own; by the caller's where it is 0.
+    """Yields the items of all jobs, made by `threads` threads with a `worker` each; by the caller's thread if 0.
 
-    At most 2 * `threads` jobs are begun and not yet handed out, and their items wait in `room` bytes in all, but that
-    one item of each may always wait.  An error comes where its item would have come.  When the iterator is closed the
-    threads end, each after the item that it works on, and are waited for.
+    At most 2 * `threads` jobs are started and not yet fully yielded.  They share a buffer of `room` bytes, but each may
+    always hold one item.  An error is raised where its item would have come.  Closing the iterator ends the threads,
+    each after its current item, and waits for them.
     """
     if not threads:
         with worker() as read:
@@ -38,8 +38,8 @@ def side_by_side(jobs: Sequence[Any], worker: Worker, threads: int, room: int) -
             yield from desk.items_of(number)
     finally:
         desk.close()
-        # Of an iterator that nobody holds any more the garbage collector may get here in one of these very threads, in
-        # the middle of what it does: it can wait neither for itself nor for the others, which may need its lock
+        # The garbage collector may close a forgotten iterator in one of these very threads, in the middle of its work:
+        # the thread can wait neither for itself nor for the others, which may need a lock that it holds
         if threading.current_thread() not in running:
             for thread in running:
                 if thread.ident is not None:
@@ -47,12 +47,12 @@ def side_by_side(jobs: Sequence[Any], worker: Worker, threads: int, room: int) -
 
 
 class _Desk:
-    """Where threads take jobs and put items, and the caller takes these."""
+    """Hands jobs to threads, and their items to the caller."""
 
     def __init__(self, jobs: Sequence[Any], threads: int, room: int):
         self.jobs, self.begun, self.share = jobs, 2 * threads, room // (2 * threads)
         self.queues = [_Queue() for _ in jobs]
-        self.next = self.current = 0  # the job to be begun, and the one whose items are handed out
+        self.next = self.current = 0  # numbers of the next job to start and of the one being yielded
         self.is_closed = False
         self.changed = threading.Condition()
 
@@ -66,14 +66,14 @@ class _Desk:
                     for item in read(self.jobs[number]):
                         if not self._put(self.queues[number], item):
                             return
-                except BaseException as caught:  # raised where the items are taken
+                except BaseException as caught:  # raised again in the caller's thread
                     error = caught
                 with self.changed:
                     self.queues[number].is_done, self.queues[number].error = True, error
                     self.changed.notify_all()
 
     def _take(self) -> int | None:
-        """The next job; None where there is none."""
+        """The number of the next job; None if there is none."""
         with self.changed:
             self.changed.wait_for(
                 lambda: self.is_closed or self.next == len(self.jobs) or self.next < self.current + self.begun
@@ -84,7 +84,7 @@ class _Desk:
             return self.next - 1
 
     def _put(self, queue: "_Queue", item: np.ndarray) -> bool:
-        """Whether anybody wants more."""
+        """Adds an item; returns whether more are wanted."""
         with self.changed:
             self.changed.wait_for(lambda: self.is_closed or not queue.items or queue.bytes + item.nbytes <= self.share)
             queue.items.append(item)
@@ -116,7 +116,7 @@ class _Desk:
 
 
 class _Queue:
-    """What one job has given and nobody has taken yet."""
+    """The items of one job that have been made and not yet yielded."""
 
     def __init__(self):
         self.items: deque[np.ndarray] = deque()

@@ -1,4 +1,4 @@
-"""An open video file: its best stream, the packets in it, and what is said of a file that cannot be read."""
+"""Opens a video file: its best stream, its packets, and the errors for a file that cannot be read."""
 
 import contextlib
 import io
@@ -15,11 +15,11 @@ from llamavid_jax.media.timeline import Timeline
 
 PLAYLISTS = ("concat", "hls", "dash")
 BROADCASTS = ("mpegts", "mpeg")
-WITHOUT_TIMES = ("avi", "mpeg")  # FFmpeg makes up times of packets, which the frames get in another order
+WITHOUT_TIMES = ("avi", "mpeg")  # FFmpeg invents the packets' times and gives them to the frames in another order
 
 
 class DamagedError(MediaError):
-    """A file that is cut short or damaged: `seconds` can be read, and `timeline` is that of its packets, if known."""
+    """A file is cut short or damaged: its first `seconds` can be read; `timeline`: of its packets, if known."""
 
     seconds: float
     timeline: Timeline | None = None
@@ -27,7 +27,10 @@ class DamagedError(MediaError):
 
 @contextlib.contextmanager
 def open_video(path: str | Path, threads: str = "AUTO") -> Iterator[tuple]:
-    """The open container and its best video stream, decoded by threads of FFmpeg or, with "NONE", the caller's."""
+    """Yields the open container and its best video stream.
+
+    FFmpeg decodes in its own threads; with `threads` "NONE" in the caller's.
+    """
     import av  # here, so that importing the package loads no video library
 
     file = local_file(path)
@@ -56,9 +59,9 @@ def open_video(path: str | Path, threads: str = "AUTO") -> Iterator[tuple]:
         stream = best if best in streams else streams[0]
         if stream.codec_context is None:
             raise MediaError(f"{path} has a video codec that is not known here; convert it to H.264 .mp4")
-        if stream.codec_context.width:  # else known with the first frame
+        if stream.codec_context.width:  # else unknown until the first frame
             check_size(stream.codec_context.width, stream.codec_context.height, path)
-        # FFmpeg's Theora takes the headers in the middle of a joined file on one thread only
+        # FFmpeg's Theora decoder accepts headers in the middle of a joined file only in a single thread
         stream.thread_type = "NONE" if stream.codec_context.name == "theora" else threads
         yield container, stream
 
@@ -91,7 +94,7 @@ def _animated_webp(path: str | Path) -> io.BytesIO | None:
 
 
 def packets_of(container, *streams) -> Iterator[Any]:
-    """All packets, or those of `streams`, but for streams that begin in the middle of the file, which PyAV lacks."""
+    """Yields all packets, or those of `streams`, except of streams that begin mid-file, which PyAV does not know."""
     import av
 
     while True:
@@ -101,13 +104,13 @@ def packets_of(container, *streams) -> Iterator[Any]:
         except IndexError:  # such a packet; the next ones follow
             pass
         except av.InvalidDataError:
-            if container.format.name != "mpjpeg":  # to FFmpeg the boundary behind its last picture is an error
+            if container.format.name != "mpjpeg":  # FFmpeg reports the boundary after its last image as an error
                 raise
             return
 
 
 def is_hidden(packet) -> bool:
-    """Whether it gives no frame to show: reference frames of VP8; headers of Theora, in the middle of a joined file."""
+    """Whether a packet has no visible frame: VP8's hidden reference frames; Theora's headers in a joined file."""
     mark = {"vp8": (0x10, 0), "theora": (0x80, 0x80)}.get(packet.stream.codec_context.name)
     return mark is not None and bytes(packet)[0] & mark[0] == mark[1]
 

@@ -1,7 +1,7 @@
 """Packets -> pixels of the wanted frames: in the file's order, or span by span as `reading.py` plans.
 
-decode_in_order  every frame is decoded, and what is damaged or missing is told
-decode_parts     spans alone; what is not as the index has it raises IrregularError, and has to be decoded in order
+decode_in_order  decodes every frame and reports damaged or missing ones
+decode_parts     decodes only the spans; raises IrregularError if the file differs from its index: then decode in order
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from llamavid_jax.media.source import MediaError, check_size
 from llamavid_jax.media.timeline import Sampling, Timeline
 
 Transform = Callable[[np.ndarray], np.ndarray]
-NEAR, FAR = 32, 1024  # frames before and after the place expected where a decoded one is looked for
-LOST = 0.5  # seconds of frames that do not come out of the decoder: a gap
+NEAR, FAR = 32, 1024  # a decoded frame is searched this many frames before and after its expected index
+LOST = 0.5  # seconds of frames that the decoder does not return: a gap
 
 
 class IrregularError(Exception):
-    """A span did not give what the index promised."""
+    """A decoded span does not match the index."""
 
 
 class Pixels:
-    """`pixels(frame)` is the frame as it is shown, uint8 [h, w, 3], or what `transform` makes of that."""
+    """`pixels(frame)` is the frame upright, uint8 [h, w, 3], or what `transform` makes of that."""
 
     def __init__(self, path: str | Path, transform: Transform | None):
         self.path, self.transform = path, transform
@@ -71,9 +71,9 @@ def decode_in_order(path: str | Path, pixels: Pixels) -> Iterator[Callable[[Samp
 def decode_parts(
     path: str | Path, index: Index, pixels: Pixels, threads: str
 ) -> Iterator[Callable[[Part], Iterator[np.ndarray]]]:
-    """`with decode_parts(...) as read`: `read(part)` gives its wanted frames, with the bits of `decode_in_order`.
+    """`with decode_parts(...) as read`: `read(part)` yields its wanted frames, bit for bit those of `decode_in_order`.
 
-    Raises IrregularError where it cannot.
+    Raises IrregularError if it cannot.
     """
     from av.stream import Discard
 
@@ -132,14 +132,14 @@ def _span_frames(container, stream, index: Index, part: Part) -> Iterator[Any]:
 
 
 def _packets_from(container, stream, index: Index, number: int) -> Iterator[Any]:
-    """The packets from an entry on; seeking may land on one before it."""
+    """The packets from entry `number` on; seeking may land on an earlier one."""
     import av
 
     if not index.can_seek:
         return _with_content(container, stream)
-    for target in (index.pts[number], index.dts[number]):  # formats keep one or the other
+    for target in (index.pts[number], index.dts[number]):  # formats index one or the other
         try:
-            container.seek(int(target), stream=stream)  # and empties the decoder
+            container.seek(int(target), stream=stream)  # also flushes the decoder
         except av.FFmpegError:
             continue
         packets = _with_content(container, stream)
@@ -157,11 +157,11 @@ def _with_content(container, stream) -> Iterator[Any]:
 
 
 def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, Any]]:
-    """(place in the timeline, frame) in order of presentation; MediaError when there are none or some are missing."""
+    """Yields (index in the timeline, frame) in presentation order; MediaError if there are none or some are missing."""
     import av
 
     is_broadcast = container.format.name in BROADCASTS
-    shown = np.append(timeline.times, timeline.seconds)  # from shown[i] to shown[i + 1]
+    shown = np.append(timeline.times, timeline.seconds)  # shown[i] to shown[i + 1]: frame i
     last, previous = len(timeline.times) - 1, -1
     for packet in packets_of(container, stream):
         try:
@@ -174,10 +174,10 @@ def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, 
             raise damaged(path, shown[max(previous, 0)], timeline.seconds) from None
         for frame in frames:
             if timeline.is_timed and previous < 0 and frame.pts is None:
-                continue  # before the film's first time, as in Matroska before 0
+                continue  # before the video's first timed frame, as in Matroska before 0
             place = min(_place(timeline, frame.pts if timeline.is_timed else None, previous + 1), last)
             is_lost = shown[place] - shown[previous + 1] > LOST and not (previous < 0 and is_broadcast)
-            if is_lost or (frame.is_corrupt and not is_broadcast):  # corrupt: patched up with parts of others
+            if is_lost or (frame.is_corrupt and not is_broadcast):  # corrupt: patched with parts of other frames
                 raise damaged(path, shown[max(previous, 0)], timeline.seconds)
             previous = max(previous, place)
             yield place, frame
@@ -188,14 +188,14 @@ def _decode(path, container, stream, timeline: Timeline) -> Iterator[tuple[int, 
 
 
 def _place(timeline: Timeline, pts: int | None, expected: int) -> int:
-    """Where in the timeline a decoded frame stands: near `expected`, as a packet may give no frame, or two give one."""
+    """A decoded frame's index in the timeline, near `expected`: a packet may give no frame, or two packets one."""
     start = max(0, expected - NEAR)
     places = start + np.flatnonzero(timeline.pts[start : expected + FAR] == pts)
     return expected if pts is None or not len(places) else int(places[np.abs(places - expected).argmin()])
 
 
 def _due(decoded: Iterator[tuple[int, Any]], sampling: Sampling) -> Iterator[Any]:
-    """The frame that is shown at each sample's place: the one that stands there, or else the one before it."""
+    """Yields each sample's frame: the one at its index or, if that is missing, the one before it."""
     due, wanted, before = 0, sampling.frames, None
     for place, frame in decoded:
         while due < len(wanted) and wanted[due] <= place:

@@ -1,7 +1,7 @@
-"""Whether a media file ends where it says it does: a cut download or recording is known before it is decoded.
+"""Detects cut downloads and recordings before they are decoded: whether a media file ends where it says it does.
 
-Told by sizes of boxes, elements and tags (MP4, Matroska, AVI, WebP, WMV, FLV) and by marks at the end (Ogg, GIF, PNG,
-NUT, Motion JPEG).  MPEG-TS, MPEG-PS, Y4M and streams without a container say nothing of their end, nor does a live
+Checked are sizes of boxes, elements and tags (MP4, Matroska, AVI, WebP, WMV, FLV) and marks at the end (Ogg, GIF, PNG,
+NUT, Motion JPEG).  MPEG-TS, MPEG-PS, Y4M and streams without a container do not mark their end, nor does a live
 recording that is cut between two of its pieces: there a cut file is simply shorter.
 """
 
@@ -25,7 +25,7 @@ NUT_INDEX = bytes.fromhex("4e58dd672f23e64e")
 
 
 def is_cut(path: Path, kind: str) -> bool:
-    """`kind` is FFmpeg's name of the format.  False also where the format does not tell."""
+    """`kind` is FFmpeg's name of the format.  Also False if the format does not mark its end."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if "mp4" in kind:
@@ -38,7 +38,7 @@ def is_cut(path: Path, kind: str) -> bool:
             return _asf_size(file) > size
         if kind == "flv":
             file.seek(end := _end_of_tags(file, size))
-            return end > size or 0 < len(file.read(15)) < 15  # a part of a tag's head
+            return end > size or 0 < len(file.read(15)) < 15  # part of a tag's header
         file.seek(max(0, size - TAIL))
         tail = file.read()
         if kind == "nut":  # the index says how far before the end it begins
@@ -50,13 +50,13 @@ def is_cut(path: Path, kind: str) -> bool:
         return not tail.rstrip(b"\0").endswith(b"\0;")
     if kind == "apng":
         return b"IEND\xaeB`\x82" not in tail
-    if kind == "mpjpeg":  # a boundary, which may follow the last picture
+    if kind == "mpjpeg":  # a boundary, which may follow the last image
         tail = re.sub(rb"--[^\r\n]*\s*\Z", b"", tail)
     return kind in ("mjpeg", "mpjpeg") and not tail.rstrip(b"\0\r\n").endswith(b"\xff\xd9")
 
 
 def is_joined(path: Path, kind: str) -> bool:
-    """Whether files stand behind the first that FFmpeg does not read: it does the second one of Matroska."""
+    """Whether files are appended to the first that FFmpeg does not read; of Matroska it reads the second too."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if "mp4" in kind:
@@ -79,7 +79,7 @@ def _boxes(file: BinaryIO, size: int) -> tuple[int, list[bytes]]:
         file.seek(at)
         head = file.read(16)
         length, name = struct.unpack(">I4s", head[:8])
-        if name not in MP4_BOXES or length == 0:  # what follows the last box; a box up to the end
+        if name not in MP4_BOXES or length == 0:  # data after the last box; a box that extends to the end
             break
         names.append(name)
         at += max(8, int.from_bytes(head[8:]) if length == 1 else length)
@@ -91,7 +91,7 @@ def _end_of_chunks(file: BinaryIO, size: int) -> int:
     while at + 8 <= size:
         file.seek(at)
         name, length = struct.unpack("<4sI", file.read(8))
-        if name != b"RIFF" or length == 2**32 - 1:  # what follows the last chunk; a stream
+        if name != b"RIFF" or length == 2**32 - 1:  # data after the last chunk; a stream of unknown length
             break
         at += 8 + length
     return at
@@ -109,9 +109,9 @@ def _end_of_tags(file: BinaryIO, size: int) -> int:
 
 
 def _elements(file: BinaryIO, size: int) -> tuple[int, int]:
-    """Where the last element ends, and the number of EBML heads.
+    """Where the last element ends, and the number of EBML headers.
 
-    Enters elements of unknown length: a live recording has its segment and its clusters so.
+    Enters elements of unknown length, such as a live recording's segment and clusters.
     """
     at, heads = 0, 0
     while at + 2 <= size:
@@ -119,7 +119,7 @@ def _elements(file: BinaryIO, size: int) -> tuple[int, int]:
         head = file.read(12)
         width = 4 if head[:4] in LONG_ELEMENTS else 1
         width_of_length = 9 - head[width].bit_length() if len(head) > width else 9
-        if (width == 1 and head[0] not in SHORT_ELEMENTS) or width_of_length > 8:  # what follows the last element
+        if (width == 1 and head[0] not in SHORT_ELEMENTS) or width_of_length > 8:  # data after the last element
             break
         heads += head[:4] == ELEMENTS[:4]
         unknown = (1 << 7 * width_of_length) - 1
@@ -129,7 +129,7 @@ def _elements(file: BinaryIO, size: int) -> tuple[int, int]:
 
 
 def _asf_size(file: BinaryIO) -> int:
-    """As the header has it; 0 in a broadcast, which does not know it."""
+    """The file's size according to its header; 0 for a broadcast, which does not know it."""
     head = file.read(TAIL)
     at = head.find(ASF_FILE_PROPERTIES)
     known = at >= 0 and len(head) > at + 88 and not head[at + 88] & 1

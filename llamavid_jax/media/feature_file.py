@@ -1,13 +1,13 @@
-"""The feature file: features of a video with all that says what they are, written frame by frame (docs/features.md).
+"""The feature file: features of a video and their description, written frame by frame (docs/features.md).
 
     safetensors   feats   [F, P, E]   BF16, F16 or F32; or I8, with
                   scales  [F, E]      F32: value = feats * scales
     metadata      llamavid_features   JSON: the fields of `Description`
                   sha256              of that JSON's bytes
 
-The JSON holds a SHA-256 of every `FRAMES_A_SUM` frames, so that damage anywhere is told, and before a frame that it
-touched is used.  The file is written aside and renamed: it is whole or not there; what a process that was
-killed left aside goes when the file is written again.
+The JSON holds a SHA-256 of every `FRAMES_A_SUM` frames, so that any damage is detected before a damaged frame is used.
+The file is written under a temporary name and renamed, so it is complete or absent.  What a killed process left is
+deleted when the file is written again.
 """
 
 import collections
@@ -36,7 +36,7 @@ SUFFIX = ".safetensors"
 KEY, SUM = "llamavid_features", "sha256"  # in safetensors' metadata
 VERSION = 1
 FRAMES_A_SUM = 32
-AHEAD = 4  # runs of so many frames that are read and checked while one is used
+AHEAD = 4  # runs of that many frames, read and checked while one is used
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
@@ -44,7 +44,7 @@ DTYPES = {
     "I8": np.dtype(np.int8),
 }
 
-FIELDS = {  # of the JSON: each with its type
+FIELDS = {  # of the JSON, with their types
     "version": int,
     "shape": list,
     "dtype": str,
@@ -61,13 +61,13 @@ FIELDS = {  # of the JSON: each with its type
 
 
 def name_of(dtype: np.dtype) -> str:
-    """What the file calls a type: "BF16" bfloat16."""
+    """A type's name in the file: "BF16" for bfloat16."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What the features are of, and how they were made; `FeatureWriter` adds what it knows itself."""
+    """What was encoded, and how; `FeatureWriter` adds version, shape, dtype, error and checksums."""
 
     cls: bool  # whether each frame begins with the CLS token
     timestamps: list[float]  # of the frames, in seconds
@@ -75,17 +75,17 @@ class Description:
     sampling: Mapping[str, Any]  # fps, rule, seconds of the video
     processing: Mapping[str, Any]  # size, mean, std, aspect
     tower: Mapping[str, Any]  # sha256 of its weights, dtype
-    inputs: str | None = None  # a film's text: one <image> for each frame, and what is said
+    inputs: str | None = None  # a video's text: one <image> per frame, subtitles between them
 
 
 class FeatureWriter:
     """Writes one file: `add(frame)` for each, then `commit(description)`; or `discard()`.
 
-    OSError where the disk is full or the folder cannot be written to; the file is then not there.
+    Raises OSError if the disk is full or the folder not writable; then there is no file.
     """
 
     def __init__(self, path: Path, frames: int, dtype: str, text: str = ""):
-        """For up to `frames` frames, and a description that may hold `text` twice; `dtype` of DTYPES."""
+        """Reserves a header for `frames` frames and a description that holds `text` twice; `dtype`: one of DTYPES."""
         self.path, self.dtype = path, dtype
         self.room = 8192 + 48 * frames + 2 * len(json.dumps(json.dumps(text)))
         self.shape: tuple[int, ...] | None = None
@@ -100,12 +100,12 @@ class FeatureWriter:
                 fcntl.flock(self._file, fcntl.LOCK_EX)
             if os.fstat(self._file.fileno()).st_nlink:
                 break
-            self._file.close()  # another process took it for one of those
+            self._file.close()  # another process took it for a leftover and deleted it
         with self._discarded_on_error():
             self._file.seek(self.room)
 
     def add(self, frame: np.ndarray) -> None:
-        """`frame` [P, E] of floating-point numbers.  MediaError where the type cannot hold them."""
+        """Adds a floating-point `frame` [P, E].  MediaError if it is not finite or the type cannot hold it."""
         with self._discarded_on_error():
             self.shape = self.shape or frame.shape
             if frame.shape != self.shape:
@@ -134,7 +134,7 @@ class FeatureWriter:
                 self._end_sum()
 
     def commit(self, description: Description, **more: Any) -> None:
-        """`more`: further fields of the JSON, for whoever wrote the file."""
+        """Completes the file; `more`: further fields of the JSON, for the caller's use."""
         with self._discarded_on_error():
             if self.frames % FRAMES_A_SUM:
                 self._end_sum()
@@ -161,8 +161,8 @@ class FeatureWriter:
             uploads.send(self.path)
 
     def discard(self) -> None:
-        """Nothing stays.  Harmless when there is nothing any more."""
-        with contextlib.suppress(OSError):  # what could not be written is tried again when a file is closed
+        """Deletes the unfinished file, if there is one."""
+        with contextlib.suppress(OSError):  # closing a file repeats a failed write
             self._file.close()
         with contextlib.suppress(OSError):
             self.aside.unlink(missing_ok=True)
@@ -172,7 +172,7 @@ class FeatureWriter:
         self._sum = hashlib.sha256()
 
     def _error(self) -> dict[str, float] | None:
-        """What int8 costs: the root of the mean square error as a share of the values', and the largest error."""
+        """The error of int8: root mean square relative to that of the values, and the largest."""
         if self.dtype != "I8":
             return None
         return {"relative": float(np.sqrt(self._squares[0] / max(self._squares[1], 1e-30))), "largest": self._worst}
@@ -187,7 +187,7 @@ class FeatureWriter:
 
 
 def _sweep(path: Path) -> None:
-    """Takes away what processes that were killed have left of `path`: nobody holds it any more."""
+    """Deletes what killed processes left of `path`: nobody holds a lock on it."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError), left.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +195,7 @@ def _sweep(path: Path) -> None:
 
 
 def quantized(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`frame` [P, E] as int8 with a scale [E] for each channel: with one for each patch the error is 1.6 times that."""
+    """`frame` [P, E] as int8 with a scale [E] per channel; a scale per patch would have 1.6 times the error."""
     values = frame.astype(np.float32)
     scale = np.abs(values).max(0) / np.float32(127)
     stored = np.round(values / np.where(scale > 0, scale, 1)).astype(np.int8)
@@ -203,9 +203,10 @@ def quantized(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_description(file: Path, metadata: Mapping[str, str], tensors: Mapping[str, tuple]) -> dict[str, Any] | None:
-    """The JSON of a feature file, None where the safetensors file is another's; ValueError where it is damaged.
+    """The JSON of a feature file; None for any other safetensors file.
 
-    `tensors`: (type, shape) of each, in the order of their places.
+    `tensors`: (type, shape) of each, in file order.  Raises ValueError if the file is damaged, MediaError for another
+    version of the format.
     """
     if KEY not in metadata:
         return None
@@ -240,9 +241,9 @@ def _is_positive(value: Any) -> bool:
 
 
 def described_frames(stream: Any, description: Mapping[str, Any]) -> Generator[np.ndarray, None, None]:
-    """Each frame [P, E] as it is stored, of the open file; float32 of int8.
+    """Yields each frame [P, E] of the open file in its stored type, int8 as float32.
 
-    ValueError at the first run of frames that is damaged.
+    Raises ValueError at the first run of frames that is damaged.
     """
     frames, patches, width = description["shape"]
     dtype, run = DTYPES[description["dtype"]], FRAMES_A_SUM
@@ -267,7 +268,7 @@ def described_frames(stream: Any, description: Mapping[str, Any]) -> Generator[n
 
 
 def _sum_of(data: bytes, scales: bytes, count: int) -> str:
-    """As `FeatureWriter.add` makes it: each frame, followed by its scales."""
+    """The checksum as `FeatureWriter.add` computes it: each frame, followed by its scales."""
     if not scales:
         return hashlib.sha256(data).hexdigest()
     found, size, more = hashlib.sha256(), len(data) // count, len(scales) // count
@@ -278,7 +279,7 @@ def _sum_of(data: bytes, scales: bytes, count: int) -> str:
 
 
 def _ahead(read: Any, count: int) -> Iterator[Any]:
-    """`read(0)`, `read(1)`, ... in their order; AHEAD of them are under way, in threads that reading lets run."""
+    """Yields `read(0)`, `read(1)`, ...; AHEAD of them run in threads, as reading releases Python's lock."""
     with ThreadPoolExecutor(AHEAD) as threads:
         under_way: collections.deque[Any] = collections.deque()
         try:

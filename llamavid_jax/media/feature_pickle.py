@@ -1,7 +1,7 @@
-"""The original's features: a pickle of `{"feats": float16 [F, P, E], "inputs": text}`, of which nothing is run.
+"""The original's features: a pickle of `{"feats": float16 [F, P, E], "inputs": text}`, read without running any of it.
 
-Python's own reader would call whatever a pickle names.  `pickles.py` calls nothing but what follows, which describes
-the array: its bytes stay in the file until they are asked for.
+Python's own reader would call whatever a pickle names.  `pickles.py` calls only the functions below, which describe
+the array; its bytes stay in the file until they are needed.
 """
 
 import io
@@ -13,7 +13,7 @@ import numpy as np
 
 from llamavid_jax.pickles import PickleError, unpickle
 
-LARGE = 16 << 20  # bytes; what is longer is an array's, and not read
+LARGE = 16 << 20  # bytes; anything longer is an array's data, and skipped
 LONGEST_LINE = 1 << 10
 DTYPES = {"f2": np.dtype(np.float16), "f4": np.dtype(np.float32)}
 
@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
 
 class Stream(io.RawIOBase):
-    """A file whose long stretches of bytes are skipped."""
+    """A file of which long reads are skipped and returned as a Span."""
 
     def __init__(self, stream: Any):
         self.stream, self.size = stream, os.fstat(stream.fileno()).st_size
@@ -42,7 +42,7 @@ class Stream(io.RawIOBase):
 
     def read(self, size: int = -1) -> Any:
         start = self.stream.tell()
-        if size <= LARGE or start + size > self.size:  # beyond its end: a short answer, which is told
+        if size <= LARGE or start + size > self.size:  # beyond the end: a short read, which raises later
             return self.stream.read(min(size, LARGE))
         self.stream.seek(size, os.SEEK_CUR)
         return Span(start, size)
@@ -98,14 +98,14 @@ VALUES = {("numpy", "ndarray"): NDARRAY}
 class Pickled(NamedTuple):
     array: Array
     shape: tuple[int, ...]
-    dtype: Any  # of DTYPES' values, or what the file says
+    dtype: Any  # one of DTYPES' values, or the file's own name
     inputs: Any
 
 
 def read_pickle(stream: Any, names: tuple[str, ...]) -> Pickled:
-    """What the pickle says, without its values; `names` are those that the array may have.
+    """The pickle's content without the array's values; `names` are the possible keys of the array.
 
-    Raises PickleError for one that asks for anything but arrays, texts and numbers, and whatever damage makes.
+    Raises PickleError for anything but arrays, texts and numbers; a damaged file may raise any exception.
     """
     found = unpickle(Stream(stream), CALLS, VALUES, _build)
     if type(found) is not dict:
@@ -122,7 +122,7 @@ def read_pickle(stream: Any, names: tuple[str, ...]) -> Pickled:
 
 
 def pickled_frames(stream: Any, found: Pickled) -> Iterator[np.ndarray]:
-    """The frames one by one.  ValueError where the array has more or fewer bytes than its shape."""
+    """Yields the frames one by one.  ValueError if the array's bytes do not match its shape."""
     data, (frames, *shape) = found.array.data, found.shape
     size = int(np.prod(shape)) * found.dtype.itemsize
     if not isinstance(data, Span | bytes | bytearray) or len(data) != frames * size:

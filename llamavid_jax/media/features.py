@@ -1,17 +1,17 @@
-"""Ready features of a video, made beforehand by the vision tower: file -> frames [P, E] float, one by one.
+"""Precomputed features of a video, from the vision tower: file -> frames [P, E] float, one by one.
 
-    .safetensors  a feature file (`feature_file.py`), which says what it was made of and has sums of all that it holds;
+    .safetensors  a feature file (`feature_file.py`), with a description and checksums;
                   or any other with a tensor `feats` (or `features`) [F, P, E], and `inputs` in its metadata
     .npz          arrays `feats` (or `features`) and, for a movie, `inputs`: text with one <image> per frame
     .npy          the array alone
     .pkl          the original's: a dictionary of both, read without running anything (`feature_pickle.py`)
 
-An archive's entries have CRC-32 sums, which are checked; .npy, .pkl and others' .safetensors have none, so that damage
-which leaves finite numbers goes unnoticed.
+The entries of .npz have CRC-32 checksums, which are verified; .npy, .pkl and other .safetensors have none, so damage
+that leaves finite numbers goes unnoticed.
 
-P is the square number of patches, or one more with the CLS token first, which is dropped as the original does, unless
-it is asked for.  Frames are read one after another and never all at once: an hour at one a second is 2.6 GB in 16 bits.
-The kind of file is told by its first bytes.
+P is a square number of patches, or one more with the CLS token first, which is dropped, as the original does, without
+`keep_cls`.  Frames are read one after another and never all at once: an hour at one a second is 2.6 GB in 16 bits.
+The first bytes tell the kind of file.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class _Opened(NamedTuple):
 
 
 def is_features(path: object) -> bool:
-    """Whether a file is one of features, by its name."""
+    """Whether a file holds features, by its name."""
     return isinstance(path, str | Path) and str(path).lower().endswith(SUFFIXES)
 
 
@@ -72,18 +72,18 @@ def read_header(path: str | Path) -> FeatureHeader:
 
 
 def describe(path: str | Path) -> dict[str, Any] | None:
-    """What a feature file says of itself (docs/features.md); None of files of other kinds.  Raises MediaError."""
+    """The description in a feature file (docs/features.md); None for files of other kinds.  Raises MediaError."""
     with _open(path) as opened:
         return opened.description
 
 
 def processing(size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """What frames go through before the tower, for a feature file and for the key of a stored one."""
+    """How frames are preprocessed, for a feature file's description and for the key of a cached one."""
     return {"size": size, "mean": list(mean), "std": list(std), "aspect": "crop"}
 
 
 def check_made_by(path: object, description: Mapping[str, Any], tower: str, prepared: Mapping[str, Any]) -> None:
-    """Raises MediaError unless the model's tower, of this SHA-256, made a feature file of frames `prepared` so."""
+    """Raises MediaError unless a feature file was made by the `tower` of this SHA-256 from frames `prepared` so."""
     if description["tower"].get("sha256") != tower:
         raise MediaError(f"{path} was made by another vision tower than this model's; make it again: llamavid-features")
     if description["processing"] != prepared:
@@ -94,8 +94,10 @@ def check_made_by(path: object, description: Mapping[str, Any], tower: str, prep
 
 
 def iter_features(path: str | Path, keep_cls: bool = False) -> Iterator[Float[np.ndarray, "P E"]]:
-    """Yields each frame's patches in the type that they are stored in, float32 for int8; after the CLS token where it
-    is to be kept.  Raises MediaError, also for values that are not finite."""
+    """Yields each frame's patches in their stored type, int8 as float32; with `keep_cls` after its CLS token, if any.
+
+    Raises MediaError, also for values that are not finite.
+    """
     with _open(path) as (shape, frames, _, _):
         has_cls = _has_cls(shape[1]) and not keep_cls
         for number, frame in enumerate(frames):
@@ -144,13 +146,13 @@ def _open(path: str | Path) -> Iterator[_Opened]:
 
 
 def _check_directory(archive: zipfile.ZipFile) -> None:
-    """Raises BadZipFile where damage hides an entry: CRC-32 is of their content alone."""
+    """Raises BadZipFile if damage hides an entry: CRC-32 covers only the entries' content."""
     archive.fp.seek(-22 - len(archive.comment), os.SEEK_END)
     count = int.from_bytes(archive.fp.read(12)[10:], "little")
     if count != len(archive.infolist()):
         raise zipfile.BadZipFile(f"its directory has {len(archive.infolist())} of {count} entries")
     for info in archive.infolist():
-        archive.open(info).close()  # compares the two places that name it
+        archive.open(info).close()  # compares the two headers that name it
 
 
 def _array_name(path: str | Path, names: list[str]) -> str:
@@ -191,7 +193,7 @@ def _npy_frames(path: str | Path, stream: Any, size: int) -> tuple[tuple[int, ..
         for number in range(shape[0]):
             data = stream.read(length)
             if number == shape[0] - 1:
-                stream.read(1)  # at its end an archive's entry is compared with its CRC-32
+                stream.read(1)  # reading to its end verifies an archive entry's CRC-32
             yield np.frombuffer(data, dtype).reshape(shape[1:])
 
     return shape, frames()
@@ -224,7 +226,7 @@ def _safetensors(path: str | Path, file: Path, stack: contextlib.ExitStack) -> _
         stream = stack.enter_context(file.open("rb"))
         opened = stack.enter_context(safe_open(file, framework="np"))
         if os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
-            break  # else another process has just put a new file in its place, and the two are not one
+            break  # else another process has just replaced the file, and the two handles differ
     metadata, slices = opened.metadata() or {}, {name: opened.get_slice(name) for name in opened.offset_keys()}
     tensors = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     description = read_description(file, metadata, tensors)
@@ -235,7 +237,7 @@ def _safetensors(path: str | Path, file: Path, stack: contextlib.ExitStack) -> _
         if description["cls"] != _has_cls(shape[1]):
             raise ValueError("it says of CLS tokens what its shape does not")
         frames = described_frames(stream, description)
-        stack.callback(frames.close)  # before the file: its threads read that
+        stack.callback(frames.close)  # closed before the file, which its threads read
         return _Opened(shape, frames, description["inputs"], description)
     _check(path, shape, SAFETENSORS_DTYPES.get(tensor.get_dtype(), tensor.get_dtype()))
     return _Opened(shape, (tensor[i : i + 1][0] for i in range(shape[0])), metadata.get("inputs"))

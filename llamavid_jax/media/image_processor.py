@@ -1,10 +1,10 @@
-"""The documented `LLaMAVIDLlavaImageProcessor`: pictures and videos -> pixels for the vision tower.
+"""The documented `LLaMAVIDLlavaImageProcessor`: images and videos -> pixels for the vision tower.
 
-    images: path, URL, Pillow picture or uint8 array [H, W, 3]      -> float32 [1, 3, S, S] each
-    videos: path, URL, uint8 array [F, H, W, 3] or list of frames   -> float32 [F, 3, S, S] each, and which they are
+    images: path, URL, Pillow image or uint8 array [H, W, 3]        -> float32 [1, 3, S, S] each
+    videos: path, URL, uint8 array [F, H, W, 3] or list of frames   -> float32 [F, 3, S, S] each, and their metadata
 
 S is `size`.  Stills are padded to a square or centre-cropped by `image_aspect_ratio`, frames always cropped.
-The settings are stored in `preprocessor_config.json` as transformers stores CLIP's, those of sampling in
+The settings are stored in `preprocessor_config.json`, in the format of transformers' CLIP, those for sampling in
 `video_preprocessor_config.json`.
 """
 
@@ -34,20 +34,20 @@ FILE_NAME, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.j
 SAMPLING = ("fps", "num_frames", "do_sample_frames")
 FORMS = "give a path, a URL, a picture, an array or a list of them"
 
-# Checked here with MediaError, arrays of any library among them, so that types would only repeat the checks.
-Picture = Any  # path, URL, Pillow picture or uint8 array [H, W, 3]
-Clip = Any  # path, URL, uint8 array [F, H, W, 3] or list of pictures
+# Any, as arrays may be of any library and are checked here (MediaError): types would only repeat the checks.
+Picture = Any  # path, URL, Pillow image or uint8 array [H, W, 3]
+Clip = Any  # path, URL, uint8 array [F, H, W, 3] or list of images
 Pixels = Float32[np.ndarray, "F 3 S S"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VideoMetadata:
-    """Which frames of a video were taken, by transformers' names.  An image is one frame at 0 s."""
+    """Which frames of a video were sampled, in transformers' names.  An image is one frame at 0 s."""
 
     fps: float  # frames a second of the source, on average
     total_num_frames: int
     duration: float  # seconds
-    frames_indices: Int[np.ndarray, " F"]  # places among the source's frames
+    frames_indices: Int[np.ndarray, " F"]  # indices among the source's frames
     timestamps: Float64[np.ndarray, " F"]  # seconds after the first one
 
 
@@ -55,14 +55,14 @@ class VideoMetadata:
 class LLaMAVIDLlavaImageProcessor:
     """`processor(images=[...], videos=[...])` gives `pixel_values`, `timestamps`, `video_metadata`, one entry each.
 
-    Of a video `fps` frames a second are taken, or `num_frames` at equal distances; all without `do_sample_frames`.
+    Samples `fps` frames a second of a video, or `num_frames` evenly spaced; takes all without `do_sample_frames`.
     """
 
     size: int = 224  # pixels: S
     image_mean: tuple[float, ...] = LLaMAVIDLlavaVisionConfig.image_mean
     image_std: tuple[float, ...] = LLaMAVIDLlavaVisionConfig.image_std
     image_aspect_ratio: str = "pad"  # of stills: "pad" or "crop"
-    fps: Any = 1.0  # a second
+    fps: Any = 1.0  # frames a second
     num_frames: Any = None
     do_sample_frames: Any = True
 
@@ -98,11 +98,12 @@ class LLaMAVIDLlavaImageProcessor:
         num_frames: int | None = None,
         do_sample_frames: bool | None = None,
     ) -> dict[str, list]:
-        """`pixel_values`: float32 [1, 3, S, S] for each image, then [F, 3, S, S] for each video; `video_metadata` and,
-        of it, `timestamps`, float64 [1] or [F] seconds, for each.
+        """Preprocesses images, then videos.
 
-        One alone need not be in a list; a list of frames or a [F, H, W, 3] array is one video, already sampled at
-        `fps`.  Settings that are None are the processor's own.  Raises MediaError for media that cannot be used.
+        Returns `pixel_values`, float32 [1, 3, S, S] for each image and [F, 3, S, S] for each video, `timestamps`,
+        float64 [1] or [F] seconds, and `video_metadata`.  A single image or video need not be in a list; a list of
+        frames or a [F, H, W, 3] array is one video, already sampled at `fps`.  None leaves a setting as the processor
+        has it.  Raises MediaError for media that cannot be used.
         """
         reader = self._sampling(fps, num_frames, do_sample_frames)
         pixel_values, metadata = [], []
@@ -131,9 +132,9 @@ class LLaMAVIDLlavaImageProcessor:
         return pixels, about.timestamps
 
     def rate(self, fps: Any = None) -> float | int:
-        """Frames a second to take of a video that is read as a stream: `fps`, or the processor's own.
+        """The frames a second to sample of a video that is read as a stream: `fps`, or the processor's own.
 
-        Raises MediaError for no such number, and without one where the processor samples in another way.
+        Raises MediaError for an invalid number, and for None if the processor does not sample at a rate.
         """
         if fps is None and (self.num_frames is not None or not self.do_sample_frames):
             own = {"num_frames": self.num_frames, "do_sample_frames": self.do_sample_frames}
@@ -144,7 +145,7 @@ class LLaMAVIDLlavaImageProcessor:
     def _sampling(
         self, fps: float | int | None = None, num_frames: int | None = None, do_sample_frames: bool | None = None
     ) -> "LLaMAVIDLlavaImageProcessor":
-        """The same with other settings, where they are not None; `fps` goes before the processor's `num_frames`."""
+        """This processor with the settings that are not None; `fps` overrides the processor's `num_frames`."""
         if fps is not None and num_frames is not None:
             raise MediaError(f"fps is {fps!r} and num_frames {num_frames!r}; give one of them")
         if fps is not None:
@@ -157,7 +158,7 @@ class LLaMAVIDLlavaImageProcessor:
             raise MediaError(str(error)) from None
 
     def _read(self, video: Clip, progress: Progress | None) -> tuple[Pixels, VideoMetadata]:
-        """One video and which of its frames were taken."""
+        """One video, and which of its frames were sampled."""
         if isinstance(video, str | Path):
             with fetch(video) as path:
                 plan = self._plan(path)
@@ -192,9 +193,9 @@ class LLaMAVIDLlavaImageProcessor:
     ) -> Iterator[tuple[Pixels, Float64[np.ndarray, " F"]]]:
         """`video_pixels` in pieces of up to `chunk` frames, for videos that do not fit in memory.
 
-        Frames are decoded on all cores while the caller works with those before them, `media.video.AHEAD` bytes ahead
-        at most.  `adapt` may change the plan of what is sampled; a damaged video is refused, or with `partial` read as
-        far as it can be, which is told the seconds of that.
+        Frames are decoded on all cores while the caller works on earlier ones, at most `media.video.AHEAD` bytes ahead.
+        `adapt` may change the sampling.  A damaged video raises MediaError; with `partial` it is read as far as
+        possible, and `partial` is called with the readable seconds.
         """
         with fetch(video) as path:
             sampling = plan_video(path, self.rate(fps), partial)
@@ -222,15 +223,15 @@ class LLaMAVIDLlavaImageProcessor:
 
     @classmethod
     def of(cls, config: LLaMAVIDLlavaConfig) -> "LLaMAVIDLlavaImageProcessor":
-        """What the configuration of a model says."""
+        """The image processor for a model's configuration."""
         vision = config.vision_tower_config
         return cls(vision.image_size, vision.image_mean, vision.image_std, config.image_aspect_ratio)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LLaMAVIDLlavaImageProcessor":
-        """Reads both files, the project's own or transformers' for CLIP; that of videos may be absent.
+        """Reads both files, of this package or of transformers' CLIP; the one for videos may be absent.
 
-        A mean or deviation that they lack is that of the `config.json` beside them.  Raises ConfigError.
+        A mean or deviation that they lack comes from the `config.json` beside them.  Raises ConfigError.
         """
         path = Path(directory) / FILE_NAME
         values = read_settings(path)
@@ -251,7 +252,7 @@ class LLaMAVIDLlavaImageProcessor:
 
 
 def _evenly(total: int, count: int, name: object) -> Int[np.ndarray, " F"]:
-    """Places of `count` of `total` frames at equal distances, as transformers takes them."""
+    """Indices of `count` of `total` frames, evenly spaced as in transformers."""
     if count > total:
         raise MediaError(f"{name} has {total} frames, fewer than the {count} of num_frames; ask for fewer")
     return np.arange(count) * total // count

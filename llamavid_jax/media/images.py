@@ -1,17 +1,17 @@
-"""Pictures as the vision tower wants them: file -> RGB -> uint8 [H, W, 3] -> float32 [3, H, W], CLIP's preprocessing.
+"""CLIP's preprocessing for the vision tower: image file -> RGB -> uint8 [H, W, 3] -> float32 [3, H, W].
 
-    open_image      picture file -> upright RGB picture; check_picture looks at its header alone
+    open_image      image file -> upright RGB image; check_picture reads only its header
     pad_to_square   canvas of the mean colour, for stills
     resize_and_crop shortest edge to the size, bicubic, centre crop -> uint8 [H, W, 3], H = W = size
     normalize       uint8 [F, H, W, 3] -> float32 [F, 3, H, W]
 
-A frame stays uint8 until `normalize`: an hour of video at one frame a second is 0.5 GB so, and 2.2 GB after it.
+A frame stays uint8 until `normalize`: an hour of video at one frame a second has 0.5 GB before it, 2.2 GB after it.
 Letters: F frames, H height, W width.
 
 Deviations from the original, which calls `Image.open(...).convert("RGB")`: the EXIF orientation is applied, and
 16-bit grey is scaled to 8 bits (Pillow's conversion clips it to white); 32-bit and floating-point pixels, whose range
-is unknown, and pictures of more than MAX_PIXELS are refused.  As in Pillow, an alpha channel is dropped, not blended,
-and an animation gives its first picture.
+is unknown, and images of more than MAX_PIXELS are refused.  As in Pillow, an alpha channel is dropped, not blended,
+and an animation gives its first image.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ from PIL import ExifTags, Image, ImageOps
 
 from llamavid_jax.media.source import MAX_PIXELS, MediaError, check_size, local_file
 
-# Pillow would start Ghostscript for an EPS, and has readers that nobody's pictures need
+# Pillow would start Ghostscript for an EPS, and has readers for formats that nobody uses
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA")
 FORMATS += ("TIFF", "WEBP")
-# Pillow's advice to programmers about pictures: its limit of pixels is not ours, and alpha is dropped
+# Pillow warns programmers about large images and alpha: its pixel limit is not ours, and alpha is dropped
 warnings.filterwarnings("ignore", module=r"PIL\.")
-LARGE, LARGE_PIXELS = threading.Lock(), 2**24  # a process reads one picture of so many pixels at a time
+LARGE, LARGE_PIXELS = threading.Lock(), 2**24  # a process decodes one image of more pixels at a time
 
 
 @contextlib.contextmanager
 def open_picture(path: str | Path) -> Iterator[Image.Image]:
-    """A picture file whose header has been read and can be used.  Raises MediaError, also for what its body meets."""
+    """Yields an image whose header was read and is usable.  Raises MediaError, also for errors in the body."""
     file = local_file(path)
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -58,22 +58,22 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
 
 
 def check_picture(path: str | Path) -> None:
-    """Raises MediaError unless the file's header is that of a picture that can be used."""
+    """Raises MediaError unless the file's header is that of a usable image."""
     with open_picture(path):
         pass
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Reads a picture file as an upright RGB picture.  Raises MediaError naming the file."""
+    """Reads an image file as an upright RGB image.  Raises MediaError naming the file."""
     with open_picture(path) as image, LARGE if math.prod(image.size) > LARGE_PIXELS else contextlib.nullcontext():
         image.load()
         return to_rgb(image, path)
 
 
 def to_rgb(image: Image.Image, name: object = "the picture") -> Image.Image:
-    """A picture of any mode, upright and in RGB; `name` is for the MediaError."""
+    """An image of any mode, upright and in RGB; `name` is for the MediaError."""
     _check(image, name)
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else a copy for nothing
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would make a needless copy
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow also opens as 32-bit "I"
         levels = np.asarray(image).clip(0, 65535) >> 8
@@ -89,7 +89,7 @@ def _check(image: Image.Image, name: object) -> None:
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """Centres the picture on a square canvas of the mean colour, cut to whole numbers: (122, 116, 104) for CLIP's."""
+    """Centres the image on a square canvas of the mean colour, truncated to integers: (122, 116, 104) for CLIP's."""
     if max(image.size) ** 2 > MAX_PIXELS:  # a panorama, whose canvas would be a gigabyte
         image = image.reduce(2)
     width, height = image.size

@@ -1,8 +1,8 @@
-"""The packets of a video stream in the order of the file, and at which of them decoding may begin.
+"""The packets of a video stream in file order, and those at which decoding may begin: its entries.
 
-An entry is a packet from which on every frame that is shown no earlier comes out as if the file had been decoded from
-its start.  The container's mark of a key frame alone does not promise that: H.264 marks also pictures that later ones
-reach back across, and a file may bring new parameter sets on its way.
+Decoding from an entry gives every frame shown at or after it as decoding from the start would.  A key frame in the
+container is not always an entry: in H.264 later frames may refer back past it, and a file may contain new parameter
+sets on its way.
 Letters: P packets, E entries.
 """
 
@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-SEEKABLE = ("mp4", "matroska")  # parts of FFmpeg's names of the formats whose index finds each key frame
-PLAIN_KEYS = ("vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", "prores")  # whose key frames are entries
-# Types of the units that begin anew, and of parameter sets: instantaneous refresh alone in H.264, in HEVC each random
-# access point, as no picture that is shown after one may refer to what was before it.
+SEEKABLE = ("mp4", "matroska")  # parts of FFmpeg's names of formats that index every key frame
+PLAIN_KEYS = ("vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", "prores")  # codecs whose key frames are entries
+# NAL unit types of entries and of parameter sets.  Entries are only instantaneous refreshes (IDR) in H.264; in HEVC all
+# random access points, as no frame shown after one may refer to frames before it.
 UNITS = {"h264": ({5}, {7, 8}), "hevc": (set(range(16, 24)), {32, 33, 34})}
-WITH_NONREF = ("h264", "hevc", "mpeg4", "mpeg2video")  # whose decoders know frames that no other refers to
-PROGRESSIVE = (0, 1)  # FFmpeg's field orders "unknown" and "progressive"; else a packet may hold half a frame
+WITH_NONREF = ("h264", "hevc", "mpeg4", "mpeg2video")  # codecs whose decoders can skip frames that no other refers to
+PROGRESSIVE = (0, 1)  # FFmpeg's field orders "unknown" and "progressive"; with others a packet may hold half a frame
 
 
 class Mark(NamedTuple):
@@ -33,13 +33,13 @@ class Mark(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """All packets of the stream, hidden ones too.  Their `pts` differ."""
+    """All packets of the stream, also hidden ones.  Their `pts` are distinct."""
 
     pts: Int64[np.ndarray, " P"]
     dts: Int64[np.ndarray, " P"]
     entries: Int64[np.ndarray, " E"]  # numbers of packets, ascending
-    can_seek: bool  # else the one entry is where the file begins
-    has_nonref: bool  # whether frames that no other refers to can be told, and left out
+    can_seek: bool  # else the only entry is the start of the file
+    has_nonref: bool  # whether frames that no other refers to can be skipped
     area: int  # pixels of a frame
 
     @functools.cached_property
@@ -47,21 +47,21 @@ class Index:
         return np.argsort(self.pts)
 
     def numbers(self, pts: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        """The packets of these times; -1 for a time that none has."""
+        """The numbers of the packets with these `pts`; -1 for times that no packet has."""
         places = np.searchsorted(self.pts, pts, sorter=self._by_time).clip(max=len(self.pts) - 1)
         found = self._by_time[places]
         return np.where(self.pts[found] == pts, found, -1)
 
 
 class Units:
-    """What is seen of a stream's packets, in the order of the file, without decoding them."""
+    """Finds entries from a stream's undecoded packets, given in file order."""
 
     def __init__(self, codec_context):
         self.codec, self._seen = codec_context.codec.canonical_name, set()
         extradata = codec_context.extradata or b""
-        place = {"h264": 4, "hevc": 21}.get(self.codec, 0)  # of the length of lengths; 0 in a stream with start codes
+        place = {"h264": 4, "hevc": 21}.get(self.codec, 0)  # of the length field's size; 0: start codes instead
         self._width = (extradata[place] & 3) + 1 if len(extradata) > place and extradata[0] == 1 else 0
-        self.are_whole = True  # in all packets until now; a hole in a file is seen so
+        self.are_whole = True  # in all packets so far; detects a hole in the file
 
     def is_entry(self, packet) -> bool:
         """Whether decoding may begin with this packet, the next one of the stream."""
@@ -72,11 +72,11 @@ class Units:
         begins, sets = UNITS[self.codec]
         types = self._types(memoryview(packet))
         given = types & sets
-        self._seen |= given  # sets that came on the way must come again with the entry
+        self._seen |= given  # sets that came mid-stream must be repeated at the entry
         return packet.is_keyframe and bool(types & begins) and given == self._seen
 
     def _types(self, data: memoryview) -> set[int]:
-        """Of the units of one packet, each of which stands behind its length."""
+        """The types of a packet's NAL units, each of which follows its length."""
         at, types = 0, set()
         while at + self._width < len(data):
             length = int.from_bytes(data[at : at + self._width])
@@ -88,7 +88,7 @@ class Units:
 
 
 def index_of(marks: Sequence[Mark], units: Units, kind: str, codec_context) -> Index | None:
-    """None where only decoding in order is sound, or says what is damaged.  `kind` is FFmpeg's name of the format."""
+    """None if only decoding in order is right or finds all damage; `kind` is FFmpeg's name of the format."""
     codec = codec_context.codec.canonical_name
     pts = [mark.pts for mark in marks]
     is_known = codec in PLAIN_KEYS or codec in UNITS
@@ -111,6 +111,8 @@ def index_of(marks: Sequence[Mark], units: Units, kind: str, codec_context) -> I
 
 
 def _sublayers(extradata: bytes | None) -> int:
-    """Temporal layers of HEVC; 0 where the file does not say.  With one alone a frame that its own layer does not refer
-    to is referred to by none."""
+    """HEVC's number of temporal layers; 0 if the file does not say.
+
+    With a single layer, a frame that its own layer does not refer to is referred to by none.
+    """
     return extradata[21] >> 3 & 7 if extradata and len(extradata) > 21 and extradata[0] == 1 else 0

@@ -1,4 +1,4 @@
-"""`preprocessor_config.json` in the words of transformers' CLIPImageProcessor: JSON -> fields of ours, and back."""
+"""`preprocessor_config.json` in the format of transformers' CLIPImageProcessor: JSON -> our fields, and back."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def read_settings(path: Path) -> Mapping[str, Any]:
 
 
 def fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `LLaMAVIDLlavaImageProcessor` from what the file says; ConfigError for what is not done here."""
+    """The file's fields of `LLaMAVIDLlavaImageProcessor`; ConfigError for settings that are not supported."""
     for name in ALWAYS_ON:
         if values.get(name, True) is not True:
             raise ConfigError(f"{name} is {values[name]!r}; this preprocessing always does it, so set it to true")
@@ -65,7 +65,7 @@ def _three_numbers(name: str, values: Any) -> tuple[float, ...]:
 
 
 def clip_settings(size: int, mean: Sequence[float], std: Sequence[float], aspect_ratio: str) -> dict[str, Any]:
-    """What the file says of these fields."""
+    """The file's content for these fields."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         **dict.fromkeys(ALWAYS_ON, True),

@@ -1,9 +1,9 @@
-"""Which packets are decoded for a sampling: Sampling with its file's Index -> parts of spans.  No decoding.
+"""Plans which packets to decode for a sampling: Sampling with its file's Index -> parts of spans.  No decoding.
 
     wanted frames ─ each to the last entry before it ─▶ spans ─ a few hundred packets together ─▶ parts
 
-A span runs from an entry to the last packet in it that a wanted frame needs; what is between spans is not decoded, nor
-are, within one, frames that no other refers to, but for the wanted ones.  A part is the work of one decoder at a time.
+A span runs from an entry to the last packet that its wanted frames need.  Packets between spans are not decoded, nor,
+within a span, unwanted frames that no other refers to.  A part is the work of one decoder at a time.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from jaxtyping import Int64
 
 from llamavid_jax.media.timeline import Timeline
 
-SHORT = 1500  # frames; a video of up to a minute is decoded whole, and any damage in it is seen
-PART = 250  # packets; a decoder is given at least so many at once
+SHORT = 1500  # frames; a video of up to a minute is decoded whole, so that any damage is found
+PART = 250  # packets; a decoder gets at least this many at once
 
 
 class Span(NamedTuple):
-    """Packets by number, `stop` not among them."""
+    """Packet numbers from `start` to `stop`, exclusive."""
 
     start: int
     stop: int
@@ -27,21 +27,21 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Spans one after another, and the packets of the frames that they are decoded for, in order of presentation."""
+    """Consecutive spans, and the packet numbers of the frames wanted from them, in presentation order."""
 
     spans: list[Span]
     wanted: Int64[np.ndarray, " n"]
 
 
 def plan_reading(timeline: Timeline, places: Int64[np.ndarray, " n"]) -> list[Part]:
-    """Parts that give the frames at `places` (ascending) in order; none where all has to be decoded in order."""
+    """Parts that give the frames at `places` (ascending) in order; none if the file must be decoded in order."""
     index = timeline.index
     if index is None or len(timeline.times) <= SHORT or not len(places):
         return []
     pts = timeline.pts[places]
     numbers = index.numbers(pts)
     entry = np.searchsorted(index.entries, numbers, side="right") - 1
-    # What is shown before the entry, though stored behind it, may need what stands before it.
+    # A frame shown before its entry, though stored after it, may need packets before the entry.
     while (late := (entry >= 0) & (index.pts[index.entries[entry]] > pts)).any():
         entry -= late
     if numbers.min() < 0 or entry.min() < 0:

@@ -1,7 +1,7 @@
-"""Where a picture or a video comes from: a path, an http(s) URL or a data: URL -> a local file.
+"""Where an image or a video comes from: a path, an http(s) URL or a data: URL -> a local file.
 
-`MediaError` is the one error of everything that reads media (`media.py`, `images.py`, `video.py`).  The original opens
-URLs with neither a limit nor a timeout; here both are set.
+`MediaError` is the only error of everything that reads media (`images.py`, `video.py`, `features.py`).  The original
+opens URLs with neither a limit nor a timeout; here both are set.
 """
 
 import base64
@@ -25,7 +25,7 @@ from llamavid_jax.buckets import is_address
 from llamavid_jax.errors import InputError, printable
 from llamavid_jax.files import find
 
-VIDEO_ENDINGS = (  # of the files in a folder; of one stem the first, in the original's order as far as that has them
+VIDEO_ENDINGS = (  # of the files in a folder; of one stem the first in this order (the original's, as far as it goes)
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mpe", ".m2v", ".ts", ".m2ts", ".mts", ".vob"),
     *(".flv", ".f4v", ".wmv", ".asf", ".ogv", ".3gp", ".3g2", ".mxf", ".divx", ".h264", ".264", ".hevc", ".gif"),
 )
@@ -34,15 +34,15 @@ TIMEOUT = 600.0  # seconds for a whole download
 STALL = 20.0  # seconds without a byte
 MAX_SIDE = 16384  # pixels
 MAX_PIXELS = 2**27  # half a GiB in Pillow, twice that while it is converted
-MAX_ASPECT = 100  # a longer strip would be resized to a picture of gigabytes
+MAX_ASPECT = 100  # a longer strip would be resized to gigabytes
 
 
 class MediaError(InputError):
-    """A picture, video or URL that cannot be used: names it, says what is wrong with it and what to do."""
+    """An image, video or URL cannot be used: names it, what is wrong and the remedy."""
 
 
 def check_size(width: int, height: int, name: object) -> None:
-    """Raises MediaError for a picture that would need gigabytes once padded to a square or resized (pixels)."""
+    """Raises MediaError for an image that would need gigabytes once padded or resized; sizes in pixels."""
     short, long = sorted((width, height))
     if short < 1 or long > MAX_SIDE or long > MAX_ASPECT * short or width * height > MAX_PIXELS:
         raise MediaError(
@@ -73,7 +73,7 @@ def local_file(path: str | Path) -> Path:
 
 
 def is_url(source: object) -> bool:
-    """Whether it is downloaded each time; what is in a bucket is fetched to its place and stays."""
+    """Whether it is downloaded each time; files in a bucket are fetched once and kept."""
     return (
         isinstance(source, str)
         and not is_address(source)
@@ -87,8 +87,8 @@ def fetch(
 ) -> Iterator[Path]:
     """`with fetch(source) as path`: `source` as a local file, which for a URL is temporary.
 
-    A URL is read up to `max_bytes` bytes within `timeout` seconds in all; if `public`, from public addresses alone, and
-    through no proxy.  Raises MediaError; one that the body raises about the file names the source too.
+    A URL is read up to `max_bytes` bytes within `timeout` seconds in all; if `public`, only from public addresses and
+    without a proxy.  Raises MediaError; one that the `with` body raises about the file names the source too.
     """
     if not is_url(source):
         with _named(path := local_file(source), source):
@@ -112,7 +112,7 @@ def fetch(
 
 @contextlib.contextmanager
 def _named(path: Path, name: object) -> Iterator[None]:
-    """Errors about the file at `path` call it what the user called it."""
+    """Renames the file at `path` in MediaErrors to what the user called it."""
     try:
         yield
     except MediaError as error:
@@ -132,7 +132,7 @@ def _decode_data_url(source: str, name: str, max_bytes: int) -> bytes:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http(s) alone: urllib's own handler would also go to ftp."""
+    """Follows redirects only to http(s): urllib's own handler would also follow them to ftp."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
@@ -141,9 +141,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Clocked(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """Connections on which everything that is read, headers and sizes of chunks too, has come before one deadline.
+    """Connections with one deadline for everything that is read, including headers and chunk sizes.
 
-    A socket's own timeout begins again with every byte.
+    A socket's own timeout restarts with every byte.
     """
 
     def __init__(self, deadline: float, public: bool):
@@ -168,7 +168,7 @@ class _Clocked(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
 
 class _Deadline(io.RawIOBase):
-    """What comes from `sock` through `raw`; TimeoutError after the deadline or a stall."""
+    """Reads from `sock` through `raw`; TimeoutError after the deadline or a stall."""
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase, deadline: float):
         self.sock, self.raw, self.deadline = sock, raw, deadline
@@ -186,7 +186,7 @@ class _Deadline(io.RawIOBase):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is neither of a machine nor of a private network, nor one that stands for such."""
+    """Whether an IP address is public: neither of a machine itself nor of a private network, nor mapped to one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     inner = ip.version == 6 and (ip.ipv4_mapped or ip.sixtofour)
     if inner:
@@ -195,7 +195,7 @@ def is_public(address: str) -> bool:
 
 
 def _connect_to_public(address: tuple[str, int], timeout: float, source_address: None = None) -> socket.socket:
-    """`socket.create_connection` to the very address that was looked at: a name may stand for another one next time."""
+    """`socket.create_connection` to the very address that was checked: the name may resolve differently next time."""
     found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
     if not all(is_public(place[0]) for *_, place in found):
         raise MediaError(f"{address[0]} is an address of this machine or of a private network; give a public URL")
@@ -209,7 +209,7 @@ def _connect_to_public(address: tuple[str, int], timeout: float, source_address:
 
 
 def _patience(deadline: float) -> float:
-    """Seconds that may be waited for the next byte."""
+    """Seconds to wait for the next byte."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
@@ -230,7 +230,7 @@ def _download(url: str, name: str, file: BinaryIO, max_bytes: int, deadline: flo
             expected = response.headers.get("Content-Length", "")
             if expected.isdigit() and int(expected) > max_bytes:
                 raise too_large
-            # read1 returns what has come: `read` would wait for a whole block of a slow drip past the deadline
+            # read1 returns the bytes received so far: `read` would wait past the deadline for a whole block
             while block := response.read1(1 << 20):
                 file.write(block)
                 if file.tell() > max_bytes:

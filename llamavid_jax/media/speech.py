@@ -1,6 +1,6 @@
-"""What is said in a video, by its sound (faster-whisper, the extra `speech`).
+"""Transcribes the speech in a video (faster-whisper, the extra `speech`).
 
-sound ─ 16 kHz, from the video's first frame on, silence where it has none ─▶ samples ─ piece by piece ─▶ sentences
+sound ─ 16 kHz, from the video's first frame on, gaps filled with silence ─▶ samples ─ piece by piece ─▶ sentences
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.video import cores, read_timeline
 
 RATE = 16_000  # samples a second, which Whisper takes
-PIECE = 600 * RATE  # what Whisper is given at once: 20 minutes take it 0.9 GB, an hour 2.6
+PIECE = 600 * RATE  # samples given to Whisper at once: 20 minutes take 0.9 GB, an hour 2.6
 PAUSE = 0.7  # seconds
 STOPS = tuple(".?!。？！")
 
@@ -27,7 +27,7 @@ class SilentError(MediaError):
 
 
 def read_speech(path: str | Path, model: str) -> list[tuple[float, str]]:
-    """(end in seconds after the first frame, text) of each sentence; empty where nothing is said.
+    """(end in seconds after the first frame, text) of each sentence; empty without speech.
 
     `model`: a folder, or a name that faster-whisper downloads.  Raises MediaError.
     """
@@ -38,13 +38,13 @@ def read_speech(path: str | Path, model: str) -> list[tuple[float, str]]:
         segments, about = whisper.transcribe(
             piece,
             language=language,
-            word_timestamps=True,  # two sentences with a minute of silence between them may be one segment
-            vad_filter=True,  # else it makes up words for silence
+            word_timestamps=True,  # a segment may hold two sentences, a minute of silence apart
+            vad_filter=True,  # else it invents words for silence
             condition_on_previous_text=False,  # else it may repeat a sentence for minutes
         )
         found, start = _sentences(word for segment in segments for word in segment.words), at / RATE
         at += len(piece)
-        if at < len(sound) and len(found) > 1 and found[-2][0]:  # the last may be cut: the next piece begins with it
+        if at < len(sound) and len(found) > 1 and found[-2][0]:  # the last may be cut: the next piece repeats it
             at = round((start + found[-2][0]) * RATE)
             del found[-1]
         language = about.language if found else language
@@ -53,7 +53,7 @@ def read_speech(path: str | Path, model: str) -> list[tuple[float, str]]:
 
 
 def _sentences(words: Iterable[Any]) -> list[tuple[float, str]]:
-    """(end, text) of the words up to a full stop or a pause."""
+    """(end, text) of sentences: words up to a full stop or a pause."""
     found: list[tuple[float, str]] = []
     is_open = False
     for word in words:
@@ -66,7 +66,7 @@ def _sentences(words: Iterable[Any]) -> list[tuple[float, str]]:
 
 
 def _load(model: str) -> Any:
-    import faster_whisper  # whoever has not installed it is told so
+    import faster_whisper  # if it is not installed, the error names the extra
 
     folder = local(model)
     copies.fetch_all(folder)
@@ -76,7 +76,7 @@ def _load(model: str) -> Any:
         return faster_whisper.WhisperModel(
             str(folder) if folder.is_dir() else model, device="cpu", compute_type="int8", cpu_threads=cores()
         )
-    except Exception as error:  # of the hub, its HTTP client, CTranslate2 or the tokenizer
+    except Exception as error:  # from the hub, its HTTP client, CTranslate2 or the tokenizer
         raise MediaError(
             f"the speech model {model} cannot be loaded ({error}); give a folder, or a name such as small"
         ) from None
@@ -86,7 +86,7 @@ def _sound(path: str | Path) -> np.ndarray:
     """int16 samples."""
     import av  # here, so that importing the package loads no video library
 
-    first = int(read_timeline(path, lambda _: None).pts[0])  # FFmpeg's own start of a stream may be another's
+    first = int(read_timeline(path, lambda _: None).pts[0])  # FFmpeg's start of a stream may be that of another one
     samples: list[np.ndarray] = []
     with open_video(path) as (container, video):
         track = container.streams.best("audio")
@@ -95,7 +95,7 @@ def _sound(path: str | Path) -> np.ndarray:
         graph = av.filter.Graph()
         graph.link_nodes(
             graph.add_abuffer(template=track),
-            graph.add("aresample", f"{RATE}:async=1:first_pts=0"),  # fills and cuts by the times
+            graph.add("aresample", f"{RATE}:async=1:first_pts=0"),  # pads and cuts according to the times
             graph.add("aformat", "sample_fmts=s16:channel_layouts=mono"),
             graph.add("abuffersink"),
         ).configure()
@@ -110,7 +110,7 @@ def _sound(path: str | Path) -> np.ndarray:
 
 
 def _frames(container: Any, track: Any) -> Iterator[Any]:
-    """Those that can be decoded, and None behind the last."""
+    """Yields the frames that can be decoded, then None."""
     import av
 
     with contextlib.suppress(av.FFmpegError):  # the end of what can be read

@@ -1,4 +1,4 @@
-"""The subtitles in a video file, or in a file of subtitles of any kind that FFmpeg knows (.ass, .ssa, .sub, ...)."""
+"""The subtitles in a video file, or in a subtitle file of any format that FFmpeg knows (.ass, .ssa, .sub, ...)."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,23 +7,23 @@ from llamavid_jax.media.container import PLAYLISTS
 from llamavid_jax.media.source import MediaError, local_file
 from llamavid_jax.media.video import read_timeline
 
-PICTURES = ("dvdsub", "pgssub", "dvbsub", "xsub")  # FFmpeg's names of subtitles that hold no text
+PICTURES = ("dvdsub", "pgssub", "dvbsub", "xsub")  # FFmpeg's names of subtitle formats that hold images
 
 
 class Said(NamedTuple):
-    """One text of a track; times in ticks."""
+    """One subtitle of a track; times in ticks."""
 
-    place: int  # in the file
+    place: int  # byte offset in the file
     pts: int
     length: int
     text: str
-    is_hidden: bool  # by an edit list, in part at least
+    is_hidden: bool  # by an edit list, at least partly
 
 
 def read_track(path: str | Path) -> list[tuple[float, str]]:
-    """(end in seconds after the first frame, text with the marks of .ass) of the track that a player would show.
+    """(end in seconds after the first frame, text with .ass markup) of the track that a player would show.
 
-    That is the one marked as default, else the first one of text.  Raises MediaError for a file without one.
+    That is the track marked as default, else the first text track.  Raises MediaError for a file without one.
     """
     import av  # here, so that importing the package loads no video library
 
@@ -64,7 +64,7 @@ def _said(container: Any, track: Any) -> list[Said]:
     found = []
     for packet in container.demux(track):
         if packet.pts is not None and packet.size:
-            # FFmpeg gives the last cue of a .lrc no length: it stands behind the frame that is shown then
+            # FFmpeg gives the last cue of a .lrc no length; 1 tick places it after the frame shown then
             own = packet.pos, packet.pts, max(packet.duration or 0, 1)
             texts = (part.dialogue for part in packet.decode() if hasattr(part, "dialogue"))
             found += [Said(*own, text.decode("utf-8", errors="replace"), packet.is_discard) for text in texts]
@@ -72,10 +72,10 @@ def _said(container: Any, track: Any) -> list[Said]:
 
 
 def _late(file: Path, number: int) -> int:
-    """Ticks of the stream from the beginning of an edit list to the first frame that it shows; FFmpeg drops them."""
+    """Ticks from the beginning of the stream's edit list to the first frame that it shows, which FFmpeg drops."""
 
     def shown(place: int | None = None, **options: str) -> tuple[int, int]:
-        """Place and time of the first packet, or of the one in that place."""
+        """Offset and time of the first packet shown, or of the packet at offset `place`."""
         with _opened(file, **options) as container:
             packets = (one for one in container.demux(container.streams[number]) if one.size and one.pts is not None)
             wanted = (one for one in packets if (not one.is_discard if place is None else one.pos == place))
@@ -86,10 +86,10 @@ def _late(file: Path, number: int) -> int:
 
 
 def _in_edits(said: list[Said], whole: list[Said]) -> list[Said]:
-    """What an edit list shows of the `whole` track.
+    """The texts of the `whole` track that an edit list shows.
 
-    FFmpeg knows that of what is `said`, but counts it from the first text on, not from where the edit list begins, and
-    gives the texts the lengths of others.  The `whole` track has both right, but for times behind a second edit.
+    FFmpeg returns these as `said`, but counts their times from the first text, not from the beginning of the edit list,
+    and mixes up their lengths.  The `whole` track has both right, except for times after a second edit.
     """
     own = {one.place: one for one in whole}
     first = min((one for one in said if not one.is_hidden), key=lambda one: one.pts, default=None)
@@ -99,6 +99,6 @@ def _in_edits(said: list[Said], whole: list[Said]) -> list[Said]:
         pts, length = own.get(one.place, one)[1:3]
         if not one.is_hidden:
             found.append(one._replace(pts=one.pts + late, length=length))
-        elif pts + length > 0:  # a part of it is shown
+        elif pts + length > 0:  # partly shown
             found.append(one._replace(pts=pts, length=length))
     return found

@@ -1,12 +1,12 @@
 """When a video shows its frames, and which of them are sampled: packets' times -> Timeline -> Sampling.  No decoding.
 
-    timeline_of   the packets of a file in its order ─▶ the time of every frame, in order of presentation
+    timeline_of   packets in file order ─▶ the time of every frame, in presentation order
     sample        Timeline, fps ─▶ which frames, and when; at a lower rate (`sample_at_most`), or of key frames alone
 
-Two rules.  "stride": where the frames keep the declared rate they are frames 0, s, 2s, ... with s = round(rate / fps),
-halves to even, as the original has it.  "times": where they do not (a varying rate, slides, a wrong header), the frame
-that is shown at each of 0, 1/fps, 2/fps, ... seconds after the first one; the original strides over these too, and sees
-a few of the frames or a part of the film.  There is no cap and no padding, and never fewer than one frame.
+Two rules.  "stride", if the frames keep the declared rate: frames 0, s, 2s, ... with s = round(rate / fps), halves to
+even, as in the original.  "times", if they do not (a varying rate, slides, a wrong header): the frame shown at each of
+0, 1/fps, 2/fps, ... seconds after the first one.  The original strides over such files too, and sees few frames or only
+part of the video.  There is no cap and no padding, and at least one frame.
 Letters: N frames of the file, F sampled ones.
 """
 
@@ -22,10 +22,10 @@ from llamavid_jax.media.index import Index
 from llamavid_jax.media.source import MediaError
 
 ROUNDING = 1e-3  # seconds; most containers round times to milliseconds
-JITTER = 0.15  # seconds; slides that are shown for about as long each have no rate
-RATE_ERROR = 0.005  # of a declared rate that is still taken for the frames' own: 30 for 29.97
-JUMP = 10.0  # seconds; a longer step in a broadcast is another clock (as FFmpeg has it), a longer end is a mistake
-MAX_SAMPLES = 10**6  # eleven days at one a second: damaged times ask for more
+JITTER = 0.15  # seconds; slides shown for roughly equal times have no rate
+RATE_ERROR = 0.005  # by which a declared rate may differ from the frames' own: 30 for 29.97
+JUMP = 10.0  # seconds; a longer step in a broadcast is a new clock (as in FFmpeg), a longer last frame is an error
+MAX_SAMPLES = 10**6  # eleven days at one a second: only damaged times need more
 
 
 class Packet(NamedTuple):
@@ -34,35 +34,35 @@ class Packet(NamedTuple):
     pts: int | None
     duration: int
     is_key: bool
-    is_shown: bool = True  # an edit list hides what is only there for others to be decoded
+    is_shown: bool = True  # an edit list hides frames that only other frames need
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """The frames in order of presentation, as their packets say."""
+    """The frames in presentation order, according to their packets."""
 
-    pts: Int64[np.ndarray, " N"]  # ticks as in the file: a joined file may have each of them twice
+    pts: Int64[np.ndarray, " N"]  # ticks as in the file; a joined file may have each twice
     times: Float64[np.ndarray, " N"]  # seconds after the first frame
     seconds: float  # until the last frame's end
-    average_fps: float  # the declared rate where the frames keep it, else 0
-    index: Index | None = None  # where decoding may begin; None where all has to be decoded in order
-    is_timed: bool = True  # else the packets have no times, or a guess, and frames are known by their order
+    average_fps: float  # the declared rate if the frames keep it, else 0
+    index: Index | None = None  # where decoding may begin; None if all must be decoded in order
+    is_timed: bool = True  # else packets have no times or guessed ones, and frames are identified by order
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The plan of what is read; a frame that is shown for long may stand in it several times."""
+    """Which frames are read, and when; a frame that is shown for long may occur several times."""
 
     timeline: Timeline
-    rule: str  # "stride", "times", or "key frames" in place of those
-    frames: Int64[np.ndarray, " F"]  # places in the timeline, ascending
+    rule: str  # "stride", "times" or "key frames"
+    frames: Int64[np.ndarray, " F"]  # indices in the timeline, ascending
     times: Float64[np.ndarray, " F"]  # seconds after the first frame
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def only(self, places: Sequence[int]) -> "Sampling":
-        """The plan for some of its samples, in ascending order."""
+        """The sampling at some indices, which ascend."""
         return dataclasses.replace(self, frames=self.frames[places], times=self.times[places])
 
 
@@ -71,7 +71,7 @@ def timeline_of(
 ) -> Timeline:
     """`packets` (one at least) in the file's order, their ticks `tick` seconds long.
 
-    `declared_fps` is 0 where the file says none; without `has_times` the packets' times are a guess by few frames.
+    `declared_fps` is 0 if unknown.  Without `has_times` the packets' times are a guess, off by a few frames.
     """
     parts = _parts(packets, JUMP / tick if is_broadcast else math.inf)
     steps = np.concatenate([np.diff(part) for part in parts]) * tick
@@ -83,7 +83,7 @@ def timeline_of(
         own = np.diff(part)[np.diff(part) > 0] * tick
         end = times[-1][-1] + (float(np.median(own)) if len(own) else step)
     times = np.concatenate(times)
-    # How long the last frame is shown: as its packet says, within reason, where those before it told the truth.
+    # How long the last frame is shown: its packet's duration, within limits, if the earlier packets' were right.
     durations = np.array([packet.duration for packet in packets if packet.is_shown]) * tick
     if len(parts) == 1 and len(steps) and math.isclose(durations[:-1].sum(), times[-1], rel_tol=0.01):
         end = times[-1] + min(durations[-1] or step, max(steps.max(), JUMP))
@@ -103,7 +103,7 @@ def _parts(packets: Sequence[Packet], jump: float) -> list[Int64[np.ndarray, " n
     begun = [packet for packet in packets[first:] if packet.pts is not None]
     parts: list[list[int]] = [[]]
     start = latest = begun[0].pts if begun else 0
-    if packets[first].pts is None:  # as Matroska's are before 0: all that follows can be decoded
+    if packets[first].pts is None:  # as in Matroska before 0: all that follows can be decoded
         start = min(packet.pts for packet in known)
     for packet in begun:  # what comes before the first key frame cannot be decoded
         # All that precedes a key frame in the file is shown before it: otherwise the times begin again here.
@@ -119,7 +119,7 @@ def _parts(packets: Sequence[Packet], jump: float) -> list[Int64[np.ndarray, " n
 
 
 def _keeps_rate(times: Float64[np.ndarray, " N"], declared_fps: float, frames: float) -> bool:
-    """Whether frame i is shown at i / rate, up to so many `frames` and JITTER, for a rate that is the declared one."""
+    """Whether frame i is shown at i / rate, up to `frames` frames and JITTER, for a rate that is the declared one."""
     if declared_fps <= 0 or len(times) == 1 or times[-1] <= 0:
         return declared_fps > 0
     own = (len(times) - 1) / times[-1]
@@ -136,7 +136,7 @@ def check_fps(fps: Any, name: object) -> None:
 
 
 def frame_stride(average_fps: float, fps: float | int, name: object = "the video") -> int:
-    """round(average_fps / fps): 23.976 -> 24, 2.5 -> 2.  MediaError where it would be 0."""
+    """round(average_fps / fps): 23.976 -> 24, 2.5 -> 2.  MediaError if it would be 0."""
     check_fps(fps, name)
     stride = round(average_fps / fps)
     if stride == 0:
@@ -148,7 +148,7 @@ def frame_stride(average_fps: float, fps: float | int, name: object = "the video
 
 
 def count_samples(frames: int, average_fps: float, seconds: float, fps: float | int, name: object = "the video") -> int:
-    """How many frames are sampled of a Timeline of `frames` frames.  Raises MediaError."""
+    """The number of frames sampled from a Timeline of `frames` frames.  Raises MediaError."""
     check_fps(fps, name)
     if average_fps:
         return math.ceil(frames / frame_stride(average_fps, fps, name))
@@ -161,7 +161,7 @@ def count_samples(frames: int, average_fps: float, seconds: float, fps: float | 
 
 
 def sample(timeline: Timeline, fps: float | int, name: object = "the video") -> Sampling:
-    """Raises MediaError for an impossible `fps`."""
+    """The frames of a Timeline at `fps`.  Raises MediaError for an impossible `fps`."""
     count = count_samples(len(timeline.times), timeline.average_fps, timeline.seconds, fps, name)
     if timeline.average_fps:
         frames = np.arange(count) * frame_stride(timeline.average_fps, fps, name)
@@ -170,14 +170,14 @@ def sample(timeline: Timeline, fps: float | int, name: object = "the video") -> 
 
 
 def shown_at(timeline: Timeline, times: Float64[np.ndarray, " F"]) -> Sampling:
-    """The frames that are shown at `times`, seconds after the first one."""
+    """The frames shown at `times`, seconds after the first frame."""
     return Sampling(timeline, "times", np.searchsorted(timeline.times, times + ROUNDING, side="right") - 1, times)
 
 
 def sample_at_most(
     timeline: Timeline, fps: float | int, most: int, name: object = "the video"
 ) -> tuple[Sampling, float]:
-    """`sample` at `fps` or at the highest rate that gives no more than `most` frames (one at least), and that rate."""
+    """`sample` at `fps`, or at the highest rate that gives at most `most` frames (at least one), and that rate."""
     sampling, most = sample(timeline, fps, name), max(most, 1)
     if len(sampling) <= most:
         return sampling, float(fps)
@@ -189,14 +189,14 @@ def sample_at_most(
 
 
 def rate_that_fits(timelines: Sequence[Timeline], frames: float | int) -> float:
-    """Frames a second at which the videos together have nine tenths of `frames`, or fewer where strides ask for it."""
+    """Frames a second at which the videos together have nine tenths of `frames`, or fewer if their strides need it."""
     fps = max(0.9 * frames / sum(timeline.seconds for timeline in timelines), 1e-9)
     rates = [timeline.average_fps for timeline in timelines if timeline.average_fps]
     return min([fps, *(rate / math.ceil(rate / fps) for rate in rates)])
 
 
 def nearest_keys(sampling: Sampling) -> Sampling | None:
-    """In place of each frame the key frame nearest to it in time; None where the file does not tell its key frames."""
+    """Replaces each frame by the key frame nearest in time; None if the file does not mark its key frames."""
     timeline, index = sampling.timeline, sampling.timeline.index
     if index is None or not index.can_seek:
         return None

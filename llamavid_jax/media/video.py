@@ -1,19 +1,19 @@
 """Video file -> sampled frames uint8 [F, H, W, 3] and their times in seconds, decoded with PyAV.
 
-    file ─ its packets, undecoded ─▶ Timeline ─ fps ─▶ Sampling          media/timeline.py has the rules
+    file ─ its packets, undecoded ─▶ Timeline ─ fps ─▶ Sampling          media/timeline.py: the rules
                                      └ Index ─ Sampling ─▶ parts         media/reading.py: what has to be decoded
-    parts ─ several decoders side by side ─▶ transform ─▶ (seconds, frame)
+    parts ─ several decoders in threads ─▶ transform ─▶ (seconds, frame)
 
-The plan is made before anything is decoded, and everything that counts or reads frames goes by it.  Only the frames of
-the plan are converted; `transform` shrinks each as it comes, in the thread that decoded it.
+The Sampling is made before anything is decoded; everything that counts or reads frames follows it.  Only its frames are
+converted; `transform` shrinks each one in the thread that decoded it.
 Letters: F sampled frames, H height, W width; h, w before `transform`.
 
 Deviations from the original (decord): files that do not keep their declared rate are sampled by the frames' own times;
-rotation and mirroring metadata are applied; a stride of 0 is an error that says what to do; a file that is cut short or
-holds frames that cannot be decoded is refused with the number of seconds that can be read, since an answer about half a
-video would look like one about the whole.  (`media/ending.py` says of which formats a cut end can be told, and
-docs/long-video.md what is not seen of a long video, of which not all is decoded.  In MPEG-TS and MPEG-PS data before
-the first frame that can be decoded is skipped, as recordings of a broadcast begin anywhere.)
+rotation and mirroring metadata are applied; a stride of 0 is an error with a remedy; a file that is cut short or holds
+undecodable frames is refused with the number of readable seconds, since an answer about half a video would look like
+one about the whole.  (`media/ending.py` lists the formats whose cut end is detected, docs/long-video.md the damage that
+goes unseen in a long video, of which not all is decoded.  In MPEG-TS and MPEG-PS data before the first decodable frame
+is skipped, as recordings of a broadcast begin anywhere.)
 """
 
 import contextlib
@@ -44,18 +44,18 @@ from llamavid_jax.media.reading import plan_reading
 from llamavid_jax.media.source import MediaError, local_file
 from llamavid_jax.media.timeline import Packet, Sampling, Timeline, sample, timeline_of
 
-Progress = Callable[[Sampling, int], None]  # the plan, and how many of its frames have been decoded
-Partial = Callable[[float], None]  # is told how many seconds can be read of a damaged file, which is then read so far
-UNTOLD = (*BROADCASTS, "mpjpeg")  # formats of which FFmpeg takes the end for a cut
-DECLARED = ("ivf", "mxf")  # formats whose stated length is that of their frames, and tells a cut
-AHEAD = 2**28  # bytes of frames that wait at most: 1,783 frames of 224 x 224 pixels
+Progress = Callable[[Sampling, int], None]  # the sampling, and how many of its frames have been decoded
+Partial = Callable[[float], None]  # called with the readable seconds of a damaged file, which is then read up to there
+UNTOLD = (*BROADCASTS, "mpjpeg")  # formats whose normal end FFmpeg reports as a cut
+DECLARED = ("ivf", "mxf")  # formats whose stated length is that of their frames, so that a shorter file is a cut one
+AHEAD = 2**28  # bytes of frames decoded ahead at most: 1,783 frames of 224 x 224 pixels
 DECODER = 64  # bytes that one decoder holds for each pixel of a frame, and for each packet of the file
 DECODERS = 2**30  # bytes that all decoders of one video hold together
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Sampled frames, and the plan by which they were read."""
+    """Sampled frames, and the sampling that chose them."""
 
     frames: UInt8[np.ndarray, "F H W 3"]
     sampling: Sampling
@@ -75,7 +75,7 @@ def read_video(
 ) -> Video:
     """Samples `fps` frames a second; `transform` maps each uint8 [h, w, 3] to uint8 [H, W, 3].
 
-    `decoders` as `iter_frames` has it.  Raises MediaError for a file that cannot be read to its end.
+    `decoders`: as in `iter_frames`.  Raises MediaError for a file that cannot be read to its end.
     """
     sampling = plan_video(path, fps)
     frames = iter_frames(path, sampling, transform, progress, decoders)
@@ -83,14 +83,14 @@ def read_video(
 
 
 def plan_video(path: str | Path, fps: float | int = 1.0, partial: Partial | None = None) -> Sampling:
-    """Which frames are sampled, from the packets of the file alone.  Raises MediaError; see `iter_frames`."""
+    """Which frames are sampled, from the file's packets alone.  Raises MediaError; `partial` as in `read_timeline`."""
     return sample(read_timeline(path, partial), fps, path)
 
 
 def read_timeline(path: str | Path, partial: Partial | None = None) -> Timeline:
     """The times of all frames, without decoding them.
 
-    Raises MediaError: DamagedError for a file that is cut, unless `partial` is there to be told.
+    Raises MediaError: DamagedError for a file that is cut, unless `partial` is given.
     """
     file = local_file(path)
     stat = file.stat()
@@ -105,7 +105,7 @@ def read_timeline(path: str | Path, partial: Partial | None = None) -> Timeline:
 
 @functools.lru_cache(
     maxsize=4
-)  # a video is counted before a model is loaded for it, and an hour of packets takes a second
+)  # frames are counted before a model is loaded; reading an hour of packets takes a second
 def _read_timeline(path: str | Path, file: Path, size: int, changed: int) -> Timeline:
     import av
 
@@ -153,11 +153,11 @@ def iter_frames(
     decoders: int = 0,
     partial: Partial | None = None,
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
-    """Yields (seconds, frame) of the plan one by one, for videos that do not fit in memory.  Errors as `read_video`.
+    """Yields (seconds, frame) of `sampling` one by one, for videos too long for memory.  Errors as in `read_video`.
 
-    With 0 `decoders` all happens as a frame is asked for; else in so many threads, which run ahead by AHEAD bytes of
-    frames.  A damaged frame is known as such only when it is reached: use what was yielded only when the loop ended
-    normally.  With `partial` the loop ends there instead.
+    With 0 `decoders` a frame is decoded when it is requested; else in that many threads, up to AHEAD bytes of frames
+    ahead.  A damaged frame is found only when it is reached: use the yielded frames only after the loop ended normally.
+    With `partial` the loop ends at the damage instead.
     """
     frames, done = _frames(path, sampling, Pixels(path, transform), decoders), 0
     try:
@@ -173,11 +173,11 @@ def iter_frames(
 
 
 def _frames(path: str | Path, sampling: Sampling, pixels: Pixels, decoders: int) -> Iterator[np.ndarray]:
-    """The frame of each sample."""
+    """Yields the frame of each sample."""
     places, counts = np.unique(sampling.frames, return_counts=True)
     parts, done = plan_reading(sampling.timeline, places), 0
     if parts:
-        index, own = sampling.timeline.index, "AUTO" if len(parts) == 1 else "NONE"  # of FFmpeg's own threads
+        index, own = sampling.timeline.index, "AUTO" if len(parts) == 1 else "NONE"  # FFmpeg's own threads
         reader = functools.partial(decode_parts, path, index, pixels, own)
         held = DECODER * (index.area + len(index.pts))
         threads = min(decoders, len(parts), max(1, DECODERS // held))
@@ -188,7 +188,7 @@ def _frames(path: str | Path, sampling: Sampling, pixels: Pixels, decoders: int)
                         yield frame
                     done += 1
             return
-        except IrregularError:  # the rest as the file's order gives it
+        except IrregularError:  # the rest is decoded in file order
             pass
     rest = sampling.only(range(counts[:done].sum(), len(sampling)))
     reader = functools.partial(decode_in_order, path, pixels)
@@ -197,5 +197,5 @@ def _frames(path: str | Path, sampling: Sampling, pixels: Pixels, decoders: int)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
