@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamavid_jax.errors import InputError, say
 from llamavid_jax.evaluation.replies import UnreadError, Verdict
@@ -48,6 +48,14 @@ class Case:
     answer: str
     predictions: Sequence[str]
     read: Read
+
+
+class Reply(NamedTuple):
+    """A judge's words, and the tokens that its server counted for them."""
+
+    text: str
+    tokens_in: int = 0
+    tokens_out: int = 0
 
 
 def messages(system: str, user: str) -> list[dict[str, str]]:
@@ -90,8 +98,8 @@ def _was_reached(error: Exception) -> bool:
 class ModelJudge:
     """A chat model at `address`, such as https://api.openai.com/v1; `key` may be empty for a local server.
 
-    `kept` is the file of replies.  `counts`: calls, tokens in and out, replies from the file, unreadable ones,
-    failures.
+    `kept` is the file of replies.  `counts`: calls, tokens in and out (kept replies included), replies from the file,
+    unreadable ones, failures.
     """
 
     def __init__(self, address: str, key: str, model: str = MODEL, kept: Path | None = None):
@@ -153,20 +161,33 @@ class ModelJudge:
 
     def _reply(self, sent: list[dict[str, str]], attempt: int) -> str | None:
         key = hashlib.sha256(json.dumps([self.url, self.model, sent, attempt]).encode()).hexdigest()
-        if key in self._replies:
-            self._count(**{"kept replies": 1})
-            return self._replies[key]
+        with self._lock:
+            if (kept := self._replies.get(key)) is not None:
+                self._replies[key] = Reply(kept.text)  # its tokens are counted once, however many cases it answers
+        if kept is not None:
+            self._count(**{"kept replies": 1, "tokens in": kept.tokens_in, "tokens out": kept.tokens_out})
+            return kept.text
         reply = self._call(sent)
-        if reply:  # an empty one is requested again by the next scoring
+        if reply is None:
+            return None
+        self._count(**{"tokens in": reply.tokens_in, "tokens out": reply.tokens_out})
+        if reply.text:  # an empty one is requested again by the next scoring
             with self._lock:
-                if (first := self._replies.setdefault(key, reply)) is not reply:
-                    return first  # of another case with the same messages
+                if key in self._replies:
+                    return self._replies[key].text  # of another case with the same messages
+                self._replies[key] = Reply(reply.text)
                 if self.kept is not None:
+                    row = {
+                        "key": key,
+                        "reply": reply.text,
+                        "tokens in": reply.tokens_in,
+                        "tokens out": reply.tokens_out,
+                    }
                     with self.kept.open("a", encoding="utf-8") as file:
-                        file.write("\n" + json.dumps({"key": key, "reply": reply}))  # after a line cut off by a kill
-        return reply
+                        file.write("\n" + json.dumps(row))  # after a line cut off by a kill
+        return reply.text
 
-    def _call(self, sent: list[dict[str, str]]) -> str | None:
+    def _call(self, sent: list[dict[str, str]]) -> Reply | None:
         """The reply's text; None if the server gives none for these messages."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         asked = {"json": {"model": self.model, "messages": sent}, "headers": headers, "timeout": PATIENCE}
@@ -187,9 +208,9 @@ class ModelJudge:
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             return self._nothing(told)
         used = content["usage"] if isinstance(content.get("usage"), dict) else {}
-        used = {"tokens in": used.get("prompt_tokens"), "tokens out": used.get("completion_tokens")}
-        self._count(**{name: number for name, number in used.items() if isinstance(number, int)})
-        return reply if isinstance(reply, str) else "" if reply is None else self._nothing(told)
+        tokens = (used.get(name) for name in ("prompt_tokens", "completion_tokens"))
+        tokens = [number if isinstance(number, int) else 0 for number in tokens]
+        return Reply(reply or "", *tokens) if isinstance(reply, str | None) else self._nothing(told)
 
     def _nothing(self, reason: str) -> None:
         """Reports once why there is no reply."""
@@ -210,7 +231,7 @@ class ModelJudge:
             for name, value in more.items():
                 self.counts[name] += value
 
-    def _read_kept(self) -> dict[str, str]:
+    def _read_kept(self) -> dict[str, Reply]:
         """The kept replies; a line that a killed process left incomplete is skipped."""
         replies = {}
         if self.kept is not None and self.kept.exists():
@@ -218,7 +239,8 @@ class ModelJudge:
             for line in text.splitlines():
                 try:
                     row = json.loads(line)
-                    replies.setdefault(row["key"], str(row["reply"]))
+                    tokens = (int(row.get(name, 0)) for name in ("tokens in", "tokens out"))
+                    replies.setdefault(row["key"], Reply(str(row["reply"]), *tokens))
                 except (ValueError, KeyError, TypeError):
                     continue
         return replies

@@ -83,6 +83,11 @@ def test_what_is_sent_and_what_comes_back(server, tmp_path):
     assert "secret" not in (tmp_path / "replies.jsonl").read_text()
     again = ModelJudge(server.address, "", "some-model", tmp_path / "replies.jsonl")
     assert again.verdicts([case()]) == [verdict] and len(server.asked) == 1 and again.counts["kept replies"] == 1
+    assert (again.counts["calls"], again.counts["tokens in"], again.counts["tokens out"]) == (
+        0,
+        10,
+        3,
+    )  # of all scorings
     other = ModelJudge(server.address, "", "another-model", tmp_path / "replies.jsonl")
     assert other.verdicts([case()]) == [verdict] and len(server.asked) == 2
 
@@ -153,13 +158,15 @@ def test_two_cases_of_the_same_words_have_one_reply(tmp_path):
 
     def call(sent):
         both.wait(60)
-        return f"{{'pred': 'yes', 'score': {next(number)}}}"
+        return judges.Reply(f"{{'pred': 'yes', 'score': {next(number)}}}", 10, 3)
 
     judge = ModelJudge("http://127.0.0.1:9/v1", "", kept=kept)
     judge._call = call
     first = [verdict.score for verdict in judge.verdicts([case(), case()])]
-    again = ModelJudge("http://127.0.0.1:9/v1", "", kept=kept).verdicts([case(), case()])
+    later = ModelJudge("http://127.0.0.1:9/v1", "", kept=kept)
+    again = later.verdicts([case(), case()])
     assert first == [verdict.score for verdict in again] and len(set(first)) == 1
+    assert (later.counts["kept replies"], later.counts["tokens in"]) == (2, 10)
 
 
 @pytest.mark.parametrize("usage", [[1], {"prompt_tokens": "many"}, {"prompt_tokens": "1e400"}])
