@@ -1,6 +1,6 @@
 """The size of every sample, known before a run: records -> a table of frames, questions and tokens, cached in a file.
 
-Planning which samples share a row (`plan.py`) needs the size of each without decoding it.  The table takes 13 bytes a
+Planning which samples share a row (`plan.py`) needs the size of each without decoding it.  The table takes 17 bytes a
 sample.  The cache key covers the data's files, the number of records and everything that defines the reader.  The
 original measures in words, and only for one of its samplers.
 """
@@ -31,7 +31,7 @@ _CHUNK = 256  # records that a thread measures at a time
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sample i: `KINDS[kind[i]]`, its frames, its questions, its tokens after expansion.
+    """Sample i: `KINDS[kind[i]]` and the other fields of its SampleSize.
 
     `broken` names the samples that cannot be measured, as `{"id", "reason"}`; they are never planned.
     """
@@ -40,14 +40,15 @@ class Sizes:
     frames: Int[np.ndarray, " N"]
     questions: Int[np.ndarray, " N"]
     tokens: Int[np.ndarray, " N"]
+    marks: Int[np.ndarray, " N"]
     broken: Sequence[dict[str, str]] = ()
 
     @classmethod
     def of(cls, sizes: Sequence[SampleSize]) -> "Sizes":
         """The table of these sizes."""
-        rows = np.array([(KINDS.index(s.kind), s.frames, s.questions, s.tokens) for s in sizes], np.int32)
-        kind, frames, questions, tokens = rows.reshape(-1, 4).T
-        return cls(kind.astype(np.int8), frames, questions, tokens)
+        rows = np.array([(KINDS.index(size.kind), *size[1:]) for size in sizes], np.int32)
+        kind, *others = rows.reshape(-1, 5).T
+        return cls(kind.astype(np.int8), *others)
 
     def fingerprint(self) -> bytes:
         return hashlib.sha256(
@@ -70,7 +71,7 @@ def read_sizes(
     reader becomes a RuntimeError that names the record.
     """
     key = _key(records, reader, data_path) if cache is not None else b""
-    table, broken = _cached(cache, key) or (np.full((4, len(records)), BROKEN, np.int32), None)
+    table, broken = _cached(cache, key) or (np.full((5, len(records)), BROKEN, np.int32), None)
     missing = np.flatnonzero(table[0] == BROKEN) if retry or broken is None else np.array([], int)
     if len(missing):
         broken = []
@@ -81,14 +82,14 @@ def read_sizes(
                 if isinstance(size, dict):
                     broken.append(size)
                 else:
-                    table[:, index] = KINDS.index(size.kind), size.frames, size.questions, size.tokens
+                    table[:, index] = KINDS.index(size.kind), *size[1:]
     if cache is not None and len(missing):
         content = io.BytesIO()
         reasons = json.dumps(broken).encode()
         np.savez(content, table=table, key=np.frombuffer(key, np.uint8), broken=np.frombuffer(reasons, np.uint8))
         write_files(Path(cache).parent, {Path(cache).name: content.getvalue()})
-    kind, frames, questions, tokens = table
-    return Sizes(kind.astype(np.int8), frames, questions, tokens, broken or ())
+    kind, *others = table
+    return Sizes(kind.astype(np.int8), *others, broken or ())
 
 
 def _measure(records: Sequence, reader: ExampleReader, indices: Sequence[int]) -> list[SampleSize | dict]:
@@ -130,7 +131,7 @@ def _cached(cache: str | Path | None, key: bytes) -> tuple[np.ndarray, list[dict
     try:
         if cache is not None:
             with np.load(cache) as content:
-                if content["key"].tobytes() == key:
+                if content["key"].tobytes() == key and len(content["table"]) == 5:
                     return content["table"], json.loads(content["broken"].tobytes())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass

@@ -268,7 +268,7 @@ def test_shards_are_measured_without_their_media(tmp_path, reader, monkeypatch):
 def test_other_errors_name_the_sample(data, reader):
     loader = make_loader(data, reader)
 
-    def fail(record, index, max_frames):
+    def fail(*_):
         raise ZeroDivisionError("no such case")
 
     loader._read.reader = type("Failing", (), {"read": staticmethod(fail), "tokens_per_frame": 2})()
