@@ -31,6 +31,7 @@ from rich.text import Text
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.data.examples import ExampleReader
+from llamavid_jax.data.labels import check_template
 from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.data.records import decode, find_media, media_file, media_size, read_records
 from llamavid_jax.errors import CheckpointError, InputError, Parser, command, printable
@@ -270,8 +271,10 @@ def _tower(model: str, config: LLaMAVIDLlavaConfig) -> Callable[[], str]:
 def _reader(options: argparse.Namespace, config: LLaMAVIDLlavaConfig | None) -> ExampleReader:
     if config is None:  # sizes of frames and tokens do not matter then
         return ExampleReader(NoTokenizer(), options.template, 1, "crop", 2, options.fps, seed=0)
+    tokenizer = load_tokenizer(options.model, config.added_tokens)
+    check_template(options.template, tokenizer)
     return ExampleReader(
-        load_tokenizer(options.model, config.added_tokens),
+        tokenizer,
         options.template,
         config.vision_tower_config.image_size,
         config.image_aspect_ratio,

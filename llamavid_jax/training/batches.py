@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from llamavid_jax.checkpoints.tower import TowerHash
 from llamavid_jax.data.examples import ExampleReader
+from llamavid_jax.data.labels import check_template
 from llamavid_jax.data.loader import FrameLayout, LoadedBatch, Loader
 from llamavid_jax.data.record import DataError
 from llamavid_jax.data.records import media_file, read_records
@@ -89,6 +90,7 @@ def make_loader(
 ) -> Loader:
     """The loader of this process's `rows`, for the training data or for one pass over the held-out set."""
     vision = start.config.vision_tower_config
+    check_template(data.template, start.tokenizer)
     reader = ExampleReader(
         start.tokenizer,
         data.template,
