@@ -15,7 +15,7 @@ from recorded_evaluation import rows_of
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation import mmbench, video_chatgpt, video_qa, vqa
-from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge
+from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge, Reply
 from llamavid_jax.evaluation.replies import read_leniently
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
@@ -33,7 +33,7 @@ def test_a_broken_question_is_wrong(name, original):
 
     class Judge(ModelJudge):
         def _call(self, sent):
-            return "{'pred': 'yes', 'score': 5}"
+            return Reply("{'pred': 'yes', 'score': 5}")
 
     judge = [Judge("http://127.0.0.1:9/v1", "")] if SETS[name].is_judged else []
     assert set(SETS[name].score(rows, original, *judge).items.values()) == {0.0}
