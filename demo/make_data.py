@@ -1,7 +1,7 @@
 """Writes the demo's data: pictures, clips and long clips of digits, with questions, in LLaVA format.
 
     python -m demo.make_data OUT [--pictures N] [--align N] [--clips N] [--long N] [--long-seconds S ...] [--long-fps F]
-                                 [--tests N] [--seed S]
+                                 [--still-side N] [--tests N] [--seed S]
 
     OUT/{images,clips,long}/*.png, *.mp4
     OUT/{pretrain,refer,align,instruct,long}.json       training
@@ -28,7 +28,7 @@ from llamavid_jax.errors import Parser, command
 from . import digits, questions
 
 CLIP_FPS = 2  # of the files; the loader samples one frame a second
-STILL_SIDE = 48  # pixels: what the model sees of a frame, so that a picture is read fast
+STILL_SIDE = 48  # pixels: what the shipped model sees of a frame, so that a picture is read fast
 LONG_SECONDS = (30, 60, 60, 120, 120, 240, 600)
 TURNS = {"instruct": 3, "instruct_test": 3, "long": 1, "long_test": 3}
 # How often a type of question is drawn beside the others: the harder, the oftener.
@@ -36,7 +36,12 @@ WEIGHT = {"digit": 3.0, "count": 1.0, "colour": 1.0, "way": 1.5, "second": 3.0, 
 
 
 def sample(
-    task: tuple[str, int], folder: Path, seed: int, long_seconds: Sequence[int] = LONG_SECONDS, long_fps: int = 1
+    task: tuple[str, int],
+    folder: Path,
+    seed: int,
+    long_seconds: Sequence[int] = LONG_SECONDS,
+    long_fps: int = 1,
+    side: int = STILL_SIDE,
 ) -> dict:
     """Draws sample `number` of one JSON file, writes its media file and returns its record."""
     name, number = task
@@ -50,7 +55,7 @@ def sample(
             scene = digits.still(rng, test, int(rng.integers(1, 4)))
             asked = [questions.reference(rng, scene)]
         path = f"images/{name}_{number:05}.png"
-        picture = Image.fromarray(digits.frame(scene, 0)).resize((STILL_SIDE, STILL_SIDE), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(digits.frame(scene, 0)).resize((side, side), Image.Resampling.BICUBIC)
         picture.save(folder / path)
     elif kind == "instruct":
         scene = short_clip(rng, test)
@@ -133,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--long-seconds", type=int, nargs="+", default=LONG_SECONDS, help="drawn from; held out: the last"
     )
     parser.add_argument("--long-fps", type=int, default=1, help="frames a second of the long clips' files")
+    parser.add_argument("--still-side", type=int, default=STILL_SIDE, help="pixels: what the model sees of a frame")
     parser.add_argument("--review", type=int, default=6400, help="short clips of long.json, which are of instruct.json")
     parser.add_argument(
         "--tests", type=int, default=400, help="held-out short clips, as many pictures, a quarter as many long clips"
@@ -156,8 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     with multiprocessing.Pool(options.processes) as pool:
         for name, count in counts.items():
-            long = {"long_seconds": options.long_seconds, "long_fps": options.long_fps}
-            draw = functools.partial(sample, folder=options.out, seed=options.seed, **long)
+            drawn = {"long_seconds": options.long_seconds, "long_fps": options.long_fps, "side": options.still_side}
+            draw = functools.partial(sample, folder=options.out, seed=options.seed, **drawn)
             records = pool.map(draw, [(name, number) for number in range(count)], chunksize=16)
             if name == "long":
                 short = range(min(options.review, options.clips))
