@@ -3,11 +3,11 @@
     python -m demo.ablation PICTURE [--steps N] [--limit N] [--seeds N] [--only NAME ...]        # prints the table
                             [--tower MODEL --runs FOLDER]
 
-The vision tower is the shipped model's, or another's, and stays as it is; its features of the training clips are made
-once.  All else begins anew, at that model's sizes: stages 0 and 1 are shared by all variants with the same text decoder
-and have both tokens, which those that lack one learned with.  Then each variant trains stage 2 on the same questions,
-one a row, once with each seed, which sets their order, and answers the held-out questions.  What the folder of runs
-holds is not done again, and the table and the picture are made of all of it that has these steps.
+The vision tower is the shipped model's, or that of `--tower`, and is frozen; its features of the training clips are made
+once.  Everything else starts from scratch, at that model's sizes.  Variants with the same text decoder share stages 0
+and 1, which train with both kinds of tokens.  Then each variant trains stage 2 on the same questions, one a row, once
+with each seed, which sets their order, and answers the held-out questions.  Runs that the folder already holds are not
+repeated; the table and the figure include all of them that have these steps.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ SHARED_STEPS = {"stage0_pretrain": 600, "stage0_refer": 1000}
 
 
 class Place(NamedTuple):
-    """The checkpoint whose vision tower, sizes and tokenizers all variants have, and the folder of their runs."""
+    """The checkpoint whose vision tower, sizes and tokenizers all variants use, and the folder of their runs."""
 
     tower: Path = Path("demo/model")
     runs: Path = Path("runs/ablation")
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--limit", type=int, default=400, help="held-out clips")
     parser.add_argument("--seeds", type=int, default=3)
-    shipped = [name for name in VARIANTS if name != "grid:4"]  # whose 36 patches four by four do not divide
+    shipped = [name for name in VARIANTS if name != "grid:4"]  # 4 x 4 does not divide the shipped tower's 36 patches
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=shipped, metavar="NAME")
     parser.add_argument("--tower", type=Path, default=Place().tower, help="checkpoint with the vision tower of all")
     parser.add_argument("--runs", type=Path, default=Place().runs, help="folder of the runs: one for each tower")

@@ -119,7 +119,7 @@ def open_store(
         file.seek(whole)
         store = Store(file, rows, [one for one, _, more in others if current(more, rest, references, False) != more])
         store.done |= {row["id"] for *_, more in others for row in more if not (retry and "error" in row)}
-        if header["shard"][0] == 1:
+        if header.get("shard", [1, 1])[0] == 1:
             store.write([row for row in rest if row["id"] not in store.done])
         yield store
 
