@@ -3,11 +3,11 @@
     python -m demo.ablation PICTURE [--steps N] [--limit N] [--seeds N] [--only NAME ...]        # prints the table
                             [--tower MODEL --runs FOLDER]
 
-The vision tower is the shipped model's, or that of `--tower`, and is frozen; its features of the training clips are made
-once.  Everything else starts from scratch, at that model's sizes.  Variants with the same text decoder share stages 0
-and 1, which train with both kinds of tokens.  Then each variant trains stage 2 on the same questions, one a row, once
-with each seed, which sets their order, and answers the held-out questions.  Runs that the folder already holds are not
-repeated; the table and the figure include all of them that have these steps.
+The vision tower is the shipped model's, or that of `--tower`, and is frozen; its features of the training clips are
+made once.  Everything else starts from scratch, at that model's sizes.  Variants with the same text decoder share
+stages 0 and 1, which train with both kinds of tokens.  Then each variant trains stage 2 on the same questions, one a
+row, once with each seed, which sets their order, and answers the held-out questions.  Runs that the folder already
+holds are not repeated; the table and the figure include all of them that have these steps.
 """
 
 import dataclasses
