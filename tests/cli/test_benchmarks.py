@@ -37,7 +37,7 @@ def test_readers_of_a_film_are_compared(capsys):
 
 
 def test_a_film_and_its_stages(capsys):
-    """`measure` asserts that all ways to read the film give equal frames."""
+    """`measure` asserts that both ways to read the film give equal features."""
     assert film.main([str(ROOT / "demo" / "space.mp4"), "--fps", "0.5"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row[0] for row in rows] == ["| 0.5"] * 8
@@ -55,7 +55,7 @@ def test_a_device_beside_pytorch(tmp_path, monkeypatch, capsys):
     found = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [part["part"] for part in found] == parts
     errors = {row["work"]: row["error"] for part in found for row in part["rows"]}
-    bars = {"int8": 0.05, "train": 0.02, "": 1e-5}  # quantized in other blocks; bfloat16; float32
+    bars = {"int8": 0.05, "train": 0.02, "": 1e-5}  # kernels quantized in other blocks; bfloat16; float32
     assert len(errors) == 6
     for work, error in errors.items():
         assert error < next(bar for name, bar in bars.items() if name in work), work
