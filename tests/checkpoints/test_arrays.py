@@ -24,7 +24,7 @@ from llamavid_jax.parallel.mesh import make_mesh
 
 @pytest.fixture(scope="module")
 def part() -> dict[str, jax.Array]:
-    """Every type that is stored, sharded, replicated and alone; zeros, which no file need hold."""
+    """Every stored dtype, sharded, replicated or on one device; zeros, which need no file."""
     draw, mesh = np.random.default_rng(0), make_mesh(fsdp=4, tensor=2)
 
     def place(value: np.ndarray, dtype: str, *axes: str) -> jax.Array:
