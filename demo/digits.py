@@ -26,8 +26,8 @@ COLOURS = {
 DIRECTIONS = {"left to right": (1, 0), "right to left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 CLIP_SECONDS = 8
 SIZE = 32  # pixels of the square that a digit fills
-STEP = 16  # digits stand on a grid of so many pixels at every whole second: the patches of the demo's model
-CROSSING = (2, 3, 5)  # seconds in which the four steps from edge to edge are whole ones
+STEP = 16  # pixels of the grid that digits are on at whole seconds: the size of the demo model's patches
+CROSSING = (2, 3, 5)  # seconds to cross a frame, so that digits move whole grid steps each second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Scene:
 
 
 def centres(side: int) -> range:
-    """Where digits stand, along either edge of a frame."""
+    """The grid positions of digits' centres along either axis, in pixels."""
     return range(SIZE // 2, side - SIZE // 2 + 1, STEP)
 
 
@@ -114,7 +114,7 @@ def _sprite(picture: int, angle: float) -> np.ndarray:
 
 
 def still(rng: np.random.Generator, test: bool, count: int = 1, side: int = SIDE) -> Scene:
-    """A picture of `count` digits that do not touch, or of none in one of twenty."""
+    """A still scene of `count` digits that do not overlap; one scene in twenty has none."""
     places = []
     while len(places) < count:
         x, y = rng.choice(centres(side), 2).tolist()
@@ -136,14 +136,14 @@ def clip(rng: np.random.Generator, test: bool, count: int, side: int = SIDE) -> 
 
 
 def long_clip(rng: np.random.Generator, test: bool, seconds: int, count: int = 1, side: int = SIDE) -> Scene:
-    """Minutes of an empty frame that `count` digits cross, each once, in 5 s."""
+    """A clip of `seconds`, empty except while `count` digits cross it one after another, each in 5 s."""
     length = CROSSING[-1]
     starts = np.sort(rng.integers(0, seconds - count * length + 1, count)) + length * np.arange(count)
     return _crossings(rng, test, starts.tolist(), [length] * count, seconds, side)
 
 
 def _crossings(rng, test: bool, starts: Sequence[int], lengths: Sequence[int], seconds: int, side: int) -> Scene:
-    """Sends a digit across the frame, any of four ways, for every start."""
+    """A clip in which a digit begins to cross the frame at each start, in one of four directions."""
     events, places = [], centres(side)
     for look, start, length in zip(_looks(rng, test, len(starts)), starts, lengths, strict=True):
         direction, lane = list(DIRECTIONS)[rng.integers(4)], int(rng.choice(places))

@@ -55,7 +55,7 @@ class Needle:
 
 
 def needle(kind: str, seconds: int, number: int, seed: int = 0, test: bool = True, side: int = digits.SIDE) -> Needle:
-    """Question `number` of a kind; the film follows from the seed, the length, the number and the pixels of a side."""
+    """Question `number` of a kind about a video of `seconds`; both depend on the arguments alone."""
     rng = generator(f"{kind} {seconds}" if test else f"train {kind} {seconds}", number, seed)
     scene = digits.long_clip(rng, test, seconds, {"locate": 1, "order": 2, "count": 1 + number % 3}[kind], side)
     if kind == "locate":
@@ -67,7 +67,7 @@ def needle(kind: str, seconds: int, number: int, seed: int = 0, test: bool = Tru
 
 
 def different_frames(scene: digits.Scene, every: float) -> tuple[np.ndarray, list[int]]:
-    """Of one frame every `every` seconds, the distinct ones, first that without a digit; and the index of each."""
+    """The distinct frames of a video sampled every `every` seconds, the empty one first, and each sample's index."""
     taken = np.arange(0, scene.seconds, every).tolist()
     shown = [second for second in taken if any(event.centre(second) for event in scene.events)]
     empty = [second for second in taken if second not in shown][:1]

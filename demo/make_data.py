@@ -54,7 +54,7 @@ def sample(
             scene = digits.still(rng, test, int(rng.integers(1, 4)), side)
             asked = [questions.reference(rng, scene)]
         path = f"images/{name}_{number:05}.png"
-        seen = side // 2, side // 2  # what the model sees of it, so that a picture is read fast
+        seen = side // 2, side // 2  # the model's image size, so that images are read fast
         Image.fromarray(digits.frame(scene, 0)).resize(seen, Image.Resampling.BICUBIC).save(folder / path)
     elif kind == "instruct":
         scene = short_clip(rng, test, side)
@@ -74,7 +74,7 @@ def sample(
 
 
 def review(number: int, seed: int, side: int = digits.SIDE) -> dict:
-    """Other questions about a clip of instruct.json: stage 3 goes on with them, so that nothing is forgotten."""
+    """Further questions about clip `number` of instruct.json, so that stage 3 does not forget short clips."""
     scene = short_clip(generator("instruct", number, seed), test=False, side=side)
     rng = generator("review", number, seed)
     asked = choose(rng, questions.clip_questions(rng, scene), TURNS["instruct"])

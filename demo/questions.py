@@ -74,7 +74,7 @@ def long_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> Question:
-    """The words for a picture of one digit: colour, kind and which ninth of the picture it is in."""
+    """The caption of a scene's one digit: colour, digit, row and column of a 3 x 3 grid; "nothing" without a digit."""
     return "caption", _say(rng, CAPTION), _words(scene, scene.events[0]) if scene.events else "nothing"
 
 

@@ -19,7 +19,7 @@ def test_variants(name):
 
 
 def test_tokens_of_another_tower(tmp_path):
-    """The size of its pictures is the tower's: 64 patches are four by four content tokens and four times as many."""
+    """The tower sets the image size: its 64 patches give 4 content tokens for grid:2, and 16 for grid:4."""
     tower = dataclasses.replace(ablation.config(ablation.Place(), "both").vision_tower_config, image_size=64)
     dataclasses.replace(ablation.config(ablation.Place(), "both"), vision_tower_config=tower).save_pretrained(tmp_path)
     at = ablation.Place(tmp_path)
@@ -38,8 +38,10 @@ def keep(folder, name, accuracy, questions=9):
 
 
 def test_seeds_are_one_line(tmp_path, monkeypatch, capsys):
-    """Runs that are there are not trained again; seeds give a mean and its standard error, one of other steps does not
-    count, and what is not asked for is in the table all the same."""
+    """The table has a line per variant, even for those not selected: mean and standard error over seeds.
+
+    Existing runs are not trained again, and runs with another number of steps do not count.
+    """
     monkeypatch.chdir(tmp_path)
     for seed, value in enumerate((0.8, 0.85, 0.9)):
         keep(tmp_path, f"both_600_{seed}", value)
@@ -56,7 +58,7 @@ def test_seeds_are_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_run(tmp_path, monkeypatch):
-    """The shared stages once, then for each seed a training and its questions; all but the tower trains."""
+    """Shared stages run once, stage 2 and its questions once per seed; all but the vision tower trains."""
     monkeypatch.chdir(tmp_path)
     ran = []
 
