@@ -170,7 +170,7 @@ def test_longvideobench(tmp_path):
 
 
 def test_what_is_said_before_and_after_a_clip_is_left_out(tmp_path):
-    """LongVideoBench's clips have the whole video's subtitles; the official loader also drops those outside the clip."""
+    """LongVideoBench's clips have the whole video's subtitles; the official loader too drops those outside the clip."""
     entry = {"id": "v_0", "video_path": "v.mp4", "question": "Who?", "candidates": ["cat", "dog"], "correct_choice": 0}
     entry |= {"subtitle_path": "v_en.json", "starting_timestamp_for_subtitles": 60, "duration": 10.0}
     write(tmp_path / "lvb_val.json", [entry])
