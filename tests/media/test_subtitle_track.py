@@ -73,7 +73,7 @@ def test_a_file_of_its_own(tmp_path):
 
 
 def test_the_last_line_of_a_song(tmp_path):
-    """A .lrc gives start times only: a line ends where the next starts; the last stands after the frame of its start."""
+    """A .lrc gives start times only: a line ends where the next starts; the last one follows the frame of its start."""
     (tmp_path / "song.lrc").write_text("[00:01.00]one\n[00:03.00]two\n[00:10.00]bye\n")
     cues = cues_of_track(read_track(tmp_path / "song.lrc"))
     film = interleave([float(second) for second in range(13)], cues)
