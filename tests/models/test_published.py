@@ -32,7 +32,7 @@ def test_each_is_predicted_from_the_others(one):
 
 
 def test_a_share_by_hand():
-    """16B on v5e, all recomputed: the source counts 8 FLOP per parameter and token, not 6, and half of the attention."""
+    """16B on v5e, all recomputed: the source counts 8 FLOP a parameter and token, not 6, and half of the attention."""
     (one,) = (one for one in PUBLISHED if one.model == "16B")
     parameters, attention = 32 * 4096 * (4 * 8192 + 3 * 28672) + 4096 * 32000, 32 * 2048 * 8192
     counted, done = 6 * parameters + 12 * attention, 8 * (parameters + attention)
