@@ -162,7 +162,7 @@ def test_nothing_compiles_once_it_is_warm(tiny_model, engine):
 
 @pytest.mark.parametrize("axes", [{}, pytest.param({"data": 2, "tensor": 2}, marks=pytest.mark.sharding)], ids=str)
 def test_every_program_is_made_at_the_start(checkpoint, axes):
-    """Otherwise the first row that needs one waits for its compilation, and all others too: minutes, with a large model.
+    """Otherwise the first row that needs one waits for its compilation, and all others too: minutes with a large model.
 
     The model is read from disk, which commits its arrays to their devices: programs differ by that, and by the sharding
     of their arguments' rows.

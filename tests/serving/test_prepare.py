@@ -101,7 +101,7 @@ def test_a_film_is_encoded_once(client, server, clip):
 
 
 def test_a_client_that_goes_ends_the_encoding(server, engine, monkeypatch, clip):
-    """The device does not encode the rest of the film for nobody."""
+    """The device does not encode the rest of its film."""
     chunks = []
 
     def vision(pixels):
