@@ -297,7 +297,9 @@ def test_keyboard_phone_and_dark(page, clip, expected):
     page.locator(".frame").last.focus()
     page.keyboard.press("Enter")
     page.wait_for_function("() => document.querySelector('#preview video').currentTime > 2")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    for width in (360, 730):  # one column, and the narrowest window with two
+        page.set_viewport_size({"width": width, "height": 700})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
     colours = [page.evaluate("getComputedStyle(document.body).backgroundColor")]
     page.emulate_media(color_scheme="light")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") not in colours
