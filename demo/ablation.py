@@ -1,14 +1,16 @@
 """The paper's tables 4, 5 and 6 at the demo's size: kinds of tokens, their number, the text decoder.
 
     python -m demo.ablation PICTURE [--steps N] [--limit N] [--seeds N] [--only NAME ...]        # prints the table
+                            [--tower MODEL --runs FOLDER]
 
-The vision tower is the shipped model's and stays as it is; its features of the training clips are made once.  All
-else begins anew: stages 0 and 1 are shared by all variants with the same text decoder and have both tokens, which
-those that lack one learned with.  Then each variant trains stage 2 on the same questions, one a row, once with each
-seed, which sets their order, and answers the held-out questions.  What runs/ablation holds is not done again, and the
-table and the picture are made of all of it that has these steps.
+The vision tower is the shipped model's, or that of `--tower`, and is frozen; its features of the training clips are
+made once.  Everything else starts from scratch, at that model's sizes.  Variants with the same text decoder share
+stages 0 and 1, which train with both kinds of tokens.  Then each variant trains stage 2 on the same questions, one a
+row, once with each seed, which sets their order, and answers the held-out questions.  Runs that the folder already
+holds are not repeated; the table and the figure include all of them that have these steps.
 """
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -19,67 +21,76 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 from llamavid_jax.errors import InputError, Parser, command
 
-MODEL, STAGES = Path("configs/models/demo.yaml"), Path("configs/demo")
-DATA, RUNS, TOWER = Path("build/demo_data"), Path("runs/ablation"), Path("demo/model")
+STAGES, DATA = Path("configs/demo"), Path("build/demo_data")
 ROWS, WORDS = 12, 48  # rows of a step, and tokens of a row beside its visual ones
 SHARED_STEPS = {"stage0_pretrain": 600, "stage0_refer": 1000}
 
 
+class Place(NamedTuple):
+    """The checkpoint whose vision tower, sizes and tokenizers all variants use, and the folder of their runs."""
+
+    tower: Path = Path("demo/model")
+    runs: Path = Path("runs/ablation")
+
+
 class Variant(NamedTuple):
-    """Fields of the model, tokens of a frame here and in the paper, and the paper's GQA, POPE, SQA and VQA-T."""
+    """Fields of the model; the paper's tokens of a frame, GQA, POPE, SQA and VQA-T."""
 
     fields: dict[str, str]
-    tokens: int
     paper_tokens: str
     paper: tuple[float, float, float, float]
 
 
 VARIANTS = {
-    "content": Variant({"frame_tokens": "content"}, 1, "0 + 1", (53.3, 80.9, 66.1, 46.5)),
-    "context": Variant({"frame_tokens": "context"}, 1, "1 + 0", (54.3, 82.4, 67.7, 48.3)),
-    "both": Variant({}, 2, "1 + 1", (55.5, 83.1, 68.8, 49.0)),
-    "grid:2": Variant({"compress_type": "grid:2"}, 5, "1 + 4", (56.2, 83.5, 68.7, 49.1)),
-    "grid:3": Variant({"compress_type": "grid:3"}, 10, "1 + 16", (58.2, 83.1, 67.4, 50.8)),
-    "all": Variant({"compress_type": "none"}, 37, "1 + 256", (63.0, 86.6, 67.7, 53.8)),
-    "all content": Variant(
-        {"compress_type": "none", "frame_tokens": "content"}, 36, "0 + 256", (61.9, 85.5, 67.5, 53.0)
-    ),
-    "bert": Variant({"bert_type": "raw_bert"}, 2, "1 + 1", (54.1, 80.8, 67.9, 48.1)),
+    "content": Variant({"frame_tokens": "content"}, "0 + 1", (53.3, 80.9, 66.1, 46.5)),
+    "context": Variant({"frame_tokens": "context"}, "1 + 0", (54.3, 82.4, 67.7, 48.3)),
+    "both": Variant({}, "1 + 1", (55.5, 83.1, 68.8, 49.0)),
+    "grid:2": Variant({"compress_type": "grid:2"}, "1 + 4", (56.2, 83.5, 68.7, 49.1)),
+    "grid:3": Variant({"compress_type": "grid:3"}, "1 + 16", (58.2, 83.1, 67.4, 50.8)),
+    "grid:4": Variant({"compress_type": "grid:4"}, "1 + 16", (58.2, 83.1, 67.4, 50.8)),
+    "all": Variant({"compress_type": "none"}, "1 + 256", (63.0, 86.6, 67.7, 53.8)),
+    "all content": Variant({"compress_type": "none", "frame_tokens": "content"}, "0 + 256", (61.9, 85.5, 67.5, 53.0)),
+    "bert": Variant({"bert_type": "raw_bert"}, "1 + 1", (54.1, 80.8, 67.9, 48.1)),
 }
 TABLES = {
     "kinds (table 4)": ("content", "context", "both"),
-    "numbers (table 5)": ("both", "grid:2", "grid:3", "all", "all content"),
+    "numbers (table 5)": ("both", "grid:2", "grid:3", "grid:4", "all", "all content"),
     "text decoder: none, BERT, Q-Former (table 6)": ("content", "bert", "both"),
 }
 
 
-def result(name: str, seed: int | str, steps: int) -> Path:
+def result(at: Place, name: str, seed: int | str, steps: int) -> Path:
     """Where the accuracy of a variant and seed lies."""
-    return RUNS / f"{name.replace(':', '').replace(' ', '_')}_{steps}_{seed}" / "accuracy.json"
+    return at.runs / f"{name.replace(':', '').replace(' ', '_')}_{steps}_{seed}" / "accuracy.json"
 
 
-def measure(name: str, seed: int, steps: int, limit: int) -> None:
+def config(at: Place, name: str) -> LLaMAVIDLlavaConfig:
+    return dataclasses.replace(LLaMAVIDLlavaConfig.from_pretrained(at.tower), **VARIANTS[name].fields)
+
+
+def measure(at: Place, name: str, seed: int, steps: int, limit: int) -> None:
     """Trains a variant and asks it."""
-    variant, found = VARIANTS[name], result(name, seed, steps)
+    variant, found = config(at, name), result(at, name, seed, steps)
     run, model = found.parent, found.parent.with_suffix(".yaml")
-    start = stage1(variant.fields.get("bert_type", "qformer_pretrain"))
-    model.write_text(yaml.safe_dump(yaml.safe_load(MODEL.read_text()) | variant.fields))
-    row = {"frames": 8, "pairs": 8, "questions": 1, "tokens": 8 * variant.tokens + WORDS}
-    settings = {"model": model, "data.path": questions(), "data.buckets": f"[{json.dumps(row)}]", "data.seed": seed}
+    start = stage1(at, variant.bert_type)
+    model.write_text(yaml.safe_dump(dataclasses.asdict(variant)))
+    row = {"frames": 8, "pairs": 8, "questions": 1, "tokens": 8 * variant.tokens_per_frame + WORDS}
+    settings = {"model": model, "data.path": questions(at), "data.buckets": f"[{json.dumps(row)}]", "data.seed": seed}
     settings |= {"training.batch_size": ROWS, "training.seed": seed, "training.steps": steps}
     train("stage2_instruct", start, run, settings)
     asked = [str(run / "model"), str(DATA / "instruct_test.json"), "--limit", str(limit), "--json", str(found)]
     run_python("-m", f"{__package__}.evaluate", *asked)
 
 
-def stage1(decoder: str) -> Path:
+def stage1(at: Place, decoder: str) -> Path:
     """Stages 0 and 1 with a text decoder."""
-    run, both = RUNS / decoder, RUNS / "stage0" / "model"
+    run, both = at.runs / decoder, at.runs / "stage0" / "model"
     if not both.exists():
-        run_python("-m", f"{__package__}.fresh_qformer", str(TOWER), str(RUNS / "tower"), "--tower-alone")
-        train("stage0_pretrain", RUNS / "tower", both.parent)
+        run_python("-m", f"{__package__}.fresh_qformer", str(at.tower), str(at.runs / "tower"), "--tower-alone")
+        train("stage0_pretrain", at.runs / "tower", both.parent)
     if not (run / "stage1" / "model").exists():
         run_python("-m", f"{__package__}.fresh_qformer", str(both), str(run / "fresh"), "--bert-type", decoder)
         train("stage0_refer", run / "fresh", run / "refer")
@@ -87,12 +98,12 @@ def stage1(decoder: str) -> Path:
     return run / "stage1" / "model"
 
 
-def questions() -> Path:
+def questions(at: Place) -> Path:
     """The training questions, one a record, about the features of their clips."""
-    listed, split = RUNS / "questions.json", RUNS / "split.json"
+    listed, split = at.runs / "questions.json", at.runs / "split.json"
     if not listed.exists():
-        tower = ["--model", str(TOWER), "--dtype", "float32"]
-        run_python("-m", "llamavid_jax.commands.features", str(DATA / "clips"), "--out", str(RUNS / "features"), *tower)
+        made = ["--out", str(at.runs / "features"), "--model", str(at.tower), "--dtype", "float32"]
+        run_python("-m", "llamavid_jax.commands.features", str(DATA / "clips"), *made)
         chat = str(DATA / "instruct.json")
         run_python("-m", "llamavid_jax.data.to_llava", "split_chat", chat, str(split), "--rounds", "1")
         records = json.loads(split.read_text())
@@ -124,7 +135,7 @@ def percent(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {error(values):.1f}" if len(values) > 1 else "")
 
 
-def table(found: dict[str, dict[str, list[float]]], kinds: list[str]) -> str:
+def table(at: Place, found: dict[str, dict[str, list[float]]], kinds: list[str]) -> str:
     lines = []
     for title, names in TABLES.items():
         names = [name for name in names if name in found]
@@ -132,7 +143,7 @@ def table(found: dict[str, dict[str, list[float]]], kinds: list[str]) -> str:
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"] if names else []
         for name in names:
             ours, paper = [percent(found[name][kind]) for kind in kinds], map(str, VARIANTS[name].paper)
-            size = str(VARIANTS[name].tokens), str(len(found[name]["all"]))
+            size = str(config(at, name).tokens_per_frame), str(len(found[name]["all"]))
             lines.append(f"| {' | '.join([name, *size, *ours, VARIANTS[name].paper_tokens, *paper])} |")
         lines.append("")
     return "\n".join(lines)
@@ -149,24 +160,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--limit", type=int, default=400, help="held-out clips")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    shipped = [name for name in VARIANTS if name != "grid:4"]  # 4 x 4 does not divide the shipped tower's 36 patches
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=shipped, metavar="NAME")
+    parser.add_argument("--tower", type=Path, default=Place().tower, help="checkpoint with the vision tower of all")
+    parser.add_argument("--runs", type=Path, default=Place().runs, help="folder of the runs: one for each tower")
     options = parser.parse_args(arguments)
-    RUNS.mkdir(parents=True, exist_ok=True)
+    at = Place(options.tower, options.runs)
+    at.runs.mkdir(parents=True, exist_ok=True)
     for seed in range(options.seeds):
         for name in options.only:
-            if not result(name, seed, options.steps).exists():
-                measure(name, seed, options.steps, options.limit)
+            if not result(at, name, seed, options.steps).exists():
+                measure(at, name, seed, options.steps, options.limit)
     found, counts = {}, set()
     for name in VARIANTS:
-        files = sorted(RUNS.glob(f"{result(name, '*', options.steps).relative_to(RUNS)}"))
+        files = sorted(at.runs.glob(f"{result(at, name, '*', options.steps).relative_to(at.runs)}"))
         runs = [json.loads(file.read_text())["accuracy"] for file in files]
         counts |= {run["all"]["questions"] for run in runs}
         if runs:
             found[name] = {kind: [100.0 * run[kind]["exact"] for run in runs] for kind in runs[0]}
     if len(counts) > 1:
-        raise InputError(f"{RUNS} has runs about {sorted(counts)} questions; remove accuracy.json of another --limit")
+        raise InputError(
+            f"{at.runs} has runs about {sorted(counts)} questions; remove accuracy.json of another --limit"
+        )
     kinds = sorted(next(iter(found.values())), key=lambda kind: (kind == "all", kind))
-    print(table(found, kinds))
+    print(table(at, found, kinds))
 
     figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
     width = 0.8 / len(found)

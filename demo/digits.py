@@ -1,6 +1,6 @@
 """Coloured handwritten digits on a dark frame: the content of the demo's images and clips.
 
-    split -> events -> Scene -> frame(scene, seconds) uint8 [96, 96, 3]
+    split -> events -> Scene -> frame(scene, seconds) uint8 [side, side, 3], 96 pixels unless told otherwise
 
 The digits are the 1,797 images of 8 x 8 pixels of `sklearn.datasets.load_digits`; a fixed fifth of every digit's is
 kept for testing and never used in training.  Positions are pixels, x to the right and y down; times are seconds.  All
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-SIDE = 96
+SIDE = 96  # pixels of a frame of the shipped model's data, which sees it at half that size
 COLOURS = {
     "red": (235, 45, 45),
     "green": (50, 205, 60),
@@ -26,9 +26,8 @@ COLOURS = {
 DIRECTIONS = {"left to right": (1, 0), "right to left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 CLIP_SECONDS = 8
 SIZE = 32  # pixels of the square that a digit fills
-STEP = 16  # digits stand on a grid of so many pixels at every whole second: the patches of the demo's model
-CENTRES = range(SIZE // 2, SIDE - SIZE // 2 + 1, STEP)
-CROSSING = (2, 3, 5)  # seconds in which the four steps from edge to edge are whole ones
+STEP = 16  # pixels of the grid that digits are on at whole seconds: the size of the demo model's patches
+CROSSING = (2, 3, 5)  # seconds to cross a frame, so that digits move whole grid steps each second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,12 @@ class Scene:
     events: tuple[Event, ...]
     background: tuple[int, int, int]
     seconds: int = 1
+    side: int = SIDE  # pixels
+
+
+def centres(side: int) -> range:
+    """The grid positions of digits' centres along either axis, in pixels."""
+    return range(SIZE // 2, side - SIZE // 2 + 1, STEP)
 
 
 @functools.cache
@@ -81,8 +86,9 @@ def split(test: bool) -> Mapping[int, np.ndarray]:
 
 
 def frame(scene: Scene, time: float) -> np.ndarray:
-    """The scene at one time, uint8 [96, 96, 3]."""
-    canvas = np.empty((SIDE, SIDE, 3), np.float32)
+    """The scene at one time, uint8 [side, side, 3]."""
+    side = scene.side
+    canvas = np.empty((side, side, 3), np.float32)
     canvas[:] = scene.background
     for event in scene.events:
         centre = event.centre(time)
@@ -91,7 +97,7 @@ def frame(scene: Scene, time: float) -> np.ndarray:
         opacity = _sprite(event.picture, event.angle)
         half = len(opacity) // 2
         left, top = round(centre[0]) - half, round(centre[1]) - half
-        x, y = slice(max(left, 0), min(left + 2 * half, SIDE)), slice(max(top, 0), min(top + 2 * half, SIDE))
+        x, y = slice(max(left, 0), min(left + 2 * half, side)), slice(max(top, 0), min(top + 2 * half, side))
         seen = opacity[y.start - top : y.stop - top, x.start - left : x.stop - left, None]
         canvas[y, x] += seen * (np.asarray(event.rgb, np.float32) - canvas[y, x])
     return canvas.round().astype(np.uint8)
@@ -107,45 +113,45 @@ def _sprite(picture: int, angle: float) -> np.ndarray:
     return np.clip(1.25 * np.asarray(canvas.rotate(angle, Image.Resampling.BILINEAR)), 0, 1)
 
 
-def still(rng: np.random.Generator, test: bool, count: int = 1) -> Scene:
-    """A picture of `count` digits that do not touch, or of none in one of twenty."""
+def still(rng: np.random.Generator, test: bool, count: int = 1, side: int = SIDE) -> Scene:
+    """A still scene of `count` digits that do not overlap; one scene in twenty has none."""
     places = []
     while len(places) < count:
-        x, y = rng.choice(CENTRES, 2).tolist()
+        x, y = rng.choice(centres(side), 2).tolist()
         if all(max(abs(x - other[0]), abs(y - other[1])) >= SIZE for other in places):
             places.append((x, y))
     looks = _looks(rng, test, count if rng.random() < 0.95 else 0)
     events = tuple(Event(**look, path=(place, place)) for look, place in zip(looks, places, strict=False))
-    return Scene(events, _background(rng))
+    return Scene(events, _background(rng), side=side)
 
 
-def clip(rng: np.random.Generator, test: bool, count: int) -> Scene:
+def clip(rng: np.random.Generator, test: bool, count: int, side: int = SIDE) -> Scene:
     """A clip of 8 s in which `count` digits (1 to 3) cross the frame one after another, each in 2, 3 or 5 s."""
     while True:
         lengths = rng.choice(CROSSING, count)
         starts = np.sort(rng.choice(CLIP_SECONDS - 1, count, replace=False))
         ends = starts + lengths
         if ends[-1] <= CLIP_SECONDS and (ends[:-1] <= starts[1:]).all():
-            return _crossings(rng, test, starts.tolist(), lengths.tolist(), CLIP_SECONDS)
+            return _crossings(rng, test, starts.tolist(), lengths.tolist(), CLIP_SECONDS, side)
 
 
-def long_clip(rng: np.random.Generator, test: bool, seconds: int, count: int = 1) -> Scene:
-    """Minutes of an empty frame that `count` digits cross, each once, in 5 s."""
+def long_clip(rng: np.random.Generator, test: bool, seconds: int, count: int = 1, side: int = SIDE) -> Scene:
+    """A clip of `seconds`, empty except while `count` digits cross it one after another, each in 5 s."""
     length = CROSSING[-1]
     starts = np.sort(rng.integers(0, seconds - count * length + 1, count)) + length * np.arange(count)
-    return _crossings(rng, test, starts.tolist(), [length] * count, seconds)
+    return _crossings(rng, test, starts.tolist(), [length] * count, seconds, side)
 
 
-def _crossings(rng, test: bool, starts: Sequence[int], lengths: Sequence[int], seconds: int) -> Scene:
-    """Sends a digit across the frame, any of four ways, for every start."""
-    events = []
+def _crossings(rng, test: bool, starts: Sequence[int], lengths: Sequence[int], seconds: int, side: int) -> Scene:
+    """A clip in which a digit begins to cross the frame at each start, in one of four directions."""
+    events, places = [], centres(side)
     for look, start, length in zip(_looks(rng, test, len(starts)), starts, lengths, strict=True):
-        direction, lane = list(DIRECTIONS)[rng.integers(4)], int(rng.choice(CENTRES))
+        direction, lane = list(DIRECTIONS)[rng.integers(4)], int(rng.choice(places))
         x, y = DIRECTIONS[direction]
-        ends = CENTRES[:: 1 if x + y > 0 else -1]
+        ends = places[:: 1 if x + y > 0 else -1]
         path = tuple((end, lane) if x else (lane, end) for end in (ends[0], ends[-1]))
         events.append(Event(**look, path=path, start=start, seconds=length, direction=direction))
-    return Scene(tuple(events), _background(rng), seconds)
+    return Scene(tuple(events), _background(rng), seconds, side)
 
 
 def _looks(rng, test: bool, count: int) -> list[dict]:

@@ -54,10 +54,10 @@ class Needle:
     answer: str
 
 
-def needle(kind: str, seconds: int, number: int, seed: int = 0, test: bool = True) -> Needle:
-    """Question `number` of a kind; the film follows from the seed, the length and the number."""
+def needle(kind: str, seconds: int, number: int, seed: int = 0, test: bool = True, side: int = digits.SIDE) -> Needle:
+    """Question `number` of a kind about a video of `seconds`; both depend on the arguments alone."""
     rng = generator(f"{kind} {seconds}" if test else f"train {kind} {seconds}", number, seed)
-    scene = digits.long_clip(rng, test, seconds, {"locate": 1, "order": 2, "count": 1 + number % 3}[kind])
+    scene = digits.long_clip(rng, test, seconds, {"locate": 1, "order": 2, "count": 1 + number % 3}[kind], side)
     if kind == "locate":
         asked = questions.long_questions(rng, scene)
     else:
@@ -67,7 +67,7 @@ def needle(kind: str, seconds: int, number: int, seed: int = 0, test: bool = Tru
 
 
 def different_frames(scene: digits.Scene, every: float) -> tuple[np.ndarray, list[int]]:
-    """Of one frame every `every` seconds, the distinct ones, first that without a digit; and the index of each."""
+    """The distinct frames of a video sampled every `every` seconds, the empty one first, and each sample's index."""
     taken = np.arange(0, scene.seconds, every).tolist()
     shown = [second for second in taken if any(event.centre(second) for event in scene.events)]
     empty = [second for second in taken if second not in shown][:1]
@@ -176,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     keep_programs()
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32")
     images = LLaMAVIDLlavaProcessor.from_pretrained(options.model).image_processor
+    side = 2 * model.config.vision_tower_config.image_size  # as in `make_data`
     with open_store(options.answers, {"set": "needles", "model": model_identity(options.model)}, []) as store:
         for minutes in sorted(options.minutes):
             roomy, every = fitted(model, 60 * minutes, options.beyond, options.every)
@@ -189,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
             left = [name for name in named if name["id"] not in store.done]
             for start in range(0, len(left), options.batch):
                 names = left[start : start + options.batch]
-                asked = [needle(name["kind"], 60 * minutes, name["number"]) for name in names]
+                asked = [needle(name["kind"], 60 * minutes, name["number"], side=side) for name in names]
                 found = answers(roomy, images, asked, every)
                 store.write([name | row for name, row in zip(names, found, strict=True)])
     _, rows, _ = read_rows(options.answers)

@@ -1,7 +1,7 @@
 """Writes the demo's data: images, clips and long clips of digits, with questions, in LLaVA format.
 
     python -m demo.make_data OUT [--pictures N] [--align N] [--clips N] [--long N] [--long-seconds S ...] [--long-fps F]
-                                 [--tests N] [--seed S]
+                                 [--side N] [--tests N] [--seed S]
 
     OUT/{images,clips,long}/*.png, *.mp4
     OUT/{pretrain,refer,align,instruct,long}.json       training
@@ -28,7 +28,6 @@ from llamavid_jax.errors import Parser, command
 from . import digits, questions
 
 CLIP_FPS = 2  # of the files; the loader samples one frame a second
-STILL_SIDE = 48  # pixels: what the model sees of a frame, so that a picture is read fast
 LONG_SECONDS = (30, 60, 60, 120, 120, 240, 600)
 TURNS = {"instruct": 3, "instruct_test": 3, "long": 1, "long_test": 3}
 # How often each type of question is drawn: the harder, the more often.
@@ -36,7 +35,12 @@ WEIGHT = {"digit": 3.0, "count": 1.0, "colour": 1.0, "way": 1.5, "second": 3.0, 
 
 
 def sample(
-    task: tuple[str, int], folder: Path, seed: int, long_seconds: Sequence[int] = LONG_SECONDS, long_fps: int = 1
+    task: tuple[str, int],
+    folder: Path,
+    seed: int,
+    long_seconds: Sequence[int] = LONG_SECONDS,
+    long_fps: int = 1,
+    side: int = digits.SIDE,
 ) -> dict:
     """Draws sample `number` of one JSON file, writes its media file and returns its record."""
     name, number = task
@@ -44,22 +48,22 @@ def sample(
     rng = generator(name, number, seed)
     if kind in ("pretrain", "refer", "align"):
         if kind == "pretrain":
-            scene = digits.still(rng, test)
+            scene = digits.still(rng, test, side=side)
             asked = [questions.caption(rng, scene)]
         else:
-            scene = digits.still(rng, test, int(rng.integers(1, 4)))
+            scene = digits.still(rng, test, int(rng.integers(1, 4)), side)
             asked = [questions.reference(rng, scene)]
         path = f"images/{name}_{number:05}.png"
-        picture = Image.fromarray(digits.frame(scene, 0)).resize((STILL_SIDE, STILL_SIDE), Image.Resampling.BICUBIC)
-        picture.save(folder / path)
+        seen = side // 2, side // 2  # the model's image size, so that images are read fast
+        Image.fromarray(digits.frame(scene, 0)).resize(seen, Image.Resampling.BICUBIC).save(folder / path)
     elif kind == "instruct":
-        scene = short_clip(rng, test)
+        scene = short_clip(rng, test, side)
         asked = questions.clip_questions(rng, scene)
         path = f"clips/{name}_{number:05}.mp4"
         write_video(folder / path, scene, CLIP_FPS)
     else:
         seconds = long_seconds[-1] if test else int(rng.choice(long_seconds))
-        scene = digits.long_clip(rng, test, seconds)
+        scene = digits.long_clip(rng, test, seconds, side=side)
         asked = questions.long_questions(rng, scene)
         path = f"long/{name}_{number:05}.mp4"
         write_video(folder / path, scene, long_fps)
@@ -69,9 +73,9 @@ def sample(
     return record(f"{name}-{number}", path, chosen, test)
 
 
-def review(number: int, seed: int) -> dict:
-    """Other questions about a clip of instruct.json: stage 3 goes on with them, so that nothing is forgotten."""
-    scene = short_clip(generator("instruct", number, seed), test=False)
+def review(number: int, seed: int, side: int = digits.SIDE) -> dict:
+    """Further questions about clip `number` of instruct.json, so that stage 3 does not forget short clips."""
+    scene = short_clip(generator("instruct", number, seed), test=False, side=side)
     rng = generator("review", number, seed)
     asked = choose(rng, questions.clip_questions(rng, scene), TURNS["instruct"])
     return record(f"review-{number}", f"clips/instruct_{number:05}.mp4", asked, test=False)
@@ -81,8 +85,8 @@ def generator(name: str, number: int, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode()), number])
 
 
-def short_clip(rng: np.random.Generator, test: bool) -> digits.Scene:
-    return digits.clip(rng, test, int(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])))
+def short_clip(rng: np.random.Generator, test: bool, side: int = digits.SIDE) -> digits.Scene:
+    return digits.clip(rng, test, int(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])), side)
 
 
 def choose(rng: np.random.Generator, asked: list[questions.Question], count: int) -> list[questions.Question]:
@@ -106,7 +110,7 @@ def write_video(path: Path, scene: digits.Scene, fps: int) -> None:
     """Writes the scene as H.264, where equal frames take almost no space."""
     with av.open(str(path), "w", options={"movflags": "faststart"}) as output:
         stream = output.add_stream("libx264", rate=fps)
-        stream.width = stream.height = digits.SIDE
+        stream.width = stream.height = scene.side
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "18", "preset": "veryfast", "threads": "1", "g": "64"}
         empty = None
@@ -137,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--tests", type=int, default=400, help="held-out short clips, as many images, a quarter as many long clips"
     )
+    parser.add_argument("--side", type=int, default=digits.SIDE, help="pixels of a frame: twice what the model sees")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
@@ -156,12 +161,13 @@ def main(arguments: list[str] | None = None) -> int:
     }
     with multiprocessing.Pool(options.processes) as pool:
         for name, count in counts.items():
+            drawn = {"seed": options.seed, "side": options.side}
             long = {"long_seconds": options.long_seconds, "long_fps": options.long_fps}
-            draw = functools.partial(sample, folder=options.out, seed=options.seed, **long)
+            draw = functools.partial(sample, folder=options.out, **drawn, **long)
             records = pool.map(draw, [(name, number) for number in range(count)], chunksize=16)
             if name == "long":
                 short = range(min(options.review, options.clips))
-                records += pool.map(functools.partial(review, seed=options.seed), short)
+                records += pool.map(functools.partial(review, **drawn), short)
             (options.out / f"{name}.json").write_text(json.dumps(records) + "\n")
             print(f"{name}: {len(records)} records", flush=True)
     return 0

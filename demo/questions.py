@@ -5,7 +5,7 @@ Scene -> [(type, question, answer)]; every answer follows from the scene's event
 
 import numpy as np
 
-from .digits import CENTRES, COLOURS, DIRECTIONS, Event, Scene
+from .digits import COLOURS, DIRECTIONS, Event, Scene, centres
 
 Question = tuple[str, str, str]
 
@@ -74,8 +74,8 @@ def long_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> Question:
-    """The words for a picture of one digit: colour, kind and which ninth of the picture it is in."""
-    return "caption", _say(rng, CAPTION), _words(scene.events[0]) if scene.events else "nothing"
+    """The caption of a scene's one digit: colour, digit, row and column of a 3 x 3 grid; "nothing" without a digit."""
+    return "caption", _say(rng, CAPTION), _words(scene, scene.events[0]) if scene.events else "nothing"
 
 
 def reference(rng: np.random.Generator, scene: Scene) -> Question:
@@ -85,7 +85,7 @@ def reference(rng: np.random.Generator, scene: Scene) -> Question:
     """
     if scene.events and rng.random() < 0.8:
         event = scene.events[rng.integers(len(scene.events))]
-        colour, digit, words = event.colour, str(event.digit), _words(event)
+        colour, digit, words = event.colour, str(event.digit), _words(scene, event)
     else:
         colour = rng.choice([colour for colour in COLOURS if all(event.colour != colour for event in scene.events)])
         digit = str(rng.choice([n for n in range(10) if all(event.digit != n for event in scene.events)]))
@@ -98,8 +98,9 @@ def reference(rng: np.random.Generator, scene: Scene) -> Question:
     return "reference", _say(rng, phrasings, who), words
 
 
-def _words(event: Event) -> str:
-    column, row = (3 * CENTRES.index(at) // len(CENTRES) for at in event.path[0])
+def _words(scene: Scene, event: Event) -> str:
+    places = centres(scene.side)
+    column, row = (3 * places.index(at) // len(places) for at in event.path[0])
     return f"{event.colour} {event.digit} {ROWS[row]} {COLUMNS[column]}"
 
 

@@ -33,7 +33,7 @@ def put(bucket, name: str, content: bytes) -> Path:
 
 @pytest.mark.parametrize("name", ["a.json", "a b/c #1?.json", "Übung/映画 [1]*.json", "50%25.json", "deep/er/a.b.json"])
 def test_names(bucket, name):
-    """A name has one place and one address, whatever is in it, also once pathlib has taken a slash away."""
+    """Each name has one local path and one address, whatever its characters, even if pathlib has dropped a slash."""
     path = put(bucket, name, b"[1]")
     address = f"gs://{NAME}/{name}"
     assert find(address) == find(Path(address)) == find(f"{address}/") == path == find(path)
@@ -58,7 +58,7 @@ def test_other_paths_stay(path):
 
 
 def test_the_newest_object(bucket):
-    """Also of the same size; one that is gone is gone here."""
+    """A changed object is fetched again even if its size is the same; a deleted object's copy is deleted."""
     path = put(bucket, "data/a.json", b"one")
     assert find(path).read_bytes() == b"one" and not path.stat().st_mode & 0o222
     downloads = sum("/download/" in line for line in bucket.seen)
@@ -75,7 +75,7 @@ def test_the_newest_object(bucket):
 
 
 def test_a_folder_without_its_films(bucket):
-    """Their names are known; what is below, beside it under a like name, and an empty "folder" are not in it."""
+    """Videos are listed but not fetched; nor are deeper files, a folder of a similar name and an empty "folder"."""
     for name in ("set/a.json", "set/film.mp4", "set/", "set/deep/b.json", "set2/c.json"):
         put(bucket, name, b"1") if not name.endswith("/") else bucket.store.pipe_file(f"{NAME}/{name}", b"")
     folder = find(f"gs://{NAME}/set")
@@ -88,7 +88,7 @@ def test_a_folder_without_its_films(bucket):
 
 
 def test_copies_are_bounded(bucket, monkeypatch):
-    """Those not used for longest go; what was written here and not fetched stays."""
+    """The least recently used copies are deleted; files written here, not fetched, are kept."""
     monkeypatch.setenv("LLAMAVID_BUCKETS_SIZE", "0.000003")
     monkeypatch.setattr(copies, "_unswept", 0)
     write_files(f"gs://{NAME}/logs", {"own": b"0" * 1000})
@@ -103,7 +103,7 @@ def test_copies_are_bounded(bucket, monkeypatch):
 
 
 def test_many_at_once(bucket):
-    """Threads stand for processes: one of them fetches it."""
+    """Of several threads, which stand for processes, only one fetches the object."""
     content = os.urandom(1 << 20)
     path, found = put(bucket, "film.mp4", content), []
     threads = [threading.Thread(target=lambda: found.append(find(path).read_bytes())) for _ in range(6)]
@@ -117,7 +117,7 @@ def test_many_at_once(bucket):
 
 
 def test_a_torn_download(bucket, monkeypatch):
-    """What is not the object's bytes is fetched again, and never kept."""
+    """A download that differs from the object is fetched again and never kept."""
     path, store = put(bucket, "a.bin", b"0123456789"), bucket.store
     whole = store.get_file
 
@@ -142,7 +142,7 @@ def test_a_torn_download(bucket, monkeypatch):
 
 @pytest.mark.parametrize("how", [429, 503, "reset"])
 def test_it_is_tried_again(bucket, how):
-    """In the middle of an upload, and of an answer."""
+    """Failed uploads and downloads are retried."""
     bucket.fail("POST .*upload", how)
     write_files(f"gs://{NAME}/out", {"a.json": b"{}"})
     bucket.fail("GET .*download", how)
@@ -189,7 +189,7 @@ def test_a_bucket_that_may_not_be_read_is_no_bad_file(bucket, read):
 
 
 def test_a_folder_is_sent(bucket, folder):
-    """Many files at once, config.json behind them all, and what tells that it is not finished before them."""
+    """Many files are sent in parallel: the mark UNFINISHED before them, config.json last."""
     puts = []
     whole = bucket.store.put_file
 
@@ -209,7 +209,7 @@ def test_a_folder_is_sent(bucket, folder):
     assert bucket.files("model").keys() == set(buckets.files_below(folder)) and len(bucket.files("model")) == 22
     uploads.delete(folder, first="config.json")
     deleted = [line for line in bucket.seen if line.startswith("DELETE")]
-    assert "config.json" in deleted[1] and not bucket.files("model")  # the first one is UNFINISHED's, when it was sent
+    assert "config.json" in deleted[1] and not bucket.files("model")  # deleted[0]: UNFINISHED, after the upload
 
 
 def test_one_that_cannot_be_sent_ends_it(bucket, folder):
@@ -221,7 +221,7 @@ def test_one_that_cannot_be_sent_ends_it(bucket, folder):
 
 
 def test_what_a_killed_process_left(bucket, folder):
-    """It goes; not so where other files are among it, or where nothing says that it is that."""
+    """An unfinished upload is deleted, but not if it holds other files or has no mark UNFINISHED."""
     bucket.fail("POST .*upload", 0.0, times=5)
     bucket.fail("POST .*upload", 403, times=1)
     with pytest.raises(InputError):
@@ -238,7 +238,7 @@ def test_what_a_killed_process_left(bucket, folder):
 
 
 def test_who_was_taken_over_finishes_nothing(bucket, folder):
-    """Another process took this one for a killed one: half of each would be no model."""
+    """Another process took over, believing this one killed; it stops, as half of each would be no model."""
 
     def put(file):
         bucket.store.pipe_file(f"{NAME}/model/{uploads.UNFINISHED}", b"7 on another\nconfig.json")

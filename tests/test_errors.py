@@ -14,7 +14,7 @@ MODULES = {
     "scikit_learn": "sklearn",
     "python_multipart": "multipart",
     "jax": "libtpu",
-}  # where the package's name is another
+}  # package → module, if the names differ
 
 
 @pytest.mark.parametrize("extra", ["tpu", "train", "serve", "convert", "eval", "speech", "demo", "gcs"])

@@ -10,7 +10,7 @@ import pytest
 from paths import ROOT
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-RECIPES = {  # heading → files that it may touch
+RECIPES = {  # heading → number of files that the recipe may change
     "A vision tower": 4,
     "A language model, or a parameter of it": 4,
     "A compressor": 3,
@@ -65,7 +65,7 @@ def test_few_files(heading):
 
 
 def test_the_recipes_work(tmp_path):
-    """All five in one copy, one after the other as they stand on the page."""
+    """All five are applied to one copy in the page's order, and the page's checks pass."""
     shutil.copytree(ROOT / "llamavid_jax", tmp_path / "llamavid_jax", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "configs" / "models" / "tiny.yaml", tmp_path)
     for heading in RECIPES:

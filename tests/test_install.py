@@ -14,7 +14,7 @@ from paths import ROOT
 
 import llamavid_jax
 
-FOLDERS = {"llamavid_jax": "", "conversion": "conversion", "configs": "configs", "demo": "demo"}  # in the package
+FOLDERS = {"llamavid_jax": "", "conversion": "conversion", "configs": "configs", "demo": "demo"}  # → folder in package
 
 
 def pip(*arguments: str | Path) -> None:
@@ -65,7 +65,7 @@ def test_the_wheel_holds_all_below_one_name(site):
 
 
 def test_the_demo_from_another_folder(site, tmp_path):
-    """Twice: the second call compiles nothing."""
+    """It runs twice; the second run compiles nothing."""
     record = json.loads((ROOT / "demo" / "held_out.json").read_text())
     answers = [turn["value"] for turn in record["conversations"][1::2]]
     programs = []

@@ -21,7 +21,7 @@ PUBLIC = (
 
 
 def test_import_is_light():
-    """The package alone brings nothing in; all public classes no torch, video reader or transformers."""
+    """The package alone imports no JAX; all public classes import no torch, video reader or transformers."""
     code = "import sys, llamavid_jax; print(*sys.modules); [getattr(llamavid_jax, name) for name in sys.argv[1:]]"
     code += "; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *PUBLIC], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -32,7 +32,7 @@ def test_import_is_light():
 
 @pytest.mark.parametrize("first", ["llamavid_jax", "transformers"])
 def test_transformers_finds_the_classes(first):
-    """Whichever is imported first."""
+    """The order of imports does not matter."""
     code = f"import {first}, sys; import llamavid_jax; from transformers import AutoConfig, AutoProcessor; "
     code += "print(*[type(kind.from_pretrained(sys.argv[1])).__name__ for kind in (AutoConfig, AutoProcessor)])"
     command = [sys.executable, "-c", code, str(ROOT / "demo" / "model")]
@@ -59,7 +59,7 @@ def imports(file: Path) -> set[str]:
 
 
 PACKAGE = ROOT / "llamavid_jax"
-# What each room (a folder or file of the package) may import, besides itself.  Rooms come after what they import.
+# What each room (a folder or file of the package) may import, besides itself.  Rooms follow those they import.
 GROUND = {"buckets", "copies", "errors", "files", "pickles", "shapes", "uploads"}
 BELOW = {
     "errors": set(),
@@ -99,7 +99,7 @@ FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__in
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_room_imports_what_stands_below_it(file):
-    """Wherever in the file the import stands.  torch lives in `conversion/`, which nothing in the package imports."""
+    """Imports inside functions count too.  torch is used in `conversion/` only, which the package never imports."""
     names = imports(file)
     roots = {name.split(".")[0] for name in names}
     assert not {"torch", "conversion", "infer", "train", "tests"} & roots
@@ -110,7 +110,7 @@ def test_a_room_imports_what_stands_below_it(file):
 
 
 def test_no_circle():
-    """Neither of files nor of rooms, whose order is that of BELOW; an import inside a function counts too."""
+    """No import cycle among files; BELOW's order excludes cycles of rooms.  Imports inside functions count too."""
     modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
     arrows = {module: imports(file) & modules.keys() - {module} for module, file in modules.items()}
     graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which names the files
@@ -118,6 +118,6 @@ def test_no_circle():
 
 @pytest.mark.parametrize("folder", ["conversion", "demo"])
 def test_folders_that_stand_in_two_places(folder):
-    """At the top of the repository and in the installed package: they import their own files relatively."""
+    """They are at the repository's top and in the installed package, so their files import each other relatively."""
     absolute = re.compile(rf"^\s*(from|import) {folder}\b", re.MULTILINE)
     assert not [file.name for file in (ROOT / folder).glob("*.py") if absolute.search(file.read_text(encoding="utf-8"))]

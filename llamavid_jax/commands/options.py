@@ -47,7 +47,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (0: all)")
     parser.add_argument("--seed", type=int, default=0, help="random seed for sampling (0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT")
-    parser.add_argument("--template", default="vicuna_v1", choices=sorted(TEMPLATES), help="conversation format")
+    parser.add_argument(
+        "--template", default="vicuna_v1", choices=sorted(TEMPLATES), help="conversation format (vicuna_v1)"
+    )
 
 
 def read_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -123,6 +123,7 @@ class ModelJudge:
             RETRIES, read=False, backoff_factor=1.0, status_forcelist=BUSY, allowed_methods=None, raise_on_status=False
         )
         self._requests, self._is_said, self._replies = requests, False, self._read_kept()
+        self._turns: dict[str, threading.Lock] = {}
 
     def verdicts(self, cases: Sequence[Case]) -> list[Verdict | None]:
         """A verdict per case, None if it failed.  InputError if the address does not answer as a judge would."""
@@ -162,30 +163,26 @@ class ModelJudge:
     def _reply(self, sent: list[dict[str, str]], attempt: int) -> str | None:
         key = hashlib.sha256(json.dumps([self.url, self.model, sent, attempt]).encode()).hexdigest()
         with self._lock:
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:  # cases with the same messages have one call
             if (kept := self._replies.get(key)) is not None:
                 self._replies[key] = Reply(kept.text)  # its tokens are counted once, however many cases it answers
-        if kept is not None:
-            self._count(**{"kept replies": 1, "tokens in": kept.tokens_in, "tokens out": kept.tokens_out})
-            return kept.text
-        reply = self._call(sent)
-        if reply is None:
-            return None
-        self._count(**{"tokens in": reply.tokens_in, "tokens out": reply.tokens_out})
-        if reply.text:  # an empty one is requested again by the next scoring
-            with self._lock:
-                if key in self._replies:
-                    return self._replies[key].text  # of another case with the same messages
+                self._count(**{"kept replies": 1, "tokens in": kept.tokens_in, "tokens out": kept.tokens_out})
+                return kept.text
+            reply = self._call(sent)
+            if reply is None:
+                return None
+            self._count(**{"tokens in": reply.tokens_in, "tokens out": reply.tokens_out})
+            if reply.text:  # an empty one is requested again by the next scoring
                 self._replies[key] = Reply(reply.text)
-                if self.kept is not None:
-                    row = {
-                        "key": key,
-                        "reply": reply.text,
-                        "tokens in": reply.tokens_in,
-                        "tokens out": reply.tokens_out,
-                    }
-                    with self.kept.open("a", encoding="utf-8") as file:
-                        file.write("\n" + json.dumps(row))  # after a line cut off by a kill
+                self._keep(key, reply)
         return reply.text
+
+    def _keep(self, key: str, reply: Reply) -> None:
+        if self.kept is not None:
+            row = {"key": key, "reply": reply.text, "tokens in": reply.tokens_in, "tokens out": reply.tokens_out}
+            with self._lock, self.kept.open("a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps(row))  # after a line cut off by a kill
 
     def _call(self, sent: list[dict[str, str]]) -> Reply | None:
         """The reply's text; None if the server gives none for these messages."""

@@ -73,7 +73,11 @@ def current(rows: Sequence[Row], rest: Sequence[Row], references: Mapping[str, A
     """The rows with the present references: the folder's annotations may have changed since they were written."""
     known = {name: {"reference": reference} for name, reference in references.items()}
     known |= {row["id"]: row for row in rest}
-    kept = [row for row in rows if not (retry and "error" in row) and (row["text"] is not None or row["id"] in known)]
+    kept = [
+        row
+        for row in rows
+        if not (retry and "error" in row) and (row.get("text", "") is not None or row["id"] in known)
+    ]
     return [json.loads(as_line({**row, **known.get(row["id"], {})})) for row in kept]
 
 
@@ -119,7 +123,7 @@ def open_store(
         file.seek(whole)
         store = Store(file, rows, [one for one, _, more in others if current(more, rest, references, False) != more])
         store.done |= {row["id"] for *_, more in others for row in more if not (retry and "error" in row)}
-        if header["shard"][0] == 1:
+        if header.get("shard", [1, 1])[0] == 1:
             store.write([row for row in rest if row["id"] not in store.done])
         yield store
 

@@ -30,9 +30,9 @@ def torch_attention(q, k, v, mask=None, causal=False):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("length", [7, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 300])
 def test_reference_equals_torch(length, kv_heads, causal):
-    """One block of queries, exactly one, and several with a rest."""
+    """Less than a block of queries, exactly one, and more with a partial last block."""
     if kv_heads < 4 and length > QUERY_BLOCK + 1:
-        length = QUERY_BLOCK + 77  # grouped heads meet the blocks once more, at another rest
+        length = QUERY_BLOCK + 77  # grouped heads: another partial last block
     q, k, v = random((1, length, 4, 8), (1, length, kv_heads, 8), (1, length, kv_heads, 8))
     assert relative_error(reference_attention(q, k, v, causal=causal), torch_attention(q, k, v, causal=causal)) < BAR
 
@@ -46,10 +46,10 @@ def test_reference_with_other_keys_than_queries():
 @pytest.mark.parity
 @pytest.mark.parametrize("shape", [(9,), (6, 9), (2, 1, 1, 9), (2, 4, 6, 9)])
 def test_masks_equal_torch(shape):
-    """A mask of keys, of queries and keys, of rows, of everything."""
+    """Masks over keys, over queries and keys, over batch and keys, and over all four axes."""
     q, k, v = random((2, 6, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8))
     mask = np.random.default_rng(1).random(shape) < 0.5
-    mask[..., 0] = True  # every query sees something
+    mask[..., 0] = True  # every query attends to at least one key
     got = reference_attention(q, k, v, mask=jnp.asarray(mask))
     assert relative_error(got, torch_attention(q, k, v, np.broadcast_to(mask, (2, 4, 6, 9)))) < BAR
 
@@ -61,7 +61,7 @@ def test_dropout_drops_weights_and_keeps_their_mean():
         for key in jax.random.split(jax.random.key(0), 64)
     ]
     assert relative_error(dropped[0], dropped[1]) > 0.1
-    assert relative_error(np.mean(dropped, axis=0), reference_attention(q, k, v)) < 0.1  # 64 draws
+    assert relative_error(np.mean(dropped, axis=0), reference_attention(q, k, v)) < 0.1  # mean of 64 draws
 
 
 MESHES = {"one device": None, "tensor=4, data=2": {"tensor": 4, "data": 2}, "tensor=8": {"tensor": 8}}
@@ -71,7 +71,7 @@ MESHES = {"one device": None, "tensor=4, data=2": {"tensor": 4, "data": 2}, "ten
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("kv_heads", [8, 4, 2])
 def test_splash_equals_the_reference(mesh, kv_heads):
-    """Multi-head, grouped, and grouped where two key-value heads do not divide over four or eight shards."""
+    """Multi-head and grouped, including two key-value heads, which four or eight shards cannot split."""
     q, k, v = random((2, 256, 8, 64), (2, 256, kv_heads, 64), (2, 256, kv_heads, 64))
     wanted = reference_attention(q, k, v, causal=True)
     assert relative_error(on_mesh(mesh, lambda: splash_attention(q, k, v, interpret=True)), wanted) < BAR
@@ -98,7 +98,7 @@ def packed_torch_attention(q, k, v, ids):
 @pytest.mark.parity
 @pytest.mark.parametrize("length", [11, QUERY_BLOCK + 77])
 def test_samples_that_share_a_row_see_themselves_alone(length):
-    """In one block of queries and in several, with gradients."""
+    """Packed samples, in one block of queries and in several, with gradients."""
     q, k, v, weight = random((2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8), (2, length, 4, 8))
     ids = segments(length)
     got = attention(q, k, v, causal=True, segment_ids=jnp.asarray(ids))

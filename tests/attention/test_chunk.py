@@ -1,4 +1,4 @@
-"""A chunk behind a cache sees what the whole row's attention sees."""
+"""Attention of a chunk over a cache equals attention over the whole row."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ from llamavid_jax.attention.reference import reference_attention
 @pytest.mark.parametrize(("start", "size", "slots"), [(0, 8, 16), (3, 8, 16), (13, 8, 48), (24, 8, 40), (31, 1, 32)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_the_whole_row(monkeypatch, start, size, slots, kv_heads):
-    """The cache is looked at in blocks of 16, the last of which lies over the one before; behind `start` is noise."""
+    """The cache is read in blocks of 16, the last of which overlaps the one before; from `start` on it holds noise."""
     monkeypatch.setattr(chunk, "KEY_BLOCK", 16)
     rng = np.random.default_rng(start)
     length = start + size

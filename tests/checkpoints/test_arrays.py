@@ -24,7 +24,7 @@ from llamavid_jax.parallel.mesh import make_mesh
 
 @pytest.fixture(scope="module")
 def part() -> dict[str, jax.Array]:
-    """Every type that is stored, sharded, replicated and alone; zeros, which no file need hold."""
+    """Every stored dtype, sharded, replicated or on one device; zeros, which need no file."""
     draw, mesh = np.random.default_rng(0), make_mesh(fsdp=4, tensor=2)
 
     def place(value: np.ndarray, dtype: str, *axes: str) -> jax.Array:
@@ -48,7 +48,7 @@ def test_a_flipped_bit_of_a_saved_part(part, tmp_path):
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_a_flipped_bit_of_converted_weights(quantize, tmp_path):
-    """Of some arrays of a conversion, read and checked as `load_weights` and the converters back do."""
+    """In some of the converted arrays, read and checked as by `load_weights` and the conversion back to PyTorch."""
     convert(ORIGINAL, tmp_path / "out", quantize=quantize)
     folder, kept = tmp_path / "out/weights", ("llama.layers.attn.q.kernel", "llama.norm.scale", "visual_tokens.")
     for array in folder.glob("*.*/"):
@@ -72,7 +72,7 @@ def test_the_shipped_model_has_sums():
 
 @pytest.mark.sharding
 def test_orbax_reads_it_and_is_read(part, tmp_path):
-    """Folders from before there were sums; damage of their index is told, that of values is not seen."""
+    """Orbax's own folders have no checksums: damage of their index is reported, damage of values goes unnoticed."""
     save_part(tmp_path / "new", part)
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore((tmp_path / "new/weights").absolute())
@@ -92,7 +92,7 @@ def test_what_is_missing_is_named(tmp_path, capfd):
         Arrays(tmp_path)
     convert(ORIGINAL, tmp_path)
     weights = tmp_path / "weights"
-    (weights / "_METADATA").write_text("{")  # Orbax's, and of no use here
+    (weights / "_METADATA").write_text("{")  # Orbax's file, which we do not read
     load_weights(tmp_path, CONFIG)
     (weights / "llama.norm.scale/c/0").unlink()
     with pytest.raises(CheckpointError, match=r'llama\.norm\.scale/c/0" is missing\); convert again'):
@@ -144,7 +144,7 @@ except CheckpointError as error:
 
 @pytest.mark.sharding
 def test_two_processes(tmp_path):
-    """Each writes its shards, with sums; where one cannot, both say so and nothing is left."""
+    """Each writes its shards, with checksums; if one cannot, both report it and leave no files."""
     outputs = two_processes(SAVES, str(tmp_path / "saved"))
     for output, reason in zip(outputs, ("another process cannot write its part", "File too large"), strict=True):
         assert "saved-full/weights cannot be written (" in output and reason in output, outputs
@@ -164,7 +164,7 @@ def test_two_processes(tmp_path):
 
 
 def test_no_room(tmp_path):
-    """Longer files fail, as on a full disk: one line, and nothing is left that loads."""
+    """Files over 20,000 bytes fail, as on a full disk: an error of one line, and no files are left."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:

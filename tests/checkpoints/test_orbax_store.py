@@ -62,7 +62,7 @@ def test_restore_onto_eight_devices(tmp_path):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """1.3 GB in one shard, 400 MB in one stacked parameter; its storages are holes in the file."""
+    """1.3 GB in one shard, 400 MB in one stacked parameter; the file is sparse."""
     text = LlamaConfig(512, 1024, 8192, 25, 8, 8, 128)
     config = dataclasses.replace(CONFIG, text_config=text)
     folder = tmp_path_factory.mktemp("large")
@@ -113,5 +113,5 @@ def test_a_killed_conversion_leaves_nothing_that_loads(large, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match=r"config\.json does not exist"):
         LLaMAVIDLlavaConfig.from_pretrained(tmp_path / "out.partial")
-    convert(ORIGINAL, tmp_path / "out")  # what was left, its lock too, is in nobody's way
+    convert(ORIGINAL, tmp_path / "out")  # the leftovers, with their lock, do not block a new conversion
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -18,7 +18,7 @@ def test_the_train_step_is_measured(monkeypatch, capsys):
 
 
 def test_the_padding_of_the_shipped_recipe_is_printed(monkeypatch, capsys):
-    """As it stands, and with one sample a row."""
+    """For the recipe as shipped, and with one sample per row."""
     printed = []
     for overrides in ([], ["data.packing=false"]):
         monkeypatch.setattr("sys.argv", ["packing", "--samples", "4000", *overrides])
@@ -37,7 +37,7 @@ def test_readers_of_a_film_are_compared(capsys):
 
 
 def test_a_film_and_its_stages(capsys):
-    """Their frames are equal, which `measure` asserts."""
+    """`measure` asserts that both ways to read the film give equal features."""
     assert film.main([str(ROOT / "demo" / "space.mp4"), "--fps", "0.5"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row[0] for row in rows] == ["| 0.5"] * 8
@@ -46,7 +46,7 @@ def test_a_film_and_its_stages(capsys):
 
 @pytest.mark.parity
 def test_a_device_beside_pytorch(tmp_path, monkeypatch, capsys):
-    """Both compute the same, in every row that has both; what is measured already is not measured again."""
+    """Both give the same results in every row that has both; parts measured before are not measured again."""
     monkeypatch.setattr(timing, "WARM_UP", 1)
     kept, parts = tmp_path / "kept.jsonl", [part for part in device.PARTS if part != "film"]
     command = ["--rehearse", "--kept", str(kept)]
@@ -55,7 +55,7 @@ def test_a_device_beside_pytorch(tmp_path, monkeypatch, capsys):
     found = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [part["part"] for part in found] == parts
     errors = {row["work"]: row["error"] for part in found for row in part["rows"]}
-    bars = {"int8": 0.05, "train": 0.02, "": 1e-5}  # kernels rounded in other blocks; bfloat16; float32
+    bars = {"int8": 0.05, "train": 0.02, "": 1e-5}  # kernels quantized in other blocks; bfloat16; float32
     assert len(errors) == 6
     for work, error in errors.items():
         assert error < next(bar for name, bar in bars.items() if name in work), work
@@ -76,7 +76,7 @@ def test_a_device_beside_pytorch(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parity
 def test_a_cpu_beside_pytorch(monkeypatch, capsys):
-    """Both compute the same."""
+    """Both give the same results."""
     tiny = {"vocab_size": 99, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setattr(cpu, "SMALL", dataclasses.replace(cpu.SMALL, **tiny, **heads))

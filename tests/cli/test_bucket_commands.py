@@ -79,7 +79,7 @@ def until(condition: Callable[[], bool], process) -> None:
 
 
 def test_training_goes_on(bucket: Bucket, disk, env, whole):
-    """After kill -9, the bucket's faults within a save, kill -9 within the model, and damage: the same losses."""
+    """kill -9, bucket faults during a save, kill -9 during the model's upload, and damage do not change the losses."""
     output = f"{bucket.url}/runs/one"
     command = train(bucket.url, output, "training.save_every=1")
     run([*command, "--simulate-fault", "kill@5"], env, -signal.SIGKILL)
@@ -109,11 +109,11 @@ def test_training_goes_on(bucket: Bucket, disk, env, whole):
 
 
 def test_a_later_run_takes_over(bucket: Bucket, disk, env):
-    """No lock outlives a process that was killed; the older of two sees at its next save that it is."""
+    """There is no lock for a killed process to leave behind; the older of two runs stops at its next save."""
     output = f"{bucket.url}/runs/two"
     older = start([*train(bucket.url, output, "training.save_every=1"), "--simulate-fault", "slow@1"], env)
     until(lambda: bucket.store.exists(f"{NAME}/runs/two/metrics.jsonl"), older)
-    bucket.store.pipe_file(f"{NAME}/runs/two/.owner", b"7 on another\n")  # as a later run does at its start
+    bucket.store.pipe_file(f"{NAME}/runs/two/.owner", b"7 on another\n")  # as a later run does when it starts
     said = older.communicate(timeout=600)[0]
     assert older.returncode == 2 and f"{output} was taken over by another run (7 on another)" in said, said
 
@@ -127,7 +127,7 @@ def test_a_later_run_takes_over(bucket: Bucket, disk, env):
     ],
 )
 def test_it_is_said_before_the_hours(bucket: Bucket, env, output, said):
-    """A bucket that is not there, or may not be written to: before the weights are read."""
+    """A bucket that does not exist or is not writable is reported before the weights are read."""
     if "gs://films" in output:
         bucket.fail("POST .*upload", 403)
     printed = run(train(bucket.url, output), env, code=2)
@@ -149,7 +149,7 @@ def here(tmp_path, monkeypatch, bucket) -> Iterator[Path]:
 
 
 def test_answers(bucket: Bucket, disk, model, here, capsys):
-    """infer.py and llamavid-batch: the same answers as from the disk; the second one goes on."""
+    """infer.py and llamavid-batch give the same answers as from the local disk; llamavid-batch resumes."""
     common = ["--dtype", "float32", "--max-new-tokens", "4"]
     asked = ["--question", "what is the man doing?", *common]
     local = bucket.get("a model", here / "model")
@@ -166,13 +166,13 @@ def test_answers(bucket: Bucket, disk, model, here, capsys):
     assert batch.main(given) == 0
     lines = bucket.files("out")["a.jsonl"].splitlines(keepends=True)
     assert [json.loads(line)["answer"] for line in lines] == [answer.strip()] * 2
-    bucket.store.pipe_file(f"{NAME}/out/a.jsonl", lines[0])  # as a machine that is gone had left it
+    bucket.store.pipe_file(f"{NAME}/out/a.jsonl", lines[0])  # as left by another machine that stopped
     assert batch.main(given) == 0 and "1 of 2 rows are answered already" in capsys.readouterr().err
     assert bucket.files("out")["a.jsonl"] == b"".join(lines)
 
 
 def test_data(bucket: Bucket, disk, model, here, capsys):
-    """The check of a set, shards made of it and read, and features: from a bucket to a bucket."""
+    """Validating a set, building and reading its shards, and making features, all from bucket to bucket."""
     data = f"{bucket.url}/data set/data.json"
     assert validate.main([data, "--json", f"{bucket.url}/out/report.json"]) == 0
     assert json.loads(bucket.files("out")["report.json"])["broken"] == []
@@ -204,7 +204,7 @@ def test_shards_beyond_the_copies_are_refused(bucket: Bucket, disk, here, monkey
 
 
 def test_conversion_both_ways(bucket: Bucket, here, capsys):
-    """Bit for bit, and the file that makes a folder one of a model is the last; a failure leaves none."""
+    """Weights are equal bit for bit, and config.json is uploaded last; a failed conversion leaves no files."""
     source = bucket.put(ORIGINAL, "original")
     assert torch_to_jax.main([source, f"{bucket.url}/converted"]) == 0
     written = bucket.store.find(f"{NAME}/converted", detail=True).values()
@@ -220,7 +220,7 @@ def test_conversion_both_ways(bucket: Bucket, here, capsys):
 
 
 def test_what_a_killed_conversion_left(bucket: Bucket, here, env, capsys):
-    """kill -9 in the middle of the upload: the same command makes it whole; a folder of other things stays."""
+    """After kill -9 during the upload the same command completes it, but refuses a folder that holds other files."""
     out = f"{bucket.url}/killed"
     command = [sys.executable, "-m", "conversion.torch_to_jax", str(ORIGINAL), out]
     before = len(bucket.seen)
@@ -272,7 +272,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_path_is_missed(bucket: Bucket, model, here, capsys, name):
-    """Nothing is there: one line, which names an address, and no folder `gs:` on the disk (`here`)."""
+    """No path exists: the error names an address, and no local folder `gs:` appears (checked by `here`)."""
     main, arguments = COMMANDS[name]
     arguments = re.sub(r"(?<![\w{-])([A-G])\b(?!=)", r"gs://films/none/\1", arguments)
     arguments = [

@@ -52,7 +52,7 @@ def video_answer(checkpoint) -> dict:
 
 
 def test_json(video_answer):
-    """One object on stdout: 12 frames of a clip of 12 seconds, 2 tokens each."""
+    """One JSON object on stdout: 12 frames from a clip of 12 seconds, 2 tokens each."""
     assert (video_answer["frames"], video_answer["visual_tokens"], video_answer["new_tokens"]) == (12, 24, 8)
     assert video_answer["prompt_tokens"] > 24
     assert set(video_answer["seconds"]) == {"load", "encode", "generate"}
@@ -78,7 +78,7 @@ def test_evidence_that_cannot_be_drawn_is_said_first(ask, file, said):
 
 
 def test_the_rate_is_the_checkpoints_own(checkpoint, capsys, tmp_path):
-    """Of video_preprocessor_config.json, unless --fps says another; a number of frames is no rate."""
+    """It comes from video_preprocessor_config.json unless --fps is given; `num_frames` in its place is refused."""
     shutil.copytree(checkpoint, tmp_path / "model")
     file, most = tmp_path / "model" / "video_preprocessor_config.json", ("--max-new-tokens", "1", "--json")
     command = ["--model", str(tmp_path / "model"), "--video", CLIP, "--question", QUESTION, *most]
@@ -154,7 +154,7 @@ def test_text_only(ask):
 
 
 def test_chat_encodes_the_video_once(ask, monkeypatch, video_answer):
-    """Later turns see the earlier ones and the video, whose frames are decoded once."""
+    """Later prompts hold the earlier turns and the video, which is encoded once."""
     lines = iter(["and then?\n", "\n", "who?\n", ""])
     monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
     code, out, _ = ask("--video", CLIP, "--question", QUESTION, "--chat", "--json")
@@ -256,7 +256,7 @@ def test_bad_input(checkpoint, picture, message, capsys):
 
 @pytest.mark.parametrize("option", ["--video", "--image"])
 def test_a_file_that_cannot_be_used_is_known_before_the_weights_are_read(checkpoint, tmp_path, capsys, option):
-    """Loading 7B takes minutes; here it could not even begin."""
+    """Loading 7B takes minutes; here there are no weights to load."""
     (tmp_path / "sound.bin").write_bytes(b"no pixels")
     for path in Path(checkpoint).iterdir():
         if path.name != "weights":
@@ -274,7 +274,7 @@ def test_a_checkpoint_without_tokenizer(checkpoint, tmp_path, capsys):
 
 
 def test_a_question_that_is_no_text_is_said(ask, monkeypatch):
-    """And the chat goes on, whatever the terminal's encoding is."""
+    """A question that is not UTF-8 is reported, whatever the terminal's encoding, and the chat continues."""
     lines = io.TextIOWrapper(io.BytesIO("où?\n".encode() + b"caf\xe9?\nwho?\n"), encoding="ascii")
     monkeypatch.setattr("sys.stdin", lines)
     code, out, err = ask("--chat", "--json")
@@ -283,7 +283,7 @@ def test_a_question_that_is_no_text_is_said(ask, monkeypatch):
 
 
 def test_a_chat_goes_on_beyond_the_positions(ask, monkeypatch, tmp_path):
-    """The oldest turns are left out, which is said once; every answer has its picture."""
+    """The oldest turns are left out, which is reported once; every answer has its evidence image."""
     lines = iter([f"{number} " + "what " * 400 + "\n" for number in range(4)] + [""])
     monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
     code, out, err = ask("--video", CLIP, "--chat", "--json", "--evidence", str(tmp_path / "looked.png"))
@@ -303,7 +303,7 @@ def test_a_choice_of_words_that_greedy_decoding_does_not_make_is_told(capsys):
 
 
 def test_like_the_original(ask, monkeypatch, picture):
-    """Its template, crop and sampling; what is given beside it holds; the newest question alone shows the visuals."""
+    """Defaults are the original's template, crop and sampling; only the newest question has visual tokens."""
     lines = iter(["and then?\n", ""])
     monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
     _, out, _ = ask("--image", picture, "--chat", "--question", "what?", "--like-original", "--json")
@@ -317,7 +317,7 @@ def test_like_the_original(ask, monkeypatch, picture):
 
 
 def test_subtitles(ask, tmp_path):
-    """As many placeholders as visual tokens, and the words in between."""
+    """Subtitles add text tokens to the prompt and leave the number of visual tokens."""
     (tmp_path / "film.srt").write_text("1\n00:00:01,000 --> 00:00:04,000\nWho goes there?\n")
     with_words, without = (
         json.loads(ask("--video", CLIP, "--question", QUESTION, "--json", *more)[1])
@@ -328,7 +328,7 @@ def test_subtitles(ask, tmp_path):
 
 
 def test_transcribe(ask, monkeypatch):
-    """What is heard stands where subtitles do; without the extra, or the sound, that is said."""
+    """Transcribed speech takes the place of subtitles; a missing extra or a video without sound is reported."""
     asked = ["--video", CLIP, "--question", QUESTION, "--json"]
     heard = {"small": [Cue(4.0, "Who goes there?")], "tiny": []}
     monkeypatch.setattr(infer, "film_speech", lambda video, model: heard[model])
@@ -346,7 +346,7 @@ def test_transcribe(ask, monkeypatch):
 
 
 def test_times(ask):
-    """ "[0:00]" to "[0:11]", or once."""
+    """Each frame has its time, "[0:00]" to "[0:11]"; with `minute`, only the first of each minute has."""
     asked = ["--video", CLIP, "--question", QUESTION, "--json"]
     frame, minute = (json.loads(ask(*asked, "--times", *of)[1]) for of in ([], ["minute"]))
     assert frame["visual_tokens"] == minute["visual_tokens"] == 24
@@ -357,7 +357,7 @@ def test_times(ask):
     ("shell", "code", "says"),
     [
         ("--question hi >&-", 2, "infer.py: stdout is closed, and the answer goes there; leave it open"),
-        ("--question hi --video nothing.mp4 2>&-", 2, ""),  # not on stdout, as if it were the answer
+        ("--question hi --video nothing.mp4 2>&-", 2, ""),  # the error is not printed on stdout in place of the answer
         ("--chat <&-", 2, "infer.py: stdin is closed, and --chat reads its questions there"),
         ("--question hi <&- >&- 2>&-", 2, ""),
         ("--question caf$'\\xe9'", 2, "infer.py: --question is 'caf\\udce9', which is not UTF-8"),
@@ -368,7 +368,7 @@ def test_times(ask):
     ],
 )
 def test_streams(shell, code, says, tmp_path):
-    """Closed ones, other encodings, and nothing that a terminal would obey; all before JAX is imported."""
+    """Closed streams, other encodings and escaped control characters, all checked before JAX is imported."""
     command = f"{sys.executable} infer.py --model demo/model {shell}"
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -377,7 +377,7 @@ def test_streams(shell, code, says, tmp_path):
 
 
 def test_the_question_in_another_locale(checkpoint):
-    """Its bytes are UTF-8 all the same: Python takes them for ASCII there."""
+    """The argument's bytes are read as UTF-8, although Python decodes them as ASCII in the C locale."""
     command = [sys.executable, "infer.py", "--model", checkpoint, "--question", "Où est l'été ?", "--json"]
     command += ["--max-new-tokens", "8", "--stop", "é"]
     usual, other = (
@@ -412,7 +412,7 @@ def test_answers_do_not_reach_into_the_terminal(monkeypatch, capsys):
 
 
 def test_a_terminal_that_is_not_utf8(ask, monkeypatch):
-    """JSON stays JSON."""
+    """The output is still valid JSON."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", out)
     code, _, err = ask("--question", "hi", "--json")
@@ -421,7 +421,7 @@ def test_a_terminal_that_is_not_utf8(ask, monkeypatch):
 
 
 def test_what_a_film_may_be_given_up_for(ask, tmp_path):
-    """Key frames alone, a lower rate, the beginning of a damaged file: each is said on stderr."""
+    """Only key frames, a lower rate, only the first part of a damaged file: each is reported on stderr."""
     film = write_clip(tmp_path / "film.mkv", [index_frame(i % 1024) for i in range(1050)])
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(film.read_bytes()[: film.stat().st_size // 2])

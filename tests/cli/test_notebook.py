@@ -60,7 +60,7 @@ def test_outputs_are_cleared(name):
 
 
 def test_what_fits_on_kaggle_is_what_the_compiler_said():
-    """The largest of the programs in docs/tpu.md, cut over eight chips and in copies."""
+    """Its figures are the largest of the programs in docs/tpu.md, sharded over eight chips and replicated."""
 
     def largest(model: str, mesh: str) -> float:
         rows = re.findall(rf"\| 7b_224_{model}, bfloat16: .*\| v5e:2x4 \(8\) \| {mesh} \| ([\d.]+) of 16 GiB", table)
@@ -74,7 +74,7 @@ def test_what_fits_on_kaggle_is_what_the_compiler_said():
 
 
 def test_every_cell_in_place(tmp_path):
-    """The demo model about its held-out clip, on one device; the plan comes before the weights are read."""
+    """The demo model answers about its held-out clip on one device; the plan is printed before the weights are read."""
     notebook = read(COLAB)
     execute(notebook, FOLDER, tmp_path, devices=1)
     assert "8 frames at 1 a second" in printed(notebook, "video")
@@ -100,20 +100,20 @@ ln -s {root}/llamavid_jax {root}/conversion {root}/demo {root}/requirements.txt 
 @both
 @pytest.mark.sharding
 def test_every_cell_in_a_fresh_folder(name, tmp_path):
-    """As on Colab and Kaggle: fetched, installed, converted from the original's layout, cut over two devices.
+    """As on Colab and Kaggle: fetched, installed, converted from the original's layout, sharded over two devices.
 
-    The model is the demo's.  Stand-ins for git and pip note what they are asked.
+    The model is the demo's.  A stand-in replaces git; another replaces pip and records its arguments.
     """
     released = tmp_path / "released"
     assert jax_to_torch.main([str(ROOT / "demo" / "model"), str(released), "--layout", "original"]) == 0
     stubs, fresh = tmp_path / "stubs", tmp_path / "content"
     (stubs / "pip").mkdir(parents=True)
-    (stubs / "pip" / "__init__.py").touch()  # without it the installed one comes first
+    (stubs / "pip" / "__init__.py").touch()  # without this file the installed pip would be imported
     (stubs / "pip" / "__main__.py").write_text("import sys\nopen(__file__ + '.asked', 'w').write(str(sys.argv[1:]))\n")
     (stubs / "git").write_text(STUB.format(root=ROOT))
     (stubs / "git").chmod(0o755)
     fresh.mkdir()
-    shutil.copy(ROOT / "demo" / "held_out.mp4", fresh / "mine.mp4")  # a video beside the notebook, by its name alone
+    shutil.copy(ROOT / "demo" / "held_out.mp4", fresh / "mine.mp4")  # the user's video, named without a folder
     notebook = read(name)
     parameters = next(cell for cell in notebook.cells if cell.id == "parameters")
     parameters.source = re.sub(r'^MODEL = ".*?"', f'MODEL = "{released}"', parameters.source).replace("= 128", "= 16")

@@ -45,7 +45,7 @@ def test_python_example(checkpoint, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_commands_parse(start, main, count, tmp_path, monkeypatch, capsys):
-    """Each stops at the first file that is not there, not at its flags."""
+    """Each command stops at the first missing file, not at its flags."""
     monkeypatch.chdir(tmp_path)
     found = commands(start)
     assert len(found) == count

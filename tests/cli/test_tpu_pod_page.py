@@ -40,7 +40,7 @@ def rows_divide(config: TrainConfig, mesh: str) -> bool:
 
 @pytest.mark.sharding
 def test_the_rehearsal(tmp_path):
-    """Data, two processes, a bucket that goes away, SIGTERM to one of them, the restart, the hours."""
+    """Data, two processes, a bucket outage, SIGTERM to one process, the restart, the report of hours."""
     for name in ("train.py", "llamavid_jax", "configs", "demo", "deploy", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     env = environment(1)
@@ -76,7 +76,7 @@ def test_compile_check_understands_its_lines(monkeypatch):
 
 
 def test_what_reaches_the_hosts(monkeypatch):
-    """The commands for all hosts, through stand-ins for what Google Cloud needs: every quote is in its place."""
+    """The commands for all hosts are quoted correctly; stand-ins for Google Cloud's tools print their arguments."""
     monkeypatch.chdir(ROOT)
     said = bash(STUBS + "".join(ELSEWHERE))
     assert said.returncode == 0, said.stderr

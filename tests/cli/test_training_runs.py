@@ -88,9 +88,9 @@ def test_a_run_leaves_a_model_that_answers(whole, env):
 
 
 def test_faults_change_nothing(folder, env, whole):
-    """A full disk, a hang and kill -9 at the save of step 3 or behind it, each in its process, then the end.
+    """A full disk, a hang and kill -9 at or after the save of step 3, each in its own process, then a run to the end.
 
-    The last goes on from a copy on its own disk, which is newer.
+    The last run resumes from a newer copy on the local disk.
     """
     output, copies = folder / "faults", (f"training.local_copies={folder / 'local'}", "training.local_every=1")
 
@@ -102,7 +102,7 @@ def test_faults_change_nothing(folder, env, whole):
     hung = struck("hang@5", code=HUNG)
     assert "no step in" in hung and f"ends with code {HUNG}" in hung and "faults.py" in hung and "in strike" in hung
     assert "step 3 of 6" in struck("kill@6", -signal.SIGKILL, *copies)
-    assert re.search("step [45] of 6", run(six_steps(folder, output, *copies), env))  # that of 5 was being written
+    assert re.search("step [45] of 6", run(six_steps(folder, output, *copies), env))  # step 5's copy may be incomplete
     assert_same(output, whole)
     totals = tally(JsonLines(output / "goodput.jsonl", pytest.fail).rows())
     assert all(totals[part] > 0 for part in ("steps", "compile", "save", "restore", "start", "lost", "idle"))
@@ -116,7 +116,7 @@ def test_a_step_that_is_not_finite_is_skipped(folder, env, whole):
 
 
 def test_preempted_and_resumed(folder, env, whole):
-    """SIGTERM saves and ends with code 143; the same command goes on."""
+    """SIGTERM saves and ends with code 143; the same command resumes."""
     output = folder / "preempted"
     process = start(six_steps(folder, output, "training.save_every=100"), env)
     until(lambda: len(metrics_lines(output)) >= 1, process)
@@ -146,7 +146,7 @@ def test_other_settings_in_the_same_output_are_refused(folder, env, whole):
 
 
 def test_stages_follow_one_another(folder, env, whole):
-    """Stage 1 leaves an adapter that stage 2 puts over the same base; stage 3 starts from stage 2's model."""
+    """Stage 2 loads stage 1's adapter over the same base; stage 3 starts from stage 2's model."""
     data, tokenizers = folder / "data" / "data.json", folder / "tokenizers"
     captions = folder / "data" / "captions.json"
     records = [r for r in json.loads(data.read_text()) if "image" in r or "video" in r]
@@ -192,7 +192,7 @@ def test_stages_follow_one_another(folder, env, whole):
 
 @pytest.mark.parametrize("base", ["float", "nf4"])
 def test_lora_trains_and_saves(base, folder, env, whole):
-    """Updates over kernels as they are, or in four bits, which go into the whole kernels at the end."""
+    """Low-rank updates over float or 4-bit kernels, merged into the float kernels at the end."""
     data, tokenizers = folder / "data" / "data.json", folder / "tokenizers"
     output = folder / f"lora-{base}"
     run(
@@ -227,11 +227,11 @@ def test_broken_samples_are_named_and_too_many_stop_the_run(folder, env):
     assert "sample 0" in text and "absent.png" in text and "data.max_broken" in text
     run([*arguments, "data.max_broken=0.2", "training.steps=4"], env)
     skipped = [json.loads(line) for line in (folder / "broken" / "skipped.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in skipped] == ["sample 0"]  # once, however often it was met
+    assert [row["id"] for row in skipped] == ["sample 0"]  # recorded once, however often it is read
 
 
 def test_wrong_paths_are_told_before_the_weights_are_read(folder, capsys, monkeypatch):
-    """In this process, as nothing is computed."""
+    """Runs in this process, as nothing is computed."""
 
     def refused(arguments: list[str]) -> str:
         assert train.main([*arguments[2:], "mesh=fsdp=1"]) == 2
@@ -264,8 +264,9 @@ def test_held_out_set_and_profile(folder, env):
 
 @pytest.mark.sharding
 def test_two_processes_then_one_then_two(folder):
-    """Over loopback.  One with two of eight devices, which adds up more micro-batches, takes the place of two for some
-    steps: the losses stay those of a run that always had two.
+    """For some steps one process with two devices and more micro-batches replaces two with eight devices.
+
+    The losses stay those of a run that always had two processes, which are connected over loopback.
     """
     together, elastic = folder / "together", folder / "elastic"
     settings = ("training.batch_size=8", "training.device_rows=1", "training.save_every=2", "training.keep=3")
@@ -281,7 +282,7 @@ def test_two_processes_then_one_then_two(folder):
         shutil.rmtree(elastic / "checkpoints" / str(step))
     fewer = six_steps(folder, elastic, *settings, "training.save_every=1", "--simulate-fault", "kill@6")
     assert "at step 2 of 6" in run(fewer, environment(2), -signal.SIGKILL)
-    assert re.search("at step [45] of 6", both(elastic))  # a save waits for the one before
+    assert re.search("at step [45] of 6", both(elastic))  # a save waits for the previous one
     # Summation in another order, whose difference Adam's first steps enlarge.
     np.testing.assert_allclose(losses(elastic), losses(together), rtol=1e-5)
     # If a batch were left out or seen twice, they would be those of another step.

@@ -78,7 +78,7 @@ def encoded(monkeypatch) -> list[int]:
 
 
 def test_answers_are_those_of_the_rows_alone(run, checkpoint, media, encoded, capsys):
-    """Each video is encoded once, and rows are answered together."""
+    """Answers to batched rows equal those of single rows, and each video is encoded once."""
     save(media / "q.jsonl", rows())
     code, err = run()
     found = read(media / "a.jsonl")
@@ -133,7 +133,7 @@ def test_rows_that_fail_cost_themselves_alone(run, media, monkeypatch):
         assert message in failed.pop(name) and f"llamavid-batch: {name}: " in err
     assert not failed and "failed: 11 of " in err
 
-    lines[1]["video"] = "2.mp4"  # mended, and its line deleted
+    lines[1]["video"] = "2.mp4"  # repaired; the line of its error is deleted below
     save(media / "q.jsonl", lines)
     kept = [line for line in (media / "a.jsonl").read_text().splitlines() if '"missing"' not in line]
     save(media / "a.jsonl", kept)
@@ -141,7 +141,7 @@ def test_rows_that_fail_cost_themselves_alone(run, media, monkeypatch):
 
 
 def test_other_settings_are_told_of_answers_that_are_there(run, media):
-    """They stay: a row that failed may be asked at another rate."""
+    """Existing answers are kept, with a warning: a failed row may be asked again at another rate."""
     save(media / "q.jsonl", rows()[:1])
     assert "was begun" not in run()[1] and "was begun" not in run()[1]
     code, err = run("--fps", "0.5", "--stop", "x")
@@ -152,7 +152,7 @@ def test_other_settings_are_told_of_answers_that_are_there(run, media):
 
 
 def test_one_that_cannot_be_answered_does_not_cost_its_batch(run, media, monkeypatch):
-    """Whatever the model says of the batch."""
+    """If the model refuses the whole batch, its other rows are still answered."""
     from llamavid_jax.inference.request import RequestError
 
     generate, together = LLaMAVIDLlavaForConditionalGeneration.generate, []
@@ -174,7 +174,7 @@ def test_one_that_cannot_be_answered_does_not_cost_its_batch(run, media, monkeyp
 
 
 def test_the_same_command_goes_on(run, media, encoded):
-    """A torn last line is cut; what is there is neither asked again nor changed."""
+    """An incomplete last line is cut off; existing answers are neither asked again nor changed."""
     save(media / "q.jsonl", rows())
     run()
     lines = (media / "a.jsonl").read_text().splitlines(keepends=True)
@@ -201,7 +201,7 @@ def test_shards_share_the_videos(run, media, encoded):
 
 
 def test_two_processes_share_the_videos(run, media, checkpoint):
-    """They find each other, and then work alone: the first, whose part is there, has ended when the second begins."""
+    """The processes connect, then work independently: the first, whose part exists, ends before the second begins."""
     save(media / "q.jsonl", [row | {"video": str(media / row["video"])} for row in rows()[:9]])
     run(out="whole.jsonl")
     parts, whole = [media / f"a.{index}-of-2.jsonl" for index in range(2)], read(media / "whole.jsonl")
@@ -248,7 +248,7 @@ def bad(case: str, media: Path) -> str:
             answers.write_text("hello\n")
             return "which is no answer; give another --out"
         case "a file of something else":
-            answers.write_text("hello")  # which would be cut as half a line
+            answers.write_text("hello")  # no newline: would be cut as an incomplete line
             return "which is no answer; give another --out"
         case "of others":
             save(answers, [{"id": "b", "question": "who?", "answer": "x"}])
@@ -293,7 +293,7 @@ def test_bad_options(option, run):
 
 
 def test_a_full_disk_loses_nothing(run, media, monkeypatch):
-    """Half a line is written, then no more; the same command goes on from there."""
+    """Half a line is written, then writing fails; the same command resumes from there."""
     save(media / "q.jsonl", rows())
     write = os.write
 
@@ -323,7 +323,7 @@ def test_two_at_once_are_refused(run, media, checkpoint):
 
 
 def test_killed_at_random_moments(run, media, checkpoint):
-    """kill -9 while it starts, encodes, answers and writes: in the end the answers are those of a run in one piece."""
+    """kill -9 while it starts, encodes, answers and writes: the answers are those of an uninterrupted run."""
     save(media / "q.jsonl", rows())
     run(out="whole.jsonl")
     command = [sys.executable, "-m", "llamavid_jax.commands.batch", "--in", "q.jsonl", "--out", "a.jsonl"]
@@ -332,7 +332,7 @@ def test_killed_at_random_moments(run, media, checkpoint):
     rng, seen = random.Random(7), b""
     for number in range(5):
         process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
-        wanted = 2 * number  # lines that are there when it is killed, and a moment more
+        wanted = 2 * number  # lines in the file before the kill
         while process.poll() is None and (media / "a.jsonl").exists() * _lines(media / "a.jsonl") < wanted:
             time.sleep(0.002)
         time.sleep(rng.random() * (0.02 if wanted else 2.0))
@@ -343,7 +343,7 @@ def test_killed_at_random_moments(run, media, checkpoint):
         assert now.startswith(whole), "a finished answer is lost"
         seen = now
         if number == 2:
-            with (media / "a.jsonl").open("ab") as file:  # as if it had been killed within a line
+            with (media / "a.jsonl").open("ab") as file:  # as if killed within a line
                 file.write(b'{"id": "3-')
     assert subprocess.run(command, env=env, stderr=subprocess.DEVNULL).returncode == 0
     assert (media / "a.jsonl").read_bytes().startswith(seen[: seen.rfind(b"\n") + 1])

@@ -49,7 +49,7 @@ def clips(tmp_path):
 
 
 def test_a_folder(write, clips, checkpoint, tmp_path):
-    """What is whole is skipped, what fails is named, and the values are the tower's."""
+    """Complete files are skipped, failures are named, and the features are the tower's."""
     out = tmp_path / "out"
     code, err = write(clips, "--out", out)
     assert code == 1 and err.splitlines()[-1] == f"1 of 3 videos failed; {out / 'failures.jsonl'} names them"
@@ -94,7 +94,7 @@ def test_what_has_changed_or_is_damaged_is_made_again(write, clips, tmp_path):
 
 
 def test_what_is_said(write, clips, tmp_path):
-    """The film's text, made again when the subtitles change."""
+    """`inputs` holds the film's subtitles and is written again when they change."""
     srt = clips / "a.srt"
     srt.write_text('1\n00:00:00,500 --> 00:00:01,500\nWho\'s "there"?\n')
     path = tmp_path / "a.mp4.safetensors"
@@ -120,7 +120,7 @@ def test_much_that_is_said_between_few_frames(write, clips, tmp_path):
 
 
 def test_what_is_heard(write, clips, tmp_path, monkeypatch):
-    """Where no subtitles lie beside a video; a video is heard once for each model, one without sound is read too."""
+    """Speech is transcribed if a video has no subtitle file, once per model; a video without sound works too."""
     heard = []
 
     def film_speech(video, model):
@@ -148,7 +148,7 @@ def test_shards_share_the_work(write, clips, tmp_path):
 
 
 def test_two_processes_share_the_work(write, clips, checkpoint, tmp_path):
-    """The files of one process."""
+    """Their files equal those of one process."""
     (clips / "b.mp4").unlink()
     write(clips, "--out", tmp_path / "one")
     command = [sys.executable, "-m", "llamavid_jax.commands.features", str(clips), "--out", str(tmp_path / "two")]
@@ -163,7 +163,7 @@ def tree(folder):
 
 
 def test_what_workers_of_beam_are_given(write, clips, tmp_path, monkeypatch):
-    """Pickled and as JSON, from relative paths, to be used in any order on a machine that stands elsewhere."""
+    """The worker is picklable and its tasks are JSON; they run in any order and in any working folder."""
 
     def elsewhere(make, tasks, pipeline, file):
         assert (pipeline, str(file)) == ("pipeline", "out/.outcomes.jsonl")
@@ -191,9 +191,9 @@ BEAM = {"threads": "--direct_running_mode=multi_threading", "processes": "--dire
 
 @pytest.mark.parametrize("workers", BEAM)
 def test_beam_writes_the_same(workers, write, clips, tmp_path, monkeypatch):
-    """Where Beam is installed.  Threads share one model."""
+    """Runs where Beam is installed.  Threads share one model."""
     pytest.importorskip("apache_beam")
-    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")  # of the processes
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")  # for the worker processes
     loads, load = [], features.load_model
     monkeypatch.setattr(features, "load_model", lambda options: loads.append(1) or load(options))
     shutil.copy(clips / "a.mp4", clips / os.fsdecode(b"latin\xe9.mp4"))
@@ -212,7 +212,7 @@ def test_beam_absent_is_one_line(write, clips, tmp_path, monkeypatch):
 
 
 def test_infer_and_validate_read_it(write, clips, checkpoint, tmp_path, capsys):
-    """The answer is the video's own."""
+    """The answer from the feature file equals that from the video."""
     write(clips / "a.mp4", "--out", tmp_path, "--dtype", "float32")
     path = tmp_path / "a.mp4.safetensors"
     assert describe(path)["dtype"] == "F16"
@@ -276,7 +276,7 @@ def test_a_run_that_is_broken_off_leaves_whole_files_alone(write, clips, tmp_pat
 
 
 def test_killed_at_random_moments(write, clips, checkpoint, tmp_path):
-    """kill -9: what is there is whole and is not made again, and nothing else stays in the end."""
+    """kill -9 leaves only complete files, which are not made again; in the end no temporary files remain."""
     (clips / "b.mp4").unlink()
     shutil.copy(clips / "deep" / "a.mkv", clips / "c.mkv")
     write(clips, "--out", tmp_path / "whole")

@@ -55,7 +55,7 @@ def test_programs_are_kept(tmp_path, variable, folder):
     ids=["turned off", "no such folder", "no home", "no full path"],
 )
 def test_without_a_cache(tmp_path, variables):
-    """Quietly: the answer is the same."""
+    """The output is the same, without a warning."""
     call(**{"HOME": str(tmp_path)} | variables)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

@@ -26,7 +26,7 @@ def count(config: LLaMAVIDLlavaConfig, part: str = "") -> int:
 
 @pytest.mark.parametrize("file", sorted(MODELS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_model_builds(file):
-    """Every shipped configuration builds abstractly, and the sharding table covers it both ways."""
+    """Every shipped configuration builds abstractly, and the sharding table has exactly its parameters."""
     config = LLaMAVIDLlavaConfig.from_yaml(file)
     paths = abstract_params(config)
     assert set(inventory.axes(config, {path: leaf.shape for path, leaf in paths.items()})) == set(paths)
@@ -88,7 +88,7 @@ def test_released_long_video_config():
 
 
 def test_released_336_config():
-    """Sizes that the original keeps in code are the released ones; 336 px comes from the processor's name."""
+    """Sizes that the original hard-codes default to the released ones; 336 px comes from the processor's name."""
     config = LLaMAVIDLlavaConfig.from_dict(
         {
             **ORIGINAL,
@@ -148,7 +148,7 @@ def test_parts_are_saved_and_loaded_by_themselves(tmp_path):
     [(16, "grid:2", 4), (16, "grid:6", 64), (16, "grid:7", 64), (16, "grid:12", 256), (24, "grid:5", 36)],
 )
 def test_grid_counts(side, kind, tokens):
-    """Numbers that do not divide the side give other counts than their square."""
+    """A grid whose number does not divide the side has another count of tokens than its square."""
     assert (side // grid_stride(kind, side)) ** 2 == tokens
 
 
@@ -239,7 +239,7 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_refused(message, tmp_path):
-    """Each names the field and the value, with the file in front when it came from one."""
+    """Each error names the file, the field and the value."""
     (tmp_path / "config.json").write_text(json.dumps(BAD[message]))
     with pytest.raises(ConfigError) as error:
         LLaMAVIDLlavaConfig.from_pretrained(tmp_path)
@@ -268,7 +268,7 @@ def test_a_path_that_is_no_path(tmp_path):
 
 
 def test_two_files_that_contradict_each_other(tmp_path):
-    """Which of the two the model was trained with, no one can tell."""
+    """Refused, as nobody can tell which of the two the model was trained with."""
     config = LLaMAVIDLlavaConfig.from_dict(OWN)
     config.save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"

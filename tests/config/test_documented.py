@@ -25,7 +25,7 @@ def test_vision_config(name, make):
 
 
 def test_a_clip_tower():
-    """transformers' own; the pretrained Q-Former reads 1408 through a projection."""
+    """transformers' own CLIP; the pretrained Q-Former reads width 1408, through a projection."""
     clip = transformers.CLIPVisionConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=5)
     config = LLaMAVIDLlavaConfig(vision_config=clip, vision_feature_layer=-3, vision_feature_select_strategy="full")
     vision = config.vision_tower_config
@@ -65,7 +65,7 @@ def test_other_fields():
 
 
 def test_a_configuration_made_again_is_itself():
-    """`dataclasses.replace` and `to_dict` go through the same constructor."""
+    """`dataclasses.replace` and `from_dict` of `to_dict` use the same constructor and return an equal configuration."""
     clip = dataclasses.replace(LLaMAVIDLlavaConfig().vision_tower_config, kind="clip")
     for config in (LLaMAVIDLlavaConfig(bert_type="raw_bert"), LLaMAVIDLlavaConfig(vision_tower_config=clip)):
         assert dataclasses.replace(config) == config

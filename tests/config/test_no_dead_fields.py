@@ -94,10 +94,10 @@ OTHER_VALUES = {
         "bert_type": "qformer",
     },
 }
-READ_ELSEWHERE = {  # section → fields that no traced function reads; the tests below show what does
-    "vision_tower_config": {"feature_layer"},  # which EVA has no choice of
-    "text_config": {"max_position_embeddings", "eos_token_id"},  # the longest row, and where an answer ends
-    # what pictures go through before the model, the layout of rows on the host, and the text around visuals
+READ_ELSEWHERE = {  # section → fields that no traced function reads; the last tests show their effects
+    "vision_tower_config": {"feature_layer"},  # fixed for EVA
+    "text_config": {"max_position_embeddings", "eos_token_id"},  # bound a row's length and end an answer
+    # image preprocessing, the rows' layout on the host, and the text around visual tokens
     "": {"image_aspect_ratio", "image_token_index", "mm_use_im_start_end", "mm_use_im_patch_token"},
 }
 FIELDS = [(section, name) for section, values in OTHER_VALUES.items() for name in values]
@@ -111,7 +111,7 @@ def changed(section: str, name: str) -> LLaMAVIDLlavaConfig:
 
 
 def program(config: LLaMAVIDLlavaConfig) -> Iterator:
-    """Its parts one after another: what differs early needs no tracing."""
+    """Yields its parts, the cheapest first: if the parameters' shapes differ, nothing needs tracing."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0))))
     size = config.vision_tower_config.image_size
 
@@ -146,7 +146,7 @@ def test_the_lists_cover_every_field():
 
 
 def test_the_same_configuration_gives_the_same_program(unchanged):
-    assert list(program(dataclasses.replace(TINY, image_aspect_ratio="crop"))) == unchanged  # so the test can fail
+    assert list(program(dataclasses.replace(TINY, image_aspect_ratio="crop"))) == unchanged  # so the next test can fail
 
 
 @pytest.mark.parametrize(("section", "name"), FIELDS)
@@ -155,7 +155,7 @@ def test_field_changes_the_program(section, name, unchanged):
 
 
 def test_feature_layer_of_clip():
-    """One block less, of which the parameters stay."""
+    """Layer -2 computes one block less, but the parameters of all blocks stay."""
     clip = dataclasses.replace(TINY.vision_tower_config, kind="clip")
     last, before = (
         list(program(dataclasses.replace(TINY, vision_tower_config=dataclasses.replace(clip, feature_layer=layer))))
@@ -173,7 +173,7 @@ def tiny_model(image_token_index: int = -200, **text) -> LLaMAVIDLlavaForConditi
 
 
 def test_eos_token_id_ends_an_answer():
-    """Equal weights give equal logits, of which greedy decoding takes the first: id 0."""
+    """Equal weights give equal logits, so greedy decoding takes the first id, 0."""
     assert tiny_model().generate([[1, 5, 7]], max_new_tokens=4).token_ids == [[0, 0, 0, 0]]
     assert tiny_model(eos_token_id=0).generate([[1, 5, 7]], max_new_tokens=4).token_ids == [[]]
 
@@ -184,7 +184,7 @@ def test_max_position_embeddings_bounds_a_row():
 
 
 def test_image_token_index_is_a_placeholder():
-    """The documented layout's placeholder is an id of the vocabulary; here one without an image for it."""
+    """The documented layout's placeholder is an id of the vocabulary; here no image belongs to it."""
     assert tiny_model()([[1, 23, 7]]).logits.shape[1] == 3
     with pytest.raises(RequestError, match="1 image placeholders and has 0 prompts"):
         tiny_model(image_token_index=23)([[1, 23, 7]])

@@ -68,7 +68,7 @@ def test_what_is_no_config(tmp_path, kind):
 
 
 def test_home_in_paths(tmp_path, monkeypatch):
-    """A shell expands `~` at the beginning of a word only."""
+    """We expand `~`, as a shell does so only at the beginning of a word."""
     monkeypatch.setenv("HOME", str(tmp_path))
     LLaMAVIDLlavaConfig().save_pretrained(tmp_path / "model")
     assert LLaMAVIDLlavaConfig.from_pretrained("~/model") == LLaMAVIDLlavaConfig()

@@ -1,4 +1,4 @@
-"""The command that compares a checkpoint with recorded outputs: it can fail, and says which array does.
+"""The command that compares a checkpoint with recorded outputs: it can fail, and names the wrong array.
 
 That it passes, with every recorded array in a row: tests/golden/test_golden.py.
 """
@@ -36,7 +36,7 @@ def test_a_wrong_array_fails(converted, recorded, tmp_path, capsys, name, change
 
 
 def test_a_text_among_pictures(converted):
-    """The original gave a row without a placeholder a black picture and its words, and showed neither."""
+    """For a row without a placeholder, the original encodes a black image and the row's words; its LLM sees neither."""
     recorded = Path(__file__).with_name("text_among_pictures.npz")
     assert check.main([str(converted), "--expected", str(recorded)]) == 0
 

@@ -32,7 +32,7 @@ def call(module: str, name: str, arguments: bytes) -> bytes:
 
 
 def tensor(size: int = 4, stride: int = 1, offset: int = 0) -> bytes:
-    """Of `size` numbers of storage 0."""
+    """The pickle of a tensor with `size` numbers of storage 0."""
     storage = MARK + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x04tQ"
     numbers = [b"\x8a\x08" + struct.pack("<q", number) for number in (offset, size, stride)]
     hooks = call("collections", "OrderedDict", b"")
@@ -56,7 +56,7 @@ def one(name: str, value: bytes) -> bytes:
 
 
 def shared_dictionaries(levels: int) -> bytes:
-    """Each holds the one below ten times: 10**levels paths lead to the tensor."""
+    """Each dictionary holds the one below ten times, so that 10**levels paths lead to the tensor."""
     body = one("t", tensor()) + b"q\x00"
     for level in range(1, levels):
         entries = b"".join(text(str(i)) + b"h" + bytes([level - 1]) for i in range(10))
@@ -94,7 +94,7 @@ def pipe(folder: Path) -> None:
     os.mkfifo(folder / "pytorch_model.bin")
 
 
-DIRECTORY = b"PK\x01\x02\x14\x03\x14\0"  # how an entry of a zip's directory begins; flags and method follow
+DIRECTORY = b"PK\x01\x02\x14\x03\x14\0"  # start of an entry in a zip's directory; flags and method follow
 ORDERED = call("collections", "OrderedDict", b"")
 LEGACY = one("little_endian", b"\x88"), one("w", tensor())
 NESTED = b"[" * 9000 + b"]" * 9000
@@ -142,7 +142,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_checkpoints(tmp_path, case, monkeypatch):
-    """Memory is a small multiple of what the file itself has."""
+    """Each is refused; the memory used is bounded by a multiple of the file's size."""
     monkeypatch.setattr(pickles, "MAX_INSTRUCTIONS", 1 << 14)
     make, message = HOSTILE[case]
     make(tmp_path)
@@ -159,13 +159,13 @@ def test_hostile_checkpoints(tmp_path, case, monkeypatch):
 
 
 def test_the_pickles_made_here_are_read(tmp_path):
-    """What the hostile ones vary is in order."""
+    """The valid pickle that the hostile ones vary can be read."""
     write_zip(tmp_path, one("w", tensor()), data=np.arange(4, dtype=np.float32).tobytes())
     np.testing.assert_array_equal(read_checkpoint(tmp_path)["w"].read(), [0, 1, 2, 3])
 
 
 def test_no_flipped_bit_of_the_numbers_is_silent(tmp_path):
-    """Where the whole storage is one tensor, and where it is only a part of one."""
+    """The tensor is the whole storage, or only a part of it."""
     for size in (400, 7):
         write_zip(tmp_path, one("w", tensor(size)), data=bytes(range(100)) * 16)
         file = tmp_path / "pytorch_model.bin"
@@ -180,7 +180,7 @@ def test_no_flipped_bit_of_the_numbers_is_silent(tmp_path):
 
 
 def test_a_flipped_bit_of_a_bin_file(tmp_path):
-    """Anywhere: in the numbers, the pickle, the names and the directory of the zip."""
+    """Anywhere in the file: the numbers, the pickle, the names and the directory of the zip."""
     draw = torch.Generator().manual_seed(0)
     values = {f"{dtype}": torch.randn(10, 8, generator=draw).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     torch.save(values | {"view": torch.arange(100.0)[20:60].reshape(5, 8).t()}, tmp_path / "pytorch_model.bin")
@@ -193,7 +193,7 @@ def test_a_flipped_bit_of_a_bin_file(tmp_path):
 
 
 def test_a_damaged_directory_of_a_zip(tmp_path):
-    """Its length, so that entries begin before the file does."""
+    """Flipped bits in the directory's length make entries begin before the file does."""
     write_zip(tmp_path, one("w", tensor()), data=bytes(16))
     file = tmp_path / "pytorch_model.bin"
     content = bytearray(file.read_bytes())
@@ -206,7 +206,7 @@ def test_a_damaged_directory_of_a_zip(tmp_path):
 
 
 def test_a_file_without_sums_is_read(tmp_path):
-    """torch writes 0 where it was told not to sum."""
+    """torch writes 0 as the CRC-32 if it is told not to compute it."""
     write_zip(tmp_path, one("w", tensor()), data=b"\x01" * 16)
     file = tmp_path / "pytorch_model.bin"
     content = file.read_bytes()
@@ -217,7 +217,7 @@ def test_a_file_without_sums_is_read(tmp_path):
 
 
 def test_safetensors_before_an_index_of_bin(tmp_path):
-    """As transformers has it, whether the shards of the index are there or not."""
+    """As in transformers, model.safetensors takes precedence, even if the index's shards are missing."""
     write_safetensors(tmp_path, entry())
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"b": "gone.bin"}}))
     assert list(read_checkpoint(tmp_path)) == ["a"]
@@ -279,7 +279,7 @@ def test_hostile_gguf(tmp_path, case):
         read_gguf(tmp_path / "a.gguf")
 
 
-# ---- sums
+# ---- checksums
 
 
 def test_sums_of_the_sources(tmp_path):
@@ -288,7 +288,7 @@ def test_sums_of_the_sources(tmp_path):
     other.write_text("{}")
     sums, listing = sha256_sums([file, other]), tmp_path / "SHA256SUMS"
     listing.write_text(f"{sums[file]}  somewhere/{file.name}\n")
-    verify(sums, listing)  # of config.json it says nothing
+    verify(sums, listing)  # the listing has no line for config.json
     file.write_bytes(b"weightz")
     with pytest.raises(CheckpointError, match=r"model\.safetensors has the SHA-256 .* download it again"):
         verify(sha256_sums([file, other]), listing)

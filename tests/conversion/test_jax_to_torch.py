@@ -45,7 +45,7 @@ def test_recorded_checkpoints_come_back(tmp_path, layout, limit):
 
 
 def test_from_one_layout_to_the_other(tmp_path):
-    """The documented checkpoint has the original's weights; only its vocabulary is padded.  The videos' rate stays."""
+    """Both checkpoints have the same weights; only the documented vocabulary is padded.  The video rate is kept."""
     convert(ORIGINAL, tmp_path / "jax")
     rate, again = (tmp_path / name / "video_preprocessor_config.json" for name in ("jax", "jax2"))
     rate.write_text(rate.read_text().replace('"fps": 1.0', '"fps": 0.5'))
@@ -59,10 +59,10 @@ def test_from_one_layout_to_the_other(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_bits(tmp_path, dtype):
-    """Every bit pattern of a real tensor, NaN and infinities among them, in both layouts."""
+    """Bit patterns including NaN and infinities survive in both layouts."""
     values = {name: value.to(dtype) for name, value in state_dict().items() if not name.endswith(COMPUTED)}
     name = "model.layers.0.mlp.gate_proj.weight"
-    bits = torch.arange(values[name].numel(), dtype=torch.int32) * 12 - 2**15  # across all 2**16 patterns
+    bits = torch.arange(values[name].numel(), dtype=torch.int32) * 12 - 2**15  # spread over all 2**16 patterns
     values[name] = bits.to(torch.int16).view(dtype).reshape(values[name].shape)
     convert(save_folder(tmp_path / "source", values, original_config(CONFIG)), tmp_path / "jax")
     assert_bit_equal(back(tmp_path / "jax", tmp_path / "a", "original"), values)
@@ -80,7 +80,7 @@ def test_tied_head_is_named_twice(tmp_path):
 
 
 def test_a_trained_checkpoint(tmp_path):
-    """Weights saved by the model's own `save_weights`, which Orbax packs otherwise."""
+    """Weights saved by `save_weights`, whose chunks may differ from the converter's."""
     convert(ORIGINAL, tmp_path / "jax")
     params = load_weights(tmp_path / "jax", CONFIG)
     CONFIG.save_pretrained(tmp_path / "trained")
@@ -103,7 +103,7 @@ def test_configurations_mean_the_same(form):
 
 
 def test_any_name_of_a_folder(tmp_path, monkeypatch):
-    """What stands for something in URLs, and `..`, which TensorStore refuses in a path."""
+    """Characters that have a meaning in URLs, and `..`, which TensorStore refuses in a path."""
     odd = tmp_path / "a #1 %41?"
     odd.mkdir()
     monkeypatch.chdir(odd)

@@ -33,7 +33,7 @@ def updates() -> dict[str, np.ndarray]:
 
 
 def original_folder(folder, updates, full, **values):
-    """What the original's training leaves: pickles of tensors."""
+    """The output of the original's LoRA training: pickles of tensors."""
     folder.mkdir()
     torch.save({name: torch.tensor(value) for name, value in updates.items()}, folder / "adapter_model.bin")
     if full:
@@ -45,7 +45,7 @@ def original_folder(folder, updates, full, **values):
 
 
 def test_the_originals_output(base, updates, tmp_path):
-    """Every weight of the base: updated in torch's layout, replaced, or as it was."""
+    """Each weight of the base is updated (computed in torch's layout), replaced or unchanged."""
     weights = {weight.name: weight for weight in weight_table(CONFIG, "original")}
     name = "model.vlm_att_projector.weight"
     full = {f"base_model.model.{name}": RNG.normal(size=weights[name].shape).astype(np.float32)}
@@ -70,7 +70,7 @@ def test_the_originals_output(base, updates, tmp_path):
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_starts_that_took_a_part_off_the_base(base, updates, tmp_path, start):
-    """PEFT's formulas: PiSSA trains the largest singular values of a kernel, OLoRA the first columns of its QR."""
+    """PEFT's formulas: PiSSA trains a kernel's largest singular components, OLoRA the first columns of its QR."""
     adapter = original_folder(tmp_path / "adapter", updates, {}, init_lora_weights=start)
     merge_lora.merge(base, adapter, tmp_path / "out")
     before, after = restore(base), restore(tmp_path / "out")

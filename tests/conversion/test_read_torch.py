@@ -44,14 +44,14 @@ def assert_same(read: dict, expected: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_torch_files(tmp_path, zipped):
-    """All dtypes, strides, and storages that several tensors share."""
+    """All dtypes and strides, and storages shared by several tensors."""
     torch.save(some_tensors(), tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     assert_same(read_checkpoint(tmp_path / "a.pth"), some_tensors())
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_state_dict_with_parameters_and_other_values(tmp_path, zipped):
-    """A training checkpoint: the weights lie in 'model', beside numbers and texts."""
+    """A training checkpoint: the weights are in 'model', beside numbers and strings."""
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     values = {"model": module.state_dict(), "epoch": 3, "name": "run", "dtype": torch.float16}
     torch.save(values, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
@@ -78,7 +78,7 @@ def write_index(folder: Path, weight_map: dict, name: str = "pytorch_model.bin.i
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_shards(tmp_path, suffix):
-    """Weights come from the shard that the index names; weights that it forgets are found too."""
+    """Weights come from the shard that the index names; weights missing from the index are found too."""
     shards = [{"a": torch.ones(2), "b": torch.zeros(3)}, {"b": torch.full((3,), 7.0), "forgotten": torch.ones(1)}]
     for number, shard in enumerate(shards):
         save = torch.save if suffix == "bin" else safetensors.torch.save_file
@@ -98,7 +98,7 @@ def test_golden_shards_equal_torch():
 
 
 class Payload:
-    """Pickles as a call; unpickling it for real would make the file `executed`."""
+    """Pickles as a call; actually unpickling it would create the file `executed`."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -204,7 +204,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed(tmp_path, case):
-    """Each is one sentence that names the file."""
+    """Each error is one sentence that names the file."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     make, message = MALFORMED[case]

@@ -16,7 +16,7 @@ from llamavid_jax.errors import CheckpointError
 
 
 def split_parts(folder: Path) -> dict[str, Path]:
-    """The same weights as Vicuna, eva_vit_g.pth, instruct_blip_*_trimmed.pth and mm_projector.bin come."""
+    """Splits the weights into files like Vicuna, eva_vit_g.pth, instruct_blip_*_trimmed.pth and mm_projector.bin."""
     tower, bert = "model.vision_tower.vision_tower.", "model.vlm_att_encoder.bert."
     renamed = {"model.vlm_att_query": "query_tokens"}
     llama, vision, qformer, projectors = {}, {}, {}, {}
@@ -56,7 +56,7 @@ def test_parts(tmp_path):
 
 
 def test_later_files_override(tmp_path):
-    """Stage 1's projectors replace those of the checkpoint (also with a trainer's prefix), and the report says so."""
+    """Stage 1's projectors replace the checkpoint's, even with a trainer's prefix, and the report lists them."""
     name = "model.mm_projector.0.weight"
     torch.save({f"base_model.model.{name}": torch.full((48, 64), 2.0)}, tmp_path / "mm_projector.bin")
     report = convert(ORIGINAL, tmp_path / "out", projectors=tmp_path / "mm_projector.bin")

@@ -65,7 +65,7 @@ def test_other_containers(tmp_path, form):
 
 
 def test_dtypes(tmp_path):
-    """`keep` stores each parameter in the type that holds all its layers; float32 and bfloat16 are torch's rounding."""
+    """`keep` stores each parameter in the type that holds all its layers; other types round as torch does."""
     mixed = {name: value.half() if "vision" in name else value.bfloat16() for name, value in state_dict().items()}
     name = "model.layers.1.self_attn.q_proj.weight"
     mixed[name] = mixed[name].float()
@@ -84,7 +84,7 @@ def test_dtypes(tmp_path):
 
 
 def test_tied_head(tmp_path):
-    """A tied checkpoint has no head of its own; one that is stored anyway is reported."""
+    """A tied checkpoint needs no separate head; one that is stored anyway is reported as not used."""
     tied = dataclasses.replace(CONFIG, text_config=dataclasses.replace(CONFIG.text_config, tie_word_embeddings=True))
     source = save_folder(tmp_path / "source", state_dict(), original_config(tied))
     assert "not used: lm_head.weight" in convert(source, tmp_path / "out")
@@ -92,7 +92,7 @@ def test_tied_head(tmp_path):
 
 
 def change(**values):
-    """A checkpoint with other weights: None drops one; `__` stands for a dot."""
+    """Changes a checkpoint's weights: None drops one; `__` stands for a dot."""
     changes = {name.replace("__", "."): value for name, value in values.items()}
 
     def apply(weights: dict, config_values: dict) -> None:
@@ -141,7 +141,7 @@ BAD_CHECKPOINTS = {
 
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
 def test_bad_checkpoints(tmp_path, capsys, case):
-    """One sentence on stderr, exit code 2, and no OUT."""
+    """One sentence on stderr, exit code 2, and no output folder."""
     apply, message = BAD_CHECKPOINTS[case]
     values, config_values = dict(state_dict()), json.loads((ORIGINAL / "config.json").read_text())
     apply(values, config_values)
@@ -156,7 +156,7 @@ def test_bad_checkpoints(tmp_path, capsys, case):
     "name", ["language_model.model.norm.weight", "language_model.model.layers.1.mlp.up_proj.weight"]
 )
 def test_a_renamed_weight_of_the_documented_layout(tmp_path, capsys, name):
-    """What is lacking and what is left over, as that layout calls them."""
+    """The error lists missing and unknown weights under that layout's names."""
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / "documented_format", source)
     weights = safetensors.torch.load_file(source / "model.safetensors")
@@ -176,7 +176,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_wrong_arguments(tmp_path, capsys):
-    """Of the command line, not of the checkpoint: one line as well."""
+    """Errors of the command line are one line, too."""
     empty = tmp_path / "empty"
     empty.mkdir()
     for arguments, message in (

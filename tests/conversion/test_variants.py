@@ -21,7 +21,7 @@ CLIP = dataclasses.replace(VISION, kind="clip", hidden_act="quick_gelu", layer_n
 BERT = {"bert_type": "raw_bert", "qformer_config": dataclasses.replace(QFORMER, cross_attention_frequency=1)}
 CLS_PATCH = dataclasses.replace(VISION, select_feature="cls_patch")
 SHORT = dataclasses.replace(QFORMER, num_hidden_layers=3)
-BOTH = {  # what the documented layout knows too
+BOTH = {  # variants that the documented layout has, too
     "mean": {},
     "CLS among EVA's patches": {"vision_tower_config": CLS_PATCH, "compress_type": "none"},
     "another mean and std": {
@@ -55,7 +55,7 @@ RECORDED = sorted(path.parent.name for path in GOLDEN.glob("*/case.json"))
 
 
 def drawn(config: LLaMAVIDLlavaConfig, layout: str) -> dict[str, torch.Tensor]:
-    """A checkpoint of random weights; EVA's key bias, which a file may hold, is zero."""
+    """A checkpoint of random weights; EVA's key bias, which a file may contain, is zero."""
     random, found = np.random.default_rng(0), {}
     for weight in weight_table(config, layout):
         value = random.standard_normal(weight.shape, np.float32)
@@ -77,7 +77,7 @@ def test_recordings_come_back(name, tmp_path):
 
 @pytest.mark.parametrize("name", BOTH | ORIGINAL_ALONE)
 def test_drawn_weights_come_back(name, tmp_path):
-    """As the original writes them."""
+    """In the original's layout."""
     config = dataclasses.replace(CONFIG, **(BOTH | ORIGINAL_ALONE)[name])
     values = drawn(config, "original")
     source = save_folder(tmp_path / "source", values, original_config(config))
@@ -102,7 +102,7 @@ def test_drawn_weights_come_back_in_the_documented_layout(name, tmp_path):
 
 @pytest.mark.parametrize("name", ORIGINAL_ALONE)
 def test_the_documented_layout_refuses_the_others(name, tmp_path):
-    """Before anything is written, with the field that it has no place for."""
+    """The error comes before anything is written and names the field that the layout cannot express."""
     config = dataclasses.replace(CONFIG, **ORIGINAL_ALONE[name])
     config.save_pretrained(tmp_path / "jax")
     with pytest.raises(CheckpointError, match=r"the documented layout has .* alone; use --layout original"):

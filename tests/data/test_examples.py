@@ -58,7 +58,7 @@ def features(tmp_path, frames=4, inputs=None, conversations=ASKED, name="f.npz")
 
 
 def expanded(example, movie=False):
-    """Tokens after expansion, counted from the definition."""
+    """The number of tokens after expansion, counted from the definition."""
     places = int((example.input_ids == IMAGE_TOKEN).sum())
     if example.frames is None or movie:
         return len(example.input_ids)
@@ -85,7 +85,7 @@ def test_the_text_is_that_of_the_preprocessing_with_the_drawn_sides(picture):
     ]
     assert [c.input_ids.tolist() == text.input_ids.tolist() for c in candidates].count(True) == 1
     draws = {tuple(reader(seed=s).text(picture, i).input_ids.tolist()) for s in range(3) for i in range(20)}
-    assert len(draws) == 4  # every pair of sides comes up
+    assert len(draws) == 4  # all four pairs of sides occur
     again = pickle.loads(pickle.dumps(reader(seed=5))).read(picture, 3, 1)
     assert again.input_ids.tolist() == text.input_ids.tolist() and again.labels.tolist() == text.labels.tolist()
 
@@ -96,7 +96,7 @@ def test_text_alone_has_no_questions():
     assert example.questions == [] and example.frames is None
     assert reader().size(record, 0) == SampleSize("text", 0, 0, len(example.input_ids))
     long = Record("t", talk("Say.", "words " * 5000 + "end."), None, "text")
-    assert len(reader().read(long, 0, 0).input_ids) > 5000  # no cut here
+    assert len(reader().read(long, 0, 0).input_ids) > 5000  # the reader does not truncate
 
 
 def test_questions_belong_to_the_turns_with_a_placeholder(picture):
@@ -118,7 +118,7 @@ def test_size_is_that_of_the_example(picture, clip, tmp_path, template):
     ):
         one = reader(template, fps=2)
         if record.kind == "text" and TEMPLATES[template].masking == "caption":
-            continue  # a caption sample has a visual
+            continue  # caption templates need an image or video
         size, example = one.size(record, 9), one.read(record, 9, 100)
         assert size.tokens == expanded(example)
         assert size.questions == len(example.questions) and size.frames == len(

@@ -60,7 +60,7 @@ def write_features(path, frames: int, inputs: str | None) -> None:
 
 @pytest.fixture
 def data(tmp_path):
-    """A film of four seconds, its words and a question, in a JSON of one record."""
+    """A JSON file of one record: a film of four seconds, its subtitles and a question."""
     (tmp_path / "films").mkdir()
     write_clip(tmp_path / "films" / "movie.mp4", [index_frame(i) for i in range(40)], rate=10)
     (tmp_path / "films" / "movie.srt").write_text(SRT)
@@ -76,7 +76,7 @@ def test_recorded_films(case, tmp_path, monkeypatch):
     (tmp_path / "film.mp4").write_bytes(b"frames")
     times = SimpleNamespace(times=np.array(case["frame_times"]))
     monkeypatch.setattr(examples, "plan_video", lambda *_: times)
-    for function in (read_subtitles, interleave):  # but for what is an error of the original's (docs/original.md)
+    for function in (read_subtitles, interleave):  # reproduces the original's errors, too (docs/original.md)
         monkeypatch.setattr(records, function.__name__, functools.partial(function, as_original=True))
     turns = [{"from": "human", "value": case["human"]}, {"from": "gpt", "value": case["answer"]}]
     record = Record("film", turns, str(tmp_path / "film.mp4"), "video", subtitles=str(tmp_path / "film.srt"))
@@ -87,7 +87,7 @@ def test_recorded_films(case, tmp_path, monkeypatch):
 
 
 def test_the_text_is_that_of_inference(data, tiny_model):
-    """Of the same video and the same file of subtitles, and the frames that are read fit it."""
+    """Training and inference give the same text for a video and subtitles, and the frames fit it."""
     record = read_records(data)[0]
     images = LLaMAVIDLlavaImageProcessor.of(tiny_model.config)
     session = Session(tiny_model, images, videos=[record.media], subtitles=read_subtitles(record.subtitles))
@@ -100,7 +100,7 @@ def test_the_text_is_that_of_inference(data, tiny_model):
 
 
 def test_shards_hold_the_subtitles(data, tmp_path):
-    """The sample and its size are those of the files, to the token, also where the film is thinned."""
+    """Samples and sizes equal those from the files, token for token, even if frames are left out."""
     build(data, tmp_path / "shards")
     own, packed = read_records(data), read_records(tmp_path / "shards")
     sizes = [read_sizes(data_set, reader()) for data_set in (own, packed)]
@@ -122,7 +122,7 @@ def test_validate(data, capsys):
 
 
 def test_changed_subtitles_are_another_medium(data):
-    """A run that goes on looks at them as at the film."""
+    """A resumed run checks subtitle files as it checks films."""
     before = media_files(read_records(data), 1)
     (data.parent / "films" / "movie.srt").write_text(SRT + "\n")
     assert (media_files(read_records(data), 1) != before).any()
@@ -148,7 +148,7 @@ def test_subtitles_that_cannot_be_used(data, changes, said):
 
 @pytest.mark.parametrize("times", ["frame", "minute"])
 def test_times(data, tmp_path, tiny_model, times):
-    """As at inference, the same from files and shards, and of the kept frames alone where the film is thinned."""
+    """Times are the same as at inference, and from files and shards; frames that are left out have none."""
     (record,) = json.loads(data.read_text())
     films = [record | {"times": times}, {**record, "subtitles": None, "times": times}]
     data.write_text(json.dumps(films))
@@ -170,7 +170,7 @@ def test_times(data, tmp_path, tiny_model, times):
 
 
 def test_times_of_features(data):
-    """A feature file says when its frames are, and what is said between them."""
+    """A feature file contains the times of its frames and the subtitles between them."""
     for inputs in (None, "<image><image>Hi.<image>"):
         write_features(data.parent / "film.safetensors", 3, inputs)
         row = {"id": "film", "features": "film.safetensors", "times": "frame", "conversations": TURNS}

@@ -29,7 +29,7 @@ SETTINGS = {"batch_size": 4, "question_tokens": 16, "seed": 5, "packing": True}
 
 
 def write_data(folder: Path, samples: int = 30) -> Path:
-    """Texts, pictures and features in turn; each answer names its sample."""
+    """Writes texts, images and features in turn; each answer names its sample."""
     random = np.random.default_rng(0)
     rows = []
     for number in range(samples):
@@ -70,7 +70,7 @@ def make_loader(path, reader, **settings) -> Loader:
 
 
 def in_another_form(path: Path, kind: str) -> Path:
-    """The same data with its features as files of `kind`: a type of the feature file, or the original's pickle."""
+    """The same data with features of `kind`: a dtype of the feature file, or "pkl", the original's pickle."""
     rows = json.loads(path.read_text())
     for row in rows:
         if row.get("video") is not None:
@@ -122,7 +122,7 @@ def test_an_epoch_holds_every_sample_once(data, reader):
         assert loaded.tokens == (loaded.batch.segment_ids > 0).sum()
         assert [max(segments) for segments in loaded.batch.segment_ids] == [len(row) for row in loaded.ids]
     assert {batch.batch.frames.dtype.name for batch in batches} == {"uint8", "float16"}
-    # features of 5 to 7 frames are in the largest bucket, which has room for 4
+    # features of 5 to 7 frames are truncated to the largest bucket, which has room for 4
     assert sum(batch.truncated for batch in batches) == sum(1 + n % 7 > 4 for n in range(2, 30, 3)) > 0
 
 
@@ -158,7 +158,7 @@ def test_epochs_and_steps(data, reader):
 
 def test_rows_of_all_processes_are_those_of_one(data, reader):
     whole = list(make_loader(data, reader))
-    for rows in ([0, 3], [1, 2]):  # of one process, wherever its devices are
+    for rows in ([0, 3], [1, 2]):  # rows of one process, on whichever devices
         part = list(make_loader(data, reader, rows=rows))
         for loaded, own in zip(whole, part, strict=True):
             assert own.ids == [loaded.ids[row] for row in rows]
@@ -178,7 +178,7 @@ def test_position_is_exact(data, reader, threads):
         resumed.set_state(states[done])
         assert resumed.get_state() == states[done]
         assert_equal(list(resumed), batches[done:])
-    assert_equal(list(loader), batches)  # a pass begins anew, as that of a list
+    assert_equal(list(loader), batches)  # a new pass starts at the beginning, as for a list
 
 
 def test_position_holds_on_other_processes(data, reader):
@@ -197,9 +197,9 @@ def test_position_in_other_data_is_refused(data, reader):
 
 
 def test_worker_processes(data, reader):
-    """The rows of threads, from the middle on; in a process of its own, as workers import the main module.
+    """They give the same rows as threads, also after resuming.  Runs as a script, since workers import the main module.
 
-    A signal to all of them, such as Ctrl-C, leaves the workers at their work.
+    A signal to the process group, such as Ctrl-C, does not stop the workers.
     """
     code = f"""
 import os, signal, sys; sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "data")!r}]
@@ -230,8 +230,8 @@ if __name__ == "__main__":
 def test_a_broken_sample_leaves_its_room_empty(tmp_path, reader):
     path = write_data(tmp_path)
     whole = list(make_loader(path, reader))
-    (tmp_path / "4.png").write_bytes(b"no picture")  # its size is known without opening it
-    (tmp_path / "5.npz").unlink()  # its size is not
+    (tmp_path / "4.png").write_bytes(b"no picture")  # found when read: an image's size is known without opening it
+    (tmp_path / "5.npz").unlink()  # found when measured
     np.savez(tmp_path / "8.npz", feats=np.zeros((2, 9, 6), np.float16))
     sizes = read_sizes(read_records(path), reader)
     assert [broken["id"] for broken in sizes.broken] == ["sample5"]
@@ -291,7 +291,7 @@ def test_sizes_are_cached_until_something_changes(tmp_path, reader, monkeypatch)
     assert sorted(measured) == list(range(30)) and [one["id"] for one in first.broken] == ["sample5"]
     again = read()
     assert measured == [5] and len(again.broken) == 1 and again.fingerprint() == first.fingerprint()
-    (tmp_path / "away.npz").rename(tmp_path / "5.npz")  # what was missing has come: not for a run that goes on
+    (tmp_path / "away.npz").rename(tmp_path / "5.npz")  # the missing file is back; a resumed run ignores it
     resumed = read(retry=False)
     assert measured == [] and resumed.broken == first.broken and resumed.fingerprint() == first.fingerprint()
     whole = read()

@@ -12,14 +12,14 @@ from llamavid_jax.errors import InputError
 from llamavid_jax.shapes import RowShape
 
 SHAPES = [
-    RowShape(frames=300, pairs=300, questions=32, tokens=4096),  # out of order: the cheapest that holds a sample counts
+    RowShape(frames=300, pairs=300, questions=32, tokens=4096),  # unsorted on purpose: the cheapest that fits is used
     RowShape(frames=64, pairs=64, questions=16, tokens=2048),
 ]
 TOKENS_PER_FRAME = 2
 
 
 def mixed(samples: int, seed: int = 0, features: float = 0.1) -> Sizes:
-    """A quarter texts of 50 to 1500 tokens, images with blocks of 257, videos of 2 tokens a frame, some as features."""
+    """A quarter texts of 50 to 1500 tokens; images, 257 tokens a turn; videos, 2 tokens a frame, some as features."""
     random = np.random.default_rng(seed)
     text = np.clip(np.exp(random.normal(5.3, 0.9, samples)) + 50, 50, 1500).astype(int)
     sizes = []
@@ -73,12 +73,12 @@ def test_every_chip_that_shares_a_row_holds_its_part_of_every_sample():
             assert share.sum() <= shape.frames // shares
             assert (share * questions[row]).sum() <= shape.pairs // shares
             crowded += len(row) > 6
-    assert crowded >= 10  # rows in which rounding matters
+    assert crowded >= 10  # rows of many samples, where rounding up matters
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_row_that_chips_share_has_room_for_all_questions(packing):
-    """A picture is on one chip, whose share of the pairs must hold its questions."""
+    """An image is on one chip, whose share of the pairs must have room for all questions about it."""
     shapes = [RowShape(4, 8, 8, 512), RowShape(4, 32, 8, 1024)]
     sizes = Sizes.of([SampleSize("pixels", 1, 3, 100)] * 4)
     for shares, bucket in ((1, 0), (4, 1)):
@@ -95,7 +95,7 @@ def test_a_run_of_rows_of_one_sample_may_go_on_where_chips_share_them_alike():
 
     assert fingerprint(1, 1) == fingerprint(4, 1)
     assert fingerprint(1, 1, packing=True) != fingerprint(4, 1, packing=True)
-    assert fingerprint(1, 3) != fingerprint(8, 3)  # each chip has pairs for two questions of its frame
+    assert fingerprint(1, 3) != fingerprint(8, 3)  # each chip has room for two pairs, its frame three questions
 
 
 def test_padding_of_a_mixed_set_is_under_ten_percent():
@@ -131,10 +131,10 @@ def test_smallest_bucket_that_holds_a_sample():
 
 
 def test_a_sample_larger_than_every_bucket():
-    """It goes where most of it stays, and frames give way before text does."""
+    """It goes into the bucket that keeps most of it, and frames are cut before text."""
     shapes = [RowShape(1, 32, 32, 2048), RowShape(320, 320, 8, 2048)]
     turns, film, clip = (
-        SampleSize("pixels", 1, 40, 1500),  # a picture asked about forty times
+        SampleSize("pixels", 1, 40, 1500),  # an image with forty questions
         SampleSize("features", 1200, 1, 1200 * TOKENS_PER_FRAME + 500),
         SampleSize("pixels", 100, 1, 100 * TOKENS_PER_FRAME + 2100),  # its text alone is too long
     )
@@ -180,7 +180,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", ["text", "pixels", "features"])
 def test_one_modality_alone(kind, packing):
-    """The original's sampler dies without a text, or without a picture."""
+    """The original's sampler crashes if a data set has no text or no image."""
     sizes = Sizes.of([SampleSize(kind, int(kind != "text"), int(kind != "text"), 100 + i) for i in range(30)])
     batches = plan(sizes, packing=packing)
     assert sorted(samples_of(batches)) == list(range(30))
@@ -210,7 +210,7 @@ def test_broken_samples_are_not_planned():
 
 
 def test_windows_lose_nothing(monkeypatch):
-    """Rows that stay open from one window to the next, and those that are closed half empty."""
+    """Neither rows that stay open from one window to the next nor rows closed half empty lose a sample."""
     monkeypatch.setattr("llamavid_jax.data.plan.WINDOW", 16)
     counts = []
     for carried in (1, 8):
@@ -227,7 +227,7 @@ def test_schedule_runs_through_the_epochs(monkeypatch):
     epochs = [plan(sizes, epoch=epoch) for epoch in range(4)]
     steps = sum(map(len, epochs))
     assert schedule.steps(4) == steps
-    order = np.random.default_rng(0).permutation(steps).tolist()  # any order of asking
+    order = np.random.default_rng(0).permutation(steps).tolist()  # batches may be read in any order
     batches = [batch for epoch in epochs for batch in epoch]
     assert all(schedule[step] == batches[step] for step in order)
     planned = []
@@ -236,7 +236,7 @@ def test_schedule_runs_through_the_epochs(monkeypatch):
     )
     boundary = len(epochs[0])
     for step in [boundary - 1, boundary, boundary - 2, boundary + 1, boundary - 1, boundary]:
-        assert schedule[step] == batches[step]  # readers around the end of an epoch do not plan it again and again
+        assert schedule[step] == batches[step]  # reads across an epoch's end reuse its plan
     assert len(planned) <= 2
     assert collections.Counter(sample for step in range(steps) for row in schedule[step].rows for sample in row) == (
         dict.fromkeys(range(200), 4)

@@ -62,7 +62,7 @@ def test_every_writing_of_a_list_gives_its_values(tmp_path, indent, mark, ascii_
 
 
 def test_a_link_is_read_by_its_own_name(tmp_path):
-    """The Hugging Face cache links NAME.jsonl to a file that is named by its hash."""
+    """The link's name gives the format: Hugging Face's cache links NAME.jsonl to a file named by its hash."""
     (tmp_path / "5f3a").write_text('{"id": 1}\n{"id": 2}\n')
     (tmp_path / "chat.jsonl").symlink_to("5f3a")
     assert len(JsonRows(tmp_path / "chat.jsonl")) == 2
@@ -159,7 +159,7 @@ def test_fallbacks_apply_only_where_the_named_file_is_missing(tmp_path):
     assert found("vg/VG_100K/1.jpg") == found("vg/VG_100K_2/1.jpg") == str(moved)
     assert found("ocr_vqa/2.jpg") == str(png)
     assert found("vg/VG_100K_2/3.jpg") == str(there)
-    assert found("coco/4.jpg") == str(tmp_path / "coco/4.jpg")  # only of ocr
+    assert found("coco/4.jpg") == str(tmp_path / "coco/4.jpg")  # the fallback is for ocr_vqa only
     assert find_media(Record("r", TALK, str(tmp_path / "ocr_vqa/2.jpg"), "video")).endswith("2.jpg")
 
 
@@ -170,7 +170,7 @@ def test_media_that_are_not_there(tmp_path, name):
             pass
 
 
-FEATS = np.random.default_rng(0).normal(size=(5, 10, 3)).astype(np.float16)  # 9 patches and CLS
+FEATS = np.random.default_rng(0).normal(size=(5, 10, 3)).astype(np.float16)  # CLS and 9 patches
 
 
 def feature_file(path, feats=FEATS, inputs=None, key="feats"):

@@ -22,7 +22,7 @@ def test_two_clips_and_a_text_in_one_row():
     np.testing.assert_array_equal(batch.frames[:2], first.frames)
     np.testing.assert_array_equal(batch.frames[2], second.frames[0])
     assert batch.pair_frame.tolist() == [0, 1, 0, 1, 2, 0] and batch.pair_question.tolist() == [0, 0, 1, 1, 2, 0]
-    lengths = [10 - 2 + 2 * 2 * 2, 7, 9 - 1 + 2]  # each placeholder gives way to the tokens of its question's pairs
+    lengths = [10 - 2 + 2 * 2 * 2, 7, 9 - 1 + 2]  # a placeholder becomes the tokens of its question's pairs
     assert batch.segment_ids.tolist() == np.repeat([1, 2, 3, 0], [*lengths, 40 - sum(lengths)]).tolist()
     assert batch.positions[: lengths[0]].tolist() == list(range(lengths[0])) and batch.positions[lengths[0]] == 0
     visual = batch.visual_index[batch.visual_index != TEXT]
@@ -34,7 +34,7 @@ def test_two_clips_and_a_text_in_one_row():
 
 
 def test_frames_that_several_chips_share():
-    """The row says the same, every pair is beside its frame, and each chip has as many of a sample."""
+    """The row's content is the same, each pair is on its frame's chip, and a sample's frames are split evenly."""
     samples = [example(1, 5, 10, questions=2), example(2, 0, 7), example(3, 6, 9), example(4, 1, 9)]
     shape = RowShape(frames=20, pairs=28, questions=4, tokens=80)
     (whole, _), (cut_up, cut) = row(samples, shape), row(samples, shape, shares=4)
@@ -42,7 +42,7 @@ def test_frames_that_several_chips_share():
     for name in ("token_ids", "labels", "segment_ids", "positions", "question_ids"):
         np.testing.assert_array_equal(getattr(cut_up, name), getattr(whole, name))
 
-    def seen(batch):  # the frame, the question and which of its two tokens stands at every visual position
+    def seen(batch):  # frame, question and which of the pair's two tokens, at every visual position
         place = batch.visual_index[batch.visual_index != TEXT]
         pair = place // 2
         return batch.frames[batch.pair_frame[pair]], batch.pair_question[pair], place % 2
@@ -77,7 +77,7 @@ def test_questions_without_room_are_cut_with_what_follows():
 
 
 def test_a_movie_keeps_its_first_frames():
-    """Each visual token has a placeholder: those of frames without room are cut with what follows."""
+    """Each visual token has a placeholder; from the first frame without room on, the rest is cut."""
     ids = np.array([1, -200, -200, 7, -200, -200, 8, -200, -200, 9], np.int32)
     features = np.random.default_rng(0).normal(size=(3, 16, 64)).astype(np.float32)
     movie = Example("movie", ids, ids.copy(), ["what"], features)
@@ -109,7 +109,7 @@ def test_no_sample_predicts_the_next_ones_first_token():
 
 @pytest.mark.parametrize("shares", [1, 4])
 def test_where_a_row_has_one_question_pair_g_is_frame_g(shares):
-    """The step leaves such frames where they are (`step.visual_table`)."""
+    """The training step then need not gather frames by pair (`step.visual_table`)."""
     batch, cut = row([example(1, 3, 9), example(2, 2, 9)], RowShape(8, 8, 1, 40), shares=shares)
     used = np.unique(batch.visual_index[batch.visual_index != TEXT] // 2)
     assert cut == [False, True] and len(used) == 3

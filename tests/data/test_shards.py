@@ -40,7 +40,7 @@ BROKEN = {"gone": "does not exist", "no picture": "is not a picture"}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A JSON of six samples, two of them broken, beside its media."""
+    """A JSON file of six samples, two of them broken, beside its media."""
     folder = tmp_path_factory.mktemp("source")
     (folder / "folder").mkdir()
     Image.fromarray(index_frame(5)).save(folder / "folder" / "a.jpg")
@@ -53,7 +53,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(source, tmp_path_factory) -> Path:
-    """The same as shards of one sample each."""
+    """The same data as shards of one sample each."""
     folder = tmp_path_factory.mktemp("shards") / "set"
     build(source, folder, max_broken=0.5, shard_bytes=1)
     return folder
@@ -131,7 +131,7 @@ def test_built_again_is_the_same_and_another_source_is_refused(source, shards, t
 
 
 def test_built_again_of_other_media_is_refused(source, shards, tmp_path, capsys):
-    """The same JSON names other files there; another spelling of the folder is the same one."""
+    """In another media folder the same JSON names other files; another spelling of the same folder is accepted."""
     assert build_shards.main([str(source), str(shards), "--media", f"{source.parent}/folder/.."]) == 0
     capsys.readouterr()
     assert build_shards.main([str(source), str(shards), "--media", str(tmp_path)]) == 2
@@ -163,7 +163,7 @@ build_shards.build({str(source)!r}, {str(out)!r}, max_broken=0.5, shard_bytes=1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert stop.exists() and not out.exists() and (tmp_path / "out.incomplete").exists()
-    assert list((tmp_path / "out.incomplete").rglob("*-00000-of-*"))  # it was killed while it wrote
+    assert list((tmp_path / "out.incomplete").rglob("*-00000-of-*"))  # killed while writing
     for folder in tmp_path.rglob("*"):
         with pytest.raises(DataError, match=r"no complete folder|cannot be read"):
             read_shards(folder)
@@ -183,17 +183,17 @@ def test_damaged_shard_is_named(shards, tmp_path, damage):
     elif damage == "cut":
         file.write_bytes(content[: len(content) // 2])
     else:
-        middle = 400  # of the clip, which has more bytes than that
+        middle = 400  # within the clip's bytes
         content[middle : middle + 8] = bytes(255 - value for value in content[middle : middle + 8])
         file.write_bytes(content)
     with pytest.raises(DataError, match=f"{file}.*(damaged|absent|says).*copy the folder again"):
         read_shards(tmp_path)[1]
     if damage == "flipped":
-        assert read_shards(tmp_path)[0].id == "picture"  # the others are there
+        assert read_shards(tmp_path)[0].id == "picture"  # the other shards are intact
 
 
 def test_a_flipped_bit_of_shards(shards, tmp_path):
-    """In any file: samples, their outline, and what describes them.  Most bytes of a small shard are padding."""
+    """In any file: samples, outlines and descriptions.  Most bytes of a small shard are padding."""
     shutil.copytree(shards, tmp_path / "set")
 
     def read() -> dict[str, np.ndarray]:
@@ -217,12 +217,12 @@ def test_a_flipped_bit_of_shards(shards, tmp_path):
     ],
 )
 def test_damaged_descriptions(shards, tmp_path, name, change, message):
-    """tensorflow-datasets imports the modules that features.json names: nothing but what a build writes gets there."""
+    """tensorflow-datasets imports the modules that features.json names, so only what a build writes is accepted."""
     shutil.copytree(shards, tmp_path / "copy")
     file = tmp_path / "copy" / name
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     manifest = tmp_path / "copy" / "manifest.json"
-    if name != "manifest.json":  # whoever makes the one makes the other
+    if name != "manifest.json":  # an attacker could change the manifest, too
         values = json.loads(manifest.read_text())
         values["files"][name] = file.stat().st_size
         manifest.write_text(json.dumps(values))
@@ -238,10 +238,10 @@ def test_other_folder_is_left_alone(source, tmp_path):
 
 
 def test_beam_writes_the_same(tmp_path):
-    """Where Beam is installed: it takes older versions of some packages than requirements.lock has."""
+    """Runs where Beam is installed: it needs older versions of some packages than requirements.lock has."""
     pytest.importorskip("apache_beam")
     (tmp_path / "set.json").write_text(json.dumps([{"id": str(i), "conversations": TURNS} for i in range(23)]))
-    # two samples to a shard: from ten shards on, tfds confuses their order, and the last one is shorter
+    # two samples a shard, the last one shorter; tfds confuses the order of ten or more shards
     manifests = [
         build(tmp_path / "set.json", tmp_path / name, beam=beam, shard_bytes=750)
         for name, beam in (("plain", None), ("beam", LOCAL))
@@ -260,7 +260,7 @@ def test_beam_absent_is_one_line(source, tmp_path, monkeypatch, capsys):
 
 
 def test_names_that_utf8_cannot_hold(tmp_path):
-    """They are written out; the file is found by its own name, and what is missing is named."""
+    """Names are stored with escapes; files are found by their real names, and missing ones are listed."""
     file = os.fsdecode(b"latin\xe9.jpg")
     Image.fromarray(index_frame(5)).save(tmp_path / file)
     names = {"half \ud83d": file, "whole": file, "gone": "gone\udce9.jpg"}

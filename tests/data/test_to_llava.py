@@ -75,7 +75,7 @@ def test_video_chatgpt(tmp_path, capsys):
 
 
 def test_video_chatgpts_own_training_file(tmp_path, capsys):
-    """Features that nobody here has are named in place of the video, which `<video>` stands for."""
+    """It names feature files that users lack; the videos are found in `--media`, and `<video>` becomes `<image>`."""
     rows = [
         {"id": "v_a", "video": "v_a.pkl", "conversations": talk("What is this?\n<video>", "A dog.")},
         {"id": "v_a", "video": "v_a.pkl", "conversations": talk("<video>\nWho?", "He.", "Where?", "There.")},
@@ -142,7 +142,7 @@ def test_split_chat_keeps_the_image_in_the_first_turn_of_each_piece():
     assert [row.get("video") for row in out if row["id"].startswith("late")] == [None, "v.mp4", "v.mp4"]
     assert starts["gpt_0"] == "<image>\nq0" and starts["gpt_1"] == "<image>\nq2"
     assert out[-2]["conversations"] == rows[6]["conversations"] and out[-1] == rows[7]
-    assert rows[0]["conversations"] == long  # not changed in place
+    assert rows[0]["conversations"] == long  # the input is not changed in place
 
 
 def test_a_record_of_as_many_rounds_as_allowed_stays_whole():

@@ -31,7 +31,7 @@ ASKED = talk("<image>\nWhat?", "This.")
 
 @pytest.fixture
 def media(tmp_path):
-    """A folder with a picture, a video and features that can be used, and some that cannot."""
+    """A folder with a usable image, video and feature file, and with unusable ones."""
     folder = tmp_path / "media"
     folder.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)).save(folder / "é [b].png")
@@ -136,14 +136,14 @@ def test_decoding_finds_what_headers_hide(tmp_path, media):
         *GOOD,
     ]
     code, report = run(tmp_path, media, rows)
-    assert code == 1 and [check["index"] for check in report["broken"]] == [1]  # a video's packets are counted
+    assert code == 1 and [check["index"] for check in report["broken"]] == [1]  # cut.mp4: its packets are counted
     code, report = run(tmp_path, media, rows, "--decode")
     assert code == 1 and [check["index"] for check in report["broken"]] == [0, 1, 2]
     assert report["problems"] == {"unreadable": 3}
 
 
 def test_features_of_another_tower(tmp_path, media, model):
-    """Only a model can tell; in a run every such sample would be unreadable."""
+    """Only found with a model; a training run could read none of these samples."""
     np.savez(media / "other.npz", feats=np.ones((3, 17, 32), np.float16))
     rows = [*GOOD, {"video": "other.npz", "conversations": ASKED}]
     assert run(tmp_path, media, rows)[0] == 0
@@ -184,7 +184,7 @@ def test_features_for_a_model_that_makes_a_token_of_cls(tmp_path, media, model):
 
 
 def test_feature_files_that_name_another_tower(tmp_path, media, model, capsys):
-    """Of the right shape: the file says which weights made it, of which pixels, and a run would refuse it."""
+    """The shape fits, but the file names other weights or preprocessing, which a training run would refuse."""
     config = LLaMAVIDLlavaConfig.from_pretrained(model)
     shapes = {path: shape for path, shape in inventory.shapes(config).items() if path.startswith("vision.")}
     params = {path: jnp.full(shape, 0.3 + number) for number, (path, shape) in enumerate(shapes.items())}

@@ -1,10 +1,10 @@
 """The ablation: its variants are models, and what it prints of runs that are there."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-import yaml
 from paths import ROOT
 
 from demo import ablation
@@ -12,14 +12,19 @@ from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
 
 
 @pytest.mark.parametrize("name", ablation.VARIANTS)
-def test_variants(name, tmp_path):
-    variant = ablation.VARIANTS[name]
-    recipe = yaml.safe_load((ROOT / ablation.MODEL).read_text()) | variant.fields
-    (tmp_path / "model.yaml").write_text(yaml.safe_dump(recipe))
-    config = LLaMAVIDLlavaConfig.from_yaml(tmp_path / "model.yaml")
-    assert config.tokens_per_frame == variant.tokens
+def test_variants(name):
+    config = ablation.config(ablation.Place(ROOT / "demo/model"), name)
     kinds = config.frame_tokens != "content", config.frame_tokens != "context"
-    assert kinds == tuple(part != "0" for part in variant.paper_tokens.split(" + "))
+    assert kinds == tuple(part != "0" for part in ablation.VARIANTS[name].paper_tokens.split(" + "))
+
+
+def test_tokens_of_another_tower(tmp_path):
+    """The tower sets the image size: its 64 patches give 4 content tokens for grid:2, and 16 for grid:4."""
+    tower = dataclasses.replace(ablation.config(ablation.Place(), "both").vision_tower_config, image_size=64)
+    dataclasses.replace(ablation.config(ablation.Place(), "both"), vision_tower_config=tower).save_pretrained(tmp_path)
+    at = ablation.Place(tmp_path)
+    tokens = [ablation.config(at, name).tokens_per_frame for name in ("both", "grid:2", "grid:4", "all")]
+    assert tokens == [2, 5, 17, 65]
 
 
 def test_every_variant_has_its_table():
@@ -33,8 +38,10 @@ def keep(folder, name, accuracy, questions=9):
 
 
 def test_seeds_are_one_line(tmp_path, monkeypatch, capsys):
-    """Runs that are there are not trained again; seeds give a mean and its standard error, one of other steps does not
-    count, and what is not asked for is in the table all the same."""
+    """The table has a line per variant, even for those not selected: mean and standard error over seeds.
+
+    Existing runs are not trained again, and runs with another number of steps do not count.
+    """
     monkeypatch.chdir(tmp_path)
     for seed, value in enumerate((0.8, 0.85, 0.9)):
         keep(tmp_path, f"both_600_{seed}", value)
@@ -51,11 +58,8 @@ def test_seeds_are_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_run(tmp_path, monkeypatch):
-    """The shared stages once, then for each seed a training and its questions; all but the tower trains."""
+    """Shared stages run once, stage 2 and its questions once per seed; all but the vision tower trains."""
     monkeypatch.chdir(tmp_path)
-    for file in (ablation.MODEL, ablation.STAGES):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).symlink_to(ROOT / file)
     ran = []
 
     def run(*arguments):
@@ -70,6 +74,8 @@ def test_what_is_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ablation, "run_python", run)
     assert ablation.main(["out.png", "--only", "both", "bert", "--seeds", "2", "--steps", "9"]) == 0
+    model = LLaMAVIDLlavaConfig.from_yaml(tmp_path / "runs/ablation/bert_9_1.yaml")
+    assert model == ablation.config(ablation.Place(), "bert")
     trained = [arguments for arguments in ran if arguments[0] == "train.py"]
     stages = [Path(arguments[2]).stem for arguments in trained]
     each = ["stage0_refer", "stage1_align", "stage2_instruct"]

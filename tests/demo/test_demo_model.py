@@ -40,7 +40,7 @@ def test_it_is_small(shipped):
 
 
 def test_held_out_clips(shipped, tmp_path):
-    """Clips drawn anew with pictures of digits that training never shows; the whole set is in docs/demo.md."""
+    """New clips with digit images that training never uses; docs/demo.md has the results of the whole set."""
     for folder in ("clips", "long"):
         (tmp_path / folder).mkdir()
     clips = [sample(("instruct_test", 100_000 + number), tmp_path, seed=1) for number in range(24)]
@@ -52,7 +52,7 @@ def test_held_out_clips(shipped, tmp_path):
 
 
 def test_a_flipped_bit_of_its_weights(tmp_path):
-    """Once in each file, read as `from_pretrained` does; what else is in the folder has no sums."""
+    """One flip in each file, read as by `from_pretrained`; files outside weights/ have no checksums."""
     shutil.copytree(DEMO / "model/weights", tmp_path / "weights")
     config = LLaMAVIDLlavaConfig.from_pretrained(DEMO / "model")
     shapes = {path: value.shape for path, value in abstract_params(config).items()}
@@ -93,7 +93,7 @@ def test_the_demo_answers_and_draws(tmp_path, capsys):
 
 
 def test_the_context_token_looks_where_the_question_points(shipped):
-    """Of three digits in a picture, at the one that is asked for."""
+    """It attends to the digit that the question names, among three in an image."""
     model, processor = shipped
     right = []
     for seed in range(6):
@@ -109,7 +109,7 @@ def test_the_context_token_looks_where_the_question_points(shipped):
 
 
 def test_a_question_longer_than_the_positions_loses_its_beginning(shipped):
-    """The demo's Q-Former has 64: behind them its embeddings are not numbers."""
+    """The demo's Q-Former has 64 positions; embeddings beyond them would be NaN."""
     model, processor = shipped
     frame = np.zeros((1, 3, 48, 48), np.float32)
     asked = "Is there a zebra behind the trees, or perhaps a crocodile or a hippopotamus? " + questions.CLIP_DIGIT[0]
@@ -146,7 +146,7 @@ def test_a_fresh_qformer_is_all_that_changes(shipped, tmp_path, monkeypatch):
 
 
 def test_a_fresh_bert_in_the_qformer_s_place(shipped, tmp_path):
-    """It has a layer that the Q-Former lacks; all that both have is the model's, their own parts aside."""
+    """BERT has a layer that the Q-Former lacks; LLaMA and the vision tower keep the model's weights."""
     fresh_qformer.main([str(DEMO / "model"), str(tmp_path / "fresh"), "--bert-type", "raw_bert"])
     fresh = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(tmp_path / "fresh", dtype="float32")
     assert fresh.config.bert_type == "raw_bert"
@@ -156,7 +156,7 @@ def test_a_fresh_bert_in_the_qformer_s_place(shipped, tmp_path):
 
 
 def test_the_evidence_is_the_right_second(shipped, tmp_path):
-    """Of ten minutes with one event of 5 seconds, it is within the first three seconds named."""
+    """In ten minutes with one event of 5 seconds, one of the three frames with the largest weights shows the event."""
     model, processor = shipped
     (tmp_path / "long").mkdir()
     right = []

@@ -21,7 +21,7 @@ def shipped():
 
 @pytest.mark.parametrize("kind, counts", [("locate", {1}), ("order", {2}), ("count", {1, 2, 3})])
 def test_needles(kind, counts):
-    """They do not overlap, lie within the film, and the answer follows from them."""
+    """Needles do not overlap and lie within the film, and the answer follows from them."""
     seen = set()
     for number in range(60):
         one = length.needle(kind, 60, number)
@@ -61,7 +61,7 @@ def test_beyond_the_positions(shipped):
     assert stretched.rope_factor == 4 and stretched.max_position_embeddings == 2048
     same, stride = length.fitted(model, 3600, "thin")
     assert same is model and 1024 * 0.8 < 3600 / stride < 1024
-    hour, _ = length.fitted(model, 3600, "stretch")  # one that was trained so has room for an hour, and goes on from it
+    hour, _ = length.fitted(model, 3600, "stretch")  # like a model trained for an hour, then extended
     assert length.fitted(hour, 3600, "extend") == (hour, 1)
     further, wider = (length.fitted(hour, 3 * 3600, how)[0].config.text_config for how in ("extend", "stretch"))
     assert further.rope_factor == 4 and 21600 < further.max_length < 22000
@@ -92,7 +92,7 @@ def test_a_run_goes_on(tmp_path, capsys):
     assert rows[0]["truth"] == rows[0]["answer"]
     assert [row["every"] for row in rows] == [1] * 3 + [2] * 3
     with file.open("a") as cut:
-        cut.write('{"minutes": 1, "ev')  # by kill -9
+        cut.write('{"minutes": 1, "ev')  # as after kill -9
     assert length.main([*arguments, "--questions", "2"]) == 0
     assert file.read_text().startswith(first) and len(file.read_text().splitlines()) == 13
     table = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Answers from a small model: each video encoded once, full batches, broken items, runs that are stopped anywhere."""
+"""Answers of a small model: each video is encoded once, batches are full, items are broken, runs stop at any point."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def ask(tiny_model, items, batch: int, original: bool = False) -> list[dict]:
 
 
 def test_each_video_once_and_full_buckets(tiny_model, official, monkeypatch):
-    """Nine questions about six clips: six times encoded; batched answers are those of one at a time."""
+    """Nine questions about six clips: six encodings, and batched answers equal those asked one at a time."""
     items, _ = SETS["msvd"].read(official("msvd"), False)
     encoded, batches = [], []
     encode, generate = type(tiny_model).visual_tokens, type(tiny_model).generate
@@ -76,7 +76,7 @@ def test_each_video_once_and_full_buckets(tiny_model, official, monkeypatch):
 
 
 def test_the_next_video_is_read_meanwhile(tiny_model, official, monkeypatch):
-    """The first answer is not given before the second video is begun; the third waits for its turn."""
+    """The second video is being read before the first answer is given; the third is not read yet."""
     items, _ = SETS["msvd"].read(official("msvd"), False)
     begun, second, answered = [], threading.Event(), []
     stream, generate = LLaMAVIDLlavaImageProcessor.stream_video, type(tiny_model).generate
@@ -99,7 +99,7 @@ def test_the_next_video_is_read_meanwhile(tiny_model, official, monkeypatch):
 
 
 def test_sampled_answers_do_not_depend_on_their_neighbours(tiny_model, official):
-    """Like the original: temperature 0.2, one at a time, and the same again."""
+    """As in the original: temperature 0.2 and one question at a time; a subset gives the same answers."""
     items, _ = SETS["msvd"].read(official("msvd"), True)
     everything = ask(tiny_model, items, 4, original=True)
     some = ask(tiny_model, items[3:5], 4, original=True)
@@ -107,7 +107,7 @@ def test_sampled_answers_do_not_depend_on_their_neighbours(tiny_model, official)
 
 
 def test_a_broken_item_costs_itself(checkpoint, official, tmp_path, short, capsys):
-    """A video that is no video and a picture that is missing, each asked twice."""
+    """A file that is no video and a missing image, each with several questions; all other questions are answered."""
     data = official("msvd")
     (data / "video" / "vid101.avi").write_bytes(b"not a video")
     (data / "video" / "vid102.mkv").unlink()
@@ -127,7 +127,7 @@ def test_a_broken_item_costs_itself(checkpoint, official, tmp_path, short, capsy
 
 
 def test_questions_that_are_no_text_cost_themselves(checkpoint, official, tmp_path, short):
-    """Half a character, and the placeholder; the other questions about their pictures are answered."""
+    """Questions with half a character and with the placeholder fail; the others about the same images are answered."""
     data = official("gqa")
     file = data / "llava_gqa_testdev_balanced.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -140,7 +140,7 @@ def test_questions_that_are_no_text_cost_themselves(checkpoint, official, tmp_pa
 
 
 def test_text_alone_and_the_limit(checkpoint, official, tmp_path, short):
-    """ScienceQA's questions without a picture are asked in words; a limit is gone beyond later."""
+    """ScienceQA's questions without an image are asked as text; a later run without --limit answers the rest."""
     data = official("scienceqa")
     assert run(checkpoint, "scienceqa", data, tmp_path / "out", "--limit", "3") == 0
     first = rows(tmp_path / "out")
@@ -169,7 +169,7 @@ def test_two_parts_are_the_whole(checkpoint, official, tmp_path, short, limit, c
 
 
 def test_other_parts_go_on(checkpoint, official, tmp_path, short, capsys):
-    """Of three parts one ends, and one process does the rest; a part with other settings is refused at once."""
+    """One of three shards is done, then one process does the rest; a shard with other settings is refused at once."""
     data, out = official("msvd"), tmp_path / "out"
     lost = SETS["msvd"].read(data, False)[0][0].media
     lost.rename(tmp_path / "lost")
@@ -188,7 +188,7 @@ def test_other_parts_go_on(checkpoint, official, tmp_path, short, capsys):
 
 
 def test_annotations_that_come_later(checkpoint, official, tmp_path, monkeypatch):
-    """A run that goes on knows them: no answer is asked again, and the upload and the figures are complete."""
+    """A resumed run uses them: no question is asked again, and the upload and the figures are complete."""
     import dataclasses
 
     monkeypatch.setitem(SETS, "vqav2", dataclasses.replace(SETS["vqav2"], max_new_tokens=4))
@@ -215,7 +215,7 @@ def test_annotations_that_come_later(checkpoint, official, tmp_path, monkeypatch
 
 
 def test_annotations_that_come_later_to_parts(checkpoint, official, tmp_path, monkeypatch, capsys):
-    """No figure of the parts that know them alone: not where one part goes on, nor where all is asked as one."""
+    """No figure from the shards that know them alone, whether one shard resumes or a run without shards starts."""
     import dataclasses
 
     monkeypatch.setitem(SETS, "vqav2", dataclasses.replace(SETS["vqav2"], max_new_tokens=4))
@@ -239,7 +239,7 @@ def test_annotations_that_come_later_to_parts(checkpoint, official, tmp_path, mo
 
 
 def test_two_processes_are_the_whole(checkpoint, official, tmp_path):
-    """They find each other and share the pictures; the last one scores all."""
+    """Two processes find each other and share the images; the last one to end scores all answers."""
     arguments = ["--model", checkpoint, "--set", "gqa", "--data", str(official("gqa")), "--dtype", "float32"]
     assert command.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     code = [sys.executable, "-m", "llamavid_jax.evaluation", *arguments]
@@ -272,7 +272,7 @@ def test_a_folder_holds_one_run(checkpoint, official, tmp_path, short, capsys, c
 
 
 def test_killed_runs_lose_and_repeat_nothing(checkpoint, official, tmp_path):
-    """kill -9 as soon as there is an answer, and again at the sixth; what the next process adds is what was left."""
+    """kill -9 after the first answer, and again after the sixth; each next run answers only the remaining questions."""
     data, out = official("gqa"), tmp_path / "killed"
     arguments = ["--model", checkpoint, "--set", "gqa", "--data", str(data), "--dtype", "float32", "--batch", "1"]
     start = [sys.executable, "-m", "llamavid_jax.evaluation", *arguments, "--out", str(out)]
@@ -296,6 +296,6 @@ def test_killed_runs_lose_and_repeat_nothing(checkpoint, official, tmp_path):
 
 
 def rows_so_far(out: Path) -> list[dict]:
-    """The rows of complete lines."""
+    """The rows of complete lines, without the header."""
     lines = (out / "answers.jsonl").read_bytes().split(b"\n")[1:-1]
     return [json.loads(line) for line in lines]

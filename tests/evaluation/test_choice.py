@@ -72,13 +72,13 @@ def test_an_option_s_own_words_come_before_letters_in_them(text, letter):
 
 @pytest.mark.parametrize("text", ["", " ", ".", '""'])
 def test_an_option_without_words_is_named_by_its_letter_alone(text):
-    """Of MLVU's "ego" two such options are the right ones: no answer, and a broken question, are not these."""
+    """Two such options are the right ones in MLVU's "ego"; no answer and a broken question must not match them."""
     options = numbered(["the garage", "the toolbox", "", "the shelf"])
     assert chosen(text, options) is None and chosen("C", options) == "C"
 
 
 def test_words_that_two_options_have():
-    """They name the first one, as which the second counts too."""
+    """The first of them is chosen; the score accepts it for the second too."""
     assert chosen("Blue.", numbered(["Red", "Blue", "White", "Blue"])) == "B"
 
 

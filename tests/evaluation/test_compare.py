@@ -42,7 +42,7 @@ def result(official, tmp_path):
 
 
 def test_standard_error():
-    """Of independent values the usual one; values of one picture that are all the same are one value."""
+    """The usual one for independent values; equal values of one image count as one value."""
     values = [1.0, 0.0, 1.0, 1.0]
     assert math.isclose(mean(values).error, np.std(values) / 2)
     assert math.isclose(mean(values * 3, 100.0, [*range(4)] * 3).error, 100 * np.std(values) / 2)
@@ -51,7 +51,7 @@ def test_standard_error():
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_questions_of_one_picture_make_no_figure_more_certain(times):
-    """Not those of groups either, nor a mean over categories that ask about the same pictures."""
+    """The same holds for groups, and for a mean over categories that ask about the same images."""
     answers = ["yes", "no", "yes", "yes", "other", "yes", "no", "yes"]
     labels = ["yes", "no", "no", "yes", "yes", "yes", "yes", "no"]
 
@@ -64,7 +64,7 @@ def test_questions_of_one_picture_make_no_figure_more_certain(times):
         ]
 
     pope = SETS["pope"].score(rows(lambda name, label: {"category": name, "label": label}), False)
-    f1 = 6 / 10  # 3 true positives, 2 false ones, 2 lost
+    f1 = 6 / 10  # 3 true positives, 2 false positives, 2 false negatives
     expected = 100 * math.sqrt(3 * ((2 - 2 * f1) / 10) ** 2 + 4 * (f1 / 10) ** 2)
     figures = [*pope.groups["F1"].values(), pope.figures["mean F1 of the categories"]]
     assert len(figures) == 3 and all(math.isclose(figure.value, 100 * f1) for figure in figures)
@@ -92,7 +92,7 @@ def test_bootstrap_agrees_with_the_normal_interval():
 
 @pytest.mark.parametrize("clusters, least", [(1, 1.0), (3, 0.25), (40, 2e-4)])
 def test_few_videos_prove_nothing(clusters, least):
-    """However many questions about them all became better: n signs are alike in one of 2^(n-1) cases."""
+    """Even if all questions about them improved: n signs agree with probability 1 / 2^(n-1)."""
     p = bootstrap(np.ones(120), np.arange(120) % clusters)[2]
     assert p == pytest.approx(least)
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_compared(result, tmp_path, capsys):
 
 
 def test_scores_are_repeatable(result):
-    """From the file of answers alone, byte by byte."""
+    """From the file of answers alone, byte for byte."""
     folder = result("a", [0, 3])
     before = (folder / "result.json").read_bytes()
     assert command.main(["score", str(folder)]) == 0 and (folder / "result.json").read_bytes() == before
@@ -145,7 +145,7 @@ def test_scores_are_repeatable(result):
 
 
 def test_the_page_says_how_many_judgements_failed(result, tmp_path):
-    """What a judge refuses is left out of the figure beside the paper's."""
+    """A question whose judgement failed is left out of the figure beside the paper's."""
     file = result("a", range(3)) / "result.json"
     told = json.loads(file.read_text())
     for failed, said in ((0, False), (9, True)):
@@ -165,7 +165,7 @@ def test_answers_of_a_set_that_is_not_known(result, capsys):
     "key, said", [("sé-1", "characters that no key has"), ("s\r\nx: 1", "characters"), ("s-1\r\n", "")]
 )
 def test_keys(result, monkeypatch, capsys, key, said):
-    """No key is shown, and what an editor leaves at its end is no part of it."""
+    """No key is printed, and white space that an editor leaves at its end is stripped."""
     folder = result("a", range(3))
     monkeypatch.setenv("OPENAI_API_KEY", key)
     assert command.main(["score", str(folder), "--judge", "http://127.0.0.1:9/v1"]) == (2 if said else 0)
@@ -174,7 +174,7 @@ def test_keys(result, monkeypatch, capsys, key, said):
 
 
 def test_page(result, tmp_path):
-    """Published numbers, and what was measured beside them with what a reader must know."""
+    """Published numbers, and beside them the measured ones with the settings that a reader must know."""
     folder = result("a", range(3), like_original=True)
     assert command.main(["results", str(tmp_path / "results.md"), str(folder)]) == 0
     page = (tmp_path / "results.md").read_text()

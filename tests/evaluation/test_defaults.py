@@ -1,4 +1,4 @@
-"""The default mode, where the original's rules would count a right answer as wrong, or a wrong one as right."""
+"""The default mode, where the original's rules would count a right answer as wrong or a wrong one as right."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from recorded_evaluation import rows_of
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation import mmbench, video_chatgpt, video_qa, vqa
-from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge
+from llamavid_jax.evaluation.judge import ModelJudge, OfflineJudge, Reply
 from llamavid_jax.evaluation.replies import read_leniently
 from llamavid_jax.evaluation.sets import SETS
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
@@ -24,7 +24,7 @@ from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
 @pytest.mark.parametrize("original", [False, True])
 @pytest.mark.parametrize("name", ["pope", "vqav2", "vizwiz", "textvqa", "msvd", "video_chatgpt"])
 def test_a_broken_question_is_wrong(name, original):
-    """Whatever the rules make of an empty text: yes (POPE), or what is left of "the"; and no judge is asked."""
+    """Even where the rules accept an empty text, as "yes" (POPE) or as what is left of "the"; no judge is asked."""
     people = {"people": ["a", *["the"] * 9]} if name != "textvqa" else {"people": ["the"] * 10}
     entry = {"Q": "?", "A": "a", "video_name": "v"}
     reference = {"question_id": 1, "image": "1", "key": "v_0", "question": "?", "answer": "a", **people}
@@ -33,7 +33,7 @@ def test_a_broken_question_is_wrong(name, original):
 
     class Judge(ModelJudge):
         def _call(self, sent):
-            return "{'pred': 'yes', 'score': 5}"
+            return Reply("{'pred': 'yes', 'score': 5}")
 
     judge = [Judge("http://127.0.0.1:9/v1", "")] if SETS[name].is_judged else []
     assert set(SETS[name].score(rows, original, *judge).items.values()) == {0.0}
@@ -44,7 +44,7 @@ def test_a_broken_question_is_wrong(name, original):
 
 @pytest.mark.parametrize("name", ["pope", "mme", "seed", "scienceqa"])
 def test_a_clear_answer_counts_by_default(official, name):
-    """The words around an answer make no difference, but do by the original's rules."""
+    """Words around an answer make no difference, but do under the original's rules."""
     items, _ = SETS[name].read(official(name), False)
     letters = "ABCDE"
 
@@ -65,7 +65,7 @@ def test_a_clear_answer_counts_by_default(official, name):
 
 @pytest.mark.parametrize("name", ["gqa", "seed", "scienceqa", "vqav2"])
 def test_answers_that_are_counted_nowhere_are_said(official, name):
-    """As with annotations of another version of the set."""
+    """As happens with annotations of another version of the set."""
     items, _ = SETS[name].read(official(name), False)
     rows = rows_of(items, ["a"] * len(items))
     assert not any("no reference" in note for note in SETS[name].score(rows, False).notes)
@@ -74,7 +74,7 @@ def test_answers_that_are_counted_nowhere_are_said(official, name):
 
 
 def test_vqav2_ids_as_numbers_and_as_text(official):
-    """In the question files, the annotations and the split: a question is the same one."""
+    """Number or text in the question files, the annotations and the split: the question is the same."""
     folder = official("vqav2")
     before = SETS["vqav2"].read(folder, False)
     file = folder / "llava_vqav2_mscoco_test-dev2015.jsonl"
@@ -115,7 +115,7 @@ def mmbench_table(folder, *rows: str):
 
 
 def test_mmbench_keeps_every_option(tmp_path):
-    """ "NA" is an option, a gap does not end the list, and a grey picture is a picture."""
+    """ "NA" is an option, a gap does not end the list, and a greyscale image is read."""
     row = f"7\tWhich?\tnan\tNA\t\tnone\tx\tD\tocr\t{picture('L')}\tmade up\tperception\t\tdev"
     folder = mmbench_table(tmp_path / "mmbench", row)
     (item,), _ = SETS["mmbench"].read(folder, False)
@@ -140,7 +140,7 @@ def test_another_table(tmp_path):
 
 
 def test_mmbench_rounds(tmp_path):
-    """A question counts in circular accuracy where every round is right, whatever letter that is."""
+    """Circular accuracy counts a question as right if every round is right, whatever its letter."""
     folder = mmbench_table(
         tmp_path / "mmbench",
         f"7\tWhich?\t\tcat\tdog\tfox\t\tB\tanimal\t{picture('RGB')}\tmade up\tperception\t\tdev",
@@ -154,7 +154,7 @@ def test_mmbench_rounds(tmp_path):
 
 
 def test_mmbench_rounds_hand_in_the_letters_of_the_sheet(tmp_path):
-    """The first round's: the others' letters are of options in another order. The original has the last one's."""
+    """The first round's: other rounds reorder the options. The original hands in the last round's."""
     row = f"7\tWhich?\t\tcat\tdog\tfox\t\tB\tanimal\t{picture('RGB')}\tmade up\tperception\t\tdev"
     items, _ = SETS["mmbench_rounds"].read(mmbench_table(tmp_path / "mmbench", row), False)
     for original, letter in ((False, "B"), (True, "C")):
@@ -174,7 +174,7 @@ def test_mmbench_questions_about_one_picture_are_one(tmp_path):
 
 
 def test_circular_accuracy_is_of_questions_with_all_their_copies(tmp_path):
-    """With --limit the copies, behind all other questions, are not asked: one right answer is not a circle."""
+    """With --limit the copies, which follow all questions, are not asked: one right answer makes no circle."""
     rows = [
         f"{number}\tWhich?\t\tcat\tdog\tfox\t\tB\tanimal\t{picture('RGB')}\tmade up\tperception\t\tdev"
         for number in (1, 2, 3, 1_000_001, 1_000_002)
@@ -189,7 +189,7 @@ def test_circular_accuracy_is_of_questions_with_all_their_copies(tmp_path):
 
 
 def test_mmbench_hands_in_every_line(tmp_path):
-    """Also one that comes twice: as in the original both have the last answer."""
+    """Also one that comes twice: as in the original, both rows have the last answer."""
     row = f"7\tWhich?\t\tcat\tdog\tfox\t\tB\tanimal\t{picture('RGB')}\tmade up\tperception\t\tdev"
     items, _ = SETS["mmbench"].read(mmbench_table(tmp_path / "mmbench", row, row), False)
     header, *lines = mmbench.cells(rows_of(items, ["A", "B"]))
@@ -197,7 +197,7 @@ def test_mmbench_hands_in_every_line(tmp_path):
 
 
 def test_activitynet_pairs_by_id(official):
-    """Answers in another order than the questions go to other questions in the original."""
+    """In the original, answers in another order than the questions are paired with the wrong questions."""
     folder = official("activitynet_qa")
     file = folder / "test_a.json"
     file.write_text(json.dumps(json.loads(file.read_text())[::-1]))
@@ -210,7 +210,7 @@ def test_activitynet_pairs_by_id(official):
 
 
 def test_activitynet_ids_that_come_twice(official):
-    """Each of the two keeps its own answer; answers beyond the questions are nobody's."""
+    """Each of the two questions keeps its own answer; surplus answers are ignored."""
     folder = official("activitynet_qa")
     for name in ("test_q.json", "test_a.json"):
         entries = json.loads((folder / name).read_text())
@@ -234,14 +234,14 @@ def test_the_second_question_reaches_the_judge(official):
 
 
 def test_one_of_two_consistent_answers_missing(official):
-    """Half an entry is not judged."""
+    """A pair with one answer is not judged."""
     items, _ = SETS["video_chatgpt"].read(official("video_chatgpt"), False)
     rows = rows_of(items, ["an answer"] * len(items))[:-1]
     assert SETS["video_chatgpt"].score(rows, False, OfflineJudge()).figures["consistency"].count == 2
 
 
 def test_the_five_scores_of_a_video_belong_to_it(official):
-    """For the comparison of two runs, which draws whole videos."""
+    """The comparison of two runs needs this: it resamples whole videos."""
     items, _ = SETS["video_chatgpt"].read(official("video_chatgpt"), False)
     rows = rows_of(items, ["an answer"] * len(items))
     scores = SETS["video_chatgpt"].score(rows, False, OfflineJudge())
@@ -261,7 +261,7 @@ def test_offline_figures_say_so(official):
 
 
 def test_numbers_of_videos(official):
-    """MSVD's own files are called vid7.avi, MSR-VTT's video7.mp4, and their questions say 7."""
+    """MSVD's files are called vid7.avi, MSR-VTT's video7.mp4, and their questions give the number 7."""
     folder = official("msvd")
     lines = json.loads((folder / "test_qa.json").read_text())
     (folder / "test_qa.json").write_text(json.dumps([{**lines[0], "video_id": 101}]))
@@ -281,7 +281,7 @@ def test_numbers_of_videos(official):
     ],
 )
 def test_layouts_that_the_owners_have_too(official, name, moved):
-    """The same questions with the same answers, about files that are there."""
+    """The same questions and answers, with media files that exist."""
     data = official(name.removesuffix("_cn"))
     before, _ = SETS[name].read(data, False)
     (data / "youtube_mapping.txt").write_text("x_1_2 vid1\n-4wsuPCjDBc_5_15 vid101\n")
@@ -306,7 +306,7 @@ def test_an_empty_folder_says_where_the_set_comes_from(tmp_path, name):
     "name", ["gqa", "vqav2", "pope", "mme", "seed", "scienceqa", "textvqa", "msvd", "video_chatgpt"]
 )
 def test_files_of_another_form(official, name):
-    """Objects where lists are wanted, and entries without their fields, are one line each."""
+    """Objects in place of lists, and entries with missing fields, are each an error of one line."""
     folder = official(name)
     for file in sorted(folder.glob("*.json*")):
         before = file.read_bytes()

@@ -71,7 +71,7 @@ def case(text: str = "a cat", read=read_leniently) -> Case:
 
 
 def test_what_is_sent_and_what_comes_back(server, tmp_path):
-    """Model and messages alone, the key; the replies are kept, and a second judge asks nobody."""
+    """The request holds model and messages alone, and the key; replies are kept, so a second judge sends nothing."""
     server.replies = [GOOD]
     judge = ModelJudge(server.address, "secret", "some-model", tmp_path / "replies.jsonl")
     (verdict,) = judge.verdicts([case()])
@@ -87,14 +87,14 @@ def test_what_is_sent_and_what_comes_back(server, tmp_path):
         0,
         10,
         3,
-    )  # of all scorings
+    )  # totals over all scorings
     other = ModelJudge(server.address, "", "another-model", tmp_path / "replies.jsonl")
     assert other.verdicts([case()]) == [verdict] and len(server.asked) == 2
 
 
 @pytest.mark.parametrize("bad", ["", "Sure!", "{'pred': yes}", "{'score': 'high', 'pred': 'yes'}", "[[[" * 4000, None])
 def test_malformed_replies_end(server, bad):
-    """A judge that never says anything of use is asked ATTEMPTS times, and the others still count."""
+    """A judge whose replies are never usable is asked ATTEMPTS times; other cases still count."""
     server.replies = [GOOD, bad]
     judge = ModelJudge(server.address, "")
     assert [verdict and verdict.yes for verdict in judge.verdicts([case("one")]) + judge.verdicts([case("two")])] == [
@@ -116,7 +116,7 @@ def body(content, usage=None) -> bytes:
     ],
 )
 def test_bodies_that_hold_no_reply(server, capsys, bad):
-    """They cost their own case, and why is said once, in a line."""
+    """Each fails its own case only, and the reason is printed once, in one line."""
     server.replies = [bad]
     judge = ModelJudge(server.address, "")
     assert judge.verdicts([case(str(number)) for number in range(3)]) == [None] * 3 and judge.counts["failed"] == 3
@@ -125,7 +125,7 @@ def test_bodies_that_hold_no_reply(server, capsys, bad):
 
 @pytest.mark.parametrize("lost, seconds", [(5, 0), (0, 0.5)])
 def test_a_reply_that_breaks_off_or_does_not_come(server, monkeypatch, lost, seconds):
-    """The others are judged; where nobody is, that is said."""
+    """The other cases are judged; if no case is, an error is raised."""
     monkeypatch.setattr(judges, "PATIENCE", (1, 0.2))
     server.replies, judge = [GOOD], ModelJudge(server.address, "")
     assert judge.verdicts([case("one")])[0].yes
@@ -136,7 +136,7 @@ def test_a_reply_that_breaks_off_or_does_not_come(server, monkeypatch, lost, sec
 
 
 def test_a_reply_that_stops_half_way(server, monkeypatch):
-    """Its beginning comes and then nothing more: another case's matter, not the end of all."""
+    """Only the beginning arrives: that case fails, and the scoring continues."""
     monkeypatch.setattr(judges, "PATIENCE", (1, 0.2))
     server.replies, server.lost, server.hangs, judge = [GOOD], 5, threading.Event(), ModelJudge(server.address, "")
     try:
@@ -153,11 +153,11 @@ def test_an_empty_reply_is_asked_for_by_the_next_scoring(server, tmp_path):
 
 
 def test_two_cases_of_the_same_words_have_one_reply(tmp_path):
-    """Also where both are asked at once: else the next scoring, which finds one of them, gives another figure."""
-    kept, both, number = tmp_path / "replies.jsonl", threading.Barrier(2), iter((1, 4))
+    """Also if both are asked at once: otherwise the next scoring, which finds one kept reply, gives other figures."""
+    kept, number = tmp_path / "replies.jsonl", iter((1, 4))
 
     def call(sent):
-        both.wait(60)
+        time.sleep(0.2)  # the other case comes meanwhile
         return judges.Reply(f"{{'pred': 'yes', 'score': {next(number)}}}", 10, 3)
 
     judge = ModelJudge("http://127.0.0.1:9/v1", "", kept=kept)
@@ -166,6 +166,7 @@ def test_two_cases_of_the_same_words_have_one_reply(tmp_path):
     later = ModelJudge("http://127.0.0.1:9/v1", "", kept=kept)
     again = later.verdicts([case(), case()])
     assert first == [verdict.score for verdict in again] and len(set(first)) == 1
+    assert (judge.counts["kept replies"], judge.counts["tokens in"]) == (1, 10)
     assert (later.counts["kept replies"], later.counts["tokens in"]) == (2, 10)
 
 
@@ -177,7 +178,7 @@ def test_a_reply_counts_whatever_the_tokens_are(server, usage):
 
 
 def test_nobody_waits_for_a_slow_server():
-    """A refusal ends it although another call has not come back, and so does Ctrl-C."""
+    """A refused call ends the scoring although another call is still waiting; so does Ctrl-C."""
     judge, over = ModelJudge("http://127.0.0.1:9/v1", ""), threading.Event()
 
     def call(sent):

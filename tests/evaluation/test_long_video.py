@@ -38,7 +38,7 @@ def mlvu(tmp_path):
 
 
 def test_mlvu(mlvu):
-    """Free answers are left out; the set's figure is the mean over tasks, not over questions."""
+    """Open-ended questions are left out; the set's figure is the mean over tasks, not over questions."""
     items, _ = SETS["mlvu"].read(mlvu, False)
     assert [item.text for item in items] == [f"Which?\nA. cat\nB. dog\n{LETTER}"] * 3
     assert items[0].media == mlvu / "MLVU" / "video" / "2_needle" / "a.mp4" and items[0].question == items[0].text
@@ -49,7 +49,7 @@ def test_mlvu(mlvu):
 
 
 def test_answers_that_are_no_candidate_or_two(mlvu):
-    """As in MLVU's own files: two questions of "needle" have no right answer, five have an option twice."""
+    """As in MLVU's own files: two questions of "needle" have no right option, and five have an option twice."""
     count = {"video": "a.mp4", "question": "?"}
     twice = {**count, "candidates": ["Six", "Three", "Three", "Two"], "answer": "Three"}
     write(mlvu / "MLVU/json/4_count.json", [{**count, "candidates": ["1", "2"], "answer": "3"}, twice, twice, twice])
@@ -60,7 +60,7 @@ def test_answers_that_are_no_candidate_or_two(mlvu):
 
 
 def test_a_broken_question_about_an_empty_option_is_wrong(mlvu):
-    """As two of MLVU's "ego" have it, whose right answer has no words."""
+    """As two questions of MLVU's "ego", whose right option is empty."""
     write(
         mlvu / "MLVU/json/4_count.json",
         [{"video": "a.mp4", "question": "?", "candidates": ["1", ""], "answer": "", "question_type": "count"}],
@@ -90,7 +90,7 @@ def test_video_mme(video_mme):
 
 
 def test_video_mme_as_parquet(video_mme):
-    """The form of its repository: a row a question."""
+    """The format of its repository: one row for each question."""
     import pyarrow
     import pyarrow.parquet
 
@@ -114,7 +114,7 @@ def test_video_mme_as_parquet(video_mme):
 
 
 def test_subtitles_of_no_video(video_mme, capsys):
-    """Unpacked one folder too deep, say: the questions would be asked without them. Some videos have none."""
+    """If none is found (say, unpacked one folder too deep), an error; some videos have no subtitles."""
     (spoken,) = (video_mme / "subtitle").iterdir()
     (video,) = json.loads((video_mme / "video_mme.json").read_text())
     write(video_mme / "video_mme.json", [video, {**video, "video_id": "002", "videoID": "silent"}])
@@ -170,7 +170,7 @@ def test_longvideobench(tmp_path):
 
 
 def test_what_is_said_before_and_after_a_clip_is_left_out(tmp_path):
-    """LongVideoBench's clips have the subtitles of the whole video; the owner's reader leaves those out too."""
+    """LongVideoBench's clips have the whole video's subtitles; the official loader too drops those outside the clip."""
     entry = {"id": "v_0", "video_path": "v.mp4", "question": "Who?", "candidates": ["cat", "dog"], "correct_choice": 0}
     entry |= {"subtitle_path": "v_en.json", "starting_timestamp_for_subtitles": 60, "duration": 10.0}
     write(tmp_path / "lvb_val.json", [entry])
@@ -189,7 +189,7 @@ def test_what_is_said_before_and_after_a_clip_is_left_out(tmp_path):
     [5, {"line": "no end"}, {"end": "1:2", "line": ""}, {"timestamp": [None, None], "text": ""}, {"timestamp": [1]}],
 )
 def test_subtitles_of_another_form(tmp_path, bad):
-    """They are one line, which costs the questions of their video."""
+    """An error of one line, which fails the questions about their video."""
     write(tmp_path / "a.json", [bad])
     item = Item("1", "?", "?", "?", tmp_path / "a.mp4", True, {}, tmp_path / "a.json")
     with pytest.raises(InputError, match="not in the form of LongVideoBench's subtitles"):

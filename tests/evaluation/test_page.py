@@ -32,7 +32,7 @@ def test_commands(checkpoint, official, tmp_path, monkeypatch, short, server, ca
         arguments = shlex.split(line.replace("https://api.openai.com/v1", server.address), comments=True)[1:]
         assert command.main(arguments) == 0, line + capsys.readouterr().err
     assert "MSVD-QA" in capsys.readouterr().out and len(server.asked) == 9
-    assert Path("results.md").read_text().count("llamavid-7b") == 0  # a checkpoint's name is that of its folder
+    assert Path("results.md").read_text().count("llamavid-7b") == 0  # the checkpoint is named after its folder
     assert Path("results.md").read_text().count("| checkpoint") == 2
 
 
@@ -42,7 +42,7 @@ def test_every_set_is_in_the_table(name):
 
 
 def test_the_page_of_results_is_the_command_s():
-    """Made without runs: nothing has been measured with the released weights here."""
+    """Generated without runs: the released weights have not been measured here."""
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page([])
 
 

@@ -1,4 +1,4 @@
-"""Which judge's replies are read, and how."""
+"""Which of a judge's replies are read, and how."""
 
 import pytest
 
@@ -33,7 +33,7 @@ from llamavid_jax.evaluation.replies import UnreadError, read_leniently, read_or
     ],
 )
 def test_lenient_reading(reply, expected):
-    """No score is made up, none is beyond the scale, and "unknown" is no "no"."""
+    """No score is invented or out of range, and "unknown" is not read as "no"."""
     if expected is None:
         with pytest.raises(UnreadError):
             read_leniently(reply, ("pred",))
@@ -52,7 +52,7 @@ def test_lenient_reading(reply, expected):
     ],
 )
 def test_literals_that_stop_the_original(reply):
-    """What its file of judgements cannot hold, or its scoring not use."""
+    """Literals that the original's file of judgements cannot hold or its scoring cannot use."""
     with pytest.raises(UnreadError) as raised:
         read_original(reply, ("pred",))
     assert raised.value.is_final

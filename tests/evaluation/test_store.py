@@ -15,7 +15,7 @@ def row(name: str, index: int, **more) -> dict:
 
 
 def test_cut_off_at_any_byte(tmp_path):
-    """Whole rows stay, the cut one is asked again, and no row comes twice."""
+    """Complete rows stay, the question of the cut row is asked again, and no row comes twice."""
     path = tmp_path / "answers.jsonl"
     with open_store(path, HEADER, [row("rest", 9)]) as store:
         for number in range(3):
@@ -66,7 +66,7 @@ def test_parts_in_the_order_of_the_set(tmp_path):
 
 
 def test_annotations_that_another_part_does_not_know(tmp_path):
-    """They are said to be outdated until they are gone on with; their rows are not written by another process."""
+    """Shards without them are reported as outdated until resumed; no other process rewrites their rows."""
     paths = [tmp_path / part_name((part, 2)) for part in (1, 2)]
 
     def go_on(part: int, reference: dict, rest: list) -> tuple[list, list[str]]:

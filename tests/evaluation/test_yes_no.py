@@ -38,7 +38,7 @@ def test_yes_or_no(text, found):
 
 
 def test_mme_s_sum_of_no_task_is_none():
-    """Of perception alone, as with --limit: no points of cognition, rather than 0."""
+    """With perception alone, as with --limit, cognition is NaN rather than 0."""
     reference = {"category": "count", "file": "1.txt", "wording": "?", "label": "Yes"}
     figures = yes_no.score_mme([{"id": "1", "text": "Yes", "reference": reference}], False).figures
     assert figures["perception"].value == 100 and math.isnan(figures["cognition"].value)
@@ -50,7 +50,7 @@ def test_pope_counts_an_unclear_answer_wrong_either_way():
 
 
 def test_pope_labels_of_another_version(official):
-    """In another order, without a misspelling, some lost: each question keeps its own; in the original it does not."""
+    """Reordered, without a typo, some missing: each question keeps its own label, which it does not in the original."""
     folder = official("pope")
     questions = folder / "llava_pope_test.jsonl"
     right = ["Yes" if item.reference["label"] == "yes" else "No" for item in SETS["pope"].read(folder, False)[0]]
@@ -67,7 +67,7 @@ def test_pope_labels_of_another_version(official):
 
 
 def test_mme_questions_with_blanks_around_them(official):
-    """The original cuts them off a line of the benchmark's, and so does what is handed in."""
+    """The original strips the benchmark's lines; so do the results for upload."""
     folder = official("mme")
     before = SETS["mme"].score(rows_of(items := SETS["mme"].read(folder, True)[0], ["Yes"] * len(items)), True)
     for file in (folder / "MME_Benchmark_release_version").rglob("*.txt"):

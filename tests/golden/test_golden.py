@@ -1,6 +1,6 @@
 """Every recording below `--golden DIR` (`tests/golden`): checkpoints, training, text, films, pixels, evaluations.
 
-Each is recognised by what its file holds, so that other recordings can be run against the model, from any folder:
+A recording is recognised by its content, so that any folder of recordings can be checked against the model:
 
     pytest -m golden --golden DIR
 """
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.golden
 
 
 def pytest_generate_tests(metafunc):
-    """One test for each recording; what DIR does not hold has none."""
+    """One test for each recording; kinds that DIR does not hold have no test."""
     root = Path(metafunc.config.getoption("--golden") or GOLDEN)
     for kind, cases in find_recordings(root).items():
         if kind in metafunc.fixturenames:
@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc):
 
 
 def test_every_recording_is_read(golden):
-    """A folder without any, or with a file of recordings that no test here knows, is a failure."""
+    """A folder without recordings, or with a file of recordings that no test reads, fails."""
     found = find_recordings(golden)
     unread = found.pop("unread")
     assert any(found.values()), f"{golden} holds no recorded case"
@@ -71,7 +71,7 @@ def test_checkpoint(checkpoint, tmp_path):
 
 
 def expected_of(checkpoint: Path) -> dict[str, np.ndarray]:
-    """A checkpoint's recording; one in the documented layout may share it with the original that has its weights."""
+    """A checkpoint's recording; a copy in the documented layout may use that of a sibling with the same weights."""
     if (checkpoint / "expected.npz").exists():
         return read_expected(checkpoint / "expected.npz")
     key = read_checkpoint(checkpoint)["vlm_att_projector.weight"].read()
@@ -125,7 +125,7 @@ def test_text(text, golden):
 
 
 def test_movie(movie, golden):
-    """The text of films with subtitles, as it is asked about and as it is trained on."""
+    """The text of films with subtitles, for inference and for training."""
     for case in json.loads(movie.read_text(encoding="utf-8")):
         if case["inputs"] is None:
             continue  # the original crashed
@@ -153,7 +153,7 @@ def test_movie(movie, golden):
 
 
 def test_new_tokens(new_tokens):
-    """The rows of start and end tokens begin as the mean of those before."""
+    """The rows of start and end tokens are initialised with the mean of the rows before them."""
     record = read_expected(new_tokens)
     for table in ("input", "output"):
         before, after = record[f"{table}_before"], record[f"{table}_after"]
@@ -165,13 +165,13 @@ def test_trainable(trainable):
     for case in json.loads(trainable.read_text(encoding="utf-8")):
         for stage in (1, 2):
             recorded = case.get(f"stage{stage}_trainable")
-            if recorded:  # not where the original crashed, nor where nothing trains, which is refused here
+            if recorded:  # except where the original crashed, or where nothing trains, which we refuse
                 name = f"stage {stage} of {case['bert_type']} with {case['tower']}"
                 assert trained_names(model_of(case), stage_table(stage, case)) == set(recorded), name
 
 
 def model_of(case: dict) -> LLaMAVIDLlavaConfig:
-    """The configuration of a recorded table, small."""
+    """A small model configuration for a recorded table."""
     is_clip, grid = case["tower"] == "clip", case["compress_type"].startswith("grid")
     layers = {"num_hidden_layers": 2 if is_clip else 1}
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
@@ -179,7 +179,7 @@ def model_of(case: dict) -> LLaMAVIDLlavaConfig:
         {
             **sizes,
             **{key: case[key] for key in ("bert_type", "mm_projector_type", "mm_use_im_start_end")},
-            "compress_type": "mean" if grid else case["compress_type"],  # what has no grid has the same names
+            "compress_type": "mean" if grid else case["compress_type"],  # the parameter names do not depend on the grid
             "mm_vision_select_feature": case["mm_vision_select_feature"],
             "mm_vision_tower": "openai/clip" if is_clip else "eva",
             "num_hidden_layers": 1,
@@ -190,7 +190,7 @@ def model_of(case: dict) -> LLaMAVIDLlavaConfig:
 
 
 def stage_table(stage: int, case: dict) -> dict[str, bool]:
-    """The recipe's patterns, and what a `bert_type` that freezes changes in them (docs/training.md)."""
+    """The recipe's patterns, changed where a `bert_type` freezes modules (docs/training.md)."""
     recipe = {1: "stage1_align_bert", 2: "stage2_instruct"}[stage]
     table = dict(read_config(CONFIGS / f"{recipe}.yaml").trainable)
     if stage == 1 and case["mm_use_im_start_end"]:
@@ -212,7 +212,7 @@ def trained_names(config: LLaMAVIDLlavaConfig, table: dict[str, bool]) -> set[st
 
 
 def test_preprocessing(preprocessing):
-    """Pixels after crop and pad, within Pillow's own rounding, and resized position tables."""
+    """Pixels after crop and pad, within Pillow's rounding, and resized position tables."""
     expected = read_expected(preprocessing)
     checked = 0
     for key, value in expected.items():
@@ -242,7 +242,7 @@ def test_evaluation(evaluation, tmp_path):
     "kept, passed", [(["text", "preprocess"], 3), (["evaluation"], 14), ([], 0), (["text", "unknown"], 1)]
 )
 def test_folders_with_some_kinds_of_cases(kept, passed, tmp_path):
-    """Any folder can be run, wherever it is: what it does not hold has no test, and what no test knows fails."""
+    """Any folder can be run: kinds that it does not hold have no test, and files of unknown kinds fail."""
     for name in kept:
         if name == "unknown":
             (tmp_path / "recorded.npz").write_bytes((GOLDEN / "preprocess" / "expected.npz").read_bytes())
@@ -264,5 +264,5 @@ def test_folders_with_some_kinds_of_cases(kept, passed, tmp_path):
 
 
 def side(key: str) -> int:
-    """4 of "pos_embed_4x4"."""
+    """The side: 4 for "pos_embed_4x4"."""
     return int(key.rsplit("_", 1)[1].split("x")[0])

@@ -1,4 +1,4 @@
-"""The plug-in against a stand-in for lmms-eval: what it asks, in which batches; tests/real has lmms-eval itself."""
+"""The plug-in against a stand-in for lmms-eval: its requests and batches; tests/real uses the real lmms-eval."""
 
 import dataclasses
 import runpy
@@ -20,7 +20,7 @@ GREEDY = {"max_new_tokens": 4, "temperature": 0.7, "do_sample": False, "until": 
 
 
 class Chat:
-    """Of lmms-eval: `doc_to_messages` wrapped up."""
+    """lmms-eval's wrapper of `doc_to_messages`."""
 
     def __init__(self, messages):
         part = {"start_time": None, "end_time": None}
@@ -35,7 +35,7 @@ class Chat:
 
 
 class Base:
-    """Of lmms-eval: what all its models have."""
+    """lmms-eval's base class of models."""
 
     def __init__(self):
         self.cache_hook = types.SimpleNamespace(
@@ -78,7 +78,7 @@ def requests(model, docs: list[tuple[list[dict], dict]]) -> list[Request]:
 
 
 def test_answers_come_in_order_from_batches_of_one_kind(asked_model, monkeypatch):
-    """Clips between pictures, words alone and other settings; a clip is read once, what is missing costs itself."""
+    """Clips, an image, text alone and other settings; a clip is read once, and a missing one fails its own question."""
     picture = Image.new("RGB", (48, 48), (20, 20, 20))
     clip, lost = {"type": "video", "url": CLIP}, {"type": "video", "url": "absent.mp4"}
     asked = ["What colour is the 8?", "How many digits appear?", "Name the purple digit."]
@@ -128,7 +128,7 @@ def test_misspelt_model_arguments_are_refused(plugin):
 
 
 def test_video_tasks(tmp_path, monkeypatch):
-    """Videos by the sets' numbers, and judged as `llamavid-evaluate` does."""
+    """Videos are found by the sets' numbers, and answers judged as by `llamavid-evaluate`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENAI_API_URL", raising=False)
     (tmp_path / "video").mkdir()

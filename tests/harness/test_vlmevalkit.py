@@ -10,7 +10,7 @@ MODEL, CLIP = str(ROOT / "demo" / "model"), str(ROOT / "demo" / "held_out.mp4")
 
 
 def test_vlmevalkit(tmp_path):
-    """A stand-in run.py asks the model that the command has added, with the options behind the checkpoint."""
+    """A stand-in run.py asks the model that the command has added, with the options given after the checkpoint."""
     files = {
         "vlmeval/__init__.py": "",
         "vlmeval/config.py": "supported_VLM = {}",

@@ -1,4 +1,4 @@
-"""Repeated questions, from a cache or a feature file: the answer is the video's own, never from other features."""
+"""Repeated questions, from a cache or a feature file: the answer uses the video's own features and no others."""
 
 import errno
 import multiprocessing
@@ -34,7 +34,7 @@ SHORT = {"max_new_tokens": 8}
 
 @pytest.fixture
 def encoded(tiny_model, monkeypatch) -> list[int]:
-    """The number of frames in each chunk that the tower encoded for keeping."""
+    """The number of frames in each chunk that the tower encoded for the cache."""
     counts, chunks = [], type(tiny_model).feature_chunks
 
     def counted(model, pixels):
@@ -63,7 +63,7 @@ def entries(folder) -> list[str]:
 
 @pytest.mark.parametrize("follow_ups", [False, True])
 def test_the_second_question_needs_no_tower(tiny_model, encoded, tmp_path, follow_ups):
-    """On another day: another session, and the answer is the same to the last bit."""
+    """Another session, as on another day, gives the same answer to the last bit."""
     cache, seen, answers = FeatureCache(tmp_path / "cache"), [], []
     for _ in range(2):
         session = Session(
@@ -88,12 +88,12 @@ def test_the_second_question_needs_no_tower(tiny_model, encoded, tmp_path, follo
 
 @pytest.mark.parametrize("reading", [Reading(), Reading(fast=True)])
 def test_the_evidence_of_kept_frames_shows_the_same_picture(tiny_model, encoded, tmp_path, reading):
-    """The file is read again for it, at the seconds that were sampled then."""
+    """The file is read again for the images, at the seconds that were sampled the first time."""
     cache, pictures = FeatureCache(tmp_path / "cache"), []
     for kept in (None, cache, cache):
         session = Session(tiny_model, IMAGES, videos=[CLIP], fps=0.7, reading=reading, cache=kept)
         pictures.append(np.asarray(draw(session, "who?", session.ask("who?", evidence=True, **SHORT))))
-    assert encoded == [9, 8, 9, 8, 8]  # the frames, and those drawn
+    assert encoded == [9, 8, 9, 8, 8]  # all frames, then those drawn as evidence
     assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
 
 
@@ -106,7 +106,7 @@ def test_subtitles_stand_between_the_kept_frames(tiny_model, clip, encoded, tmp_
 
 
 def test_found_by_content_and_by_nothing_else(tiny_model, clip, encoded, tmp_path):
-    """A copy is known; a changed file of the same name, size and time is not; nor other sampling or processing."""
+    """A copy is found; a changed file of the same name, size and time is not, nor is another sampling or processing."""
     cache = FeatureCache(tmp_path / "cache")
     first = asked(tiny_model, clip, cache)
     shutil.copy(clip, tmp_path / "copy.mkv")
@@ -121,7 +121,7 @@ def test_found_by_content_and_by_nothing_else(tiny_model, clip, encoded, tmp_pat
     before, data = os.stat(clip), bytearray((tmp_path / "clip.mp4").read_bytes())
     write_clip(tmp_path / "clip.mp4", [index_frame(i + 700) for i in range(5)], rate=1)
     size = os.path.getsize(clip)
-    with open(clip, "ab") as file:  # MPEG-4 takes what follows for an unknown box
+    with open(clip, "ab") as file:  # MPEG-4 readers skip the appended bytes as an unknown box
         file.write(bytes(max(0, len(data) - size)))
     os.utime(clip, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert asked(tiny_model, clip, cache) == asked(tiny_model, clip) != first and encoded[4:] == [5]
@@ -165,14 +165,14 @@ def test_weights_that_are_exchanged_later_are_noticed(tiny_model, clip, encoded,
 
 @pytest.mark.parametrize("place", [0.02, 0.2, 0.6, 0.9, 0.999])
 def test_a_flipped_byte_costs_the_entry_and_nothing_else(tiny_model, encoded, tmp_path, place):
-    """40 frames, so that some have been used when the damage is met."""
+    """40 frames, so that some have been used before the damage is found."""
     clip = str(write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(40)], rate=1))
     cache = FeatureCache(tmp_path / "cache")
     first = asked(tiny_model, clip, cache)
     path = tmp_path / "cache" / entries(tmp_path / "cache")[0]
     data = bytearray(path.read_bytes())
     at = int(place * len(data))
-    while data[at] == 0x20:  # a blank behind the header says nothing
+    while data[at] == 0x20:  # the padding after the header is not checked
         at += 1
     data[at] ^= 0x10
     path.write_bytes(data)
@@ -183,7 +183,7 @@ def test_a_flipped_byte_costs_the_entry_and_nothing_else(tiny_model, encoded, tm
 
 @pytest.mark.parametrize("content", [0.3, 0.9, b"", b"x", b"PK\3\4", b"\0" * 5000, pickle.dumps({"feats": 1})])
 def test_a_torn_entry_is_made_again(tiny_model, clip, encoded, tmp_path, content):
-    """A part of it, or something else."""
+    """Content that is cut off, or something else entirely."""
     cache = FeatureCache(tmp_path / "cache")
     first = asked(tiny_model, clip, cache)
     path = tmp_path / "cache" / entries(tmp_path / "cache")[0]
@@ -218,7 +218,7 @@ def test_those_not_used_for_longest_go_first(tiny_model, tmp_path, encoded):
     for clip in (clips[1], clips[0], clips[2], clips[0], clips[3], clips[0]):
         asked(tiny_model, clip, cache)
         time.sleep(0.01)
-    assert encoded == [5] * 4  # the first one was always used in time
+    assert encoded == [5] * 4  # the first entry was always used recently enough
     assert len(kept := set(os.listdir(tmp_path / "cache"))) == 5 and others < kept
     asked(tiny_model, clips[1], cache)
     assert encoded == [5] * 5
@@ -302,7 +302,7 @@ def write_often(folder: str, key: dict, value: int) -> None:
 
 
 def test_two_writers_and_a_reader(tmp_path):
-    """Two processes write one entry over and over: what is read is always one of the two, whole."""
+    """Two processes write one entry again and again; a read returns all of one of the two."""
     key, seen = {"source": "film"}, set()
     writers = [
         multiprocessing.get_context("spawn").Process(target=write_often, args=(str(tmp_path), key, value))
@@ -342,7 +342,7 @@ def test_the_rules_of_sampling_are_part_of_the_key(tiny_model, clip, tmp_path, m
     assert encoded == [5, 5]
 
 
-# ---- files of features in a session
+# ---- feature files in a session
 
 
 def film(model, path, video, dtype="F32", inputs=None, fps=1.0, images=IMAGES):
@@ -365,7 +365,7 @@ def test_a_feature_file_stands_for_its_video(tiny_model, clip, tmp_path, encoded
     encoded.clear()
     assert asked(tiny_model, path) == asked(tiny_model, clip)
     assert asked(tiny_model, path, subtitles=cues) == asked(tiny_model, clip, subtitles=cues)
-    session = Session(tiny_model, IMAGES, videos=[path, CLIP])  # beside another video, and asked again
+    session = Session(tiny_model, IMAGES, videos=[path, CLIP])  # with another video, and with a second question
     both = Session(tiny_model, IMAGES, videos=[clip, CLIP])
     for question in ("what?", "who?"):
         assert session.ask(question, **SHORT).text == both.ask(question, **SHORT).text
@@ -390,7 +390,7 @@ def test_a_film_with_what_is_said(tiny_model, clip, tmp_path):
 
 
 def test_the_originals_file_has_no_cls(tiny_model, clip, tmp_path):
-    """Of its frames the patches alone are asked, as the long-video model was trained."""
+    """The Q-Former sees the patches alone, as the long-video model was trained."""
     features = np.stack(list(iter_features(film(tiny_model, tmp_path / "f.safetensors", clip), keep_cls=True)))
     with (tmp_path / "f.pkl").open("wb") as file:
         pickle.dump({"feats": features, "inputs": "<image>" * 5}, file)

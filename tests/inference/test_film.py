@@ -80,7 +80,7 @@ def test_a_rate_at_which_it_fits(tiny_model, film, positions, videos):
 
 @pytest.mark.parametrize("videos", [1, 2])
 def test_the_rate_that_a_refusal_names_fits(tiny_model, film, positions, videos):
-    """There is room for nine frames of ten, and only every frame or every second one may be taken."""
+    """There is room for nine tenths of the frames, and a stride is 1 or 2."""
     positions(videos * 280)
     with pytest.raises(InputError, match="--fps ") as refused:
         ask(tiny_model, [film] * videos, fps=25)
@@ -99,7 +99,7 @@ def test_what_is_said_has_its_room_too(tiny_model, film, positions):
 
 @pytest.mark.parametrize("times", ["frame", "minute"])
 def test_the_times_in_the_text_have_their_room_too(tiny_model, film, positions, times):
-    """One for each frame that is taken, or one in all; without `fit` the refusal counts them as well."""
+    """A time for each sampled frame, or one in all; without `fit` the refusal counts them as well."""
     positions(300)
     answer, said = ask(tiny_model, [film], Reading(fit=True), fps=25, times=times)
     assert 190 < answer.prompt_tokens <= 296 and len(said) == 1
@@ -124,7 +124,7 @@ def test_what_is_left_of_a_file(tiny_model, film, tmp_path):
 
 @pytest.mark.parametrize("at", ["end", "middle"])
 def test_what_is_said_after_the_damage_is_left_out(tiny_model, film, tmp_path, at):
-    """Else the rest of the film's words would stand behind the last frame that can be read."""
+    """Otherwise the subtitles of the rest of the film would follow the last frame that can be read."""
     data = film.read_bytes()
     half, path = len(data) // 2, tmp_path / "damaged.mkv"
     path.write_bytes(data[:half] + (b"" if at == "end" else bytes(2000) + data[half + 2000 :]))
@@ -140,7 +140,7 @@ def test_what_is_said_after_the_damage_is_left_out(tiny_model, film, tmp_path, a
 
 @pytest.mark.parametrize("reading", [Reading(fast=True), Reading(fit=True), Reading(partial=True)])
 def test_what_a_cache_holds_is_said_as_before(tiny_model, film, positions, tmp_path, reading):
-    """And what is kept of a damaged file is no answer to who did not ask for that."""
+    """Also, features cached from a damaged file are no answer to a request without `partial`."""
     positions(200)
     if reading.partial:
         whole, film = film.read_bytes(), tmp_path / "cut.mkv"
@@ -156,7 +156,7 @@ def test_what_a_cache_holds_is_said_as_before(tiny_model, film, positions, tmp_p
 
 @pytest.mark.parametrize("follow_ups", [True, False])
 def test_stages_run_side_by_side(tiny_model, film, monkeypatch, follow_ups):
-    """While the tower has a chunk the next frames are decoded: those that may wait, and one in the decoder's hand."""
+    """While the tower encodes a chunk, more frames are decoded: as many as may wait, and one in the decoder."""
     decoded, begun, changed = [], [], threading.Condition()
     crop, encode_frames = LLaMAVIDLlavaImageProcessor._crop, encode.encode_frames
     monkeypatch.setattr(video, "AHEAD", 2 * 20 * 56 * 56 * 3)  # two parts' shares, where this film has one

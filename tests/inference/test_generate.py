@@ -16,7 +16,7 @@ from llamavid_jax.parallel.sharding import param_shardings
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}])
 def test_chunks_give_the_ids_of_one_piece(tiny_model, monkeypatch, settings):
-    """Rows that end in the first chunk, in a later one and in the last, some with visual tokens in every chunk."""
+    """Rows that end in the first, a middle and the last chunk, some with visual tokens in every chunk."""
     long_video = [1, *range(30, 40), VIDEO[3], *range(100, 260)]
     rows, pixels = [VIDEO, TEXT, long_video, [1, *range(100, 190)]], [frames(3), None, frames(50), None]
     prompts = [[PROMPT], [], [PROMPT], []]
@@ -37,7 +37,7 @@ def test_chunks_give_the_ids_of_one_piece(tiny_model, monkeypatch, settings):
 
 
 def test_memory_does_not_grow_with_the_prompt(tiny_model):
-    """What a chunk needs beside the cache is the same behind 2,000 positions as behind 32,000."""
+    """The memory of a chunk, besides the cache, is the same after 2,000 positions as after 32,000."""
     text = tiny_model.config.text_config
 
     def needed(slots: int) -> int:

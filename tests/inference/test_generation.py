@@ -61,7 +61,7 @@ def test_a_row_does_not_depend_on_its_batch(tiny_model, alone):
 
 
 def test_a_row_does_not_depend_on_its_bucket(tiny_model, alone):
-    """More new tokens take a longer cache; the ids stay."""
+    """More new tokens need a longer cache; the ids stay the same."""
     out = tiny_model.generate([TEXT], max_new_tokens=150, ignore_eos=True)
     assert out.token_ids[0][:20] == alone[1]
 
@@ -84,7 +84,7 @@ def test_padding_on_either_side(tiny_model, alone, side):
 
 
 def test_several_videos_in_one_conversation(tiny_model):
-    """A list of videos pairs with the prompts one by one; the same as blocks of one sample where they are equal."""
+    """A list of videos is paired with the prompts one by one; equal videos give the same as one video for both."""
     ids = [[1, IMAGE_TOKEN, 50, IMAGE_TOKEN, 60]]
     one = frames(2)
     apart = tiny_model(ids, pixel_values=[[one, one]], prompts=[[PROMPT, "how many dogs"]])
@@ -106,7 +106,7 @@ def test_images_and_text_in_one_batch_have_their_own_loss(tiny_model):
 
 
 def test_ready_features_give_the_tokens_of_pixels(tiny_model):
-    """Features of the vision tower with their CLS token stand for the pixels; without it the Q-Former differs."""
+    """Features of the vision tower with their CLS token replace the pixels; without it the context tokens differ."""
     pixels = frames(40)  # more than one chunk
     features = tiny_model.vision_features(pixels)
     tokens = np.asarray(tiny_model.visual_tokens(pixels, [PROMPT]))
@@ -119,7 +119,7 @@ def test_ready_features_give_the_tokens_of_pixels(tiny_model):
 
 
 def test_an_iterator_of_frames_is_a_video(tiny_model):
-    """Frames that come one by one, in unknown number, give the tokens of the array; the table grows."""
+    """Frames that arrive one by one, in unknown number, give the tokens of the whole array; the table grows."""
     pixels = frames(70)
     streamed = tiny_model.visual_tokens((frame for frame in pixels), [PROMPT, "how many dogs"])
     whole = tiny_model.visual_tokens(pixels, [PROMPT, "how many dogs"])
@@ -128,7 +128,7 @@ def test_an_iterator_of_frames_is_a_video(tiny_model):
 
 
 def test_end_token_stops_a_row(tiny_model, alone, monkeypatch):
-    """Rows end on their own; the others go on."""
+    """Rows end independently; the others continue."""
     eos = alone[1][3]
     text_config = tiny_model.config.text_config
     monkeypatch.setattr(
@@ -183,7 +183,7 @@ def test_requests_of_one_bucket_compile_once(tiny_model):
     ask(2, "which car is at the end of the movie", [*VIDEO, 50, 51], 3, stop=["zz"])
     ask(8, "where", VIDEO, 18, temperature=0.2, top_p=0.7, top_k=5, seed=3)
     assert [function._cache_size() for function in compiled] == before
-    ask(5, PROMPT, VIDEO, 100)  # room for a longer answer is another decode step, not another prefill
+    ask(5, PROMPT, VIDEO, 100)  # a longer answer compiles another decode step, not another prefill
     assert [function._cache_size() for function in compiled] == [
         n + (f is decode_block) for n, f in zip(before, compiled, strict=True)
     ]
@@ -199,7 +199,7 @@ def test_text_only_costs_no_vision_work(tiny_model, monkeypatch):
 
 
 def test_tower_once_a_frame_and_qformer_once_a_pair(tiny_model, monkeypatch):
-    """Two prompts about 5 frames are 5 frames for the tower and 10 pairs for the Q-Former."""
+    """Two prompts about 5 frames: the tower encodes 5 frames, the Q-Former 10 pairs."""
     from llamavid_jax.inference import encode
 
     seen = {"frames": 0, "pairs": 0}
@@ -257,7 +257,7 @@ def test_a_dozen_projector_layers_are_loaded_in_their_order(tiny_model, tmp_path
 
 
 def test_where_a_question_looks(tiny_model):
-    """One map a frame, in chunks as in one piece, that another question changes."""
+    """One attention map per frame, the same in chunks as in one piece; another question changes it."""
     side = tiny_model.config.vision_tower_config.image_size
     pixels = np.random.default_rng(0).normal(size=(9, 3, side, side)).astype(np.float32)
     weights = tiny_model.context_attention(pixels, "what is the man doing?")

@@ -26,7 +26,7 @@ SIZE = 28
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The files of a checkpoint folder that the processor reads."""
+    """A checkpoint folder with the files that the processor reads."""
     path = tmp_path_factory.mktemp("checkpoint")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(GOLDEN / "text" / name, path)
@@ -99,7 +99,7 @@ def test_images_and_videos_take_their_places(processor):
 
 
 def test_times_stand_between_the_frames_of_videos(processor):
-    """One placeholder for each visual token then, of images too; without a video nothing changes."""
+    """Every visual token then has its own placeholder, also those of images; without a video nothing changes."""
     given = {"images": [image(), None], "videos": [None, video(2)], "fps": 0.5}
     inputs = processor("USER: <image> or <image>\nWhat? ASSISTANT:", timestamps=True, **given)
     text = "USER: <image><image> or Below is a movie. Memorize the content and answer my question after watching this "
@@ -216,7 +216,7 @@ def test_apply_chat_template_gives_what_chat_gives(processor):
 
 
 def test_a_number_of_frames_in_place_of_a_rate(processor):
-    """As transformers' processors take it; with both it is not known which is meant."""
+    """As in transformers' processors; giving both is an error."""
     messages = [user({"type": "video", "video": video(8)}, {"type": "image", "image": image()}, words("?"))]
     settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
     found = processor.apply_chat_template(messages, **settings, num_frames=3)

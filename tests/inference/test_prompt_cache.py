@@ -42,18 +42,18 @@ def test_the_second_question_computes_what_is_new(tiny_model, blocks, kind):
     again = ask(model, SECOND, blocks, cache)
     assert again.cached_tokens == 4 + 6
     assert again.token_ids == ask(model, SECOND, blocks).token_ids
-    # a conversation that begins otherwise: only what is alike counts, and no array but the same one is
+    # a conversation with another beginning: only the common prefix is reused, and only the same array counts as equal
     assert ask(model, SECOND, [blocks[0].copy(), blocks[1]], cache).cached_tokens == 2
     assert ask(model, [1, 41, *SECOND[2:]], blocks, cache).cached_tokens == 1
     assert ask(model, SECOND, blocks, cache).cached_tokens == 1
-    # the same prompt again: the last position is run for its token
+    # the same prompt again: only its last position runs, for the next token
     assert ask(model, SECOND, blocks, cache).cached_tokens == 21
     shorter = ask(model, FIRST, blocks[:1], cache)
     assert shorter.cached_tokens == 9 and shorter.token_ids == ask(model, FIRST, blocks[:1]).token_ids
 
 
 def test_a_conversation_compiles_for_new_buckets_alone(tiny_model, blocks):
-    """Sixteen questions: a program for each size of the cache, not for each question."""
+    """Sixteen questions compile a program for each size of the cache, not for each question."""
     programs = (prefill, extend, decode_block)
     cache, ids, tokens, compiled = PromptCache(), FIRST, blocks[:1], []
     for number in range(16):

@@ -77,7 +77,7 @@ def test_a_seed_repeats_and_another_differs():
     assert np.array_equal(pick(flat), pick(flat))
     assert not np.array_equal(pick(flat), pick(flat, seed=1))
     assert not np.array_equal(pick(flat), pick(flat, positions=jnp.full(8, 8)))
-    assert len(set(pick(flat).tolist())) > 1  # rows draw apart
+    assert len(set(pick(flat).tolist())) > 1  # rows draw independently
 
 
 def test_a_rows_draw_does_not_depend_on_the_batch(logits):

@@ -1,4 +1,4 @@
-"""A conversation: laid out as by the processor, it reuses what it has computed and may continue without end."""
+"""A conversation: laid out as by the processor, it reuses earlier computations and may continue without end."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def clip(frames: int) -> np.ndarray:
 
 @pytest.fixture
 def prompts(tiny_model, monkeypatch) -> list[list[int]]:
-    """The ids of every row that the model is asked."""
+    """The ids of every row that the model generates from."""
     asked, generate = [], tiny_model.generate
     monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: asked.append(list(ids[0])) or generate(ids, **kw))
     return asked
@@ -48,7 +48,7 @@ def prompts(tiny_model, monkeypatch) -> list[list[int]]:
     ],
 )
 def test_the_processor_lays_the_conversation_out_alike(tiny_model, prompts, media):
-    """Same ids, the visual tokens of each turn for its own question, and so the same answers."""
+    """The same ids, each turn's visual tokens made for its own question, and so the same answers."""
     session = Session(tiny_model, IMAGES, **media)
     processor = LLaMAVIDLlavaProcessor(IMAGES, tiny_model.tokenizer, tiny_model.qformer_tokenizer)
     shown = [{"type": "image", "image": image} for image in media.get("images", ())]
@@ -64,7 +64,7 @@ def test_the_processor_lays_the_conversation_out_alike(tiny_model, prompts, medi
         alone = type(tiny_model).generate(tiny_model, **inputs, max_new_tokens=8)
         assert (alone.texts[0].strip(), alone.visual_tokens) == (answer.text, [answer.visual_tokens])
         assert answer.prompt_tokens == alone.prompt_tokens[0]
-        assert answer.cached_tokens >= before - 2  # what follows may change the last token
+        assert answer.cached_tokens >= before - 2  # the new question may change the last tokens
         before = answer.prompt_tokens
         messages.append({"role": "assistant", "content": answer.text})
 
@@ -117,7 +117,7 @@ def positions(tiny_model, monkeypatch):
 
 
 def test_the_oldest_turns_give_way(tiny_model, positions):
-    """Thirty questions in 320 positions: frames go first, then turns, and each is said once."""
+    """Thirty questions in 320 positions: first frames are left out, then turns; each is reported once."""
     positions(320)
     said = []
     session = Session(tiny_model, IMAGES, videos=[clip(10)], notice=said.append)
@@ -130,7 +130,7 @@ def test_the_oldest_turns_give_way(tiny_model, positions):
 
 
 def test_beyond_the_trained_positions_earlier_turns_lose_their_frames(tiny_model, positions):
-    """A long-video model would take them, at 80 tokens a turn here and 7,200 for an hour."""
+    """A long-video model could keep them, at 80 tokens a turn here and 7,200 for an hour."""
     positions(300, factor=8.0)
     said = []
     session = Session(tiny_model, IMAGES, videos=[clip(40)], notice=said.append)
@@ -190,7 +190,7 @@ def test_a_conversation_about_a_film(tiny_model, prompts):
     ],
 )
 def test_times_stand_in_the_text(tiny_model, times, film):
-    """In front of the frames, with what is said behind them."""
+    """Before the frames; subtitles stand after them."""
     cues = [Cue(21.0, "Hello."), Cue(63.0, "Bye.")]
     session = Session(tiny_model, IMAGES, videos=[clip(5)], subtitles=cues, times=times, fps=0.05)
     assert session.ask("Who?", **SHORT).visual_tokens == 10 and session.visuals.movie == film
@@ -206,7 +206,7 @@ def test_times_that_cannot_be_said(tiny_model):
 
 
 def test_evidence_is_a_part_for_every_frame(tiny_model):
-    """In the order of the frames, over all turns of a chat; the attention is that of the row alone."""
+    """In the order of the frames, in every turn of a chat; a row's attention does not depend on its batch."""
     session = Session(tiny_model, IMAGES, images=[picture(200)], videos=[clip(5)], fps=0.5)
     for number, question in enumerate(QUESTIONS):
         frames = session.ask(question, evidence=True, **SHORT).evidence

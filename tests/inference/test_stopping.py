@@ -58,7 +58,7 @@ def test_the_first_of_two_stop_strings_counts(tokenizer):
 
 
 def test_a_beginning_of_a_stop_string_is_held_back_and_released(tokenizer):
-    """Of "US" it is not yet known whether "USER:" follows; when it does not, the text is shown."""
+    """After "US" it is not yet known whether "USER:" follows; if it does not, the text is shown."""
     row = RowText(tokenizer, ["USER:"])
     shown = ""
     for token in tokenizer.encode("in the USA USE", add_bos=False):

@@ -95,7 +95,7 @@ def test_closing_ends_the_threads_and_what_they_hold():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_thread_that_takes_the_iterator_away_itself(threads, monkeypatch):
-    """As the garbage collector does in whichever thread it runs, here while that one hands over an item."""
+    """As the garbage collector may in any thread, here while the thread hands over an item."""
     held, taken, said = [], threading.Event(), []
 
     class Item(np.ndarray):
@@ -144,7 +144,7 @@ print(count, int(peak) >> 10)
 
 
 def test_three_hours_take_little_memory(tmp_path):
-    """10,800 frames, 1.6 GB of them, for someone who begins to take them when 64 decoders can go no further."""
+    """10,800 frames (1.6 GB), for a consumer that starts only when 64 decoders have no room left."""
     short = write_clip(tmp_path / "short.mp4", [index_frame(i) for i in range(250)], rate=5, options={"g": "250"})
     with av.open(str(short)) as source, av.open(str(tmp_path / "film.mp4"), "w") as film:
         packets = [packet for packet in source.demux(source.streams.video[0]) if packet.size]

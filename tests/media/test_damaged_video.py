@@ -151,7 +151,7 @@ def test_a_cut_end_is_told_before_anything_is_decoded(tmp_path, name, codec, con
 
 @pytest.mark.parametrize("end", [b"", b"--b\r\n", b"--b--\r\n"])
 def test_pictures_of_a_camera(tmp_path, end):
-    """Motion JPEG as HTTP sends it, each picture behind a boundary, with or without one behind the last."""
+    """Motion JPEG as sent over HTTP, each image after a boundary, with or without one after the last."""
     pictures = []
     for number in range(60):
         image = io.BytesIO()

@@ -90,7 +90,7 @@ def test_int8_of_one_frame():
 
 @pytest.mark.parametrize("dtype", ["BF16", "I8"])
 def test_one_flipped_bit_is_told(dtype, tmp_path):
-    """In any of the arrays, the sums, or what the file says of itself."""
+    """A flipped bit in an array, a checksum or the description."""
     path = write(tmp_path / "a.safetensors", FEATS[:40], dtype, inputs="<image>a" * 40)
 
     def read() -> dict[str, np.ndarray]:
@@ -98,7 +98,7 @@ def test_one_flipped_bit_is_told(dtype, tmp_path):
         texts = json.dumps(said) + str(read_header(path))
         return {"frames": frames.astype(np.float32), "said": np.array(texts)}
 
-    assert_told_or_harmless(tmp_path, read, least=25)  # half of the file is blanks after the header
+    assert_told_or_harmless(tmp_path, read, least=25)  # half of the file is padding after the header
 
 
 def test_frames_before_the_damage_are_right_and_those_after_it_never_come(tmp_path):
@@ -192,7 +192,7 @@ def resealed(path, **changes):
     ],
 )
 def test_what_the_description_says_must_be_so(changes, message, tmp_path):
-    """Also where the sums are right: another program may have written the file."""
+    """Even if the checksums are right: another program may have written the file."""
     path = resealed(write(tmp_path / "a.safetensors", dtype="F16"), **changes)
     if message is None:
         assert len(list(iter_features(path))) == 70
@@ -206,7 +206,7 @@ def test_reading_ahead_keeps_the_order():
 
 
 def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
-    """What it says and what it holds are of one file, the new one."""
+    """The description and the arrays come from one file, the new one."""
     path, other = write(tmp_path / "a.safetensors"), write(tmp_path / "b.safetensors", FEATS[:40] + 1)
     new = np.stack(list(iter_features(other)))
     opened = safetensors.safe_open

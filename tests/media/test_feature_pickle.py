@@ -22,7 +22,7 @@ def save(path, value, protocol=4):
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
-@pytest.mark.parametrize("large", [16 << 20, 64])  # kept in the file, as an hour's are
+@pytest.mark.parametrize("large", [16 << 20, 64])  # large arrays stay in the file, as those of an hour of video
 def test_the_originals_form(protocol, large, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_pickle, "LARGE", large)
     text = "<image>" * 6
@@ -57,7 +57,7 @@ class State:
 
 
 def attacks(ran: str):
-    """Values in place of the array or of the whole content, and the error for each."""
+    """Malicious values in place of the array or of the whole content, and the error for each."""
     code = f"open({ran!r}, 'w')"
     return {
         "system": (Call(__import__("os").system, f"touch {ran}"), r"names posix\.system"),
@@ -79,10 +79,10 @@ def attacks(ran: str):
 @pytest.mark.parametrize("name", attacks(""))
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_attacks(name, protocol, tmp_path):
-    """Each is one line that names the file and what it asked for; nothing has run."""
+    """An error of one line names the file and the forbidden name; nothing has run."""
     value, message = attacks(str(tmp_path / "ran"))[name]
     if protocol == 2 and name in ("a set", "by columns", "objects"):
-        message = "names"  # other names for the same
+        message = "names"  # protocol 2 spells these names differently
     for whole in (value, {"feats": value, "inputs": TEXT}, {"feats": FEATS, "inputs": TEXT, "more": value}):
         path = save(tmp_path / "f.pkl", whole, protocol)
         with pytest.raises(MediaError, match=rf"f\.pkl .*{message if protocol > 2 else ''}") as caught:
@@ -147,7 +147,7 @@ def test_cut(share, tmp_path):
 
 
 def test_a_film_is_never_whole_in_memory(tmp_path):
-    """A file of 105 MB is read with 40 MB beside what Python takes."""
+    """A file of 105 MB is read in 40 MB more than Python takes."""
     with (tmp_path / "f.pkl").open("wb") as file:
         pickle.dump({"feats": np.zeros((400, 257, 512), np.float16), "inputs": TEXT}, file)
     code = (

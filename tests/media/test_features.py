@@ -14,7 +14,7 @@ from llamavid_jax.media.features import iter_features, read_header
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_flipped_bit_of_an_archive(save, tmp_path):
-    """Anywhere: in the values, the text, or the directory that hides one of them."""
+    """Anywhere: in the values, the text, or the directory, where it could hide an entry."""
     feats = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float16)
     save(tmp_path / "f.npz", feats=feats, inputs="<image>a" * 3)
 
@@ -26,10 +26,10 @@ def test_a_flipped_bit_of_an_archive(save, tmp_path):
 
 
 def test_a_directory_that_hides_the_text(tmp_path):
-    """The first entry's comment made long enough to swallow the second."""
+    """The first entry's comment is made long enough to swallow the second entry."""
     np.savez(tmp_path / "f.npz", feats=np.ones((3, 5, 4), np.float16), inputs="<image>a" * 3)
     data = bytearray((tmp_path / "f.npz").read_bytes())
-    data[data.index(b"PK\1\2") + 33] ^= 1  # 256 bytes
+    data[data.index(b"PK\1\2") + 33] ^= 1  # makes the comment 256 bytes long
     (tmp_path / "f.npz").write_bytes(data)
     with pytest.raises(ValueError, match=r"f\.npz .*its directory has 1 of 2 entries"):
         read_header(tmp_path / "f.npz")
@@ -37,7 +37,7 @@ def test_a_directory_that_hides_the_text(tmp_path):
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "reply"])
 def test_threads_that_read_literals(kind, tmp_path):
-    """Threads change hands wherever Python collects garbage, as they do where much is made."""
+    """A callback switches threads at every garbage collection, which may happen wherever objects are created."""
     np.save(tmp_path / "f.npy", feats := np.zeros((3, 4, 2), np.float16))
     np.savez(tmp_path / "f.npz", feats=feats, inputs="<image>a" * 3)
     reply = "{'pred': 'yes', 'score': 4}"

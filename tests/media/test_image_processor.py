@@ -126,7 +126,7 @@ def test_settings_are_stored_as_transformers_stores_clips(tmp_path):
     ],
 )
 def test_which_frames_are_taken(tmp_path, stored, asked, indices):
-    """Of ten frames, five a second; numbers of frames as transformers spreads them."""
+    """Ten frames at 5 fps; a number of frames is spread as in transformers."""
     LLaMAVIDLlavaImageProcessor().save_pretrained(tmp_path)
     (tmp_path / VIDEO_FILE).write_text(json.dumps(stored | {"video_processor_type": "of another"}))
     clip = write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(10)], rate=5)

@@ -116,7 +116,7 @@ def test_an_animation_gives_its_first_picture(tmp_path, name):
 
 
 def png_of_size(width, height):
-    """A PNG that only claims its size: a decompression bomb without the data."""
+    """A PNG whose header claims a size: a decompression bomb without the data."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -233,7 +233,7 @@ def test_random_damage_gives_a_picture_or_a_media_error(tmp_path, kind):
 
 
 def test_threads_leave_the_filters_of_warnings_alone(tmp_path):
-    """They belong to the process: threads that set and restore them leave each other's."""
+    """They are global to the process: a thread that sets and restores them can undo another's."""
     Image.fromarray(NOISE).resize((600, 600)).save(tmp_path / "a.png")
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as threads:

@@ -55,7 +55,7 @@ PARTS = {  # files in which decoding can start at several positions
     "MPEG-2.mkv": ("mpeg2video", {"g": "12", "bf": "2"}),
     "Motion JPEG.mkv": ("mjpeg", {}),
 }
-ONE_PART = {  # files that are decoded from the start; frames that none refers to are skipped
+ONE_PART = {  # files decoded from the start; frames that no other refers to are skipped
     "H.264 open.mp4": x264("keyint=12:open-gop=1:bframes=3"),
     "H.264 refreshed bit by bit.mkv": x264("keyint=12:intra-refresh=1"),
     "H.264 of one group.mp4": ("libx264", {"g": "1000"}),
@@ -74,7 +74,7 @@ IN_ORDER = {
 
 @pytest.fixture(params=[1, 60])
 def small(monkeypatch, request):
-    """Plans a clip like a long film, in parts of one group of pictures or of several."""
+    """Plans a clip like a long film, in parts of one or several groups of pictures."""
     monkeypatch.setattr(reading, "SHORT", 0)
     monkeypatch.setattr(reading, "PART", request.param)
 
@@ -111,7 +111,7 @@ def test_parts(tmp_path, small, resorted, name):
     parts = parts_of(plan_video(path, 1))
     assert sum(len(part.spans) for part in parts) >= 5
     check_equal(path)
-    assert len(resorted) == 4  # of the expected frames alone
+    assert len(resorted) == 4  # only for the expected frames
 
 
 @pytest.mark.parametrize("name", ONE_PART)
@@ -144,7 +144,7 @@ def test_a_film_with_sound(tmp_path, small, resorted, name):
             output.mux(packet)
     assert parts_of(plan_video(path, 1))
     check_equal(path, fps=(1,))
-    assert len(resorted) == 1  # of the expected frames alone
+    assert len(resorted) == 1  # only for the expected frames
 
 
 def test_a_varying_rate(tmp_path, small):
@@ -165,7 +165,7 @@ def test_slides_are_shown_several_times(tmp_path, small):
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 @pytest.mark.parametrize("seconds", [3.0, -1.32])
 def test_other_starts(tmp_path, small, name, seconds):
-    """A late start, and a negative one, which is an edit list in MP4: the frames before 0 are hidden there."""
+    """A late start, and a negative one; MP4 stores that as an edit list, which hides the frames before 0."""
     path = tmp_path / name
     with av.open(str(film(tmp_path / "whole.mp4"))) as whole, av.open(str(path), "w") as moved:
         copy = moved.add_stream_from_template(whole.streams.video[0])
@@ -216,7 +216,7 @@ def test_rotation_and_transform(tmp_path, small):
 
 
 def test_an_index_that_is_wrong_costs_time_alone(tmp_path, small, resorted):
-    """Each of these is noticed, and the frames from there on come as the file's order gives them."""
+    """Each wrong index is noticed, and the frames from there on are decoded in the file's order."""
     path = film(tmp_path / "a.mp4")
     sampling = plan_video(path, 1)
     expected = [frame for _, frame in iter_frames(path, in_order(sampling))]
@@ -272,7 +272,7 @@ def test_a_hole_is_told_wherever_it_is(tmp_path, small, codec, number):
 
 
 def test_a_size_that_changes_is_brought_to_the_first_one(tmp_path, small, resorted):
-    """As in one picture: the frames after the change are scaled, and which decoder reads them first does not matter."""
+    """The frames after the change are scaled as within one part, whichever decoder reads them first."""
     path = tmp_path / "a.webm"
     halves = frames()[:75], [np.kron(frame, np.ones((2, 2, 1), np.uint8)) for frame in frames()[75:]]
     with av.open(str(path), "w") as output:
@@ -346,7 +346,7 @@ def test_decoders_are_few_where_frames_are_large(tmp_path, small, monkeypatch):
 
 
 def test_plan(monkeypatch):
-    """Groups of four, each key frame stored before two frames that are shown before it."""
+    """Groups of four; each key frame is stored before two frames that are shown before it."""
     stored = [0, 1, 2, 3, 6, 4, 5, 7, 10, 8, 9, 11]
     packets = [Packet(40 * time, 40, place % 4 == 0) for place, time in enumerate(stored)]
     timeline = timeline_of(packets, 1e-3, 25.0)
@@ -361,5 +361,5 @@ def test_plan(monkeypatch):
     assert spans(1, 2, 11) == []  # short
     monkeypatch.setattr(reading, "SHORT", 0)
     assert spans(1, 2, 11) == [[(0, 3), (8, 12)]]
-    assert spans(5) == [[(0, 7)]]  # needs what stands before its group
+    assert spans(5) == [[(0, 7)]]  # needs frames stored before its group
     assert spans(5, 6, 9) == [[(0, 7), (4, 11)]]

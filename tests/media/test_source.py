@@ -241,7 +241,7 @@ def test_a_link_to_itself_is_named(tmp_path):
 
 
 def test_a_pipe_that_a_shell_gives_as_a_file_is_named():
-    """`<(command)`: its name is a link to one that does not exist."""
+    """`<(command)`: its path is a link to a name that does not exist."""
     ends = os.pipe()
     with pytest.raises(MediaError, match="is no regular file; give one file"):
         local_file(f"/dev/fd/{ends[0]}")

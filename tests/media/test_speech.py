@@ -75,7 +75,7 @@ TONES = [(1.0, 2.0), (3.0, 4.5), (8.0, 9.0)]
 @pytest.mark.parametrize("silent", [{}, {"late": 0.5}, {"gap": (5.0, 7.0)}, {"late": 0.7, "gap": (2.2, 2.8)}], ids=str)
 @pytest.mark.parametrize("piece", [120.0, 4.0, 2.5])
 def test_sentences_end_where_they_end_in_the_video(tmp_path, monkeypatch, silent, piece):
-    """However late the sound begins, where some of it is missing, and in pieces, of which none cuts a sentence."""
+    """With a late start or gaps in the sound, and transcribed in pieces, none of which cuts a sentence."""
     monkeypatch.setattr(speech, "PIECE", round(piece * speech.RATE))
     found = speech.read_speech(film(tmp_path / "film.mkv", TONES, **silent), "a")
     assert [text for _, text in found] == [" 0.5 0.5", " 0.8 0.8", " 0.5 0.5"]
@@ -87,7 +87,7 @@ def test_nothing_is_said(tmp_path):
 
 
 def test_what_cannot_be_heard(tmp_path):
-    """One sentence each."""
+    """Each is an error of one sentence."""
     mute = write_clip(tmp_path / "mute.mp4", [index_frame(0)], rate=1)
     (tmp_path / "model").mkdir()
     for path, model, message in (
@@ -101,7 +101,7 @@ def test_what_cannot_be_heard(tmp_path):
 
 
 def test_a_damaged_stretch_is_silence(tmp_path):
-    """What is before and behind it stays where it was."""
+    """Speech before and after it keeps its times."""
     path = film(tmp_path / "film.mkv", [(1.0, 2.0), (8.0, 9.0)], codec="flac")
     with av.open(str(path)) as source:
         found = [(p.pos + 8, p.pos + p.size) for p in source.demux(audio=0) if p.pts in range(4000, 6000)]

@@ -21,7 +21,7 @@ Dialogue: 0,0:00:01.00,0:00:02.50,Default,Bob,0,0,0,,{\\i1}Hello{\\i0}, you\\Nth
 
 
 def film(folder, *tracks: tuple[str, str], late: float = 0.0):
-    """A clip of ten seconds that starts `late`, with the subtitle streams of these files."""
+    """A clip of ten seconds that starts `late` seconds after 0, with a subtitle stream for each kind and content."""
     names = [write_clip(folder / "clip.mkv", [index_frame(i) for i in range(10)], times_ms=range(0, 10_000, 1000))]
     for number, (kind, content) in enumerate(tracks):
         names.append(folder / f"{number}.{kind}")
@@ -43,7 +43,7 @@ def film(folder, *tracks: tuple[str, str], late: float = 0.0):
 
 @pytest.mark.parametrize("late", [0.0, 3.0, 3.3])
 def test_the_first_track_of_text(tmp_path, late):
-    """Times count from the first frame, however late in the file that is; one is that of a frame to the last bit."""
+    """Times count from the first frame, however late it starts; the time 5.0 equals a frame's to the last bit."""
     found = read_track(film(tmp_path, ("srt", SRT), ("ass", ASS), late=late))
     assert [end for end, _ in found] == [2.5, 5.0]
     assert [text for _, text in found] == ["{\\i1}Hi{\\i0} there,\nyou", "Bye..."]
@@ -61,8 +61,8 @@ def test_of_a_trimmed_film_what_is_said_keeps_its_time():
 
 
 def test_texts_of_a_film_whose_end_is_shown_first():
-    """Two edits: from 30 s on, in which a text begins at 32, and from 5 s on, in which one does at 6."""
-    said = [Said(300, 0, 1, "late", False), Said(60, 9, 2, "early", False)]  # FFmpeg's times and lengths
+    """Two edits: from 30 s on, where a text starts at 32 s, and from 5 s on, where one starts at 6 s."""
+    said = [Said(300, 0, 1, "late", False), Said(60, 9, 2, "early", False)]  # FFmpeg's times and durations
     whole = [Said(10, -29, 1, "hidden", False), Said(60, -24, 1, "early", False), Said(300, 2, 2, "late", False)]
     assert [(one.pts, one.length, one.text) for one in _in_edits(said, whole)] == [(2, 2, "late"), (11, 1, "early")]
 
@@ -73,7 +73,7 @@ def test_a_file_of_its_own(tmp_path):
 
 
 def test_the_last_line_of_a_song(tmp_path):
-    """A .lrc says when lines begin: one ends at the next, and the last stands behind the frame of its beginning."""
+    """A .lrc gives start times only: a line ends where the next starts; the last one follows the frame of its start."""
     (tmp_path / "song.lrc").write_text("[00:01.00]one\n[00:03.00]two\n[00:10.00]bye\n")
     cues = cues_of_track(read_track(tmp_path / "song.lrc"))
     film = interleave([float(second) for second in range(13)], cues)

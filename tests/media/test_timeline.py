@@ -76,7 +76,7 @@ def test_the_order_in_the_file_and_where_its_times_start_do_not_matter():
 
 
 def test_what_cannot_be_decoded_is_not_the_first_frame():
-    """A broadcast that begins between two key frames, and frames that depend on those before the first."""
+    """A broadcast that starts between two key frames, and frames that refer to some before the first key frame."""
     timeline = timeline_of(packets([0, 40, 80, 240, 160, 200, 280], keys=(3,)), MS, 25.0, is_broadcast=True)
     assert timeline.pts.tolist() == [240, 280]
 
@@ -98,7 +98,7 @@ def test_another_clock_is_no_pause_in_a_broadcast_alone():
     ("last", "seconds"),
     [
         ((3000, 3000, 3000, 1000), 10),
-        ((40, 40, 40, 40), 12),  # of the header's rate: as long as the others
+        ((40, 40, 40, 40), 12),  # by the header's rate: as long as the others
         ((3000, 3000, 3000, 10**9), 19),  # ten seconds at most
     ],
 )
@@ -147,7 +147,7 @@ def test_the_highest_rate_that_fits(times, most):
         np.testing.assert_array_equal(sample(timeline, rate).frames, plan.frames)
         if rate < fps:
             steps = -(-len(timeline.times) // len(plan))
-            assert len(plan) > most - max(2, most / steps)  # no lower than it must be
+            assert len(plan) > most - max(2, most / steps)  # no fewer frames than necessary
 
 
 def test_the_key_frame_nearest_to_each_time():

@@ -76,8 +76,8 @@ def test_one_frame_is_never_too_few(tmp_path):
     assert video.frames.shape == (1, 32, 160, 3) and read_index(video.frames[0]) == 7
 
 
-EVEN = [40 * i for i in range(75)]  # milliseconds: 25 a second
-BURST = [20 * i for i in range(50)] + [1000 * i for i in range(1, 6)]  # a second at 50, then one a second
+EVEN = [40 * i for i in range(75)]  # milliseconds: 25 fps
+BURST = [20 * i for i in range(50)] + [1000 * i for i in range(1, 6)]  # one second at 50 fps, then 1 fps
 
 
 def indexed(path, times_ms, rate=25, **options):
@@ -88,7 +88,7 @@ def indexed(path, times_ms, rate=25, **options):
 @pytest.mark.parametrize(
     ("name", "codec"),
     [
-        ("a.mkv", "libx264"),  # with frames stored before others but shown after them
+        ("a.mkv", "libx264"),  # with B-frames, which are stored out of order
         ("a.mp4", "libx264"),
         ("a.webm", "libvpx"),
         ("a.ts", "libx264"),
@@ -154,7 +154,7 @@ def test_a_file_that_starts_late_is_whole(tmp_path, name, codec, container):
 
 @pytest.mark.parametrize("group", [10, 250])
 def test_frames_before_0_have_no_time_in_matroska_and_are_not_sampled(tmp_path, group):
-    """As a cut without new encoding leaves them: they are there only for the rest to be decoded."""
+    """A cut without re-encoding keeps them only so that later frames can be decoded."""
     times, options = [time - 1880 for time in EVEN], {"preset": "ultrafast", "bf": "2", "g": str(group)}
     video = read_video(indexed(tmp_path / "a.mkv", times, container={"avoid_negative_ts": "disabled"}, options=options))
     assert [read_index(frame) for frame in video.frames] == [47, 72]
@@ -185,7 +185,7 @@ def test_a_subtitle_that_is_longer_than_the_picture_adds_nothing():
 
 
 def test_what_an_edit_list_hides_is_not_sampled(tmp_path):
-    """As a trimmed recording has it: 1.32 s of the stream are there only for the rest to be decoded."""
+    """As in a trimmed recording: 1.32 s of the stream are kept only so that later frames can be decoded."""
     path = tmp_path / "trimmed.mp4"
     with av.open(str(indexed(tmp_path / "whole.mp4", EVEN))) as whole, av.open(str(path), "w") as trimmed:
         copy = trimmed.add_stream_from_template(whole.streams.video[0])
@@ -223,7 +223,7 @@ def test_files_that_are_joined_end_to_end_are_seen_one_after_the_other(tmp_path,
 
 
 def test_a_stream_that_begins_late_is_no_hindrance(tmp_path):
-    """Sound that starts after ten seconds, which a file may keep back until then."""
+    """Audio that starts after ten seconds: the file may not announce its stream until then."""
     path = write_clip(tmp_path / "a.flv", [index_frame(i) for i in range(250)], codec="flv1")
     tag = bytes([8, 0, 0, 41, *(10_000).to_bytes(3, "big"), 0, 0, 0, 0, 0x2F, *bytes(40)])
     path.write_bytes(path.read_bytes() + tag + len(tag).to_bytes(4, "big"))
@@ -296,7 +296,7 @@ def test_a_stream_that_changes_its_size_is_brought_to_its_first_size(tmp_path):
 
 
 def write_streams(path, **streams):
-    """A file with one H.264 stream per name=width, the second one the default; `cover` is cover art."""
+    """A file with one H.264 stream for each name=width, the second one the default; `cover` is cover art."""
     with av.open(str(path), "w") as output:
         for place, (name, width) in enumerate(streams.items()):
             stream = output.add_stream("mjpeg" if name == "cover" else "libx264", rate=25)
@@ -334,7 +334,7 @@ def test_only_sampled_frames_are_converted_and_none_outlives_its_transform(tmp_p
     seen = []
 
     def shrink(frame):
-        gc.collect(1)  # the young generations, where the frames are
+        gc.collect(1)  # the young generations, which hold the frames
         assert all(reference() is None for reference in seen)
         seen.append(weakref.ref(frame))
         return frame[::4, ::4].copy()
@@ -344,11 +344,11 @@ def test_only_sampled_frames_are_converted_and_none_outlives_its_transform(tmp_p
 
 
 def test_a_frame_starts_no_threads_of_its_own(tmp_path):
-    """A pool of every core for each frame that lives would reach a machine's limit with a few readers side by side."""
+    """With a thread pool of all cores for each live frame, a few concurrent readers would reach the machine's limit."""
     path = write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(100)])
     counts, idle = [], len(os.listdir("/proc/self/task"))
     read_video(path, fps=25, transform=lambda frame: (counts.append(len(os.listdir("/proc/self/task"))), frame)[1])
-    assert len(counts) == 100 and max(counts) - idle <= os.cpu_count() + 2  # the decoder's
+    assert len(counts) == 100 and max(counts) - idle <= os.cpu_count() + 2  # the decoder's threads
 
 
 def test_streaming_and_progress_agree_with_reading_at_once(tmp_path):

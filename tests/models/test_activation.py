@@ -11,7 +11,7 @@ from llamavid_jax.models.activation import gelu
 
 @pytest.mark.parity
 def test_gelu_of_every_bfloat16():
-    """The same rounding of the same float32 value, but where two of these round to different neighbours."""
+    """Both round the same float32 value, except where the two float32 values round to different neighbours."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite()]
     theirs = torch.nn.functional.gelu(every).double().numpy()

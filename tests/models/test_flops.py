@@ -35,7 +35,7 @@ def by_hand() -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    "trained,factors",  # factors of the matmuls with weights and between activations, part by part
+    "trained,factors",  # factors of the matmuls with weights and of those between activations, for each part
     [
         ((), {"vision": (1, 1), "qformer": (1, 1), "visual_tokens": (1, 1), "llama": (1, 1)}),
         (("visual_tokens",), {"vision": (1, 1), "qformer": (1, 1), "visual_tokens": (3, 3), "llama": (2, 3)}),
@@ -53,7 +53,7 @@ def test_flops_by_hand(trained, factors):
 
 
 def test_seven_billion_parameters():
-    """A trained LLaMA: 6·N·tokens without the embedding, and attention, 4 % of it at 2048 tokens."""
+    """A trained LLaMA costs 6·N·tokens without the embedding, plus attention: 4 % at 2048 tokens."""
     config = LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "models" / "llamavid_7b_224_video.yaml")
     sizes = {path: leaf.size for path, leaf in abstract_params(config).items() if path.startswith("llama.")}
     number = sum(sizes.values()) - sizes["llama.embed.embedding"]
@@ -63,7 +63,7 @@ def test_seven_billion_parameters():
 
 
 def matmul_flops(function, *arrays) -> int:
-    """Of every matmul that a traced function runs, those of loops as often as they run."""
+    """FLOPs of every matmul that a traced function runs; those in loops count for every iteration."""
 
     def count(jaxpr, times: int) -> int:
         total = 0
@@ -125,7 +125,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_pair_is_what_runs(variant):
-    """Of the tower's features and of ready ones; of what BERT's causal mask hides one half is not counted."""
+    """With the tower's features and with precomputed ones; the half that BERT's causal mask hides is not counted."""
     config = dataclasses.replace(TINY, **VARIANTS[variant])
     qformer, tokens = config.qformer_config, STEP["question_tokens"]
     hidden = 2 * qformer.num_hidden_layers * tokens**2 * qformer.hidden_size * (config.bert_type == "raw_bert")
@@ -137,7 +137,7 @@ def test_a_pair_is_what_runs(variant):
 
 
 def test_without_a_text_decoder_its_work_is_not_counted():
-    """Content tokens alone: the queries' states are computed by nobody (XLA leaves out what has no use)."""
+    """With content tokens alone nothing uses the queries' states (XLA removes unused computations)."""
     config = dataclasses.replace(TINY, frame_tokens="content")
     step = {"frames": 0, "question_tokens": 7, "rows": 0, "row_tokens": 0}
     assert flops_per_step(config, NOTHING, pairs=1, **step) == 2 * (64 * 64 + 64 * 64)
@@ -145,7 +145,7 @@ def test_without_a_text_decoder_its_work_is_not_counted():
 
 @pytest.mark.parametrize("layers, layer", [(1, -1), (3, -1), (3, -2), (3, 1), (2, 0)])
 def test_the_tower_is_what_runs(layers, layer):
-    """The blocks behind the features are held and not run."""
+    """Blocks after the feature layer are held in memory but not run."""
     vision = dataclasses.replace(CLIP, num_hidden_layers=layers, feature_layer=layer)
     config = dataclasses.replace(TINY, vision_tower_config=vision)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: LlamaVid(config, rngs=nnx.Rngs(0)).vision))
@@ -155,7 +155,7 @@ def test_the_tower_is_what_runs(layers, layer):
 
 
 def test_the_gradient_of_a_projection_in_front_of_a_frozen_text_decoder():
-    """It goes through the decoder: CLIP's stage 1, where without the projection a frozen Q-Former is one forward."""
+    """CLIP's stage 1: it passes through the frozen Q-Former, which without the projection runs forward only."""
     wide = dataclasses.replace(TINY, **VARIANTS["CLIP with a wider Q-Former"])
     equal = dataclasses.replace(TINY, **VARIANTS["CLIP"])
     step = {"frames": 0, "question_tokens": 7, "rows": 0, "row_tokens": 0, "pairs": 1}
@@ -172,7 +172,7 @@ def test_the_gradient_of_a_projection_in_front_of_a_frozen_text_decoder():
 
 
 def test_flops_of_low_rank_updates():
-    """Kernels below updates let the gradient through and have none; an update's parameter is a product a token."""
+    """Kernels under updates pass the gradient on but get none; an update's parameter is one multiply-add a token."""
     weighted, attention = by_hand()["llama"]
     more = flops_per_step(TINY, NOTHING, **STEP, updates=1000) - flops_per_step(TINY, NOTHING, **STEP)
     assert more == 2 * (weighted + 2 * attention) + 2 * 3 * 1000 * 2 * 40

@@ -68,7 +68,7 @@ def test_a_new_update_changes_no_bit(targets, base_logits):
 
 
 def test_a_starts_uniform_in_one_over_root_of_the_inputs():
-    """As PEFT's A; 56 inputs, and 4 heads of 16 for the attention's output."""
+    """As in PEFT: 56 inputs, and 4 heads of 16 for the attention's output."""
     model = adapted(LoraConfig(rank=64))
     for linear, inputs in ((model.llama.layers.attn.q, 56), (model.llama.layers.attn.out, 64)):
         a = np.asarray(linear.lora.a[...])
@@ -87,7 +87,7 @@ def test_cached_decoding_uses_the_update(model):
 
 @pytest.mark.parametrize(("dtype", "bar"), [(jnp.float32, 5e-6), (jnp.bfloat16, 0.05)])
 def test_merged_equals_forward(dtype, bar, base_logits):
-    """Logits behind two layers of scale 0.2; measured: 1.2e-6, and 0.027 in bfloat16."""
+    """Logits after two layers at scale 0.2; measured: 1.2e-6, and 0.027 in bfloat16."""
     model = adapted(dtype=dtype)
     merged = merge_lora(params_of(model), LORA)
     plain = ours(CONFIG, 0.2, dtype)
@@ -154,7 +154,7 @@ def test_dropout_follows_its_key(model):
 
 
 def test_dropout_drops_inputs_at_its_rate_and_keeps_the_mean():
-    """Each layer draws its own: kernels of zeros and A, B that hand one input through show the mask."""
+    """Each layer draws its own mask; zero kernels and an A, B that pass one input through make it visible."""
     model = adapted(LoraConfig(rank=1, alpha=1, dropout=0.25, targets=["down"]))
     down = model.llama.layers.mlp.down
     set_dropout(model.llama, jax.random.split(jax.random.key(0), 20000))
@@ -164,7 +164,7 @@ def test_dropout_drops_inputs_at_its_rate_and_keeps_the_mean():
     _, seen = stack.scan(lambda layer, carry: (carry, layer(jnp.ones((20000, 88)))[:, 0]), down, 0)
     assert set(np.unique(seen)) == {0, np.float32(1 / 0.75)}
     np.testing.assert_allclose(seen.mean(axis=1), 1, atol=0.02)
-    assert 0.5 < np.mean(seen[0] == seen[1]) < 0.7  # two masks of their own agree in 0.75² + 0.25² of the places
+    assert 0.5 < np.mean(seen[0] == seen[1]) < 0.7  # independent masks agree at 0.75² + 0.25² of the positions
 
 
 # ---- sharding
@@ -202,7 +202,7 @@ def test_round_trip_of_a_peft_folder_is_exact(model, tmp_path):
 def test_the_file_in_torch_equals_our_logits(model, tmp_path):
     """PEFT's formula, x·Aᵀ·Bᵀ·α/r, on transformers' LLaMA.
 
-    Measured 1.3e-6; peft 0.21 itself reads our folder, and its own is read here, with the same error.
+    Measured 1.3e-6.  peft 0.21 reads our folder, and we read peft's, with the same error.
     """
     save_adapter(tmp_path, params_of(model), LORA, CONFIG)
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
@@ -246,7 +246,7 @@ def test_an_adapter_that_cannot_be_read_is_refused(field, value, message, model,
     save_adapter(tmp_path, params_of(model), LORA, CONFIG)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
-    (tmp_path / "SHA256SUMS").unlink()  # as in a folder of PEFT's
+    (tmp_path / "SHA256SUMS").unlink()  # PEFT's folders have no checksums
     with pytest.raises(CheckpointError, match=message):
         load_adapter(tmp_path, CONFIG)
 
@@ -262,7 +262,7 @@ def test_a_flipped_bit_of_an_adapter(model, tmp_path):
 
 
 def change_tensors(folder, change):
-    """Rewrites the adapter's tensors with `change(dict)`, as another program would: without sums."""
+    """Rewrites the adapter's tensors with `change(dict)` and without checksums, as another program would."""
     (folder / "SHA256SUMS").unlink()
     file = folder / "adapter_model.safetensors"
     safetensors.torch.save_file(change(safetensors.torch.load_file(file)), file)
@@ -301,7 +301,7 @@ def test_damaged_files_are_named(model, tmp_path):
     safetensors.torch.save_file({k: v for k, v in tensors.items() if k != name}, weights)
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is damaged: its SHA-256"):
         load_adapter(tmp_path, CONFIG)
-    (tmp_path / "SHA256SUMS").unlink()  # as in a folder of PEFT's
+    (tmp_path / "SHA256SUMS").unlink()  # PEFT's folders have no checksums
     with pytest.raises(CheckpointError, match=rf"1 tensors missing \({name}\)"):
         load_adapter(tmp_path, CONFIG)
     weights.write_bytes(weights.read_bytes()[:-9])

@@ -5,7 +5,7 @@ import pytest
 from llamavid_jax.models.published import PUBLISHED, share_of_peak
 from llamavid_jax.parallel.chips import CHIPS
 
-PRINTED = {  # seconds of a step, where the source's log says them and not only TFLOP/s
+PRINTED = {  # seconds per step, where the source's log gives them and not only TFLOP/s
     ("Llama3.1-8B", 8): 3.443,
     ("Llama3.1-8B", 256): 4.546,
     ("Mistral-7B", 8): 6.320,
@@ -23,16 +23,16 @@ def test_seconds_are_those_of_the_logs():
 
 @pytest.mark.parametrize("one", PUBLISHED, ids=NAMES)
 def test_each_is_predicted_from_the_others(one):
-    """The spread that docs/tpu.md states: 17 % where it is one of them, 23 % where it is kept out."""
+    """The spread that docs/tpu.md states: 17 % with the step itself among the published ones, 23 % without it."""
     kind = CHIPS[one.generation].kind
-    bound = one.seconds * one.share  # what it computes, at the peak
+    bound = one.seconds * one.share  # seconds at the chip's peak
     others = [other for other in PUBLISHED if other is not one]
     assert bound / share_of_peak(kind) == pytest.approx(one.seconds, rel=0.17)
     assert bound / share_of_peak(kind, others) == pytest.approx(one.seconds, rel=0.23)
 
 
 def test_a_share_by_hand():
-    """16B on v5e, all of it done again: 8 FLOP a parameter and token for 6, and half of the attention counted."""
+    """16B on v5e, all recomputed: the source counts 8 FLOP a parameter and token, not 6, and half of the attention."""
     (one,) = (one for one in PUBLISHED if one.model == "16B")
     parameters, attention = 32 * 4096 * (4 * 8192 + 3 * 28672) + 4096 * 32000, 32 * 2048 * 8192
     counted, done = 6 * parameters + 12 * attention, 8 * (parameters + attention)

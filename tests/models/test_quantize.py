@@ -1,4 +1,4 @@
-"""Frozen kernels in 4 and 8 bits: what they cost, how near they are, and that updates train over them."""
+"""Frozen kernels in 4 and 8 bits: their memory and accuracy, and training updates over them."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def quantized(kind: str, scale: float = 0.02) -> LlamaVid:
     ("kind", "levels"), [("nf4", NF4), ("int8", np.arange(-127, 128) / 127.5), ("int4", np.arange(-7, 8) / 7.5)]
 )
 def test_kernels_take_the_nearest_level_of_their_block(kind, levels):
-    """Blocks of 8 of the 56 and 88 inputs, of 16 a head."""
+    """Blocks of 8 for 56 and 88 inputs, of 16 within a head."""
     plain, model = ours(CONFIG, 0.02), quantized(kind)
     pairs = zip(linears(plain.llama.layers), linears(model.llama.layers), strict=True)
     for (_, wanted), (_, linear) in pairs:
@@ -63,7 +63,7 @@ def test_logits_stay_near(kind, bar):
 
 @pytest.mark.parametrize(("kind", "bits"), [("nf4", 4), ("int8", 8), ("int4", 4)])
 def test_what_a_kernel_costs(kind, bits):
-    """The compiled program's arguments: the bits of a weight, and a bfloat16 scale for 64 of them."""
+    """The compiled program's arguments: the bits of the weights, and a bfloat16 scale for each 64 of them."""
     config = ours(CONFIG, 0.02)
     linear = config.llama.layers.mlp.down
     linear.in_features, linear.kernel = (128,), nnx.Param(jnp.ones((2, 128, 96), jnp.bfloat16))

@@ -1,4 +1,4 @@
-"""Quantised weights and caches in inference: how near they are, what is stored and loaded, what a device holds."""
+"""Quantised weights and caches in inference: accuracy, saving and loading, device memory."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def int8(whole, tmp_path_factory) -> Path:
 
 
 def logits(model, **changed: jax.Array) -> np.ndarray:
-    """Of 64 tokens, all but the first 8 decoded; parameters may be `changed`."""
+    """Logits of 64 tokens, all but the first 8 decoded; `changed` replaces parameters."""
     ids = np.random.default_rng(0).integers(3, 1000, (1, 64)).astype(np.int32)
     params = model.params | changed
     visual = jnp.zeros((1, 1, model.config.text_config.hidden_size))
@@ -55,7 +55,7 @@ def logits(model, **changed: jax.Array) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_the_model_is_that_of_rounded_kernels(kind, tiny_model, whole):
-    """Which kernels they are rounded to: tests/models/test_quantize.py."""
+    """It equals the model with rounded kernels; tests/models/test_quantize.py tests the rounding."""
     model = load(whole, dtype="float32", quantize=kind)
     kernels = {path: tiny_model.params[path] for path in QUANTISED}
     parts = {path: np.asarray(value, np.float32) for path, value in model.params.items()}
@@ -76,7 +76,7 @@ def test_logits_stay_near(kind, cache, bar, tiny_model, whole):
 
 
 def test_rounded_heads():
-    """Within half a step of a 127th of the head's greatest; a head of zeros stays zero."""
+    """The error is at most half a step, which is 1/127 of the head's largest value; a head of zeros stays zero."""
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 16)).astype(np.float32) * 10.0 ** np.arange(-2, 1)[:, None]
     x[0, 0, 0] = 0
     got = Rounded.of(jnp.asarray(x))
@@ -86,11 +86,11 @@ def test_rounded_heads():
 
 
 def test_a_quantized_checkpoint(whole, int8):
-    """Says so, is smaller, and is read back bit for bit."""
+    """Its configuration names the quantisation; it is smaller, and is read back bit for bit."""
     assert json.loads((int8 / "config.json").read_text())["quantization"] == "int8"
     sizes = [sum(f.stat().st_size for f in (folder / "weights").rglob("*") if f.is_file()) for folder in (whole, int8)]
     weights = 3 * (4 * 64 * 64 + 3 * 64 * 160)
-    assert sizes[0] - sizes[1] > 2 * weights  # of 4 bytes each; both are compressed
+    assert sizes[0] - sizes[1] > 2 * weights  # of 4 bytes each; both folders are compressed
     wanted, *found = (
         load(folder, dtype="float32", quantize=kind).params
         for folder, kind in ((whole, "int8"), (int8, None), (int8, "int8"))
@@ -120,7 +120,7 @@ def test_no_whole_kernel_reaches_the_device(whole, monkeypatch):
         return sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted() and x.devices() == {device})
 
     def watched(kernels, path, kind):
-        if not isinstance(kernels, jax.core.Tracer):  # of the shapes alone
+        if not isinstance(kernels, jax.core.Tracer):  # a tracer only computes shapes
             assert kernels.devices() == {jax.devices("cpu")[0]}
             held.append(on_device())
         return quantize(kernels, path, kind)
@@ -134,7 +134,7 @@ def test_no_whole_kernel_reaches_the_device(whole, monkeypatch):
 
 
 def test_matmuls_read_quantised_kernels(whole):
-    """What decoding is given: int8 kernels and an int8 cache, no whole kernel, no whole cache."""
+    """Decoding gets int8 kernels and an int8 cache, and neither in full precision."""
     model = load(whole, dtype="bfloat16", quantize="int8", kv_cache="int8")
     ids, one = np.zeros((1, 64), np.int32), np.ones(1, np.int32)
 
@@ -147,7 +147,7 @@ def test_matmuls_read_quantised_kernels(whole):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.cache[:2])} == {"int8", "bfloat16"}
     text = decode_block.lower(model.structure, model.params, state, one[0], one[0], Sampling(), greedy=True).as_text()
     (signature,) = (line for line in text.splitlines() if "@main(" in line)
-    for slots in (64, 96):  # of the prompt, of the answer
+    for slots in (64, 96):  # prompt, answer
         assert signature.count(f"tensor<3x1x{slots}x4x16xi8>") >= 2
         assert f"tensor<3x1x{slots}x4x16xbf16>" not in signature
     assert "tensor<3x1x64x160xi8>" in signature and "tensor<3x64x160xbf16>" not in text

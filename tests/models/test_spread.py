@@ -1,4 +1,4 @@
-"""Work on many frames, spread over devices: the same numbers in turns and on a mesh, forward and gradients."""
+"""Work on many frames, spread over devices: in chunks and on a mesh it gives the same values and gradients."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def layer():
 
 
 def run(layer, x, at_a_time, remat="none"):
-    """The result, and the gradients of a sum that weighs every element of it."""
+    """The result, and the gradients of a sum that weights each element differently."""
 
     def loss(state, x):
         out = spread(
@@ -48,7 +48,7 @@ def test_turns_change_nothing(layer, length):
 def test_no_more_than_asked_at_a_time():
     seen = []
     in_turns(lambda x: seen.append(len(x)) or x, 4, jnp.zeros((10, 2)))
-    assert seen == [2]  # five turns of two, which fill nothing up, rather than three of four
+    assert seen == [2]  # five turns of two, without padding, rather than three of four
 
 
 @pytest.mark.sharding
@@ -63,7 +63,7 @@ def test_devices_change_nothing(layer, sizes, length):
 
 @pytest.mark.sharding
 def test_gradients_are_reduced_once(layer):
-    """However many turns a device takes."""
+    """Whatever the number of turns on a device."""
     graphdef, state = nnx.split(layer)
 
     def loss(state, x):

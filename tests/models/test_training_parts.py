@@ -1,4 +1,4 @@
-"""The loss in chunks, the learning-rate schedule, clipping and AdamW, beside plain formulas and PyTorch."""
+"""The loss in chunks, the learning-rate schedule, clipping and AdamW, against plain formulas and PyTorch."""
 
 import json
 
@@ -29,7 +29,7 @@ def inputs(vocabulary: int, rows: int = 3, tokens: int = 11, width: int = 8):
 
 
 def plain(hidden, kernel, labels) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same sums from whole logits."""
+    """The same sums from the full logits."""
     logits = jnp.einsum("btd,dv->btv", hidden, kernel)[:, :-1]
     targets = labels[:, 1:]
     kept = targets != IGNORE_LABEL
@@ -45,14 +45,14 @@ def relative(a, b) -> float:
 @pytest.mark.parity
 @pytest.mark.parametrize("vocabulary", [2, 7, 16, 33, 64, 101])
 def test_the_loss_is_that_of_whole_logits(monkeypatch, vocabulary):
-    """Sizes below a chunk of 16, of whole chunks, and with chunks of which the last words are padding."""
+    """A vocabulary below one chunk of 16, of whole chunks, and with padding in the last chunk."""
     monkeypatch.setattr(loss, "VOCABULARY_CHUNK", 16)
     hidden, kernel, labels = inputs(vocabulary)
-    labels = labels.at[2, 1:6].set((hidden[2] @ kernel).argmax(axis=-1)[:5])  # so that some are right
+    labels = labels.at[2, 1:6].set((hidden[2] @ kernel).argmax(axis=-1)[:5])  # so that some predictions are right
     found, expected = loss.next_token_sums(hidden, kernel, labels), plain(hidden, kernel, labels)
     assert float(found.loss) == pytest.approx(float(expected[0]), rel=1e-6)
     assert (int(found.correct), int(found.tokens)) == (int(expected[1]), int(expected[2]))
-    assert 5 <= found.correct <= found.tokens == 17  # 10 and 7 of three rows; the first labels are no target
+    assert 5 <= found.correct <= found.tokens == 17  # 10 and 7 in three rows; a row's first label is no target
 
     gradients = jax.grad(lambda h, k: loss.next_token_sums(h, k, labels).loss, (0, 1))(hidden, kernel)
     wanted = jax.grad(lambda h, k: plain(h, k, labels)[0], (0, 1))(hidden, kernel)
@@ -67,16 +67,16 @@ def test_large_scores_do_not_overflow(monkeypatch):
 
 
 def test_rows_without_labels_give_zeros():
-    """Nothing to learn from: no loss, and a gradient of zeros rather than of nan."""
+    """Without targets: no loss, and gradients of zeros rather than NaN."""
     hidden, kernel, labels = inputs(33)
-    empty = jnp.full_like(labels, IGNORE_LABEL).at[:, 0].set(3)  # the first token is nobody's target
+    empty = jnp.full_like(labels, IGNORE_LABEL).at[:, 0].set(3)  # no position predicts the first token
     assert loss.next_token_sums(hidden, kernel, empty) == (0, 0, 0)
     gradients = jax.grad(lambda h, k: loss.next_token_sums(h, k, empty).loss, (0, 1))(hidden, kernel)
     assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
 
 
 def test_no_gradient_holds_the_logits_of_all_tokens():
-    """16,384 tokens, 32,000 words: the compiled gradient's memory is that of two chunks, not of [T, V] float32."""
+    """16,384 tokens, 32,000 words: the compiled gradient takes the memory of two chunks, not of [T, V] float32."""
     tokens, width, vocabulary = 16384, 64, 32000
     arguments = (
         jax.ShapeDtypeStruct((1, tokens, width), jnp.float32),
@@ -89,7 +89,7 @@ def test_no_gradient_holds_the_logits_of_all_tokens():
         return gradient.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
     whole = 4 * tokens * vocabulary
-    assert memory(plain) >= whole  # the measure sees them
+    assert memory(plain) >= whole  # the measurement includes them
     assert memory(loss.next_token_sums) < whole / 2
 
 
@@ -103,7 +103,7 @@ def test_learning_rates_are_the_recorded_ones(stage):
 
 
 def test_learning_rate_by_hand():
-    """3 % of 100 steps rounded up are 3; of 101 they are 4; and none without warm-up."""
+    """3 % of 100 steps is 3; of 101 it is rounded up to 4; also without warm-up."""
 
     def rates(warmup, steps, of):
         return [float(learning_rate(OptimizerConfig(learning_rate=8.0, warmup=warmup), steps, step)) for step in of]
@@ -115,7 +115,7 @@ def test_learning_rate_by_hand():
 
 
 def test_biases_and_layer_norms_do_not_decay():
-    """The original leaves out `bias` in a name and every parameter of a LayerNorm, not LLaMA's RMSNorms."""
+    """As the original: none for `bias` in a name and for LayerNorms, but LLaMA's RMSNorms do decay."""
     paths = abstract_params(LLaMAVIDLlavaConfig())
     kept = {path for path in paths if not decays(path)}
     assert {path.rsplit(".", 1)[-1] for path in kept} == {"bias", "q_bias", "v_bias", "scale"}
@@ -161,7 +161,7 @@ def test_clipping_is_pytorchs(max_norm):
 
 @pytest.mark.parity
 def test_five_steps_of_adamw_are_pytorchs():
-    """With decay, betas and eps of its own, biases and norms in a group without decay, and a rate that changes."""
+    """Non-default decay, betas and eps; no decay for biases and norms; a changing rate."""
     config = OptimizerConfig(learning_rate=0.1, betas=[0.8, 0.95], eps=1e-3, weight_decay=0.3, warmup=0.4)
     begin = {name: np.float32(value) for name, value in gradients_of(99).items()}
     parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in begin.items()}

@@ -1,4 +1,4 @@
-"""Rows cut over the `sequence` axis and frames over all axes: eight devices equal one, and none holds a row whole."""
+"""Rows split over the `sequence` axis and frames over all axes: eight devices equal one, and none holds a whole row."""
 
 import re
 
@@ -33,7 +33,7 @@ BAR = 1e-5  # relative error in float32
 
 
 def with_gradients(attend, q, k, v):
-    """Output and gradients of q, k and v under fixed random weights, in one program."""
+    """Output and gradients of q, k and v for fixed random output gradients, in one program."""
     (weight,) = random(q.shape)
     out, gradients = jax.vjp(attend, q, k, v)
     return out, *gradients(weight)
@@ -60,7 +60,7 @@ def check_ring(sizes, q, k, v, ids, attend):
     ids=str,
 )
 def test_ring_equals_one_device(sizes, kv_heads, packed):
-    """Forward and gradients, of rows with several samples and padding; as `attention` itself chooses."""
+    """Forward and gradients, of rows with several samples and padding; `attention` itself chooses the ring."""
     q, k, v = random((2, 64, 4, 8), (2, 64, kv_heads, 8), (2, 64, kv_heads, 8))
     ids = jnp.asarray(segments(64)) if packed else None
     check_ring(sizes, q, k, v, ids, lambda *qkv: attention(*qkv, causal=True, segment_ids=ids))
@@ -73,7 +73,7 @@ def test_ring_in_several_blocks_of_queries(monkeypatch):
 
 
 def test_ring_of_kernels_equals_one_device():
-    """Tiles by the Pallas kernel, interpreted."""
+    """Tiles by the Pallas kernel, in interpret mode."""
     q, k, v = random((1, 512, 2, 64), (1, 512, 1, 64), (1, 512, 1, 64))
     ids = jnp.asarray(segments(512))[:1]
     check_ring({"sequence": 2}, q, k, v, ids, lambda *qkv: ring_attention(*qkv, ids, splash=True, interpret=True))
@@ -82,7 +82,7 @@ def test_ring_of_kernels_equals_one_device():
 @pytest.mark.parity
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_kernel_in_tpu_interpret_mode(causal):
-    """As a TPU runs it: memory holds NaN until it is written.  Without causality queries see part of the tile."""
+    """As on a TPU, memory holds NaN until it is written.  Without causality queries see part of the tile."""
     q, k, v, out, d_out = random(*[(1, n, 128, 64) for n in (2, 1, 1, 2, 2)])
     ids = jnp.asarray(1 + (np.arange(128) >= 50), jnp.int32)[None, None]
     queries, keys = (q * 0.125, ids), (k, v, ids)
@@ -103,7 +103,7 @@ def test_rows_that_do_not_divide_are_not_cut():
 
 @pytest.mark.parametrize("tables", [1, 2])
 def test_slots_are_filled_from_a_cut_table(tables):
-    """Whose length does not divide; with its gradient.  One table for all rows, or one a row."""
+    """The table's length does not divide evenly; with its gradient.  One table for all rows, or one for each."""
     table, weight = random((tables, 13, 6), (2, 16, 6))
     index = jnp.asarray(np.random.default_rng(0).integers(0, 13, (2, 16)), jnp.int32).at[0, 3].set(TEXT)
     there = (index >= 0)[..., None]
@@ -140,7 +140,7 @@ CONFIG = LLaMAVIDLlavaConfig(
     num_query=4,
 )
 FRAMES, PAIRS, TOKENS = 8, 24, 176
-TABLE = PAIRS * CONFIG.tokens_per_frame  # 48, as nothing else
+TABLE = PAIRS * CONFIG.tokens_per_frame  # 48, which no other size equals
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def params(structure):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Two rows; their pairs look at the frames of their quarter in no order."""
+    """Two rows; pairs refer to the frames of their own quarter, in random order."""
     generator = np.random.default_rng(1)
 
     def integers(high, *shape):
@@ -182,7 +182,7 @@ def batch():
 
 
 def on_mesh(sizes, structure, params, batch, function):
-    """The program compiled for the mesh and what it returns."""
+    """The program compiled for the mesh, and its result."""
     mesh = make_mesh(**sizes)
     axes = inventory.axes(CONFIG, {path: leaf.shape for path, leaf in structure.shapes.items()})
     placed = {
@@ -196,7 +196,7 @@ def on_mesh(sizes, structure, params, batch, function):
 
 
 def test_no_device_holds_a_row_or_its_table_whole(structure, params, batch):
-    """A training step's loss and gradients are one device's, and no array of it is T × anything or N × D."""
+    """A training step's loss and gradients equal one device's, and no array of it has a dimension T or is N × D."""
     trains = {path: value for path, value in params.items() if path.startswith(("llama.", "visual_tokens.value"))}
 
     def step(trained, batch):
@@ -212,12 +212,12 @@ def test_no_device_holds_a_row_or_its_table_whole(structure, params, batch):
         assert relative_error(got_gradients[path], gradient) < BAR, path
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", compiled.as_text())}
     width = CONFIG.text_config.hidden_size
-    assert any(TOKENS // 4 in shape and width in shape for shape in shapes)  # the share of a device
+    assert any(TOKENS // 4 in shape and width in shape for shape in shapes)  # a device's share
     assert not [shape for shape in shapes if TOKENS in shape or {TABLE, width} <= set(shape)]
 
 
 def test_the_vision_part_uses_all_devices(structure, params, batch):
-    """Equal tokens, and a device does little more than its eighth of the matmuls, on `tensor` and `sequence` too."""
+    """Equal tokens, and a device does little more than an eighth of the matmuls, also over `tensor` and `sequence`."""
 
     def tokens(params, batch):
         return visual_table(structure.model(params), batch, "none", None)

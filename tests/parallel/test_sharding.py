@@ -82,12 +82,12 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter(different_shapes):
     axes = inventory.axes(ALL_DIFFERENT, different_shapes)
     assert set(axes) == set(different_shapes)
     used = {name for names in axes.values() for name in names}
-    assert used | {"qformer_types"} == set(inventory.axis_sizes(ALL_DIFFERENT))  # which BERT alone has
+    assert used | {"qformer_types"} == set(inventory.axis_sizes(ALL_DIFFERENT))  # an axis of BERT alone
     assert used <= set(AXIS_RULES)
 
 
 def test_names_in_another_order_are_refused(different_shapes, monkeypatch):
-    """Each row with its first and last axis exchanged, one row at a time."""
+    """Each row with its first and last axis swapped, one row at a time."""
     exchanged, rows = 0, inventory.rows(ALL_DIFFERENT)
     for number, row in enumerate(rows):
         first, *middle, last = row.axes.split() if " " in row.axes else (row.axes, row.axes)
@@ -122,7 +122,7 @@ def test_optional_rows(kind):
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"tensor": 4, "fsdp": 2}, {"tensor": 8}])
 @pytest.mark.parametrize("config", [SEVEN_B, THIRTEEN_B], ids=["7B", "13B"])
 def test_no_large_parameter_stays_whole(config, mesh):
-    """Nothing above 2 % of all parameters is on every device; a device holds little more than its eighth."""
+    """Nothing above 2 % of all parameters is on every device; a device holds little more than an eighth of all."""
     params = abstract_params(config)
     places = param_shardings(params, config, make_mesh(**mesh))
     placed = [(leaf, places[path]) for path, leaf in params.items()]
@@ -158,7 +158,7 @@ def test_a_mesh_without_devices(size):
 
 
 class Chip:
-    """A device as the mesh sees it: four on each slice, or GPU host."""
+    """A device as the mesh sees it, with four on each slice or GPU host."""
 
     platform, device_kind, client = "gpu", "NVIDIA H100", None
 
@@ -178,7 +178,7 @@ def slices_along(sizes: dict[str, int], chips: int = 8) -> np.ndarray:
     ("sides", "ways"), [((8, 8), 8), ((4, 8), 4), ((2, 4), 8), ((4, 2), 8), ((8, 2), 4), ((4, 3), 6)]
 )
 def test_rings_on_a_flat_slice_are_closed(sides, ways):
-    """From each chip to the next, and from the last to the first, is one link."""
+    """Each chip is one link from the next one, and the last from the first."""
     chips = [SimpleNamespace(platform="tpu", coords=[x, y, 0]) for y in range(sides[1]) for x in range(sides[0])]
     rings = closed_rings(chips, ways)
     places = np.array([[chip.coords for chip in ring] for ring in rings])
@@ -195,7 +195,7 @@ def test_other_devices_have_no_rings_to_close():
 
 
 def test_meshes_over_several_slices():
-    """`data` goes across slices, else `fsdp`; `tensor` stays within one as long as it can."""
+    """`data` crosses slices, otherwise `fsdp`; `tensor` stays within one if it can."""
     np.testing.assert_array_equal(slices_along({"data": 2, "tensor": 4}), [[0] * 4, [1] * 4])
     np.testing.assert_array_equal(slices_along({"data": 2, "fsdp": 2, "tensor": 2}), [[0, 0]] * 2 + [[1, 1]] * 2)
     np.testing.assert_array_equal(slices_along({"fsdp": 12}, chips=12)[:, 0], [0] * 4 + [1] * 4 + [2] * 4)
@@ -235,7 +235,7 @@ MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 2, "ten
 
 @pytest.fixture(scope="module")
 def params():
-    """Weights of 0.1, so that greedy choices are clear and all parts count."""
+    """Weights of scale 0.1, so that greedy choices are clear and all parts matter."""
     generator = np.random.default_rng(0)
     leaves = sorted(abstract_params(SMALL).items())
     return {path: jnp.asarray(generator.normal(size=leaf.shape, scale=0.1), jnp.float32) for path, leaf in leaves}

@@ -61,7 +61,7 @@ def test_layers_out_of_their_stack_decode_the_same(llama, ids):
 
 @pytest.mark.parametrize("lengths", [(32, 32), (32, 23)])
 def test_cached_decoding_equals_whole_rows(llama, ids, whole, lengths):
-    """Prefill, then one position of every row at a time, rows of one or of two lengths."""
+    """Prefill, then one position of every row at a time, with rows of equal and of different lengths."""
     lengths, steps, rows = np.array(lengths), 8, np.arange(2)
     hidden, prompt = llama.prefill(llama.embed(ids[:, :32]))
     cache = KVCache(prompt, prompt.room(8), jnp.int32(0))
@@ -98,7 +98,7 @@ def test_bfloat16_stays_near_float32(ids):
 
 @pytest.mark.parity
 def test_where_an_answer_looks_equals_transformers():
-    """Attention of rows of two lengths, mean over layers, heads and the answer's places; measured: 3e-7."""
+    """The answer's attention in rows of two lengths, mean over layers, heads and answer positions; measured: 3e-7."""
     llama, ids, lengths, places = ours(CONFIG, 0.2).llama, token_ids(CONFIG, 40), np.array([30, 23]), 6
     model = reference(CONFIG, 0.2).language_model
     attentions = [

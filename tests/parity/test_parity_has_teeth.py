@@ -1,9 +1,9 @@
-"""Every mistake that a port of this model has made, or could make, breaks parity.
+"""Every bug that a port of this model has had, or could have, breaks parity.
 
-A row names a file, a piece of its source and what a bug would have there.  The file runs with the bug in place of the
-original, and the comparison of the parity tests must then fail, by a factor of ten at least at one of the two scales.
-Two that are missing here cannot be seen: a key bias, which adds one number to all scores of a query, and rotary
-positions that start at another number than 0, of which only differences count.
+A row names a file, a piece of its source and the same piece with a bug.  The file runs with the bug in place of the
+original, and the comparison of the parity tests must then fail by a factor of at least ten at one of the two scales.
+Two bugs are left out because they change no result: a key bias, which adds one number to all scores of a query, and
+rotary positions that do not start at 0, because only their differences count.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ VISION, QFORMER, TOKENS, WHOLE = "models.vision", "models.text_decoder", "models
 
 
 def unpooled_error(scale: float) -> float:
-    """Patches that are not averaged are large enough to tell the projector's GELU from another."""
+    """Patches that are not averaged are large enough to distinguish the projector's GELU from another."""
     return tokens_error(scale, dataclasses.replace(CONFIG, compress_type="none"))
 
 
@@ -273,14 +273,14 @@ BUGS: dict[str, tuple[Callable, str, str, str]] = {
 
 @pytest.fixture(autouse=True)
 def made_anew():
-    """No model from before a bug is put in, and none that has it afterwards."""
+    """No cached model from before a bug is inserted, and none with the bug afterwards."""
     structure.cache_clear()
     yield
     structure.cache_clear()
 
 
 def put_bug_in(monkeypatch: pytest.MonkeyPatch, name: str, *pieces: str) -> None:
-    """Runs `llamavid_jax.name` with its source changed and puts what it defines wherever the original is used."""
+    """Runs `llamavid_jax.name` with its source changed and replaces its definitions wherever they are used."""
     module = importlib.import_module(f"llamavid_jax.{name}")
     source = Path(module.__file__).read_text()
     for old, new in zip(pieces[::2], pieces[1::2], strict=True):
@@ -308,7 +308,7 @@ def test_bug_breaks_parity(bug, monkeypatch):
 
 @pytest.mark.parity
 def test_without_a_bug_the_changed_source_is_the_original(monkeypatch):
-    """The machinery of this file alone moves nothing."""
+    """The machinery of this file alone changes nothing."""
     for name in (LLAMA, ROTARY, ATTENTION, VISION, QFORMER, TOKENS, WHOLE):
         put_bug_in(monkeypatch, name, "import jax", "import jax")
     for error in (llama_error, vision_error, qformer_error, tokens_error, frame_error):

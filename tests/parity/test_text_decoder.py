@@ -47,7 +47,7 @@ def test_other_memories_equal_transformers(config, scale):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("layers", [1, 3])
 def test_bert_equals_transformers(layers, scale):
-    """All states, those of the padding too, each of which sees what stands before it; measured: at most 4e-7."""
+    """All states, also at padding, where each position sees those before it; measured: at most 4e-7."""
     qformer = dataclasses.replace(BERT.qformer_config, num_hidden_layers=layers)
     assert qformer_error(scale, dataclasses.replace(BERT, qformer_config=qformer)) < BAR
 
@@ -56,7 +56,7 @@ def test_bert_equals_transformers(layers, scale):
 @pytest.mark.parametrize("kept", [1, 2, 3])
 @pytest.mark.parametrize("whole", [BERT, CONFIG], ids=["raw_bert", "qformer_pretrain"])
 def test_the_first_layers_equal_a_decoder_that_was_cut(whole, kept):
-    """`layer:N` keeps the first N of three layers and all that belongs to them."""
+    """`layer:N` keeps the first N of three layers with all their parts."""
     config = dataclasses.replace(whole, bert_type=f"{whole.bert_type}_layer:{kept}")
     assert config.qformer_config.num_hidden_layers == kept
     model = TorchLlamaVid(whole, 0.2)
@@ -91,7 +91,7 @@ def test_the_question_guides_the_queries(qformer, arrays):
 
 
 def test_the_cls_token_is_seen_where_it_is_there(qformer, arrays):
-    """257 tokens of memory and 256 are different answers."""
+    """Memory with the CLS token (257 tokens) and without it (256) give different answers."""
     features, ids, mask = arrays
     assert relative_error(qformer(features[1:], ids, mask), qformer(*arrays)) > 100 * BAR
 

@@ -1,4 +1,4 @@
-"""The vision towers against transformers' InstructBLIP, which runs the same EVA ViT with one norm more behind it, and
+"""The vision towers against transformers' InstructBLIP, which runs the same EVA ViT with one more norm after it, and
 against its CLIP."""
 
 import dataclasses
@@ -33,7 +33,7 @@ def test_equals_transformers(side, scale):
     ],
 )
 def test_clip_equals_transformers(layer, feature, act, scale):
-    """Every hidden state, from behind the first norm (0, -4) to behind the last block; measured: at most 4e-7."""
+    """Every hidden state, from after the first norm (0, -4) to after the last block; measured: at most 4e-7."""
     changes = {"feature_layer": layer, "select_feature": feature, "hidden_act": act}
     vision = dataclasses.replace(CLIP.vision_tower_config, **changes)
     assert vision_error(scale, dataclasses.replace(CLIP, vision_tower_config=vision)) < BAR

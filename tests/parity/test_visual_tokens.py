@@ -1,4 +1,4 @@
-"""The token generator and a whole frame's way, against the same arithmetic written in torch."""
+"""The token generator and the whole path of a frame, against the same arithmetic written in torch."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from torch_models import (
     tokens_error,
 )
 
-# Content tokens of a frame for sides 16 and 24; n that does not divide the side gives another number than n².
+# Content tokens of a frame for sides 16 and 24; if n does not divide the side, they are not n².
 COUNTS = {
     "none": (256, 576),
     "mean": (1, 1),
@@ -57,7 +57,7 @@ def test_every_compress_type_equals_torch(compress_type, side):
 @pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "identity"])
 def test_every_projector_equals_torch(kind):
     """Measured: as above."""
-    text = dataclasses.replace(CONFIG.text_config, hidden_size=40)  # identity needs vision and text of one width
+    text = dataclasses.replace(CONFIG.text_config, hidden_size=40)  # identity needs equal widths of vision and text
     for scale in SCALES:
         assert tokens_error(scale, configured("grid:2", mm_projector_type=kind, text_config=text)) < BAR
 
@@ -65,7 +65,7 @@ def test_every_projector_equals_torch(kind):
 @pytest.mark.parity
 @pytest.mark.parametrize(("compress_type", "has_cls"), [("mean", True), ("mean", False), ("none", True)])
 def test_a_frame_equals_torch(compress_type, has_cls):
-    """Q-Former and token generator, pixels' features with the CLS token and ready ones without; measured 1e-7."""
+    """Q-Former and token generator, on the tower's features with CLS and on precomputed ones without; measured 1e-7."""
     for scale in SCALES:
         assert frame_error(scale, configured(compress_type), has_cls) < BAR
 
@@ -89,7 +89,7 @@ VARIANTS = {
 @pytest.mark.parity
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_of_a_frame_equals_torch(variant):
-    """The tower's own features, and ready ones without the CLS token; measured: at most 1e-7."""
+    """The tower's own features, and precomputed ones without the CLS token; measured: at most 1e-7."""
     config = VARIANTS[variant]
     for has_cls in {config.vision_tower_config.has_cls, False}:
         for scale in SCALES:
@@ -97,7 +97,7 @@ def test_every_variant_of_a_frame_equals_torch(variant):
 
 
 def test_the_context_token_comes_first():
-    """With an identity projector the content is the patches as they are."""
+    """With an identity projector the content tokens are the patches, unchanged."""
     text = dataclasses.replace(CONFIG.text_config, hidden_size=40)
     config = configured("none", mm_projector_type="identity", text_config=text)
     patches = jnp.asarray(features_of(config, 1.0, has_cls=False)[0])
@@ -127,7 +127,7 @@ def test_context_attention_is_what_the_context_token_saw():
 
 
 def test_frames_in_blocks_equal_all_at_once():
-    """Long videos go through in blocks: 64 frames give what 8 times 8 do."""
+    """Long videos are processed in blocks: 8 blocks of 8 frames equal 64 frames at once."""
     features = np.random.default_rng(0).normal(size=(64, 256, 40)).astype(np.float32)
     ids, mask = (np.repeat(array[:1], 64, axis=0) for array in questions(CONFIG, 12))
     frames = jax.jit(functools.partial(ours(CONFIG, 0.2).frames_tokens, has_cls=False))

@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read from its text: written by hand as for a TPU, and a CPU's own."""
+"""Data moved between devices, read from a program's text: one written by hand as for a TPU, one compiled for CPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ ENTRY %main (p: f32[8,16]) -> f32[8,16] {
 
 
 def test_collectives_of_a_tpu_program():
-    """The gather runs 32 times in two pieces each; a reduction whose slice alone is kept scatters."""
+    """The gather runs 32 times in two pieces each; a reduction of which only a slice is kept is a reduce-scatter."""
     found = collectives(TPU_TEXT)
     assert found["all-gather"] == Moved(32, 32, 32 * 64 * 64 * 2 * 3 / 4)
     assert found["reduce-scatter"] == Moved(32, 0, 32 * 8 * 16 * 4 * 3 / 4)
@@ -79,7 +79,7 @@ def test_what_crosses_from_slice_to_slice():
 
 
 def test_what_the_network_between_slices_brings():
-    """Eight by 128 float32 sums; the types of a `recv` hold a token and a counter too."""
+    """An all-reduce of 8 × 128 float32; the type of `recv` also holds a token and a counter."""
     text = """ENTRY %main (p: f32[8,128]) -> f32[8,128] {
   %recv.1 = (f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%after-all.1), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %recv-done.1 = (f32[8,128]{1,0:T(8,128)}, token[]) recv-done(%recv.1), channel_id=3
@@ -99,13 +99,13 @@ def test_what_the_network_between_slices_brings():
     ],
 )
 def test_groups_of_devices(text, groups):
-    """In the four ways in which the compiler writes them."""
+    """In the compiler's four notations."""
     np.testing.assert_array_equal(_groups(f"%x), replica_groups={text}"), groups)
 
 
 @pytest.mark.sharding
 def test_collectives_of_a_compiled_loop():
-    """Five layers, each of whose kernels is gathered from eight devices, and a sum over them."""
+    """Five layers, whose kernels are gathered from eight devices, and a sum over all devices."""
     mesh = make_mesh(fsdp=8)
 
     def run(x, kernels):

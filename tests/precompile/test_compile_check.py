@@ -1,6 +1,6 @@
-"""Programs compiled ahead of time: the same step as the run's, how long it takes at best, what is said.
+"""Programs compiled ahead of time: they equal the run's step; their shortest possible time; the reports.
 
-What they move: test_collectives.py.  test_tpu_compile.py compiles for TPUs, which needs libtpu.
+Collectives: test_collectives.py.  test_tpu_compile.py compiles for TPUs, which needs libtpu.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def tiny(*overrides: str):
 
 @pytest.mark.sharding
 def test_the_checked_step_is_the_step_of_the_run(tmp_path):
-    """Lowered from shapes alone and from the arrays of a run, the programs are the same text, places and all."""
+    """Lowered from shapes alone and from a run's arrays, the programs have the same text, shardings included."""
     config, mesh = tiny(f"data.tokenizer={write_tokenizers(tmp_path)}"), make_mesh(fsdp=4, tensor=2)
     with jax.set_mesh(mesh):
         start = load_start(config, mesh)
@@ -119,7 +119,7 @@ def test_what_is_whole_everywhere():
         check_replicated(lay_out(config, make_mesh(fsdp=7)), make_mesh(fsdp=7))
     found = check_replicated(lay_out(config, make_mesh(fsdp=4)), make_mesh(fsdp=4))
     assert all(size < 0.1 for size in found.values())
-    assert len(check_replicated(lay_out(config, make_mesh(data=8)), make_mesh(data=8))) == 5  # copies are wanted
+    assert len(check_replicated(lay_out(config, make_mesh(data=8)), make_mesh(data=8))) == 5  # as intended
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_no_libtpu_and_no_such_slice(monkeypatch, raised, said):
 
 
 class Lowered(jax.stages.Lowered):
-    """Its compile fails with `message`."""
+    """A program whose compilation fails with `message`."""
 
     def __init__(self, message: str):
         self.message = message
@@ -175,7 +175,7 @@ class Lowered(jax.stages.Lowered):
     ],
 )
 def test_a_program_that_does_not_fit(monkeypatch, message):
-    monkeypatch.setattr(reports, "versions", dict)  # libtpu is not there
+    monkeypatch.setattr(reports, "versions", dict)  # without libtpu
     with pytest.raises(OutOfMemoryError, match=r"65\.2 GiB needed, 15\.8 GiB available"):
         compile_lowered(Lowered(message))
     report = reports.compile_report(
@@ -198,7 +198,7 @@ STAGES = [f"{stage}_{kind}" for kind in VARIANTS for stage in ("stage1_align", "
 
 
 def lowered_alone(lowered, *arguments, **known):
-    """A report as of a program that is too large, in place of compiling it."""
+    """Reports the program as too large instead of compiling it."""
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 65.20G of 15.75G hbm. Exceeded"
     return reports.compile_report(Lowered(message), *arguments, **known)
 
@@ -214,7 +214,7 @@ def uncompiled(monkeypatch):
 
 @pytest.mark.parametrize("recipe", STAGES)
 def test_the_step_of_every_variant_lowers(recipe, uncompiled):
-    """At its full size, rows of one sample and packed ones."""
+    """At full size, with rows of one sample and with packed rows."""
     assert train.check_training(read_config(f"configs/{recipe}.yaml"), "v5e:2x4").flops > 1e15
 
 
@@ -260,7 +260,7 @@ def test_remedies():
 
 
 def test_plan_ranks_what_can_fit():
-    """7B, 16,384 tokens, 64 chips of 16 GiB: nothing that keeps all activations."""
+    """7B, 16,384 tokens, 64 chips of 16 GiB: no plan that fits keeps all activations."""
     long = ["training.batch_size=128", "data.buckets=[{frames: 0, pairs: 0, questions: 0, tokens: 16384}]"]
     config = read_config(ROOT.parent / "configs" / "stage2_instruct.yaml", long)
     layout = lay_out(config, make_mesh())
@@ -271,7 +271,7 @@ def test_plan_ranks_what_can_fit():
     )
     assert all(one.mesh["fsdp"] * one.mesh["tensor"] * one.mesh["sequence"] == 64 for one in tries)
     whole = next(one for one in tries if one.text == "fsdp=64" and one.remat == "full")
-    assert whole.micro_batches == 1  # two rows a chip: 32 layers · 2 · 16,384 · 4096 numbers of 16 bits are 8 GiB
+    assert whole.micro_batches == 1  # two rows a chip: 32 layers · 2 · 16,384 · 4096 16-bit values are 8 GiB
     assert whole.gib == pytest.approx(16 * 6.9e9 / 64 / 2**30 + 8, rel=0.05)
     assert not any(one.remat == "none" and one.text == "fsdp=64" for one in fitting)
 
@@ -298,7 +298,7 @@ allocation 5: size 70000, color 1, preallocated-temp:
 
 
 def test_sums_over_buffers():
-    """The output that takes an argument's memory over counts once; vector memory does not count."""
+    """An output that reuses an argument's memory counts once; vector memory does not count."""
     found = read(ASSIGNMENT, "HloModule")
     assert (found.arguments, found.temporaries, found.output) == (1300, 6000, 1040)
     assert found.peak == 1300 + 6000 + 40
@@ -318,7 +318,7 @@ ENTRY %main (x: f32[75]) -> f32[] {
 
 
 class Writes(jax.stages.Lowered):
-    """A compiler that writes as a busy machine does: a few letters at a time, long after each other by their times."""
+    """Writes as a compiler on a busy machine: a few letters at a time, long apart by their modification times."""
 
     def __init__(self, program: str, ends: bool):
         self.program, self.ends = program, ends
@@ -333,12 +333,12 @@ class Writes(jax.stages.Lowered):
                 stream.write(self.program[end : end + 20])
             os.utime(file, (0, 0))
             time.sleep(0.05)
-        while not self.ends:  # machine code
+        while not self.ends:  # the compiler is writing machine code
             time.sleep(1)
 
 
 def test_a_program_that_is_written_slowly():
-    """It is read when its last computation is whole, and the machine code is not waited for."""
+    """It is read once its last computation is complete, without waiting for the machine code."""
     found = assign_buffers(Writes(PROGRAM, ends=False))
     assert (found.text, found.arguments) == (PROGRAM, 1300)
     assert assign_buffers(Writes(PROGRAM, ends=True)).text == PROGRAM

@@ -17,19 +17,19 @@ def sizes(plan: memory.MemoryPlan) -> dict[str, float]:
 
 
 def test_an_hour_on_one_chip():
-    """3,600 frames are 7,200 visual tokens: a bucket of 8,192, and 512 of the answer, of 0.5 MiB each in bfloat16."""
+    """3,600 frames are 7,200 visual tokens: a bucket of 8,192, and 512 for the answer, of 0.5 MiB each in bfloat16."""
     plan = plan_memory(LONG, 3600, 512, topology="v5e:1x1")
     found = sizes(plan)
     assert found["parameters: llama"] == pytest.approx(2 * (KERNELS + REST) / GIB)
     assert sum(size for what, size in found.items() if "parameters" in what) * GIB == pytest.approx(15.9e9, rel=0.005)
     assert found["key-value cache: 8704"] == 4.25
-    assert found["visual tokens: 7200"] == 4096 * 2 * 4096 * 2 / GIB  # 4,096 frames of room
+    assert found["visual tokens: 7200"] == 4096 * 2 * 4096 * 2 / GIB  # room for 4,096 frames
     assert not plan.fits and "does NOT fit: 16.00 GiB on each of 1 × TPU v5 lite" in str(plan)
     assert plan_memory(LONG, 3600, 512, topology="v6e:1x1").fits
 
 
 def test_quantised():
-    """And a quarter of a bit for the scales in bfloat16."""
+    """Plus a quarter of a bit per weight for the bfloat16 scales."""
     wanted = {"int8": (8.25 / 8 * KERNELS + 2 * REST) / GIB, "int4": (4.25 / 8 * KERNELS + 2 * REST) / GIB}
     for kind, size in wanted.items():
         plan = plan_memory(LONG, 3600, 512, quantize=kind, topology="v5e:1x1")
@@ -37,7 +37,7 @@ def test_quantised():
 
 
 def test_eight_cores_share():
-    """Colab's v2-8: heads and MLPs are cut, and with them the cache."""
+    """Colab's v2-8: heads and MLPs are split over the cores, and so is the cache."""
     plan = plan_memory(LONG, 3600, 512, topology="v2:2x2")
     assert plan.devices == 8 and plan.fits
     alone, cut = sizes(plan_memory(LONG, 3600, 512, topology="v5e:1x1")), sizes(plan)

@@ -1,7 +1,7 @@
-"""The TPU compiler of the libtpu wheel: programs compiled for slices that are not there, and their memory.
+"""The TPU compiler of the libtpu wheel: programs compiled for absent slices, and their memory.
 
-`make test` puts libtpu beside the environment, where only these tests look: within it, JAX would begin every program on
-a machine without a TPU with lines of errors.
+`make test` installs libtpu beside the environment, where only these tests look: inside it, every program on a machine
+without a TPU would start with errors printed by JAX.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ from llamavid_jax.precompile.topology import (
 from llamavid_jax.precompile.train import check_training
 from llamavid_jax.training.config import read_config
 
-sys.path.append(str(Path(sys.prefix) / "libtpu"))  # processes that are started inherit it
+sys.path.append(str(Path(sys.prefix) / "libtpu"))  # inherited by subprocesses
 
 
 @pytest.fixture(autouse=True)
 def compiled_anew(monkeypatch):
-    """JAX keeps programs for chips that are not there, but cannot load them, and says so."""
+    """JAX caches programs for absent chips but cannot load them, and warns about it."""
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 
@@ -44,7 +44,7 @@ def tiny(name: str, *overrides: str):
 
 
 def test_what_is_traced_for_a_tpu_takes_its_kernels():
-    """On a CPU, without anything set but the mesh."""
+    """On a CPU, with only the mesh set."""
     q = jax.ShapeDtypeStruct((4, 256, 4, 128), jnp.bfloat16)
     with jax.set_mesh(slice_mesh("v5e:2x2", "")):
         text = jax.jit(lambda q: attention(q, q, q, causal=True)).lower(q).as_text()
@@ -89,7 +89,7 @@ def test_more_memory_than_a_chip_has():
 
 
 def test_a_tiny_step_for_four_chips():
-    """Compiled whole, and as far as its buffers: the same program."""
+    """Compiled completely, and only up to its buffers: the same program."""
     config = tiny("tiny/stage2_instruct.yaml", "training.dtype=bfloat16")
     report = in_own_process(check_training, config, "v5e:2x2")
     quick = in_own_process(check_training, config, "v5e:2x2", "", 1, False, "", False)
@@ -107,14 +107,14 @@ def test_a_tiny_step_for_four_chips():
 
 
 def stated_peak(report: Report) -> float:
-    """GiB by the row of docs/tpu.md."""
+    """Peak memory in GiB, from the row of docs/tpu.md."""
     row = " | ".join(report.row()[:3])
     (found,) = re.findall(rf"\| {re.escape(row)} \| ([\d.]+) of", (ROOT / "docs" / "tpu.md").read_text())
     return float(found)
 
 
 def test_7b_stage_2_for_64_chips():
-    """32 rows of five minutes of video, each on two chips: what docs/tpu.md says."""
+    """32 rows of five minutes of video, each over two chips, as docs/tpu.md states."""
     stage = read_config(ROOT / "configs" / "stage2_instruct.yaml", ["training.micro_batches=1"])
     mesh = "fsdp=32,sequence=2"
     report = in_own_process(check_training, stage, "v5e:8x8", mesh, 1, False, "stage2_instruct", False)
@@ -123,8 +123,8 @@ def test_7b_stage_2_for_64_chips():
     gathered, reduced = report.collectives["all-gather"], report.collectives["all-reduce"]
     assert gathered["asynchronous"] == gathered["count"]
     once = 2 * 6.9e9  # bytes of the parameters in bfloat16
-    assert gathered["bytes"] < 1.05 * 2 * once  # forwards and backwards, each kernel once (`COMPILER_OPTIONS`)
-    assert reduced["bytes"] < 1.05 * 2 * once  # there and back
+    assert gathered["bytes"] < 1.05 * 2 * once  # forward and backward gather each kernel once (`COMPILER_OPTIONS`)
+    assert reduced["bytes"] < 1.05 * 2 * once  # an all-reduce moves its bytes twice
     assert reduced["asynchronous"] > 0.99 * reduced["count"]
     assert sum(one["bytes"] for one in report.collectives.values()) < 65e9
 
@@ -136,20 +136,20 @@ def test_tiny_inference_for_one_chip():
 
 
 def check_alone(program: str, *arguments) -> Report:
-    """The report of one program of inference, without the compilers of the others, which go on beside it."""
+    """The report of one inference program; the others, which would compile at the same time, are left out."""
     compile_report, none = infer.compile_report, Report("", "", 1, "", 0.0, 0, 0.0, 0.0)
 
     def alone(*given, **known) -> Report:
         return compile_report(*given, **known) if f": {program} " in known["program"] else none
 
-    infer.compile_report = alone  # in a process of its own
+    infer.compile_report = alone  # this process runs nothing else
     (found,) = (report for report in check_inference(*arguments) if report.program)
     return found
 
 
 @pytest.mark.parametrize("program", ["encode", "compress", "prefill", "decode"])
 def test_13b_and_three_hours_of_video_on_four_chips(program):
-    """Ten heads a chip: a cache in tiles of eight would not fit."""
+    """Ten heads a chip: a cache in tiles of eight heads would not fit."""
     model = LLaMAVIDLlavaConfig.from_yaml(ROOT / "configs" / "models" / "llamavid_13b_224_long_video.yaml")
     arguments = "v5e:2x2", "", 21800, 512, "bfloat16", "13b_224_long_video", "float", False
     report = in_own_process(check_alone, program, model, *arguments)
@@ -157,7 +157,7 @@ def test_13b_and_three_hours_of_video_on_four_chips(program):
 
 
 def test_decoding_makes_no_whole_kernel():
-    """Two layers of 7B, int8, an hour of video: there is no room for a kernel in bfloat16, nor for a layer's cache."""
+    """Two layers of 7B, int8, an hour of video: temporaries have no room for a bfloat16 kernel or a layer's cache."""
     model = LLaMAVIDLlavaConfig.from_yaml(ROOT / "configs" / "models" / "llamavid_7b_224_long_video.yaml").quantized(
         "int8"
     )

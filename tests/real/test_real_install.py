@@ -1,4 +1,4 @@
-"""`pip install .[serve]` in an empty environment: the commands of the docs in an empty folder, about a real video."""
+"""`pip install .[serve]` in an empty environment: the docs' commands run in an empty folder on a real video."""
 
 import re
 import shutil
@@ -11,11 +11,11 @@ from paths import ROOT
 from test_real_videos import locate
 
 pytestmark = pytest.mark.real
-QUESTION = "How many digits appear?"  # the one in docs/serving.md
+QUESTION = "How many digits appear?"  # as in docs/serving.md
 
 
 def docs(language: str, holds: str) -> str:
-    """The block of docs/serving.md with those words."""
+    """The block of docs/serving.md that contains `holds`."""
     blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
     (found,) = (block for block in blocks if holds in block)
     return found

@@ -1,4 +1,4 @@
-"""lmms-eval from its wheel (see install.sh), offline: our plug-in with the demo model, our tasks, one of pictures."""
+"""lmms-eval from its wheel (see install.sh), offline: our plug-in with the demo model, our tasks, one of images."""
 
 import json
 import os
@@ -34,7 +34,7 @@ PICTURE_CODE = "import PIL.Image\ndef visual(doc):\n    return [PIL.Image.open(n
 
 
 def evaluate(folder: Path, tasks: str) -> tuple[dict, dict[str, list[dict]]]:
-    """Results by task, and what was asked and answered, in the order of the documents."""
+    """Results by task, and the logged questions and answers in the order of the documents."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     environment["PYTHONPATH"] = str(Path(sys.prefix) / "lmms_eval")
     settings = ["--model", "llamavid_jax", "--model_args", f"checkpoint={MODEL},dtype=float32", "--batch_size", "3"]
@@ -53,7 +53,7 @@ def evaluate(folder: Path, tasks: str) -> tuple[dict, dict[str, list[dict]]]:
 
 
 def test_our_plugin_and_tasks(tmp_path):
-    """The answers are a Session's own, of a clip, of one picture and of two; a clip that is missing costs itself."""
+    """The answers equal a Session's, for a clip, one image and two; a missing clip fails its own question."""
     shutil.copytree(Path(llamavid_jax.harness.__file__).parent / "tasks", tmp_path / "tasks")
     (tmp_path / "tasks" / "pictures.yaml").write_text(PICTURE_TASK)
     (tmp_path / "tasks" / "pictures.py").write_text(PICTURE_CODE)

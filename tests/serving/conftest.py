@@ -4,7 +4,7 @@ from clips import index_frame, write_clip
 
 @pytest.fixture(scope="session")
 def engine(tiny_model):
-    """Warm, with three slots."""
+    """Warmed up, with three slots."""
     from llamavid_jax.serving.engine import Engine
 
     engine = Engine(tiny_model, slots=3, max_new_tokens=48)

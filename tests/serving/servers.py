@@ -1,4 +1,4 @@
-"""A server of the tiny model, without a socket, and how it is asked."""
+"""A server of the tiny model without a socket, and requests to it."""
 
 import asyncio
 import base64
@@ -60,7 +60,7 @@ def picture(colour=(200, 30, 30), kind="PNG") -> str:
 
 
 async def call(server, body: dict, leave_after) -> list[dict]:
-    """One request of a client that goes away once `leave_after(messages)` is true."""
+    """One request of a client that disconnects once `leave_after(messages)` is true."""
     content, sent, messages = json.dumps(body).encode(), False, []
 
     async def receive():

@@ -1,4 +1,4 @@
-"""What an answer says of its tokens, where it ends, and what becomes of it when its client goes."""
+"""An answer's token probabilities, its end, and what happens to it when the client disconnects."""
 
 import asyncio
 import itertools
@@ -19,7 +19,7 @@ def content_of(response, stream: bool = False) -> list[dict]:
 
 
 def test_logprobs_are_those_of_the_whole_row(tiny_model, client):
-    """Of an answer longer than a chunk is, from a pass over prompt and answer at once."""
+    """An answer longer than a chunk has those of one forward pass over prompt and answer."""
     made = ask(client, logprobs=True, top_logprobs=3, max_tokens=48)
     content = content_of(made)
     assert "".join(one["token"] for one in content).strip() == made.json()["choices"][0]["message"]["content"]
@@ -35,13 +35,13 @@ def test_logprobs_are_those_of_the_whole_row(tiny_model, client):
     for place, one in enumerate(content):
         values = [other["logprob"] for other in one["top_logprobs"]]
         np.testing.assert_allclose(values, np.sort(every[place])[: -3 - 1 : -1], atol=1e-3)
-        assert one["top_logprobs"][0]["token"] == one["token"]  # a greedy answer
+        assert one["top_logprobs"][0]["token"] == one["token"]  # because the answer is greedy
         assert one["bytes"] is None or bytes(one["bytes"]).decode() == one["token"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_of_drawn_answers(client, stream):
-    """Behind a film; without top_logprobs no alternatives, and without logprobs none at all."""
+    """About a film; without top_logprobs there are no alternatives, and without logprobs nothing."""
     fields = {"temperature": 1.0, "seed": 3, "stream": stream}
     content = content_of(ask(client, video("clip.mp4"), logprobs=True, **fields), stream)
     assert content and all(one["top_logprobs"] == [] and one["logprob"] <= 0 for one in content)
@@ -52,7 +52,7 @@ def test_logprobs_of_drawn_answers(client, stream):
 
 
 def told(client, **fields) -> tuple[str, str]:
-    """The text of an answer and why it ended; a stream's, which must be the same, piece by piece."""
+    """An answer's text and finish reason; the streamed pieces must give the same."""
     choice = ask(client, **fields).json()["choices"][0]
     pieces = [event["choices"][0] for event in events(ask(client, **fields, stream=True))]
     assert "".join(piece["delta"].get("content", "") for piece in pieces) == choice["message"]["content"]
@@ -61,23 +61,23 @@ def told(client, **fields) -> tuple[str, str]:
 
 
 def test_stop_strings_over_any_border(client):
-    """Of blocks, tokens and characters of several bytes: of what stops, whole or in part, nothing is told."""
+    """Stop strings across blocks, tokens and multi-byte characters: no part of them is sent."""
     drawn = {"temperature": 1.0, "max_tokens": 40}
     texts = [(seed, text_of(ask(client, seed=seed, **drawn))) for seed in range(5)]
     seed, text = max(texts, key=lambda pair: sum(len(letter.encode()) > 2 for letter in pair[1][:-4]))
     assert any(len(letter.encode()) > 2 for letter in text)
-    wide = max(range(4, len(text) - 8), key=lambda at: len(text[at].encode()))  # a character of several bytes
+    wide = max(range(4, len(text) - 8), key=lambda at: len(text[at].encode()))  # a multi-byte character
     for at, length in itertools.product((wide, *range(5, len(text) - 8, len(text) // 2)), (1, 6)):
         stop = text[at:][:length]
-        if stop.strip() == stop:  # blanks around an answer are not told, and may be more than we know of
+        if stop.strip() == stop:  # spaces around an answer are stripped, so their number is unknown
             expected = text[: text.index(stop)].strip(), "stop"
             assert told(client, seed=seed, stop=[stop + "\0", stop], **drawn) == expected
-    # what goes on otherwise is held back, and given free
+    # the beginning of a stop string is held back, and sent once the text continues differently
     assert told(client, seed=seed, stop=[text[wide:][:6] + "\0", text[-6:] + "\0"], **drawn)[0] == text
 
 
 def test_one_stop_string_inside_another(client):
-    """The one that is complete first ends the answer; where that is one token, the one that begins first."""
+    """The one completed first ends the answer; if one token completes both, the one that starts first."""
     drawn = {"temperature": 1.0, "max_tokens": 40, "seed": 3}
     text = text_of(ask(client, **drawn))
     for at in range(3, len(text) - 8, len(text) // 4):
@@ -89,7 +89,7 @@ def test_one_stop_string_inside_another(client):
 
 
 def test_a_client_that_goes_in_the_middle_of_its_stream(tiny_model, engine, tmp_path, monkeypatch):
-    """Its slot goes to who waits; the answers beside it, which go on, are what they are alone."""
+    """Its slot goes to a waiting request; the answers beside it continue and equal those asked alone."""
     server = make_server(tiny_model, engine, tmp_path)
     client, left, begun = TestClient(server.app), threading.Event(), threading.Event()
     questions = ["how many dogs", "hello", "why " * 60, "who goes there"]
@@ -104,7 +104,7 @@ def test_a_client_that_goes_in_the_middle_of_its_stream(tiny_model, engine, tmp_
     tell, told_nobody = engine._tell, []
 
     def waits(one, *arguments):
-        if one.job.settings.max_new_tokens == 48 and one.new >= 8:  # it has told something, and is not at its end
+        if one.job.settings.max_new_tokens == 48 and one.new >= 8:  # it has sent something, and is not at its end
             begun.set()
             assert left.wait(60)
         if one.job.cancelled:
@@ -127,4 +127,4 @@ def test_a_client_that_goes_in_the_middle_of_its_stream(tiny_model, engine, tmp_
         thread.join()
     assert found == alone and server.answers == 0
     assert engine.counts == {"waiting": 0, "prefilling": 0, "running": 0}
-    assert len(told_nobody) == 1  # what was being told when it went
+    assert len(told_nobody) == 1  # the piece that was being sent at the disconnect

@@ -1,4 +1,4 @@
-"""OpenAI's protocol: answers, streams, files, errors, and what becomes of requests that nobody waits for."""
+"""OpenAI's protocol: answers, streams, files, errors, and requests whose clients have disconnected."""
 
 import asyncio
 import base64
@@ -18,7 +18,7 @@ from llamavid_jax.serving.prepared import Prepared
 
 
 def test_answers_are_those_of_a_session(tiny_model, client, clip):
-    """A video by upload, by path and as data, at two rates; an image; text alone; a second turn."""
+    """A video as upload, path and data URL, at two rates; a second turn; an image; text alone."""
     uploaded = client.post("/v1/files", files={"file": ("clip.mp4", clip.read_bytes())}, data={"purpose": "user_data"})
     key = uploaded.json()["id"]
     expected = session(tiny_model, videos=[clip]).ask(QUESTION, max_new_tokens=12).text
@@ -41,7 +41,7 @@ def test_answers_are_those_of_a_session(tiny_model, client, clip):
 
 
 def test_a_number_of_frames(client, clip):
-    """As lmms-eval and vLLM's clients ask for it, with the path as a URL; never a rate of that number."""
+    """In the forms of lmms-eval's and vLLM's clients, with the path as a URL; the number is never taken as a rate."""
 
     def asked(**sampling):
         made = ask(client, video(f"file://{clip}"), evidence=True, **sampling)
@@ -136,7 +136,7 @@ def test_errors_are_sentences(client, fields, status, words):
 
 
 def test_without_max_tokens_an_answer_has_the_room_that_is_left(tiny_model, client):
-    """A prompt of nearly all positions, as a client that sets no length may have it."""
+    """A prompt that fills nearly all positions, from a client that sets no length."""
     room = tiny_model.config.text_config.max_length
     words = "why " * 100
     while ask(client, messages=[{"role": "user", "content": words}], max_tokens=1).status_code == 200:
@@ -187,7 +187,7 @@ def test_files(client, clip):
 
 
 def test_an_upload_by_ranges(client, clip):
-    """As curl -C sends it; the answers about it are those about the film that was meant, and about no other."""
+    """As sent by curl -C; answers about the upload equal those about the original film."""
     film = clip.read_bytes()
     size, half = len(film), len(film) // 2
     begun = client.post("/v1/uploads", json={"filename": "a.mp4", "purpose": "user_data", "bytes": size}).json()
@@ -207,7 +207,7 @@ def test_an_upload_by_ranges(client, clip):
         made = put(content, said)
         assert made.status_code == status and words in made.json()["error"]["message"], made.text
     assert client.put("/v1/uploads/upload_" + "0" * 24, content=b"a").status_code == 404
-    for _ in range(2):  # a reply that was lost is asked for again
+    for _ in range(2):  # the client repeats a request whose reply was lost
         done = put(film[half - 9 :], f"bytes {half - 9}-{size - 1}/{size}").json()
         assert done["status"] == "completed" and done["file"]["filename"] == "a.mp4"
     assert client.get(f"/v1/files/{done['file']['id']}/content").content == film
@@ -215,7 +215,7 @@ def test_an_upload_by_ranges(client, clip):
 
 
 def test_a_link_is_fetched_once(client, server, clip, monkeypatch):
-    """It is an upload then, which a browser can play."""
+    """The film becomes an upload, which a browser can play."""
 
     @contextlib.contextmanager
     def opened(url):
@@ -240,7 +240,7 @@ def test_a_full_queue_is_said(tiny_model, engine, tmp_path):
 
 
 def test_a_deadline(tiny_model, engine, tmp_path, monkeypatch):
-    """Before the answer a status, in the middle of it an event; both leave nothing behind."""
+    """Before the answer it gives a status, during a stream an event; both leave nothing behind."""
     server = make_server(tiny_model, engine, tmp_path, Limits(deadline=0.3))
     submit = engine.submit
     monkeypatch.setattr(engine, "submit", lambda job: None)
@@ -262,7 +262,7 @@ def test_a_client_that_goes_frees_its_places(server, engine, monkeypatch, stream
 
 @pytest.mark.parametrize("how", [{}, {"stream": True, "n": 2}, {"evidence": True, "logprobs": True}, {"fps": 25}, None])
 def test_what_a_request_held_is_free_with_it(client, server, how):
-    """Not once cycles are collected: a long film's tokens are megabytes, and a busy server collects rarely."""
+    """Without garbage collection: a long film's tokens take megabytes, and a busy server collects rarely."""
 
     def left():
         return [one for one in gc.get_objects() if isinstance(one, Prepared | Job)]
@@ -276,7 +276,7 @@ def test_what_a_request_held_is_free_with_it(client, server, how):
         else:
             ask(client, video("clip.mp4"), **how)
         until = time.monotonic() + 60
-        while left() and time.monotonic() < until:  # a thread may still be at its end
+        while left() and time.monotonic() < until:  # a thread may still be finishing
             time.sleep(0.05)
         assert not left()
     finally:
@@ -284,7 +284,7 @@ def test_what_a_request_held_is_free_with_it(client, server, how):
 
 
 def test_many_at_once_are_not_mixed_up(client, clip):
-    """Twelve clients, four questions of different lengths, of a film and without."""
+    """Twelve clients, four questions of different lengths, with and without a film."""
     questions = [(QUESTION, True), ("how many dogs", True), ("hello", False), ("why " * 60, False)]
 
     def put(question, shown):

@@ -1,4 +1,4 @@
-"""What is tried against a server, and what comes back."""
+"""Attacks on a server, and its replies."""
 
 import asyncio
 import http.server
@@ -19,7 +19,7 @@ KEY = "a key"
 
 @pytest.fixture(scope="module")
 def inside():
-    """A server of the private network that counts who reaches it: redirects, and an endless body."""
+    """A server in the private network that records its requests, redirects, and sends an endless body."""
     reached = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -105,7 +105,7 @@ def test_addresses(address, public):
 
 
 def test_a_name_that_changes_its_address(client, inside, monkeypatch):
-    """DNS rebinding: the address that was looked at is the one that is connected to."""
+    """DNS rebinding: the connection goes to the address that was checked."""
     port, reached = inside
     asked, tried = [], []
 
@@ -132,7 +132,7 @@ def test_a_name_with_one_private_address_of_two(client, monkeypatch):
 
 
 def test_a_redirect_into_the_private_network(client, inside, monkeypatch):
-    """The first server is public, the one that it sends to is not."""
+    """The first server is public, the target of its redirect is not."""
     port, reached = inside
     monkeypatch.setattr(source, "is_public", lambda address: address == "127.0.0.1")
     before = len(reached)
@@ -227,7 +227,7 @@ def test_large_bodies(client, route, content, kind):
 
 
 def test_large_bodies_at_once(tiny_model, engine, tmp_path):
-    """Each may be as large as it is: together they are bounded, and free again when their clients go."""
+    """Each body may have the maximal size; all together are bounded, and freed when their clients disconnect."""
     app = make_server(tiny_model, engine, tmp_path, Limits(max_body=1000)).app
 
     async def post(leave: asyncio.Event) -> int:
@@ -260,7 +260,7 @@ def test_large_bodies_at_once(tiny_model, engine, tmp_path):
 
 
 def test_a_page_of_another_site(client):
-    """Neither by a script nor by a form; no answer allows it to read."""
+    """It can send no request, by script or form, and no reply allows it to read."""
     for origin in ("http://evil.example", "null", "http://testserver.evil.example"):
         made = client.get("/v1/models", headers={"origin": origin})
         assert made.status_code == 403 and "access-control-allow-origin" not in made.headers
@@ -270,7 +270,7 @@ def test_a_page_of_another_site(client):
 
 
 def test_a_name_that_leads_here(tiny_model, engine, tmp_path):
-    """A page whose host's name was made to mean this machine: a local server answers to its own names alone."""
+    """DNS rebinding by a web page: a local server accepts only its own host names."""
     local = TestClient(make_server(tiny_model, engine, tmp_path, hosts=("127.0.0.1", "localhost")).app)
     assert local.get("/v1/models", headers={"host": "evil.example:8000"}).status_code == 400
     assert local.get("/v1/models", headers={"host": "localhost:8000"}).status_code == 200
@@ -292,7 +292,7 @@ def test_files_by_other_names(client, key):
 
 @pytest.mark.parametrize("url", ["\ud800.png", "http://\ud800/a.png", "data:image/png;base64,\ud800", "x" * 90_000])
 def test_texts_that_cannot_be_sent_back(client, url):
-    """Half surrogate pairs are in no UTF-8, and a message is a sentence, whatever was sent."""
+    """UTF-8 cannot encode lone surrogates; the error message is one sentence whatever was sent."""
     content = [{"type": "image_url", "image_url": {"url": url}}]
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": content}]})
     made = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})

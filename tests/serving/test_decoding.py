@@ -1,4 +1,4 @@
-"""Decoding in a process that may die: what its request gets, and that others go on."""
+"""Decoding in a process that may die: the error its request gets; other requests continue."""
 
 import multiprocessing
 import os
@@ -42,7 +42,7 @@ class WhisperModel:
 
 
 def test_what_is_said(tmp_path, monkeypatch, clip):
-    """By a stand-in for faster-whisper, which the process finds where this one does."""
+    """With a stand-in for faster-whisper, which the decoding process imports from the same place."""
     (tmp_path / "faster_whisper.py").write_text(WHISPER)
     monkeypatch.syspath_prepend(tmp_path)
     with av.open(str(tmp_path / "film.mkv"), "w") as out, av.open(str(clip)) as source:
@@ -70,7 +70,7 @@ def test_errors_come_over(clip, tmp_path):
 
 
 def test_a_memory_limit(tmp_path):
-    """Frames of 100 megabytes, in a process that may have 300."""
+    """Frames of 100 MB, in a process limited to 300 MB."""
     large = write_clip(
         tmp_path / "large.mp4", [np.zeros((4096, 4096, 3), np.uint8)] * 3, options={"preset": "ultrafast"}
     )
@@ -80,7 +80,7 @@ def test_a_memory_limit(tmp_path):
 
 
 def test_a_process_that_is_killed_costs_its_own_request(client, server, clip, monkeypatch):
-    """In the middle of a film: its client gets a sentence, another's picture its answer, the film the next time too."""
+    """While a film is decoded: its client gets an error, other requests their answers; a retry of the film works."""
     begun, killed = threading.Event(), threading.Event()
     vision = server.preparer._vision
 

@@ -1,4 +1,4 @@
-"""The Kubernetes manifest: its arguments, its probes, and that the docs name what it needs."""
+"""The Kubernetes manifest: its arguments and probes, and that the docs name what it needs."""
 
 import yaml
 from paths import ROOT

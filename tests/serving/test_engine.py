@@ -17,7 +17,7 @@ from llamavid_jax.shapes import TEXT, Row
 
 
 def row(seed: int, length: int, visuals: int, width: int) -> tuple[Row, np.ndarray]:
-    """`length` positions, of which `visuals` in the middle hold visual tokens."""
+    """`length` positions, of which the `visuals` in the middle hold visual tokens."""
     random = np.random.default_rng(seed)
     ids, index = random.integers(3, 400, length).astype(np.int32), np.full(length, TEXT, np.int32)
     index[(length - visuals) // 2 :][:visuals] = random.permutation(visuals)
@@ -34,7 +34,7 @@ def alone(model, own: Row, table: np.ndarray, **settings) -> str:
 
 
 class Asked:
-    """A job, and its pieces as they come."""
+    """A job that collects its pieces as they come."""
 
     def __init__(self, own: Row, table: np.ndarray, **settings):
         self.pieces: queue.Queue = queue.Queue()
@@ -54,8 +54,8 @@ SHAPES = [(5, 0), (130, 9), (700, 300), (40, 4), (513, 0), (128, 100), (9, 1), (
 
 
 def test_rows_answer_as_alone_whenever_they_join(tiny_model, engine):
-    """Twice as many rows as slots and more, short and long: each joins when another has left, in the middle of others'
-    answers; some are sampled."""
+    """More than twice as many rows as slots, short and long, some sampled: each joins when another has left, in the
+    middle of the others' answers."""
     asked, expected = [], []
     for number, (length, visuals) in enumerate(SHAPES):
         settings = {"max_new_tokens": 10 + 5 * number}
@@ -71,7 +71,7 @@ def test_rows_answer_as_alone_whenever_they_join(tiny_model, engine):
 
 
 def test_the_ring_goes_round_many_times(tiny_model, engine):
-    """One row after another, more steps in all than the answers' room has slots."""
+    """One row after another, with more steps in all than the ring of answer positions has slots."""
     own, table = row(50, 30, 3, tiny_model.config.text_config.hidden_size)
     expected = alone(tiny_model, own, table, max_new_tokens=48)
     before = engine.steps
@@ -82,7 +82,7 @@ def test_the_ring_goes_round_many_times(tiny_model, engine):
 
 
 def test_a_cancelled_job_frees_its_slot(tiny_model, engine):
-    """All slots are taken by long answers that nobody wants any more: the next one still gets its turn."""
+    """Long answers of departed clients hold all slots: the next request still gets its turn."""
     own, table = row(3, 20, 0, tiny_model.config.text_config.hidden_size)
     left = [Asked(own, table, max_new_tokens=48) for _ in range(5)]
     for one in left:
@@ -97,7 +97,7 @@ def test_a_cancelled_job_frees_its_slot(tiny_model, engine):
 
 
 def test_a_long_prompt_does_not_stop_others(tiny_model, engine, monkeypatch):
-    """Between two of its chunks a row that runs gets a block."""
+    """A running row gets a decoding block between two chunks of the prompt."""
     monkeypatch.setattr(module, "PREFILL_POSITIONS", 1)
     order = []
     short, long = (row(8, length, 0, tiny_model.config.text_config.hidden_size) for length in (10, 1800))
@@ -123,7 +123,7 @@ def test_stop_strings(tiny_model, engine):
 
 
 def test_a_stop_string_in_what_was_held_back(tiny_model, engine):
-    """Half of a character, which the last token allowed leaves: the answer ends before it, and says so."""
+    """A last token of half a character may complete a stop string: the answer ends before it, and says "stop"."""
     (half,) = tiny_model.tokenizer.encode("😀", add_bos=False)[-4:-3]
     own, table = row(1, 9, 0, tiny_model.config.text_config.hidden_size)
     for stop, text, finish in ((["\ufffd"], "", "stop"), ([], "\ufffd", "length")):
@@ -162,10 +162,10 @@ def test_nothing_compiles_once_it_is_warm(tiny_model, engine):
 
 @pytest.mark.parametrize("axes", [{}, pytest.param({"data": 2, "tensor": 2}, marks=pytest.mark.sharding)], ids=str)
 def test_every_program_is_made_at_the_start(checkpoint, axes):
-    """Else the first row that needs one waits for its compiler, and all others with it: minutes, with a large model.
+    """Otherwise the first row that needs one waits for its compilation, and all others too: minutes with a large model.
 
-    Of a model that was read from disk: its arrays are bound to their devices, and programs differ by that, and by where
-    on a mesh the rows of what they are given lie.
+    The model is read from disk, which commits its arrays to their devices: programs differ by that, and by the sharding
+    of their arguments' rows.
     """
     mesh = make_mesh(jax.devices()[: math.prod(axes.values())], **axes) if axes else None
     model = LLaMAVIDLlavaForConditionalGeneration.from_pretrained(checkpoint, mesh=mesh)
@@ -185,7 +185,7 @@ def test_every_program_is_made_at_the_start(checkpoint, axes):
             for one in asked:
                 one.job.evidence = one.job.scores = number % 2 == 0
                 engine.submit(one.job)
-            if number % 4 != 1:  # else the next one joins while it runs
+            if number % 4 != 1:  # otherwise the next one joins while it runs
                 for one in asked:
                     one.text()
         assert not made

@@ -1,4 +1,4 @@
-"""The command: what it refuses before anything is loaded, and what it finds again after it was killed."""
+"""The command: arguments refused before anything is loaded, and data found again after a kill."""
 
 import hashlib
 import http.client
@@ -69,7 +69,7 @@ def asked(key: str) -> dict:
 
 
 class Serving:
-    """The command as a process of its own, on a free port."""
+    """The command as a separate process, on a free port."""
 
     def __init__(self, *arguments: str | Path):
         command = [sys.executable, "-m", "llamavid_jax.serving", "--port", "0", "--name", "tiny", "--dtype", "float32"]
@@ -97,7 +97,7 @@ class Serving:
 
 
 def test_a_killed_server_loses_no_upload_and_no_features(checkpoint, tiny_model, engine, tmp_path):
-    """kill -9 in the middle of uploads: behind it are the whole one, what came of others, and what was encoded."""
+    """kill -9 during uploads: the complete upload, the received parts of others and the encoded features remain."""
     clip = write_clip(tmp_path / "clip.mp4", [index_frame(i) for i in range(50)]).read_bytes()
     film = np.random.default_rng(0).bytes(400_000)
     folders = "--model", checkpoint, "--uploads", tmp_path / "uploads", "--cache", tmp_path / "cache"

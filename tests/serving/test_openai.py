@@ -1,4 +1,4 @@
-"""The `openai` client against the server: what comes back is of its models' types."""
+"""The `openai` client against the server: replies have the types of its models."""
 
 import pytest
 from openai import OpenAI, types
@@ -12,7 +12,7 @@ def openai(client):
 
 
 def checked(answer):
-    """The same, if its fields have the types of OpenAI's description, which the client itself does not look at."""
+    """Returns the answer if its fields have the types of OpenAI's schema, which the client does not check."""
     return type(answer).model_validate(answer.model_dump(warnings=False), strict=True)
 
 

@@ -18,7 +18,7 @@ from llamavid_jax.serving import prepare as preparing
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 OTHER = "how many dogs"
-expect.set_options(timeout=60_000)  # milliseconds: a slow machine is no fault of the page
+expect.set_options(timeout=60_000)  # milliseconds: a slow machine must not fail the page
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def browser():
 
 
 class Blocks:
-    """Lets an engine run its blocks freely, or only so many."""
+    """Lets an engine run its blocks freely, or only a given number."""
 
     def __init__(self, engine):
         self.engine, self.decode, self.free, self.left = engine, engine._decode, True, threading.Semaphore(0)
@@ -59,7 +59,7 @@ def blocks(engine, monkeypatch):
 
 
 def listening(server):
-    """The address of `server` on a socket, until the block ends."""
+    """Serves on a free port until the block ends; yields the address."""
     place = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [place]}, daemon=True)
@@ -76,7 +76,7 @@ def address(server):
 
 @pytest.fixture
 def page(browser, address):
-    """Open; nothing in it may fail or be refused by its own policy."""
+    """An open page; any script or console error fails the test, except those it provokes."""
     page = browser.new_context().new_page()
     wrong = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -90,7 +90,7 @@ def page(browser, address):
 
 @pytest.fixture(scope="module")
 def expected(tiny_model, clip):
-    """The answers to both questions, each as the first."""
+    """The answers to both questions, each asked as the first."""
     films = session(tiny_model, videos=[clip], follow_ups=False)
     return {text: films.ask(text, max_new_tokens=48) for text in (QUESTION, OTHER)}
 
@@ -110,7 +110,7 @@ def words(page: Page, number: int = 0):
 
 
 def test_a_conversation_about_a_film(page, clip, blocks, tiny_model, expected):
-    """Words come as they are made, the evidence at their end; a click plays the film there; then a second question."""
+    """Words appear as they are generated, then the evidence; a click plays the film there; then a second question."""
     whole = session(tiny_model, videos=[clip])
     answers = [whole.ask(question, max_new_tokens=48, evidence=True) for question in (QUESTION, OTHER)]
     upload(page, clip)
@@ -134,7 +134,7 @@ def test_a_conversation_about_a_film(page, clip, blocks, tiny_model, expected):
         shown = [f"0:{int(frame['second']):02} · {100 * frame['weight']:.1f} %" for frame in strong]
         expect(frames).to_have_text(shown)
     last = page.locator(".evidence").nth(1)
-    expect(last.locator("canvas.look").last).to_have_js_property("width", 160)  # as a drawn one is
+    expect(last.locator("canvas.look").last).to_have_js_property("width", 160)  # the width of a drawn one
     for canvas, frame in zip(last.locator("canvas:not(.look)").all(), strong, strict=True):
         pixels = canvas.evaluate("c => [...c.getContext('2d').getImageData(0, 0, 160, c.height).data]")
         assert read_index(np.array(pixels).reshape(-1, 160, 4)[..., :3]) == round(25 * frame["second"])
@@ -148,7 +148,7 @@ def test_a_conversation_about_a_film(page, clip, blocks, tiny_model, expected):
 
 
 def test_a_film_that_is_encoded(page, tmp_path, server, monkeypatch):
-    """The page says how far it is, until words come."""
+    """The page shows the progress until words arrive."""
     go_on, vision = threading.Event(), server.preparer._vision
 
     def slow(pixels):
@@ -168,7 +168,7 @@ def test_a_film_that_is_encoded(page, tmp_path, server, monkeypatch):
 
 
 def test_a_reload_in_the_middle(page, clip, blocks, expected):
-    """What was asked is asked again, what was answered stays with its evidence."""
+    """A pending question is asked again; a finished answer stays, with its evidence."""
     upload(page, clip)
     blocks.free = False
     ask(page, QUESTION)
@@ -185,7 +185,7 @@ def test_a_reload_in_the_middle(page, clip, blocks, expected):
 
 
 def test_an_upload_that_is_cut(page, tmp_path, clip, server, monkeypatch, expected):
-    """By a reload: once it is chosen again the rest is sent.  By the network: it goes on by itself."""
+    """After a reload, choosing the file again sends the rest; after a network error the upload resumes by itself."""
     film, cut, ranges, cuts = tmp_path / "film.mp4", 150_000, [], []
     reached, go_on = threading.Event(), threading.Event()
     film.write_bytes(clip.read_bytes() + (300_000).to_bytes(4) + b"free" + bytes(299_992))
@@ -222,11 +222,11 @@ def test_an_upload_that_is_cut(page, tmp_path, clip, server, monkeypatch, expect
     assert server.uploads.path(page.evaluate("film.url")).read_bytes() == film.read_bytes()
     assert page.evaluate("Object.keys(localStorage).length") == 0
     with page.expect_request(lambda sent: sent.method == "PUT"):
-        page.set_input_files("#file", film)  # the same once more in the same page
+        page.set_input_files("#file", film)  # the same file again on the same page
 
 
 def test_a_link_is_played(browser, tiny_model, engine, tmp_path, clip, expected):
-    """Of a film on another server, here the same one: a click on a frame of the evidence plays it there."""
+    """A film on another server, here the same one: a click on an evidence frame plays it from there."""
     server = make_server(tiny_model, engine, tmp_path, allow_private=True)
     key = server.uploads.add([clip.read_bytes()], clip.name, "user_data")["id"]
     for address in listening(server):
@@ -262,7 +262,7 @@ def test_stop_and_retry(page, clip, blocks, server, expected):
 
 
 def test_an_error_is_shown(page, tmp_path, clip, expected):
-    """And the next film is asked about as ever."""
+    """The next film can be asked about as usual."""
     (tmp_path / "notes.mp4").write_text("no film")
     upload(page, tmp_path / "notes.mp4")
     ask(page, QUESTION)
@@ -275,7 +275,7 @@ def test_an_error_is_shown(page, tmp_path, clip, expected):
 
 
 def test_two_tabs(page, address, clip, expected):
-    """Of one browser, with a film each has chosen: two conversations, whose answers are not mixed up."""
+    """Two tabs of one browser, each with its own film: two conversations whose answers are not mixed up."""
     upload(page, clip)
     other = page.context.new_page()
     other.goto(address)
@@ -297,7 +297,9 @@ def test_keyboard_phone_and_dark(page, clip, expected):
     page.locator(".frame").last.focus()
     page.keyboard.press("Enter")
     page.wait_for_function("() => document.querySelector('#preview video').currentTime > 2")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    for width in (360, 730):  # one column, and the narrowest window with two
+        page.set_viewport_size({"width": width, "height": 700})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
     colours = [page.evaluate("getComputedStyle(document.body).backgroundColor")]
     page.emulate_media(color_scheme="light")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") not in colours

@@ -1,4 +1,4 @@
-"""Uploads in parts: they go on where they broke off, and are whole or not there."""
+"""Uploads in parts: they resume where they stopped, and are complete or absent."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ def test_a_server_that_starts_again_takes_the_rest(parts, tmp_path):
 
 def test_what_cannot_be(parts):
     key = parts.create(FILM)["id"]
-    assert parts.uploads.room() == 13  # what was begun is kept free
+    assert parts.uploads.room() == 13  # room for started uploads is reserved
     for body, error in ((FILM | {"bytes": 14}, FullError), (FILM | {"bytes": "7"}, InputError), ({}, InputError)):
         with pytest.raises(error):
             parts.create(body)
@@ -74,7 +74,7 @@ def put(parts, key: str, start: int, content: bytes) -> dict:
 
 
 def test_ranges_go_on_behind_a_server_that_starts_again(parts, tmp_path):
-    """From where they ended or before that; the same again is no harm, also once the file is whole."""
+    """They resume at their end or before it; repeated ranges do no harm, even once the file is complete."""
     key = parts.create(FILM)["id"]
     assert put(parts, key, 0, b"abc")["received"] == 3
     again = Parts(Uploads(tmp_path, 20))
@@ -87,7 +87,7 @@ def test_ranges_go_on_behind_a_server_that_starts_again(parts, tmp_path):
 
 
 def test_two_clients_send_the_same_at_once(tmp_path):
-    """Byte by byte under one id: the file is made once, and each is told of it."""
+    """Byte by byte under one id: the file is made once, and each client gets its id."""
     parts, films = Parts(Uploads(tmp_path, 20)), []
 
     def send(key: str, begun: threading.Barrier) -> None:
@@ -108,7 +108,7 @@ def test_two_clients_send_the_same_at_once(tmp_path):
 
 
 def test_the_last_bytes_again_while_the_file_is_made(parts, monkeypatch):
-    """The other client's bytes may not be taken away between looking for them and comparing."""
+    """The first client's completion may not remove the bytes between another's lookup and comparison."""
     key, content, ending = parts.create(FILM)["id"], parts._content, []
     parts.put(key, 0, b"abcdefg")
 
@@ -116,10 +116,10 @@ def test_the_last_bytes_again_while_the_file_is_made(parts, monkeypatch):
         monkeypatch.setattr(parts, "_content", content)
         ending.append(threading.Thread(target=parts.finish, args=(key,)))
         ending[0].start()
-        ending[0].join(1)  # which has to wait now
+        ending[0].join(1)  # it has to wait now
         return content(about)
 
-    with parts._adding:  # what `put` looks at first: how much there is
+    with parts._adding:  # `put` first looks up how much has arrived
         about = parts.find(key)
     monkeypatch.setattr(parts, "find", lambda _: dict(about))
     monkeypatch.setattr(parts, "_content", overtaken)
@@ -130,14 +130,14 @@ def test_the_last_bytes_again_while_the_file_is_made(parts, monkeypatch):
 
 
 def test_a_completion_whose_reply_was_lost(parts):
-    """OpenAI's client asks again by itself."""
+    """OpenAI's client repeats the request by itself."""
     key = parts.create(FILM)["id"]
     order = {"part_ids": [parts.add(key, [b"abcdefg"])["id"]]}
     assert parts.complete(key, order) == parts.complete(key, order) == parts.find(key)
 
 
 def test_two_films_are_never_glued_together(parts):
-    """Another file of the same length under the same id: its first bytes that are there already are others."""
+    """Another file of the same length under the same id is refused: bytes that overlap the received ones differ."""
     key = parts.create(FILM)["id"]
     put(parts, key, 0, b"abcde")
     for start, content in ((0, b"XXXXXXX"), (4, b"Xfg"), (3, b"dXfg")):
@@ -148,13 +148,13 @@ def test_two_films_are_never_glued_together(parts):
     with pytest.raises(InputError, match="more came"):
         put(parts, key, 5, b"fgh")
     done = put(parts, key, 5, b"fg")
-    with pytest.raises(ConflictError, match="another file"):  # also of one that is whole
+    with pytest.raises(ConflictError, match="another file"):  # also once the file is complete
         put(parts, key, 0, b"XXXXXXX")
     assert parts.uploads.path(done["file"]["id"]).read_bytes() == b"abcdefg"
 
 
 def test_a_sum_that_is_another(parts):
-    """What nothing overlaps is told by its MD5, which `complete` has in OpenAI's protocol too."""
+    """Without overlap the MD5 reveals another file; `complete` takes it in OpenAI's protocol too."""
     md5 = hashlib.md5(b"abcdefg").hexdigest()
     key = parts.create(FILM | {"md5": md5.upper()})["id"]
     put(parts, key, 0, b"abcde")
@@ -172,7 +172,7 @@ def test_a_sum_that_is_another(parts):
 
 
 def test_a_disk_that_is_full_loses_nothing(parts, monkeypatch):
-    """At the end of an upload, when the file is made of it."""
+    """At the end of an upload, when the file is assembled."""
 
     def full(*_):
         raise FullError("no room")

@@ -1,4 +1,4 @@
-"""From messages to a row: films encoded once, in turns, for as long as somebody waits, and kept on disk."""
+"""From messages to a row: films are encoded once, in turns, while a client waits, and cached on disk."""
 
 import asyncio
 import base64
@@ -33,7 +33,7 @@ def test_subtitles(tiny_model, client, clip):
 @pytest.mark.parametrize("times", ["frame", "minute"])
 @pytest.mark.parametrize("more", [{}, {"subtitles": SUBTITLES}])
 def test_times(tiny_model, client, clip, times, more):
-    """Also of a second question, whose room they take."""
+    """They also count for a second question, whose room they reduce."""
     chat = session(tiny_model, videos=[clip], times=times, subtitles=parse_subtitles(SUBTITLES) if more else None)
     first, second = (chat.ask(question, max_new_tokens=12).text for question in (QUESTION, "how many dogs"))
     messages = [{"role": "user", "content": [video("clip.mp4"), {"type": "text", "text": QUESTION}]}]
@@ -44,7 +44,7 @@ def test_times(tiny_model, client, clip, times, more):
 
 
 def test_what_goes_with_one_film_alone(client):
-    """And is refused before anything is decoded."""
+    """Such fields with other media are refused before anything is decoded."""
     image = {"type": "image_url", "image_url": {"url": picture()}}
     for fields, words in (
         ({"times": "frame"}, "times goes with one video alone"),
@@ -66,7 +66,7 @@ def test_what_goes_with_one_film_alone(client):
 
 
 def test_transcribe(tiny_model, engine, tmp_path, clip, monkeypatch):
-    """What is heard stands where subtitles do, also where it is nothing; it is heard once."""
+    """Transcribed speech replaces subtitles, also if there is none; each film is transcribed once."""
     server = make_server(tiny_model, engine, tmp_path, media_root=clip.parent)
     server.preparer.speech, asked, said = "tiny", [], [Cue(2.5, "Who goes there?")]
     monkeypatch.setattr(preparing, "heard", lambda path, model, *_: asked.append((path, model)) or said)
@@ -77,14 +77,14 @@ def test_transcribe(tiny_model, engine, tmp_path, clip, monkeypatch):
             assert expected == text_of(ask(client, video("clip.mp4"), transcribe=True))
         assert expected != text_of(ask(client, video("clip.mp4")))
         said.clear()
-        server.preparer.features.max_bytes = 0  # forgotten with the next request
+        server.preparer.features.max_bytes = 0  # evicted by the next request
         text_of(ask(client))
         text_of(ask(client, video("clip.mp4")))
     assert asked[0] == (clip, "tiny") and len(asked) == 3
 
 
 def test_a_film_without_sound_cannot_be_heard(tiny_model, engine, tmp_path, clip, monkeypatch):
-    """In the process that decodes it, with a stand-in for faster-whisper; its sentence names no path of the server."""
+    """In the decoding process, with a stand-in for faster-whisper; the error names no path of the server."""
     (tmp_path / "faster_whisper.py").write_text("WhisperModel = lambda *_, **__: None")
     monkeypatch.syspath_prepend(tmp_path)
     server = make_server(tiny_model, engine, tmp_path / "uploads", media_root=clip.parent)
@@ -101,7 +101,7 @@ def test_a_film_is_encoded_once(client, server, clip):
 
 
 def test_a_client_that_goes_ends_the_encoding(server, engine, monkeypatch, clip):
-    """Of its film: the device does not work on for nobody."""
+    """The device does not encode the rest of its film."""
     chunks = []
 
     def vision(pixels):
@@ -119,7 +119,7 @@ def test_a_client_that_goes_ends_the_encoding(server, engine, monkeypatch, clip)
 
 
 def test_films_take_turns(tiny_model, engine, tmp_path, monkeypatch, clip):
-    """A picture that comes after a film of many chunks waits for the two that are queued, and not for the film."""
+    """An image that comes after a film of many chunks waits for two queued chunks, not for the whole film."""
     server = make_server(tiny_model, engine, tmp_path, media_root=clip.parent)
     client, order, begun, queued = TestClient(server.app), [], threading.Event(), threading.Event()
     vision, submit = server.preparer._vision, server.preparer._device.submit
@@ -148,7 +148,7 @@ def test_films_take_turns(tiny_model, engine, tmp_path, monkeypatch, clip):
 
 
 def test_a_picture_waits_for_no_film(client, server):
-    """While as many films are decoded as may be."""
+    """Even while the maximal number of films is being decoded."""
     with contextlib.ExitStack() as films:
         for _ in range(preparing.DECODING):
             films.enter_context(server.preparer._decoding["video"])
@@ -162,7 +162,7 @@ def evidence_of(tiny_model, clip, *questions, **settings) -> list:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_evidence_is_that_of_a_session(tiny_model, client, clip, stream):
-    """Of one question, and of a second one, whose earlier turn shows the film too."""
+    """For one question, and for a second one, whose earlier turn shows the film too."""
     content = [video("clip.mp4"), {"type": "text", "text": QUESTION}]
     first = [{"role": "user", "content": content}]
     answer = text_of(ask(client, messages=first))
@@ -183,7 +183,7 @@ def test_evidence_is_that_of_a_session(tiny_model, client, clip, stream):
 
 
 def test_evidence_of_several_parts_and_answers(client):
-    """A picture beside a film, two answers: each has its own, and all shares sum to 1."""
+    """An image, a film and two answers: each answer has its own evidence, whose weights sum to 1 over all parts."""
     image = {"type": "image_url", "image_url": {"url": picture()}}
     made = ask(client, image, video("clip.mp4"), evidence=True, n=2, temperature=1.0, seed=1).json()
     one, other = (choice["evidence"] for choice in made["choices"])
@@ -196,7 +196,7 @@ def test_evidence_of_several_parts_and_answers(client):
 
 
 def test_a_film_is_kept_on_disk(tiny_model, engine, tmp_path, clip):
-    """Another server with the same folder encodes no frame; at another rate, or where the entry is damaged, all."""
+    """Another server with the same folder encodes no frame; at another rate, or if the entry is damaged, all."""
     expected = session(tiny_model, videos=[clip]).ask(QUESTION, max_new_tokens=12).text
 
     def frames(fps: float = 1.0) -> int:
@@ -216,7 +216,7 @@ def test_a_film_is_kept_on_disk(tiny_model, engine, tmp_path, clip):
 
 
 def test_a_film_that_is_taken_away_while_it_is_read(tiny_model, engine, tmp_path, clip, monkeypatch):
-    """Below --media-root, by whoever keeps the files there: a sentence, and nothing is kept of it."""
+    """A file below --media-root disappears: an error of one sentence, and nothing of it is cached."""
     root = tmp_path / "root"
     root.mkdir()
     server = make_server(

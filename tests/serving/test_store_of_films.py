@@ -1,4 +1,4 @@
-"""What is shared by requests: made once, bounded, pinned while it is in use."""
+"""Data shared by requests: made once, bounded, kept while it is in use."""
 
 import threading
 
@@ -25,7 +25,7 @@ def test_what_was_used_longest_ago_goes_first():
     with store.use("b", arrays(1), wait_no_more) as (kept,):
         assert len(kept) == 40
     with store.use("d", arrays(40), wait_no_more), store.use("b", arrays(1), wait_no_more) as (kept,):
-        assert len(kept) == 40 and store.made == 4  # c went, which was used before b
+        assert len(kept) == 40 and store.made == 4  # c was evicted, which was used before b
 
 
 def test_what_is_in_use_stays():
@@ -76,7 +76,7 @@ def test_one_that_waits_may_leave():
 
         other = threading.Thread(target=wait)
         other.start()
-        other.join()  # while this thread makes it
+        other.join()  # while this thread makes the entry
         return (np.ones(3),)
 
     with store.use("film", make, wait_no_more):

@@ -17,7 +17,7 @@ CUES = [Cue(1.5, "Hello there")]
 
 @pytest.fixture(scope="module")
 def folder(tiny_model, clip, tmp_path_factory):
-    """A clip, its features at one and at two frames a second, and a film with what is said."""
+    """A clip, its features at 1 and 2 fps, and those of a film with subtitles."""
     folder = tmp_path_factory.mktemp("stored")
     (folder / "clip.mp4").write_bytes(clip.read_bytes())
     images = LLaMAVIDLlavaImageProcessor.of(tiny_model.config)
@@ -42,7 +42,7 @@ def client(server):
 
 
 def test_it_stands_for_its_film(tiny_model, server, client, clip):
-    """Below the media's folder and uploaded; at its own rate, which need not be said."""
+    """Below the media folder and uploaded; at its own rate, which need not be given."""
     for name, fps in (("one", 1.0), ("two", 2.0)):
         expected = session(tiny_model, videos=[clip], fps=fps).ask(QUESTION, max_new_tokens=12).text
         source = f"{name}.mp4.safetensors"
@@ -56,7 +56,7 @@ def test_it_stands_for_its_film(tiny_model, server, client, clip):
 
 
 def test_what_is_said_in_it(tiny_model, client, clip):
-    """Subtitles of the request go before its own; the times of its frames go with both."""
+    """The request's subtitles replace the file's own; times of frames can be added to both."""
     other = {"subtitles": "1\n00:00:00,500 --> 00:00:03,500\nOther words\n"}
     for fields, cues in (({}, CUES), (other, [Cue(3.5, "Other words")])):
         for times in (None, "frame"):
@@ -67,7 +67,7 @@ def test_what_is_said_in_it(tiny_model, client, clip):
 
 
 def test_what_is_refused(client, server, folder):
-    """By the name that the request has, and no path of the server."""
+    """The error has the name from the request, and no path of the server."""
     damaged = bytearray((folder / "one.mp4.safetensors").read_bytes())
     damaged[-5] ^= 1
     (folder / "damaged.safetensors").write_bytes(damaged)

@@ -1,4 +1,4 @@
-"""Uploads on disk: whole or not there, kept over a restart, bounded; deleted while somebody reads them."""
+"""Uploads on disk: complete or absent, kept over a restart, bounded; deleted while in use."""
 
 import os
 import threading
@@ -34,12 +34,12 @@ def test_the_same_content_is_kept_once(tmp_path):
 
 
 def test_two_at_once_have_the_room_of_one(tmp_path):
-    """Each fits alone; of the same content both do, as it is kept once."""
+    """Each fits alone, both do not; two of the same content do, because it is stored once."""
     uploads = Uploads(tmp_path, 100)
 
     def blocks(content: bytes, other: bytes):
         yield content
-        uploads.add([other], "b.mp4", "vision")  # which came in the meantime
+        uploads.add([other], "b.mp4", "vision")  # arrives in the meantime
 
     with pytest.raises(FullError, match="at the same time"):
         uploads.add(blocks(b"a" * 60, b"b" * 60), "a.mp4", "vision")
@@ -65,12 +65,12 @@ def test_what_is_deleted_goes_with_its_last_reader(tmp_path):
 
 
 def test_a_film_that_is_deleted_while_it_is_asked_about(tiny_model, engine, tmp_path, clip, monkeypatch):
-    """Before its decoder has opened it, with a second question waiting for its frames: both are answered, a third is
-    told that there is no such film."""
+    """Before its decoder has opened it, with a second question waiting for its frames: both are answered, a third gets
+    the error that there is no such film."""
     server = make_server(tiny_model, engine, tmp_path / "uploads", media_root=clip.parent)
     client, waiting, both, deleted = TestClient(server.app), [], threading.Event(), []
     expected = [text_of(ask(client, video("clip.mp4"), fps=2.0, max_tokens=length)) for length in (5, 12)]
-    server.preparer.features.max_bytes = 0  # the next ones are encoded anew
+    server.preparer.features.max_bytes = 0  # the next ones are encoded again
     content = clip.read_bytes()
     key = client.post("/v1/files", files={"file": ("clip.mp4", content)}).json()["id"]
     use, decoded = server.preparer.features.use, preparing.decoded
@@ -83,7 +83,7 @@ def test_a_film_that_is_deleted_while_it_is_asked_about(tiny_model, engine, tmp_
 
     def decoded_late(*arguments):
         assert both.wait(60)
-        deleted.append(client.delete(f"/v1/files/{key}").status_code)  # the second may come when the first is done
+        deleted.append(client.delete(f"/v1/files/{key}").status_code)  # the second may come after the first is done
         return decoded(*arguments)
 
     monkeypatch.setattr(server.preparer.features, "use", used)

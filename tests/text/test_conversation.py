@@ -1,4 +1,4 @@
-"""Templates and training transforms as literal strings, and malformed conversations, each with its own error."""
+"""Templates and training transforms as literal strings; each malformed conversation has its own error."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_closed_answers_and_empty_turns():
     template = template_named("vicuna_v1")
     assert prompt(template, ["a", "b"]) == USER + " USER: a ASSISTANT: b</s>"
     assert prompt(template, ["a"], open_answer=False) == USER + " USER: a "
-    assert prompt(template, ["", "b"]) == USER + " USER:ASSISTANT: b</s>"  # as the original writes a turn without words
+    assert prompt(template, ["", "b"]) == USER + " USER:ASSISTANT: b</s>"  # as the original writes an empty turn
 
 
 def test_plain_keeps_only_the_placeholder():
@@ -140,7 +140,7 @@ def test_messages_of_chat_apis():
         "Fine.",
         "<image>",
         "A cat.",
-        "<image>\n<image>\n<image>\nSure?",  # about all that was shown before
+        "<image>\n<image>\n<image>\nSure?",  # for all visuals shown before
     ]
     assert (chat.images, chat.videos) == ([None, "b", "c"] * 2, ["a.mp4", None, None] * 2)
     assert chat.prompts == ["Compare", "Compare", "", *["Sure?"] * 3]
@@ -151,7 +151,7 @@ def test_messages_of_chat_apis():
 
 
 def test_a_later_turn_is_laid_out_as_in_training():
-    """Where training draws the front for its placeholder."""
+    """If training draws the front for its placeholder."""
     chat = read_messages(
         [
             user("Hi"),

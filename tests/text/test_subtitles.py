@@ -1,4 +1,4 @@
-"""Subtitles: files as they are written, and the original's recorded layout."""
+"""Subtitles: files as found in practice, and the original's recorded layout."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_vtt():
 
 
 def test_srt():
-    """A cue without text is none; what is behind a blank line still belongs to it; digits are text but for numbers."""
+    """A cue needs text; text after a blank line belongs to it; a line of digits is text unless it numbers a cue."""
     text = (
         "\r\n7\r\n00:00:01,000 --> 00:00:02,000\r\n\r\n8\r\n0:0:3,5 --> 00:00:04.25 X1:0\r\n{\\an8}<i>Hi</i>  <font\r\n"
         "<im<image>age> 5 < 6\r\n\r\nbehind\r\n1984\r\n...\r\n"
@@ -119,7 +119,7 @@ def test_a_byte_order_mark(tmp_path, encoding):
 
 
 def test_times_of_frames_and_minutes():
-    """To the nearest second, in front of the frames; a minute's stands once, also where a frame comes just before."""
+    """Rounded to the second, before the frames; a minute is shown once, even if a frame just before rounds up to it."""
     film = "<image>Hi.<image><image><image>"
     assert with_times(film, [0.0, 59.98, 61.0, 3723.4], "frame") == (
         "[0:00]<image>Hi.[1:00]<image>[1:01]<image>[1:02:03]<image>"

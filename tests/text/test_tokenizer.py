@@ -1,4 +1,4 @@
-"""Ids, labels and streaming: recorded ids of the original's tokenizer, hand-checked masks.
+"""Ids, labels and streaming: the original tokenizer's recorded ids, hand-checked masks.
 
 Recorded conversations and Q-Former prompts: tests/golden/test_golden.py.
 """
@@ -53,7 +53,7 @@ def test_texts_of_the_original_tokenizer(llama):
 
 
 def test_recorded_settings_differ():
-    """The three settings are told apart by the recorded texts, or the test above would prove nothing."""
+    """The recorded texts distinguish the three settings; otherwise the test above would prove nothing."""
     first, second, third = (case["encoded"] for case in RECORDED["cases"])
     assert first != second and first != third and second != third
 
@@ -106,8 +106,8 @@ def record(*values: str) -> list[dict[str, str]]:
 
 
 def kept_texts(template: str, folder: Path) -> list[str]:
-    """The stretches of a two-round conversation that have labels, as text without spaces."""
-    # as Vicuna has it: special tokens that leave the spaces beside them alone
+    """The labelled stretches of a two-round conversation, as text without spaces."""
+    # Vicuna's configuration: special tokens do not strip the spaces beside them
     llama = load_tokenizer(write(folder, tokenizer__model=MODEL, tokenizer_config__json=b'{"legacy": false}'))
     example = training_example(template, record("<image>\nWhat?", "A dog.", "Which colour?", "Red."), llama, True, [1])
     kept = example.labels != IGNORE_LABEL
@@ -124,7 +124,7 @@ def test_labels_keep_the_answers(template, tmp_path):
 
 
 def test_labels_of_v0_keep_the_answers_and_some_of_the_frame(tmp_path):
-    text = "|".join(kept_texts("llava_v0", tmp_path))  # its masks count a BOS a turn, so they drift
+    text = "|".join(kept_texts("llava_v0", tmp_path))  # its masks count one BOS per turn, so they drift
     assert "Adog." in text and "Red." in text and "What?" not in text and "Whichcolour" not in text
 
 
@@ -155,7 +155,7 @@ def test_qformer_ids(tmp_path):
     ids, mask = tokenizer(["Red\nBLUE?", "redblue", "Café nothere"])
     assert ids.tolist() == [[2, 5, 7, 8, 3], [2, 5, 6, 3, 0], [2, 9, 1, 3, 0]]
     assert mask.sum(axis=1).tolist() == [5, 4, 4] and ids.dtype == np.int32
-    assert tokenizer.vocab_size == 11  # [DEC] has a row of its own
+    assert tokenizer.vocab_size == 11  # [DEC] has its own row
 
 
 def test_long_prompts_lose_their_beginning(tmp_path):
@@ -345,7 +345,7 @@ def test_added_tokens_are_those_of_transformers(kind, tmp_path):
 
 
 def test_padding_may_lack_an_embedding(tmp_path):
-    """LLaMA 2's first folders give `<pad>` the id behind the last row."""
+    """LLaMA 2's first folders give `<pad>` the id after the last row."""
     write(tmp_path, tokenizer__model=MODEL, added_tokens__json=b'{"<pad>": 1024}')
     assert load_tokenizer(tmp_path).vocab_size == 1025
     write(tmp_path, special_tokens_map__json=b'{"pad_token": "<pad>"}')
@@ -383,7 +383,7 @@ def test_broken_added_tokens(value, tmp_path):
 
 
 def test_ids_with_gaps_are_counted_to_the_last(tmp_path):
-    """So that a vocabulary with an id beyond the model's rows is refused, however few pieces it has."""
+    """A vocabulary with an id beyond the model's rows is refused, however few pieces it has."""
     model = {"type": "BPE", "vocab": {"a": 999, "</s>": 1}, "merges": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')

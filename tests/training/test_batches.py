@@ -1,4 +1,4 @@
-"""What a run feeds the tower: the pictures as the model was trained on them."""
+"""What a run feeds the tower: images processed as those that the model was trained on."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ BUCKET = {"frames": 1, "pairs": 1, "questions": 1, "tokens": 128}
 
 
 def seen_in_training(config: LLaMAVIDLlavaConfig, picture, folder) -> np.ndarray:
-    """The features of the picture in a run's batch."""
+    """The features of the image in a run's batch."""
     data = DataConfig(path=str(picture), question_tokens=16, buckets=[BUCKET], threads=1)
     start = Mock(spec=Start)
     start.config, start.mesh = config, make_mesh(fsdp=1)
@@ -51,7 +51,7 @@ def tower(config: LLaMAVIDLlavaConfig) -> VisionTower:
 
 
 def test_another_mean_and_deviation(tmp_path):
-    """Of a picture that is padded, with the mean colour: training sees what inference does, and not the usual."""
+    """An image padded with the mean colour: training sees the same as inference, not the default pixels."""
     write_tokenizers(tmp_path)
     picture = tmp_path / "wide.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8)).save(picture)
@@ -71,7 +71,7 @@ def test_another_mean_and_deviation(tmp_path):
 
 
 def test_a_folder_that_lacks_one_of_the_two_files(tmp_path):
-    """`config.json` alone, as `save_pretrained` of a configuration leaves it, says it to a run and to inference."""
+    """`config.json` alone, as a configuration's `save_pretrained` leaves it, gives a run and inference the mean."""
     other = dataclasses.replace(TINY, vision_tower_config=dataclasses.replace(TINY.vision_tower_config, **OTHER))
     other.save_pretrained(tmp_path)
     assert TINY.with_pixels_of(tmp_path) == other
@@ -80,7 +80,7 @@ def test_a_folder_that_lacks_one_of_the_two_files(tmp_path):
 
 
 def test_a_folder_of_media_beside_shards_is_said(tmp_path):
-    """It changes nothing there; with a JSON among the two it does."""
+    """It has no effect with shards; if either path is a JSON it does."""
     (tmp_path / "set.json").write_text(json.dumps([{"id": "a", "conversations": conversation("Who?", "He.")}]))
     build(tmp_path / "set.json", tmp_path / "shards")
     shards, listed = str(tmp_path / "shards"), str(tmp_path / "set.json")
@@ -92,7 +92,7 @@ def test_a_folder_of_media_beside_shards_is_said(tmp_path):
 
 
 def test_features_of_another_tower_or_rate_are_refused(tiny_model, tmp_path):
-    """Before the first step, in one sentence; files of other kinds say nothing of theirs."""
+    """Before the first step, in one sentence; files of other kinds name neither."""
     write_tokenizers(tmp_path)
     config = tiny_model.config
     start = Mock(spec=Start, config=config, mesh=make_mesh(fsdp=1), params=tiny_model.params)

@@ -1,4 +1,4 @@
-"""What `--simulate-fault` takes, and what a step sees of it; the runs are in tests/cli."""
+"""The values of `--simulate-fault`, and their effect on a step; tests/cli has the runs."""
 
 import time
 
@@ -44,10 +44,10 @@ def test_the_last_process_is_slow_from_then_on(monkeypatch):
 
 
 def test_a_bucket_that_is_away_is_waited_for(tmp_path, monkeypatch):
-    """All requests fail at first, and are tried again."""
+    """All requests fail at first, and are retried."""
     monkeypatch.setattr(faults, "AWAY", 0.5)
     with emulated(tmp_path) as bucket, monkeypatch.context() as patch:
-        patch.setattr("gcsfs.GCSFileSystem._set_session", GCSFileSystem._set_session)  # put back at the end
+        patch.setattr("gcsfs.GCSFileSystem._set_session", GCSFileSystem._set_session)  # restored at the end
         for name, value in bucket.env.items():
             patch.setenv(name, value)
         Fault.parse("bucket@2").strike(1, {})

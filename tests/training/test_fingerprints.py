@@ -1,4 +1,4 @@
-"""Fingerprints: the same on every mesh, another one after every change."""
+"""Fingerprints: the same on every mesh, different after every change."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llamavid_jax.parallel.mesh import make_mesh
 from llamavid_jax.training.fingerprints import fingerprints
 
-SHAPE = (8, 16, 16)  # layers, and a matrix each
+SHAPE = (8, 16, 16)  # layers of one matrix each
 
 
 @pytest.fixture(params=["float32", "bfloat16", "bfloat16 in float32"])
@@ -32,7 +32,7 @@ def test_the_mesh_does_not_matter(array):
 
 
 def test_flipped_signs(array):
-    """Any number of them, beside each other and anywhere: in a plain sum an even number cancels."""
+    """Any number of signs, adjacent and anywhere: in a plain sum an even number could cancel."""
     draw, before = np.random.default_rng(1), fingerprint(array)
     assert fingerprint(-array) != before
     for count in [*range(1, 9), 64, 256, 1024] * 20:
@@ -55,7 +55,7 @@ def test_exchanged_layers_rows_and_elements(array):
 
 
 def test_small_changes():
-    """2,000 times one to four bits anywhere, and elements that become their neighbours or zero."""
+    """2,000 times: one to four flipped bits anywhere, and elements replaced by their neighbours or zero."""
     draw = np.random.default_rng(2)
     array = draw.standard_normal(SHAPE).astype(np.float32)
     before = fingerprint(array)

@@ -1,4 +1,4 @@
-"""What a run says before its first step."""
+"""What a run prints before its first step."""
 
 from unittest.mock import Mock
 
@@ -23,7 +23,7 @@ FRAMES, TEXT = 1, 0  # the recipe's buckets
 
 
 def lines(trained: dict[str, tuple], frozen: dict[str, tuple], done: int = 0, *overrides: str) -> list[str]:
-    """Of a run on two devices whose parameters are all cut along their first axis; half of its steps have frames."""
+    """The forecast of a run on two devices with all parameters split over them; half of its steps have frames."""
     config = read_config(ROOT / "configs/tiny/stage2_instruct.yaml", ["training.remat=full", *overrides])
     mesh = make_mesh(jax.devices()[:2], fsdp=2)
     cut = NamedSharding(mesh, jax.P("fsdp"))
@@ -59,7 +59,7 @@ def test_stage_and_parameters(trained, stage):
 
 
 def test_steps_memory_and_hours(monkeypatch):
-    """A million trained parameters and two frozen, half of each on a device."""
+    """A million trained parameters and two million frozen ones, half of each on each device."""
     monkeypatch.setattr(module, "peak_flops", lambda kind: 1e6)
     steps, memory, hours = lines({"llama.kernel": (2**20, 1)}, {"vision.kernel": (2**21, 1)}, done=40)[1:]
     assert steps == "60 of 100 steps to go, each of 4 rows with room for 2,048 tokens on average"

@@ -1,4 +1,4 @@
-"""Every second of a run is one part's, over restarts; what a restart did again is lost."""
+"""Every second of a run counts for one part, over restarts; steps repeated after a restart are lost."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from llamavid_jax.commands import goodput as command
 from llamavid_jax.training import goodput
 from llamavid_jax.training.goodput import Goodput, in_words, spans, tally
 
-LIVES = [  # two saves, at 4 and 8, and two restarts from the one at 4; the second life never came to a save
+LIVES = [  # two saves, at 4 and 8, and two restarts from the one at 4; the second life saved nothing
     {"time": 110.0, "step": 0, "began": 100.0, "start": 10.0},
     {"time": 130.0, "step": 4, "steps": 14.0, "compile": 6.0},
     {"time": 140.0, "step": 6, "steps": 8.0, "save": 1.0, "data wait": 1.0},
@@ -62,7 +62,7 @@ def test_a_stopwatch_is_always_on_one_part(tmp_path, monkeypatch):
         passes(4)
     watch.write(12)
     assert watch.share == pytest.approx(4 / 14)
-    watch.write(12)  # nothing since
+    watch.write(12)  # no time has passed
     rows = [json.loads(line) for line in (tmp_path / goodput.FILE).read_text().splitlines()]
     assert rows == [
         {"time": 1005.0, "step": 10, "began": 1000.0, "restore": 2.0, "start": 3.0},
@@ -70,7 +70,7 @@ def test_a_stopwatch_is_always_on_one_part(tmp_path, monkeypatch):
     ]
     passes(6)
     again = Goodput(tmp_path, pytest.fail, clock=lambda: now[0])
-    again.begin(11)  # a step before the last: of its two, no one knows how long each took
+    again.begin(11)  # one step back: how long each of the last two took is unknown
     assert again.share == 0 and "lost 20.0%" in str(again) and "idle 30.0%" in str(again)
 
 

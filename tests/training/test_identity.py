@@ -1,4 +1,4 @@
-"""What a run is made of: what may change between two lives of it, and what is named where it has."""
+"""A run's identity: what may change between two of its lives, and errors that name any other change."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Data of five pictures, one of which is missing, and a text; tokenizers."""
+    """Data with five images, one of them missing, and a text; tokenizers."""
     (tmp_path / "media").mkdir()
     for number in range(4):
         (tmp_path / "media" / f"{number}.png").write_bytes(b"x" * (number + 1))
@@ -127,12 +127,12 @@ def test_a_media_file_that_has_changed_is_named(folder, change):
         file.write_bytes(b"another picture")
     with pytest.raises(TrainingError, match=f"1 records have other media files.*first is {file}: put it back"):
         lives.again()
-    (folder / "run" / "media.npy").unlink()  # as the message says
+    (folder / "run" / "media.npy").unlink()  # as the message advises
     assert "is absent or damaged" in lives.again()[0] and lives.again() == []
 
 
 def test_copied_media(folder):
-    """All files have other times, none another size."""
+    """All files have new times and the same sizes."""
     lives = Lives(folder)
     for file in (folder / "media").iterdir():
         os.utime(file, (5, 5))

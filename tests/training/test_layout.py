@@ -1,4 +1,4 @@
-"""How a run's rows lie on its mesh."""
+"""The layout of a run's rows on its mesh."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from llamavid_jax.training.layout import check_rows, on_mesh
         (32, 4, {"fsdp": 8}, 1),
         (32, 8, {"fsdp": 8}, 1),
         (32, 4, {"fsdp": 2, "tensor": 4}, 4),  # devices that share rows count once
-        (24, 5, {"data": 2}, 3),  # four rows at a time: five do not divide the twelve of a device
+        (24, 5, {"data": 2}, 3),  # four rows at a time: a device's twelve are not divisible by five
         (32, 4, {}, 8),
     ],
 )

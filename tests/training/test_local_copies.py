@@ -1,4 +1,4 @@
-"""Copies on the hosts' own disks: the newest that all processes have, of this run and this mesh, or none."""
+"""Copies on the hosts' local disks: the newest that all processes have, of this run and this mesh, or none."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from llamavid_jax.training.local_copies import NUMBER, LocalCopies
 
 
 def state(step: int, **mesh: int) -> dict:
-    """An array that is cut over `fsdp` and copied over `data`, and one that every device has."""
+    """An array split over `fsdp` and replicated over `data`, and one replicated on every device."""
     mesh, draw = make_mesh(**mesh), np.random.default_rng(step).standard_normal
     return {
         "w": jax.device_put(draw((64, 8)).astype(np.float32), NamedSharding(mesh, PartitionSpec("fsdp"))),
@@ -26,7 +26,7 @@ def state(step: int, **mesh: int) -> dict:
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run's checkpoints, and its copies of steps 1 to 3, of which two are kept, at `tmp_path / "local"`."""
+    """A run's checkpoints, and copies of its steps 1 to 3 at `tmp_path / "local"`, of which two are kept."""
     (tmp_path / "checkpoints").mkdir()
     with open_copies(tmp_path) as copies:
         for step in (1, 2, 3):
@@ -39,7 +39,7 @@ def open_copies(run: Path, report=pytest.fail, **mesh: int) -> LocalCopies:
 
 
 def newest(run: Path, at_least: int = 0, report=pytest.fail, **mesh: int) -> int | None:
-    """The step that comes back, with the values it had."""
+    """The step that is restored, after a check of its values."""
     mesh = mesh or {"data": 2, "fsdp": 4}
     with open_copies(run, report, **mesh) as copies:
         found = copies.restore(state(0, **mesh), at_least)
@@ -58,7 +58,7 @@ def test_the_newest_comes_back_unless_a_checkpoint_is_newer(run):
 
 def test_of_another_mesh_or_another_run_there_is_none(run):
     assert newest(run, data=4, fsdp=2) is None
-    (run / "checkpoints" / NUMBER).unlink()  # who removes the checkpoints begins again
+    (run / "checkpoints" / NUMBER).unlink()  # removing the checkpoints starts a new run
     assert newest(run) is None
 
 

@@ -1,4 +1,4 @@
-"""Logs that cannot be written: said once, and nothing waits for them; what is there is read as far as it can be."""
+"""Logs that cannot be written: reported once, and nothing waits for them; damaged ones are read as far as possible."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ ODD = [b"[1, 2]", b"7", b"null", b'"text"', b'{"step": 2', b"\xff\xfe{}", b"{" *
 
 @contextlib.contextmanager
 def full_disk(size: int):
-    """No file grows beyond `size` bytes."""
+    """No file can grow beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -27,7 +27,7 @@ def full_disk(size: int):
 
 
 def events(folder: Path) -> list[tuple[int, str, float]]:
-    """Step, name and number of all events in a folder, read as TensorBoard does: up to the first that is cut."""
+    """Step, name and value of all events in a folder, read as by TensorBoard up to the first one cut off."""
     found = []
     for file in sorted(folder.iterdir()):
         content, at = file.read_bytes(), 0
@@ -81,7 +81,7 @@ def test_odd_lines_are_left_out(tmp_path):
     path.write_bytes(b"\n".join([*ODD, *(json.dumps(row).encode() for row in whole), b'{"step": "3"}', b'{"st']))
     log = JsonLines(path, pytest.fail)
     assert log.rows() == [*whole, {"step": "3"}]
-    log.append([{"step": 4}])  # behind half a line
+    log.append([{"step": 4}])  # after half a line
     assert log.rows()[-1] == {"step": 4}
     with Metrics(tmp_path, first_step=3, report=pytest.fail):
         pass

@@ -1,4 +1,4 @@
-"""The log's lines, its resume, the table of peaks."""
+"""The log's lines, resuming it, the table of peaks."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_throughput(monkeypatch):
     assert values.pop("memory_gib") > 0.05
     expected = {"tokens_per_second": 50, "frames_per_second": 4, "mfu": 0.8 / 2, "data_wait": 0.15, "padding": 0.375}
     assert values == pytest.approx(expected)
-    assert meter.read()["tokens_per_second"] == 0  # since the last reading
+    assert meter.read()["tokens_per_second"] == 0  # since the last `read`
 
 
 def test_console_line():

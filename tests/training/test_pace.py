@@ -1,4 +1,4 @@
-"""A run that stands still ends; one that compiles, saves, or has not begun does not; the slow host is named."""
+"""A run that hangs is ended; one that compiles, saves, or has not begun is not; the slow host is named."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ def batch(tokens: int = 4) -> Batch:
 
 
 class Result:
-    """Of a step that the device is done with when the test says so."""
+    """A step's result, which is ready when the test sets `event`."""
 
     def __init__(self, done: bool = True):
         self.event = threading.Event()
@@ -64,7 +64,7 @@ def test_a_loader_that_hangs_is_found(pace):
 
 @pytest.mark.parametrize("where", ["first compile", "first step", "later compile", "save", "slow steps"])
 def test_no_false_alarm(pace, where):
-    """All of these last much longer than the floor."""
+    """All of these last much longer than the minimal limit."""
     if where == "first compile":
         pace.begin(batch(), 0.0)
     elif where == "first step":
@@ -83,7 +83,7 @@ def test_no_false_alarm(pace, where):
 
 
 def test_a_machine_that_was_halted_is_no_hang(tmp_path, monkeypatch):
-    """An hour passes between two ticks of the watch: it counts as one."""
+    """An hour between two ticks of the watch counts as one tick."""
     monkeypatch.setattr(module, "stop_hung", lambda *_: pytest.fail("stopped"))
     pace = Pace(FLOOR, Goodput(tmp_path, pytest.fail), pytest.fail)
     pace._any, ticks = True, iter([False, True])
@@ -93,7 +93,7 @@ def test_a_machine_that_was_halted_is_no_hang(tmp_path, monkeypatch):
 
 
 def test_what_devices_waited_for(pace):
-    """A batch that came while the step before ran cost nothing; after it, at most what it took to load."""
+    """A batch that came during the step before costs nothing; a later one costs at most its loading time."""
     one_step(pace, batch())
     one_step(pace, batch())
     running = Result(done=False)

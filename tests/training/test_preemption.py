@@ -19,7 +19,7 @@ def test_the_flag_and_the_handlers(number):
         assert not preemption.requested()
         os.kill(os.getpid(), number)
         assert preemption.requested() and preemption.requested()
-        assert {n: signal.getsignal(n) for n in before} == before  # the second signal acts as before
+        assert {n: signal.getsignal(n) for n in before} == before  # a second signal has its usual effect
     assert {n: signal.getsignal(n) for n in before} == before
     with Preemption() as again:
         assert not again.requested()
@@ -70,6 +70,6 @@ with jax.set_mesh(make_mesh(data=2, fsdp=4)), Preemption() as preemption:
 @pytest.mark.sharding
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_two_processes_stop_after_the_same_step(number):
-    """One is signalled; JAX's own handler, which `initialize` sets, does not get in the way."""
+    """One is signalled; JAX's own handler, set by `initialize`, does not interfere."""
     outputs = two_processes(TWO_PROCESSES, str(int(number)))
     assert all("stopped after 21 True" in output for output in outputs), "\n".join(outputs)

@@ -1,4 +1,4 @@
-"""What a run leaves is complete or absent."""
+"""A run's results are complete or absent."""
 
 import pytest
 

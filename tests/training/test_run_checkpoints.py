@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or absent, the one before when the newest is damaged, any mesh, two processes."""
+"""Checkpoints of a run: complete or absent, the one before if the newest is damaged, any mesh, two processes."""
 
 import json
 import random
@@ -27,7 +27,7 @@ from llamavid_jax.training.checkpoint import RunCheckpoints
 
 
 def on_mesh(tree, **sizes):
-    """The tree with every matrix cut over both axes of the mesh, the rest whole."""
+    """The tree with every matrix split over both axes of the mesh, the rest replicated."""
     mesh = make_mesh(**sizes)
 
     def sharding(leaf):
@@ -62,7 +62,7 @@ def assert_same(got, expected):
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory) -> Path:
-    """Steps 10, 20 and 30, of which the two newest are kept."""
+    """Checkpoints of steps 10, 20 and 30, of which the two newest are kept."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     with RunCheckpoints(folder, keep=2) as checkpoints:
         for step in (10, 20, 30):
@@ -76,7 +76,7 @@ def test_restore_onto_another_mesh(three):
     target = on_mesh(run_state(0), fsdp=2, tensor=4)
     with RunCheckpoints(three, keep=2) as checkpoints:
         step, arrays, position, config = checkpoints.restore(abstract_of(target))
-        checkpoints.save(30, target, {}, {})  # is there: left as it is
+        checkpoints.save(30, target, {}, {})  # exists: left unchanged
     assert (step, position, config) == (30, {"next": 30}, {"seed": 1})
     assert_same(arrays, run_state(30))
     assert [leaf.sharding for leaf in jax.tree.leaves(arrays)] == [leaf.sharding for leaf in jax.tree.leaves(target)]
@@ -105,7 +105,7 @@ def flipped(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_of_any_file_falls_back_or_harms_nothing(three, tmp_path, damage, capfd):
-    """Orbax writes some files that no reading needs: then step 30 itself comes back."""
+    """Some of Orbax's files are not needed for reading: then step 30 itself is restored."""
     target, fallen = run_state(0), []
     for number, path in enumerate(sorted(path for path in (three / "30").rglob("*") if path.is_file())):
         folder = tmp_path / str(number)
@@ -122,14 +122,14 @@ def test_damage_of_any_file_falls_back_or_harms_nothing(three, tmp_path, damage,
                 assert "\n" not in line and len(line) < 500
                 checkpoints.save(30, run_state(31), {"next": 31}, {})
                 fallen.append(str(path.relative_to(three / "30")))
-        if step == 20 and len(fallen) == 1:  # the step is written again beside the damaged one
+        if step == 20 and len(fallen) == 1:  # the step is saved again beside the damaged one
             assert sorted(path.name for path in folder.iterdir()) == ["20", "30", "damaged-30"]
             with RunCheckpoints(folder, keep=2) as checkpoints:
                 assert_same(checkpoints.restore(target).arrays, run_state(31))
         shutil.rmtree(folder)
     assert {"run/metadata", "arrays/manifest.ocdbt"} <= set(fallen)
     assert any("ocdbt.process_0/d/" in name for name in fallen)
-    assert not capfd.readouterr().err  # Orbax's tracebacks are kept back
+    assert not capfd.readouterr().err  # Orbax's tracebacks are suppressed
 
 
 def restored(folder: Path, aside: Path) -> dict[str, np.ndarray]:
@@ -147,7 +147,7 @@ def restored(folder: Path, aside: Path) -> dict[str, np.ndarray]:
 
 
 def test_a_flipped_bit_of_any_file(three, tmp_path, capfd):
-    """None of 100 comes back as a value; what is not needed to read is in nobody's way."""
+    """None of 100 changes a restored value; damage in files that are not needed to read is harmless."""
     shutil.copytree(three, tmp_path / "run")
     assert_told_or_harmless(tmp_path / "run/30", lambda: restored(tmp_path / "run", tmp_path / "copy"), least=15)
     assert not capfd.readouterr().err
@@ -157,7 +157,7 @@ def test_a_flipped_bit_of_any_file(three, tmp_path, capfd):
     "name", ["_CHECKPOINT_METADATA", "arrays/_METADATA", "arrays/_sharding", "arrays/array_metadatas/process_0"]
 )
 def test_damage_that_is_still_json(three, tmp_path, name):
-    """Another character in a key, a number or a name: Orbax's own files are not read, also where 30 is put aside."""
+    """Another character in a key, a number or a name: Orbax's own files are not read, even when 30 is moved aside."""
     shutil.copytree(three, tmp_path / "run")
     draw, content = random.Random(0), (three / "30" / name).read_text()
     places = draw.sample([place for place, letter in enumerate(content) if letter.isalnum()], 12)
@@ -166,7 +166,7 @@ def test_damage_that_is_still_json(three, tmp_path, name):
         for step in ("20", "30"):
             (tmp_path / "run" / step / name).write_text(text)
         restored(tmp_path / "run", tmp_path / "copy")
-        if number % 4 == 0:  # beside it another file is damaged, and a step is written
+        if number % 4 == 0:  # another file is damaged too, and a step is saved
             (tmp_path / "copy/30/run/metadata").unlink()
             with RunCheckpoints(tmp_path / "copy", keep=2, report=lambda line: None) as checkpoints:
                 assert checkpoints.restore(run_state(0)).step == 20
@@ -209,7 +209,7 @@ def test_another_configuration_is_an_error_not_damage(three, change, message):
 
 
 def test_saved_arrays_may_be_donated_at_once(tmp_path):
-    """The next step overwrites the buffers while the save is still under way."""
+    """The next step overwrites the buffers during the save."""
     step = jax.jit(lambda state: jax.tree.map(lambda x: x * 2, state), donate_argnums=0)
     state = {"w": jnp.arange(4_000_000, dtype=jnp.float32)}
     with RunCheckpoints(tmp_path / "run", keep=2) as checkpoints:
@@ -234,10 +234,10 @@ def test_unwritable_and_full(tmp_path, capfd):
     try:
         with pytest.raises(CheckpointError, match=r"run: the checkpoint of step 2 cannot be written .*; free space"):
             checkpoints.save(2, state, {}, {})
-            while checkpoints._manager.is_saving_in_progress():  # it fails while the run goes on
+            while checkpoints._manager.is_saving_in_progress():  # it fails during the run
                 time.sleep(0.01)
             checkpoints.wait()
-        with pytest.raises(CheckpointError, match="the checkpoint of step 2"):  # it is not forgotten
+        with pytest.raises(CheckpointError, match="the checkpoint of step 2"):  # it is reported again
             checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -261,7 +261,7 @@ while True:
 
 
 def test_kill_at_any_moment(tmp_path):
-    """Six lives of one run, each killed at a random moment of its saving; what is left restores as it was saved."""
+    """Six lives of one run, each killed at a random moment of a save; what is left restores the saved values."""
     pause, restored = random.Random(5), 0
     for _ in range(6):
         process = subprocess.Popen(
@@ -278,7 +278,7 @@ def test_kill_at_any_moment(tmp_path):
         with RunCheckpoints(tmp_path / "run", keep=2, report=lambda line: pytest.fail(line)) as checkpoints:
             found = checkpoints.restore({name: jnp.zeros((200, 1000)) for name in "abcd"})
         step = found.step if found else 0
-        assert max(restored, last - 2) <= step <= last + 1  # saves run one after the other, in the background
+        assert max(restored, last - 2) <= step <= last + 1  # saves run one after another, in the background
         if found:
             assert found.position == {"next": step}
             assert all((np.asarray(found.arrays[name]) == step + ord(name)).all() for name in "abcd")
@@ -358,7 +358,7 @@ def test_two_processes(tmp_path):
 @pytest.mark.sharding
 @pytest.mark.parametrize("other", [0, 1])
 def test_a_save_that_fails_on_one_host_ends_all(tmp_path, other):
-    """At once, where Orbax has the others wait for 20 minutes, as long as this test would take."""
+    """At once; Orbax alone would let the other processes wait for 20 minutes."""
     outputs = two_processes(ONE_CANNOT_WRITE, str(tmp_path / "run"), str(other))
     assert "the checkpoint of step 2 cannot be written" in outputs[other] and "too large" in outputs[other].lower()
     assert f"process {other} has not written its part" in outputs[1 - other], outputs

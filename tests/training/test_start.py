@@ -1,4 +1,4 @@
-"""What LoRA runs start from and leave: adapters of earlier runs, quantised kernels, the model merged at the end."""
+"""The start and results of LoRA runs: adapters of earlier runs, quantised kernels, the model merged at the end."""
 
 import json
 import weakref
@@ -40,7 +40,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def mesh():
-    """Not the first device, which is where merging happens."""
+    """A mesh without the first device, on which merging happens."""
     mesh = make_mesh(jax.devices()[4:6], fsdp=2)
     with jax.set_mesh(mesh):
         yield mesh
@@ -60,7 +60,7 @@ def leave(output: Path, run: start.Start, trained: dict[str, jax.Array], model: 
 
 
 def moved(run: start.Start) -> dict[str, jax.Array]:
-    """The trained parameters as after training: B no longer zero."""
+    """The trained parameters as after training: B is no longer zero."""
     noise = {path: RNG.normal(scale=0.1, size=value.shape) for path, value in run.trained.items()}
     return {path: value + noise[path].astype(np.float32) for path, value in run.trained.items()}
 
@@ -75,7 +75,7 @@ def trained_by(run: start.Start) -> dict[str, np.ndarray]:
 
 @BASES
 def test_the_adapter_merged_is_the_runs_model(base, model, mesh, tmp_path):
-    """`conversion.merge_lora` takes the updates and what was trained in full beside them."""
+    """`conversion.merge_lora` merges the updates and takes the fully trained parameters beside them."""
     run = begin(model, mesh, f"lora.base={base}")
     leave(tmp_path, run, moved(run), model, f"lora.base={base}")
     assert merge_lora.main([str(model), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
@@ -106,7 +106,7 @@ def test_full_parameters_of_another_model_are_not_merged(model, mesh, tmp_path, 
 
 
 def test_a_quantized_run_keeps_the_adapter_it_started_from(model, mesh, tmp_path):
-    """Whole kernels and frozen parts at the end are those that were there at the start."""
+    """Unquantised kernels and frozen parts end as they started."""
     paths = ("visual_tokens.query_projector.kernel", "llama.layers.attn.q.kernel", "llama.norm.scale")
     stage = {path: random_params(1)[path] for path in paths}
     save_part(tmp_path / "stage", stage)
@@ -163,7 +163,7 @@ def test_a_run_goes_on_from_the_updates_of_another(base, model, mesh, tmp_path):
     for path, value in trained.items():
         np.testing.assert_array_equal(found[path], value, err_msg=path)
         assert second.trained[path].sharding == value.sharding
-    (tmp_path / "peft").mkdir()  # as PEFT leaves it: the updates alone
+    (tmp_path / "peft").mkdir()  # PEFT leaves the updates alone
     for file in (tmp_path / "adapter").glob("adapter_*"):
         file.rename(tmp_path / "peft" / file.name)
     alone = trained_by(begin(model, mesh, f"start.adapter={tmp_path / 'peft'}"))

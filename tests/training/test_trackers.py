@@ -1,4 +1,4 @@
-"""Trackers, offline: one run over all lives, no step twice, and a run that goes on where its tracker fails."""
+"""Trackers, offline: one tracked run for all lives, no step twice; the run continues if its tracker fails."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ if ends == "killed":
     os._exit(0)
 tracker.close()
 """
-LIVES = (1, 4), (3, 6)  # the second goes on behind a checkpoint, as a restart does
+LIVES = (1, 4), (3, 6)  # the second life resumes after a checkpoint
 WANTED = {("loss", step): 1 / step for step in range(1, 7)} | {
     ("evaluation_loss", step): 2 / step for step in (2, 4, 6)
 }
@@ -59,18 +59,18 @@ def test_mlflow(tmp_path, monkeypatch):
 
 
 def test_wandb(tmp_path):
-    live("wandb", tmp_path / "run", "closed", "closed")  # killed, it loses what it has not written yet
+    live("wandb", tmp_path / "run", "closed", "closed")  # if killed, it would lose what it has not written yet
     found, runs = Counter(), set()
     for file in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"):
         runs.add(file.name)
         for row in history(file):
             found.update((name, row["_step"], row[name]) for name in ("loss", "evaluation_loss") if name in row)
-    assert len(runs) == 1  # the lives are one run's parts
+    assert len(runs) == 1  # the lives are parts of one run
     assert found == Counter((*place, value) for place, value in WANTED.items())
 
 
 def history(file: Path) -> Iterator[dict]:
-    """What was logged in a file of W&B: records in blocks of 32 KiB, in parts (1 whole, 2 first, 3 middle, 4 last)."""
+    """The logged rows of a W&B file: records in blocks of 32 KiB, in parts (1 whole, 2 first, 3 middle, 4 last)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, place, record = file.read_bytes(), 7, b""

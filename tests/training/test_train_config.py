@@ -1,4 +1,4 @@
-"""Every recipe of `configs/` is the original's: what trains, by its names; its numbers; and errors of wrong files."""
+"""Every recipe of `configs/` trains what the original trains, with its numbers; errors of wrong files."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from llamavid_jax.weights.files import weight_table
 RECIPES = sorted(path for path in CONFIGS.glob("**/*.yaml") if path.parent.name != "models")
 STAGE2 = CONFIGS / "stage2_instruct.yaml"
 
-# the original's scripts: rate, samples a step, gradients that it adds up, longest row, compress type, tokens a frame
+# the original's scripts: rate, samples a step, accumulated gradients, longest row, compress type, tokens a frame
 SCRIPTS = {
     "stage1_align": (1e-3, 256, 1, 2048, "mean", 2),
     "stage1_align_13b": (1e-3, 256, 1, 2048, "mean", 2),
@@ -46,11 +46,11 @@ SCRIPTS = {
     "stage2_instruct_image_336_13b": (2e-5, 64, 4, 4096, "none", 577),
     "stage2_instruct_image_grid4": (2e-5, 128, 1, 2048, "grid:4", 17),
     "stage3_long_video": (2e-5, 8, 1, 65536, "mean", 2),
-    "stage3_long_video_13b": (2e-5, 8, 1, 65536, "mean", 2),  # the 7B's: there is no such script
+    "stage3_long_video_13b": (2e-5, 8, 1, 65536, "mean", 2),  # as the 7B's: the original has no such script
 }
 
 
-# the original has no scripts for these: the numbers of the scripts for video (tests/golden says what trains)
+# the original has no scripts for these; their numbers are those of its video scripts (tests/golden has what trains)
 VARIANTS = {
     f"{stage}_{kind}" for stage in ("stage1_align", "stage2_instruct") for kind in ("bert", "clip", "start_end")
 }
@@ -59,7 +59,7 @@ VARIANTS |= {"stage1_align_short_qformer", "stage2_instruct_short_qformer"}
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
-    """Recipes name their models from the folder that train.py is in."""
+    """Recipes give their models' paths relative to the folder of train.py."""
     monkeypatch.chdir(CONFIGS.parent)
 
 
@@ -69,9 +69,9 @@ def recipe(name: str, *overrides: str):
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_every_recipe_builds(file):
-    """It parses, its model builds, and its tables cover the parameters; adapters are where `lora` says."""
+    """It parses, its model builds, and its tables cover the parameters; adapters are where `lora` puts them."""
     config = read_config(file)
-    if file.parent.name == "demo":  # its later stages take the model from the run before
+    if file.parent.name == "demo":  # its later stages start from the model of the previous run
         config = dataclasses.replace(config, model="configs/models/demo.yaml")
     model_config = config.model_config()
 
@@ -93,11 +93,11 @@ def test_every_recipe_builds(file):
     assert file.parent != CONFIGS or config.training.batch_size // config.training.micro_batches % ways == 0
     for shape in config.data.shapes:  # a visual token for each pair fits the row, and the attention kernel takes it
         assert shape.pairs * model_config.tokens_per_frame <= shape.tokens * (1 if shape.frames > 1 else 2)
-        assert shape.tokens % 128 == 0 or file.parent.name == "demo"  # which is for a CPU
+        assert shape.tokens % 128 == 0 or file.parent.name == "demo"  # the demo is for CPUs
 
 
 def padding(plan, sizes, shapes, tokens_per_frame) -> float:
-    """The part of an epoch's tokens that no sample fills."""
+    """The fraction of an epoch's tokens that is padding."""
     _, need, _ = fit(sizes, shapes, tokens_per_frame, packing=True)
     return 1 - need[0].sum() / sum(len(batch.rows) * shapes[batch.shape_index].tokens for batch in plan)
 
@@ -109,7 +109,7 @@ def test_every_script_has_a_recipe_and_its_numbers():
         config = recipe(name)
         model, loop = config.model_config(), config.training
         assert (config.optimizer.learning_rate, config.max_tokens) == (rate, tokens), name
-        if config.data.packing:  # its rows hold about as many samples as the original's step
+        if config.data.packing:  # its rows hold about as many samples as a step of the original
             sizes = mixed(4000, per_frame)
             plan = plan_epoch(sizes, config.data.shapes, loop.batch_size, per_frame, 0, 0, packing=True)
             assert 0.9 < len(sizes.kind) / len(plan) / samples < 1.3, name
@@ -130,7 +130,7 @@ def test_every_script_has_a_recipe_and_its_numbers():
 
 @pytest.fixture(scope="module")
 def original_names() -> dict[str, set[str]]:
-    """Path → the original's names of what it holds."""
+    """Path → the original's names of its weights."""
     config = LLaMAVIDLlavaConfig.from_pretrained(GOLDEN / "short_video_mean")
     names = {path: set() for path in abstract_params(config)}
     for weight in weight_table(config, "original"):
@@ -139,7 +139,7 @@ def original_names() -> dict[str, set[str]]:
 
 
 def trained(names: dict[str, set[str]], stage: str) -> dict[str, set[str]]:
-    """Of every recipe of a stage, the original's names of what it trains."""
+    """For each recipe of a stage, the original's names of what it trains."""
     files = [file for file in RECIPES if file.stem.startswith(stage) and file.parent.name != "demo"]
     files = [file for file in files if file.stem not in VARIANTS]
     tables = {file.stem: trainable_paths(names, read_config(file).trainable) for file in files}
@@ -148,7 +148,7 @@ def trained(names: dict[str, set[str]], stage: str) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("stage, recipes", [("stage1", 7), ("stage2", 7)])
 def test_the_recorded_names_train(original_names, stage, recipes):
-    """The tables of all sizes choose exactly the parameters that had a gradient in the original."""
+    """The tables of all sizes select exactly the parameters that had a gradient in the original."""
     recorded = set(json.loads(str(np.load(GOLDEN / "short_video_mean" / f"train_{stage}.npz")["trainable"])))
     found = trained(original_names, stage)
     assert len(found) == recipes
@@ -157,7 +157,7 @@ def test_the_recorded_names_train(original_names, stage, recipes):
 
 
 def test_stage_3_trains_llama_and_the_content_projector(original_names):
-    """`…_freeze_all` leaves `mm_projector` and LLaMA."""
+    """`…_freeze_all` leaves `mm_projector` and LLaMA trainable."""
     every = set().union(*original_names.values())
     expected = {name for name in every if not name.startswith(("model.vision_tower.", "model.vlm_att_"))}
     parts = {name.removeprefix("model.").split(".")[0] for name in expected}
@@ -167,7 +167,7 @@ def test_stage_3_trains_llama_and_the_content_projector(original_names):
 
 
 def test_rows_of_64k_tokens_divide_the_positions_by_16():
-    """The factor that the rows need, whether the model's file has it or not; shorter rows change nothing."""
+    """The factor that the rows need, whether or not the model's file has it; shorter rows change nothing."""
     row = 'data.buckets=[{"frames": 0, "pairs": 0, "questions": 0, "tokens": %d}]'
     factors = {tokens: recipe("stage2_instruct", row % tokens).model_config().text_config.rope_factor
                for tokens in (2048, 4096, 4224, 65536)}  # fmt: skip
@@ -186,20 +186,20 @@ def test_overrides_are_yaml():
     assert (config.training.steps, config.optimizer.learning_rate, config.data.packing) == (3, 3e-5, False)
     assert (config.data.path, config.mesh, config.start.adapter) == ("a=b.json", "fsdp=2,tensor=2", "")
     assert (config.lora.rank, config.lora.alpha, config.optimizer.betas) == (8, 16, [0.8, 0.9])
-    assert config.start.model == recipe("stage2_instruct").start.model  # the rest of a section stays
+    assert config.start.model == recipe("stage2_instruct").start.model  # other fields of the section stay
     assert config.trainable == recipe("stage2_instruct").trainable | {"llama.*": False}
     assert config.optimizer.lr_factors == {"qformer.query": 2}
     assert recipe("stage2_instruct", "optimizer.betas=[0, 0.99]").optimizer.betas == [0, 0.99]
     assert recipe("lora").lora is not None
     assert recipe("lora", "lora=null").lora is None
     assert recipe("lora", "lora=null", "lora.dropout=5e-2").lora.rank == 64
-    assert recipe("stage2_instruct", "output=1e5").output == "1e5"  # a folder's name is no number
+    assert recipe("stage2_instruct", "output=1e5").output == "1e5"  # a folder's name is not parsed as a number
     assert recipe("stage2_instruct", "data.path=~/chat.json").data.path == os.path.expanduser("~/chat.json")
 
 
 @pytest.mark.parametrize("name", ["output", "data.path", "start.model"])
 def test_urls_are_refused_but_those_of_buckets(name):
-    """As a path it would be a folder `http:` on the machine's own disk.  A bucket's is a path."""
+    """As a path it would become a local folder `http:`.  A bucket's URL is a valid path."""
     with pytest.raises(ConfigError, match=r"http://bucket/run is a URL.*gs://BUCKET"):
         recipe("stage2_instruct", f"{name}=http://bucket/run")
     recipe("stage2_instruct", f"{name}=gs://bucket/run")
@@ -324,7 +324,7 @@ def test_wrong_files_are_named(tmp_path):
 
 
 def test_a_base_is_put_under_a_file(tmp_path):
-    """Sections field by field, tables of patterns whole, one level deep."""
+    """Sections are merged field by field, tables of patterns replaced, one level deep."""
     (tmp_path / "base.yaml").write_text(
         "model: m\ntrainable: {a: true, b: false}\ntraining: {steps: 3, batch_size: 4}\n"
         "optimizer: {learning_rate: 1.0e-3, lr_factors: {a: 2}}"

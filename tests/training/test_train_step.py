@@ -1,4 +1,4 @@
-"""The compiled train step: what trains and what does not, accumulation, packing, devices, steps that are not finite."""
+"""The compiled train step: trained and frozen parts, accumulation, packing, devices, non-finite steps."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ COMPILED = {}
 
 
 def compiled(stage: int = 2, loop: LoopConfig = LOOP, dropout: bool = False):
-    """The step, compiled once for all tests that take it."""
+    """The step, compiled once for all tests that use it."""
     if (key := (stage, repr(loop), dropout)) not in COMPILED:
         factors = dict.fromkeys(split(stage)[0], 1.0)
         COMPILED[key] = make_train_step(structure(loop.remat), OPTIMIZER, loop, factors, 10, dropout)
@@ -42,7 +42,7 @@ def compiled(stage: int = 2, loop: LoopConfig = LOOP, dropout: bool = False):
 
 
 def run(loop: LoopConfig = LOOP, steps: int = 2, stage: int = 2, data=None, place=lambda params: params, dropout=False):
-    """Losses and gradient norms of some steps, and the parameters after them."""
+    """Losses and gradient norms of `steps` steps, and the parameters after them."""
     trained, frozen = map(place, split(stage))
     now, seen = state(trained), []
     for _ in range(steps):
@@ -57,10 +57,10 @@ def single():
 
 
 def close(first, second, rtol):
-    """Losses and norms of every step; the second step's tell whether the first one's update was the same.
+    """Compares losses and gradient norms of every step; those of the second step show whether the first updates agree.
 
-    Parameters themselves are no measure: of a gradient that is rounding (a key's bias adds one number to all scores of
-    a query) Adam makes a whole step.
+    Parameters cannot be compared: from a gradient of mere rounding errors (a key's bias adds one number to all scores
+    of a query) Adam makes a full step.
     """
     np.testing.assert_allclose(first[0], second[0], rtol=rtol)
 
@@ -90,7 +90,7 @@ def test_accumulation_changes_nothing(single):
 
 
 def test_accumulation_drops_the_same():
-    """A row draws the same whichever micro-batch it is in."""
+    """A row has the same dropout in whichever micro-batch it is."""
     whole, parts = (run(loop, dropout=True) for loop in (LOOP, dataclasses.replace(LOOP, micro_batches=4)))
     close(parts, whole, rtol=1e-5)
 
@@ -101,7 +101,7 @@ def test_mean_of_micro_batch_means(single):
     sums = make_evaluate_step(structure())
     parts = [sums(*split(2), jax.tree.map(lambda x, n=n: x[n::4], batch(ROWS, SHAPE))) for n in range(4)]
     assert float(seen[0, 0]) == pytest.approx(np.mean([part.loss / part.tokens for part in parts]), rel=1e-5)
-    assert abs(seen[0, 0] / single[0][0, 0] - 1) > 1e-4  # another mean than the tokens'
+    assert abs(seen[0, 0] / single[0][0, 0] - 1) > 1e-4  # differs from the mean over tokens
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -110,18 +110,18 @@ def test_rematerialisation_changes_nothing(remat, single):
 
 
 def test_dropout_differs_by_step_and_repeats():
-    """The same step draws the same again, another step other ones."""
+    """The same step draws the same dropout again, another step a different one."""
     trained, frozen = split(2)
     seen = []
     for number in (0, 0, 1):
         now = state(trained)._replace(step=jnp.int32(number))
         seen.append(float(compiled(dropout=True)(now, frozen, batch(ROWS, SHAPE))[1].loss))
-        trained, frozen = split(2)  # the step takes the state's memory over
+        trained, frozen = split(2)  # the step donates the state's memory
     assert seen[0] == seen[1] and abs(seen[2] - seen[0]) > 1e-4
 
 
 def test_no_random_key_serves_twice(monkeypatch):
-    """Those of the pairs are splits of each row's first key; the updates' are none of them."""
+    """The keys of the pairs are split from each row's first key; none of them equals an update's key."""
     drawn = {}
 
     def table(model, batch, remat, keys):
@@ -138,7 +138,7 @@ def test_no_random_key_serves_twice(monkeypatch):
 
 
 def test_the_compiler_cannot_undo_rematerialisation():
-    """Outside a loop, where it would find the forward's matmuls again, stands a guard."""
+    """Outside a loop XLA could reuse the forward's matmuls, so `prevent_cse` is set there."""
     model = structure("full").model(random_params())
     traced = jax.make_jaxpr(lambda rows: loss_sums(model, rows, "full").loss)(batch(ROWS, SHAPE))
     guards = set()
@@ -157,7 +157,7 @@ def test_the_compiler_cannot_undo_rematerialisation():
 
 
 def test_chunks_of_frames_and_pairs(monkeypatch):
-    """Long videos go through the tower and the Q-Former in chunks, with the same numbers."""
+    """Long videos go through the tower and the Q-Former in chunks, with the same loss."""
     long = batch([[example(30, 11, 20)], [example(31, 7, 20)]], RowShape(11, 11, 1, 64))
     whole = make_evaluate_step(structure())(*split(2), long)
     monkeypatch.setattr(vision, "FRAMES_AT_A_TIME", 4)
@@ -172,7 +172,7 @@ def test_evaluation_is_the_loss_of_the_step(single):
 
 
 def test_packed_rows_equal_separate_rows():
-    """Losses and gradients of three samples in one row and in three."""
+    """Loss and gradients of three samples in one row equal those in three rows."""
     samples = [example(20, 2, 17), example(21, 0, 12), example(22, 1, 15, questions=2)]
     shape = RowShape(frames=4, pairs=6, questions=3, tokens=64)
     packed, separate = batch([samples], shape), batch([[s] for s in samples], shape)
@@ -227,7 +227,7 @@ def test_rows_without_labels_give_no_loss():
     ids=str,
 )
 def test_sharded_equals_single(sizes, single):
-    """Eight devices: two steps give one device's losses, norms and parameters."""
+    """On eight devices, two steps give one device's losses and gradient norms."""
     mesh = make_mesh(**sizes)
     axes = inventory.axes(CONFIG, {path: leaf.shape for path, leaf in structure().shapes.items()})
 

@@ -1,4 +1,4 @@
-"""The loop around the steps, with steps that compute nothing: what it waits for, holds, saves, counts and closes."""
+"""The loop around the steps, with stand-ins for them: what it waits for, holds, saves, counts and closes."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ BROKEN = {"id": "sample 7", "reason": "absent.png"}
 
 
 class Events(list):
-    """What happened, in order.  A batch that was computed with is gone when the next is loaded."""
+    """Events in order; checks that a used batch is freed when the next is loaded."""
 
     batch = staticmethod(lambda: None)
 
@@ -50,7 +50,7 @@ class Events(list):
 
 
 class Rows(Loader):
-    """Batches of two rows of ten tokens, five of which are padding; tells `events` of each."""
+    """Batches of two rows of ten tokens, five of them padding; each is recorded in `events`."""
 
     def __init__(self, steps: int, events: Events, name: str = "load", row_bytes: int = 0, broken=()):
         self.steps, self.rows, self.row_bytes, self.events, self.name = steps, range(2), row_bytes, events, name
@@ -71,7 +71,7 @@ class Rows(Loader):
 
 
 class Run:
-    """`train` on stand-ins; `stop_after` counts the questions whether a signal has come."""
+    """`train` with stand-ins; after `stop_after` checks for a signal it reports one."""
 
     def __init__(self, monkeypatch, folder: Path, steps=4, row_bytes=0, stop_after=None, held_out=None, mesh="fsdp=1"):
         self.events, self.saved, self.reports, self.folder, asked = Events(), [], [], folder, itertools.count()
@@ -147,7 +147,7 @@ def test_evaluation_holds_one_batch(tmp_path, monkeypatch):
 
 
 def test_a_signal_during_evaluation_saves_at_once(tmp_path, monkeypatch):
-    """The second of three held-out batches is not computed, there is no figure, and no step more."""
+    """The second of three held-out batches is not computed, no figure is logged, and no further step runs."""
     run = Run(monkeypatch, tmp_path, stop_after=2, held_out=lambda events: Rows(3, events, "held out"))
     object.__setattr__(run.config.training, "evaluate_every", 1)
     object.__setattr__(run.config.data, "evaluation_path", "held_out.json")
@@ -201,7 +201,7 @@ def test_held_out_samples_stop_no_run_and_are_named_once(tmp_path, monkeypatch):
 
 
 def test_half_a_line_in_the_log_of_broken_samples(tmp_path, monkeypatch):
-    """A killed run leaves half a line, even half a character, and the next one goes on in it."""
+    """A killed run leaves half a line, even half a character, and the next run appends to it."""
     whole = json.dumps(BROKEN, ensure_ascii=False)
     lines = [whole, whole[:9] + whole, json.dumps(BROKEN | {"reason": "a\u2028b"}, ensure_ascii=False), '{"id": "ä']
     (tmp_path / "skipped.jsonl").write_bytes("\n".join(lines).encode()[:-1])
@@ -211,7 +211,7 @@ def test_half_a_line_in_the_log_of_broken_samples(tmp_path, monkeypatch):
 
 
 def test_counts_are_those_of_all_processes(tmp_path, monkeypatch):
-    """Four processes of which two and two read the same rows."""
+    """Four processes, of which each two read the same rows."""
     run = Run(monkeypatch, tmp_path)
     journal = make_journal(run)
     journal.rows, journal.samples, journal.truncated = 1, 10, 3
@@ -229,7 +229,7 @@ def test_kernels_below_lora_do_not_train(tmp_path, monkeypatch):
 
 
 def test_the_tiny_recipes_have_tokenizers():
-    """The ones that are shipped, and those of the recorded cases."""
+    """Those shipped with the repository, and those of the recorded cases."""
     for path in sorted((ROOT / "configs/tiny").iterdir()):
         config = read_config(path)
         tokenizers = load_tokenizers(ROOT / config.data.tokenizer)
@@ -275,7 +275,7 @@ except ShardingError as error:
 
 @pytest.mark.sharding
 def test_rows_follow_the_mesh():
-    """Two processes whose devices alternate: each loads its own rows, and all stand where one process has them."""
+    """Two processes with alternating devices: each loads its own rows, and all are where one process has them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The recipes of the model's variants, run for a step on models of few numbers: what of them trains."""
+"""The recipes of the model's variants, run for one step on tiny models: which of their parameters train."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from llamavid_jax.weights import inventory
 
 TINY = LLaMAVIDLlavaConfig.from_yaml(CONFIGS / "models" / "tiny.yaml")
 PARTS = ("vision_tower_config", "qformer_config", "text_config")
-VARIANTS = {  # what makes each of them, beside its sizes
+VARIANTS = {  # the settings of each variant, apart from its sizes
     "bert": {"bert_type": "raw_bert", "qformer_config": {"cross_attention_frequency": 1}},
     "clip": {
         "vision_tower_config": {"kind": "clip", "feature_layer": -2, "hidden_act": "quick_gelu"},
@@ -38,7 +38,7 @@ def small(variant: str) -> LLaMAVIDLlavaConfig:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Pictures and clips: a caption has one."""
+    """Records with images and clips only, so that every caption has a visual."""
     file = write_data(tmp_path_factory.mktemp("data"), count=12)
     records = [record for record in json.loads(file.read_text()) if "image" in record or "video" in record]
     file.write_text(json.dumps(records))
@@ -46,7 +46,7 @@ def data(tmp_path_factory):
 
 
 def run(recipe: str, data, folder, *overrides: str) -> dict[str, np.ndarray]:
-    """One step of a recipe on the model at `folder/start`; the weights that it leaves."""
+    """Runs one step of a recipe on the model at `folder/start`; returns the saved weights."""
     arguments = [
         f"data.path={data}", f"model={folder / 'model.yaml'}", f"start.model={folder / 'start'}",
         "data.buckets=[{frames: 4, pairs: 4, questions: 1, tokens: 128}]", "data.question_tokens=16", "mesh=fsdp=1",
@@ -65,7 +65,7 @@ def weights_of(folder) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def start(request, tmp_path):
-    """A model at random as a folder that a run starts from, and its recipe."""
+    """The name of a variant, whose random model is saved as a folder to start from."""
     config = small(request.param)
     shapes = inventory.shapes(config)
     values = zip(shapes, draw(7, *shapes.values()), strict=True)
@@ -78,14 +78,14 @@ def start(request, tmp_path):
 
 
 def moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set[str]:
-    """What has changed; but for biases of keys, of which the softmax sees nothing but rounding."""
+    """The changed parameters, without key biases, which change by rounding only (the softmax ignores them)."""
     changed = {path for path, value in after.items() if not np.array_equal(value, before[path])}
     return {path for path in changed if not path.endswith(("key.bias", "key_projector.bias"))}
 
 
 @pytest.mark.parametrize("start", ["bert", "clip"], indirect=True)
 def test_stage_1(start, data, tmp_path):
-    """What trains has moved, and all else is as it was."""
+    """The trained parts have changed, and all else is as before."""
     begun = weights_of(tmp_path / "start")
     trains = ("visual_tokens.", "qformer.") if start == "bert" else ("visual_tokens.",)
     expected = moved(dict.fromkeys(begun), {path: value for path, value in begun.items() if path.startswith(trains)})
@@ -96,9 +96,9 @@ def test_stage_1(start, data, tmp_path):
 
 @pytest.mark.parametrize("start", ["start_end"], indirect=True)
 def test_start_and_end_tokens(start, data, tmp_path):
-    """Stage 1 moves the embeddings of what stands beside a visual alone, and stage 2 goes on from them.
+    """Stage 1 changes only the embeddings of the tokens beside a visual, and stage 2 starts from them.
 
-    A caption stands there without the two tokens, as in the original: these are BOS and each caption's first word.
+    As in the original, captions have no start and end tokens: the changed rows are BOS and each caption's first word.
     """
     begun, table = weights_of(tmp_path / "start"), "llama.embed.embedding"
     first = run("stage1_align_start_end", data, tmp_path, "start.adapter=")

@@ -19,7 +19,7 @@ from llamavid_jax.models.structure import params_of
 from llamavid_jax.weights import inventory
 from llamavid_jax.weights.files import Weight, axis_sizes, to_jax, to_torch, torch_shape, weight_table
 
-# Sizes all different, so that no two axes can be taken for each other.
+# All sizes differ, so that no axis can be mistaken for another.
 CONFIG = LLaMAVIDLlavaConfig(
     vision_tower_config=LLaMAVIDLlavaVisionConfig(24, 34, 5, 6, image_size=28, patch_size=7),
     qformer_config=LLaMAVIDLlavaQFormerConfig(
@@ -61,7 +61,7 @@ def variants():
 @pytest.mark.parametrize("layout", ["original", "documented"])
 @pytest.mark.parametrize("variant", variants())
 def test_every_parameter_is_filled_once_and_back_again_is_exact(variant, layout):
-    """Random weights of the file's shapes → parameters → weights: each parameter whole, each weight bit-equal."""
+    """Random weights in the file's shapes → parameters → weights: no parameter has gaps, each weight is bit-equal."""
     config = variants()[variant]
     shapes = inventory.shapes(config)
     table = weight_table(config, layout)
@@ -84,7 +84,7 @@ def test_every_parameter_is_filled_once_and_back_again_is_exact(variant, layout)
 
 @pytest.mark.parametrize("variant", variants())
 def test_the_inventory_is_the_built_model(variant):
-    """With low-rank updates and with quantised kernels too."""
+    """Also with low-rank updates and with quantised kernels."""
     config, lora = variants()[variant], LoraConfig(rank=3)
 
     def make(config=config, rank=0):
