@@ -13,6 +13,7 @@ placeholder in an answer are errors, where the original silently trains on somet
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +72,7 @@ class SampleSize(NamedTuple):
     frames: int
     questions: int
     tokens: int  # after expansion
+    marks: int = 0  # of them, those of the frames' times, which go with their frames
 
 
 class ExampleReader:
@@ -107,7 +109,7 @@ class ExampleReader:
 
         With `header`, as stored in shards, the media file is not even opened.
         """
-        header = header or self._header(record)
+        header, marks = header or self._header(record), 0
         frames = header.frames
         if header.average_fps or header.seconds:
             frames = count_samples(frames, header.average_fps, header.seconds, self.fps, record.media)
@@ -124,15 +126,20 @@ class ExampleReader:
         else:
             example = self._text(record, index, header)
             ids, questions = example.input_ids, len(example.prompts)
+            if record.times:
+                marks = len(ids) - len(self._text(dataclasses.replace(record, times=None), index, header).input_ids)
         kind = {"text": "text", "features": "features"}.get(record.kind, "pixels")
-        return SampleSize(kind, frames, questions, self.expanded_length(ids, questions, frames))
+        return SampleSize(kind, frames, questions, self.expanded_length(ids, questions, frames), marks)
 
     def expanded_length(self, input_ids: np.ndarray, questions: int, frames: int) -> int:
         """Tokens of a row once its placeholders are replaced by the visual tokens of every question and frame."""
         return len(input_ids) - int((input_ids == IMAGE_TOKEN).sum()) + questions * frames * self.tokens_per_frame
 
-    def read(self, record: Record, index: int, max_frames: int) -> Example:
-        """The whole sample; of more than `max_frames` frames, evenly spaced ones stay, from the first to the last."""
+    def read(self, record: Record, index: int, max_frames: int, max_tokens: int = NO_LIMIT) -> Example:
+        """The whole sample; of more than `max_frames` frames, evenly spaced ones stay, from the first to the last.
+
+        A film keeps fewer if its text then fits in `max_tokens`: how long it is without a frame, only tokenising tells.
+        """
         if record.kind == "text":
             text, frames = self.text(record, index), None
         elif max_frames < 1:
@@ -140,10 +147,21 @@ class ExampleReader:
         else:
             with media_file(record) as path:
                 header = self._film_header(record, path)
-                text = self._text(record, index, header, max_frames)
+                text, max_frames = self._fitting(record, index, header, max_frames, max_tokens)
                 decoded = decode(path, record.kind, self.fps, max_frames)
                 frames = np.stack([self._transform(frame, record.kind) for frame in decoded])
         return Example(record.id, text.input_ids, text.labels, text.prompts, frames)
+
+    def _fitting(
+        self, record: Record, index: int, header: MediaHeader, max_frames: int, max_tokens: int
+    ) -> tuple[TextExample, int]:
+        """The text of at most `max_frames` frames, and how many; all of them if it is too long even with one."""
+        whole = text = self._text(record, index, header, max_frames)
+        frames = min(header.frames, max_frames) if header.inputs is not None else 1
+        while (over := len(text.input_ids) - max_tokens) > 0 and frames > 1:
+            frames = max(frames - math.ceil(over / self.tokens_per_frame), 1)
+            text = self._text(record, index, header, frames)
+        return (whole, max_frames) if over > 0 or text is whole else (text, frames)
 
     def _text(self, record: Record, index: int, header: MediaHeader, max_frames: int | None = None) -> TextExample:
         check_places(record)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from llamavid_jax.shapes import IGNORE_LABEL
-from llamavid_jax.text.conversation import Template, prompt, template_named, training_turns
+from llamavid_jax.text.conversation import ConversationError, Template, prompt, template_named, training_turns
 from llamavid_jax.text.tokenizer import Tokenizer, encode_with_images
 
 
@@ -74,6 +74,23 @@ def training_example(
         _mask_rounds(labels, text, template, encode, tokenizer.pad_id, max_length)
     ignored = why_ignored(template, turns, input_ids, tokenizer.pad_id) if (labels == IGNORE_LABEL).all() else ""
     return TextExample(input_ids, labels, prompts, ignored)
+
+
+def check_template(template_name: str, tokenizer: Tokenizer) -> None:
+    """Raises ConversationError if no sample of this template would have a label with this tokenizer.
+
+    The lengths of rounds add up where `</s>` is one token, as in LLaMA's tokenizer and not in those of other models.
+    """
+    talk = [{"from": speaker, "value": "What?"} for speaker in ("human", "gpt") * 2]
+    if template_named(template_name).masking == "rounds":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            example = training_example(template_name, talk, tokenizer, has_image=False, max_length=10**30)
+        if example.ignored:
+            raise ConversationError(
+                f"with this {tokenizer.FILE} no token would be trained in template {template_name!r}: the lengths of "
+                "its rounds do not add up; use llava_v0 or plain_guided, or a language model with Vicuna's tokenizer"
+            )
 
 
 def why_ignored(template: Template, turns: Sequence[str], input_ids: np.ndarray, pad_id: int) -> str:

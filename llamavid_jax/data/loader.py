@@ -99,11 +99,12 @@ class _ReadRow:
                 record = self.records[index]
                 name = record.id
                 # A video may hold more frames than its header says; it must not take other samples' room.
-                example = self.reader.read(record, index, int(self.room[index]))
+                tokens, frames = self.room[:, index].tolist()
+                example = self.reader.read(record, index, frames, tokens)
                 if example.frames is not None and example.frames.shape[1:] != layout.shape:
                     raise DataError(f"its frames are {example.frames.shape[1:]}; this model takes {layout.shape}")
                 examples.append(example)
-                thinned.append(self.sizes.frames[index] > self.room[index])
+                thinned.append(example.frames is not None and len(example.frames) < self.sizes.frames[index])
             except InputError as error:
                 skipped.append({"id": name, "reason": str(error)})
             except OutageError:  # the sample is not to blame
@@ -190,7 +191,7 @@ class Loader:
         self.rows = range(batch_size) if rows is None else rows
         self._threads, self._processes = threads, processes
         self._source = _Rows(self.schedule, self.rows, self.steps)
-        room = fit(sizes, shapes, reader.tokens_per_frame, shares)[1][1]
+        room = fit(sizes, shapes, reader.tokens_per_frame, shares)[1][:2]
         self._read = _ReadRow(records, reader, qformer_tokenizer, question_tokens, frames, sizes, room, shares)
         kinds = {KINDS[kind] for kind in np.unique(sizes.kind)} & frames.keys()
         frame_bytes = max((np.dtype(frames[k].dtype).itemsize * math.prod(frames[k].shape) for k in kinds), default=0)

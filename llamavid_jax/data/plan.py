@@ -53,10 +53,10 @@ def fit(
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, "4 N"], Int[np.ndarray, " N"]]:
     """Each sample's bucket, the (tokens, frames, pairs, questions) it takes there, and 1 if it is cut to fit, else 0.
 
-    The bucket is the one that keeps most of the sample: one that holds it all, or if none does, the one that cuts
-    least.  Ties go to the cheapest bucket; with `packing` to the one where the sample's part of the row costs least, so
-    that images open rows that several can share.  `shares`: chips that hold a row's frames.  Raises InputError if there
-    are frames but no bucket has room for any.
+    The bucket is the one that keeps most of the sample: one that holds it all, or if none does, one with room for its
+    text, and of these the one with most pairs.  Ties go to the cheapest bucket; with `packing` to the one where the
+    sample's part of the row costs least, so that images open rows that several can share.  `shares`: chips that hold a
+    row's frames.  Raises InputError if there are frames but no bucket has room for any.
     """
     home, best = np.full((2, len(sizes.kind)), -1, np.int64)
     price = np.full(len(sizes.kind), np.inf)
@@ -70,7 +70,9 @@ def fit(
             )
         for i in sorted(fitting, key=lambda i: _cost(shapes[i]), reverse=True):  # of ties the last one wins
             kept = _kept(sizes, shapes[i], tokens_per_frame, shares)
-            score = (kept[2].astype(np.int64) << 32) + kept[0]
+            has_text = kept[0] <= shapes[i].tokens
+            kept[0] = np.minimum(kept[0], shapes[i].tokens)
+            score = (has_text.astype(np.int64) << 62) + (kept[2].astype(np.int64) << 32) + kept[0]
             part = (kept / np.maximum(_room(shapes[i]), 1)[:, None]).max(0) if packing else 1
             cost = _cost(shapes[i])[0] * part
             better = of_kind & ((score > best) | ((score == best) & (cost <= price)))
@@ -81,18 +83,19 @@ def fit(
 
 
 def _kept(sizes: Sizes, shape: RowShape, tokens_per_frame: int, shares: int) -> np.ndarray:
-    """The (tokens, frames, pairs, questions) of each sample that a row of `shape` has room for.
+    """The (tokens, frames, pairs, questions) of each sample in a row of `shape`; the tokens may be more than it has.
 
-    Frames are cut before text: a long video keeps its question and its answer, and loses frames.
+    Frames are cut before text: a long video keeps its question and its answer, and loses frames, with their times.
     """
     asked = np.minimum(sizes.questions, min(shape.questions, shape.pairs // shares))
     room = shape.pairs // shares // np.maximum(asked, 1) * shares
     frames = np.minimum(np.minimum(sizes.frames, shape.frames), room)
-    text = sizes.tokens - sizes.frames * sizes.questions * tokens_per_frame
-    spared = np.maximum((shape.tokens - text) // np.maximum(sizes.questions * tokens_per_frame, 1), 1)
+    each = sizes.questions * tokens_per_frame + sizes.marks // np.maximum(sizes.frames, 1)
+    text = sizes.tokens - sizes.frames * each
+    spared = np.maximum((shape.tokens - text) // np.maximum(each, 1), 1)
     frames = np.where(text < shape.tokens, np.minimum(frames, spared), frames)
-    tokens = sizes.tokens - (sizes.frames - frames) * sizes.questions * tokens_per_frame
-    return np.stack([np.minimum(tokens, shape.tokens), frames, frames * asked, asked])
+    tokens = sizes.tokens - (sizes.frames - frames) * each
+    return np.stack([tokens, frames, frames * asked, asked])
 
 
 def plan_epoch(

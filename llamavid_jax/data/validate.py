@@ -30,17 +30,18 @@ from rich.table import Table
 from rich.text import Text
 
 from llamavid_jax.config.schema import LLaMAVIDLlavaConfig
-from llamavid_jax.data.examples import ExampleReader, check_places, file_header, thinned_inputs
+from llamavid_jax.data.examples import ExampleReader
+from llamavid_jax.data.labels import check_template
 from llamavid_jax.data.record import DataError, Record
-from llamavid_jax.data.records import decode, film_text, find_media, media_file, media_size, read_records
+from llamavid_jax.data.records import decode, find_media, media_file, media_size, read_records
 from llamavid_jax.errors import CheckpointError, InputError, Parser, command, printable
 from llamavid_jax.files import local, write_files
-from llamavid_jax.media.features import check_made_by, describe, processing, read_header
+from llamavid_jax.media.features import check_made_by, check_rate, describe, processing, read_header
 from llamavid_jax.media.images import check_picture
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.media.timeline import check_fps
-from llamavid_jax.text.conversation import ConversationError, template_named, training_turns
-from llamavid_jax.text.tokenizer import load_tokenizer
+from llamavid_jax.text.conversation import ConversationError
+from llamavid_jax.text.tokenizer import JsonTokenizer, load_tokenizer
 
 SHOWN = 50  # rows of the table; --json writes all of them
 CHUNK = 256  # records under way at a time
@@ -60,14 +61,24 @@ class Check:
     tokens: int = 0
 
 
-class Validator:
-    """Checks single records, and against a model where `reader` and the fields below it are set."""
+class NoTokenizer(JsonTokenizer):
+    """In place of a model's tokenizer: its texts have no tokens."""
 
-    def __init__(self, template: str, fps: float, decode_all: bool):
-        self.template, self.fps, self.decode_all = template_named(template), fps, decode_all
-        self.reader: ExampleReader | None = None
+    def __init__(self):
+        self.bos_id = self.eos_id = self.pad_id = 0
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        return []
+
+
+class Validator:
+    """Checks single records, and against a model where the fields below `reader` are set."""
+
+    def __init__(self, reader: ExampleReader, fps: float, decode_all: bool):
+        self.reader, self.fps, self.decode_all = reader, fps, decode_all
         self.frame_shape: tuple[int, int] | None = None  # (P, E) of ready features
         self.max_tokens: int | None = None
+        self.takes_features = True
         self.tower: Callable[[], str] | None = None  # returns its hash
         self.prepared: dict[str, Any] = {}  # the preprocessing of frames for it
 
@@ -103,6 +114,11 @@ class Validator:
                     pass
             elif record.kind == "image":
                 check_picture(path)
+            if record.kind == "features" and not self.takes_features:
+                raise DataError(
+                    f"{path} holds features, which are trained without CLS, and this model makes a token of CLS "
+                    "(mm_vision_select_feature cls_patch); give the video"
+                )
             if record.kind == "features" and self.frame_shape:
                 header = read_header(path)
                 if (header.patches, header.width) != self.frame_shape:
@@ -110,26 +126,20 @@ class Validator:
                         f"{path} holds {header.patches} patches of {header.width} numbers a frame, the model takes "
                         f"{self.frame_shape[0]} of {self.frame_shape[1]}; make the features with its own tower"
                     )
-                if made := describe(path):
-                    try:
-                        check_made_by(record.media, made, self.tower(), self.prepared)
-                    except MediaError as error:
-                        raise DataError(str(error)) from None
+            made = describe(path) if record.kind == "features" else None
+            try:
+                if made and self.tower:
+                    check_made_by(record.media, made, self.tower(), self.prepared)
+                if made:
+                    check_rate(record.media, made, self.fps)
+            except MediaError as error:
+                raise DataError(str(error)) from None
 
     def _check_text(self, record: Record, index: int) -> tuple[int, int]:
         """The number of frames, and of tokens after expansion if there is a tokenizer, else 0."""
-        if self.reader is None:
-            check_places(record)
-            sides = [0] * len(record.conversations)  # neither their values nor a movie's text affect validity
-            training_turns(self.template, record.conversations, record.kind != "text", sides)
-            if record.kind == "features":
-                with media_file(record) as path:
-                    header = file_header(path)
-                if header.inputs is not None:
-                    thinned_inputs(record.media, header, ())  # raises if its text does not match its frames
-            film_text(record, [0.0])  # raises for subtitles that cannot be read
-            return media_size(record, self.fps), 0
         text, frames = self.reader.text(record, index), media_size(record, self.fps)
+        if self.max_tokens is None:  # no model
+            return frames, 0
         if text.ignored:
             raise ConversationError(f"no token of it would be trained: {text.ignored}")
         return frames, self.reader.expanded_length(text.input_ids, len(text.prompts), frames)
@@ -221,11 +231,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.max_tokens is not None and (options.model is None or options.max_tokens < 1):
         parser.error(f"--max-tokens {options.max_tokens} needs a number above 0 and --model, to count tokens")
     config = LLaMAVIDLlavaConfig.from_pretrained(options.model) if options.model else None
-    validator = Validator(options.template, options.fps, options.decode)
+    validator = Validator(_reader(options, config), options.fps, options.decode)
     if config is not None:
         vision = config.vision_tower_config
-        validator.reader = _reader(options, config)
         validator.frame_shape = (vision.num_patches, vision.hidden_size)
+        validator.takes_features = config.tokens_of(has_cls=False) == config.tokens_per_frame
         validator.max_tokens = options.max_tokens or config.text_config.max_length
         validator.tower = _tower(options.model, config)
         validator.prepared = processing(vision.image_size, vision.image_mean, vision.image_std)
@@ -258,9 +268,13 @@ def _tower(model: str, config: LLaMAVIDLlavaConfig) -> Callable[[], str]:
     return tower
 
 
-def _reader(options: argparse.Namespace, config: LLaMAVIDLlavaConfig) -> ExampleReader:
+def _reader(options: argparse.Namespace, config: LLaMAVIDLlavaConfig | None) -> ExampleReader:
+    if config is None:  # sizes of frames and tokens do not matter then
+        return ExampleReader(NoTokenizer(), options.template, 1, "crop", 2, options.fps, seed=0)
+    tokenizer = load_tokenizer(options.model, config.added_tokens)
+    check_template(options.template, tokenizer)
     return ExampleReader(
-        load_tokenizer(options.model, config.added_tokens),
+        tokenizer,
         options.template,
         config.vision_tower_config.image_size,
         config.image_aspect_ratio,

@@ -93,6 +93,15 @@ def check_made_by(path: object, description: Mapping[str, Any], tower: str, prep
         )
 
 
+def check_rate(path: object, description: Mapping[str, Any], fps: float | int) -> None:
+    """Raises MediaError unless a feature file's frames were sampled at `fps` a second, as the training data's are."""
+    if (rate := description["sampling"]["fps"]) != fps:
+        raise MediaError(
+            f"{path} holds {rate:g} frames a second, not {fps:g}; set data.fps to its rate, or make it again: "
+            "llamavid-features --fps"
+        )
+
+
 def iter_features(path: str | Path, keep_cls: bool = False) -> Iterator[Float[np.ndarray, "P E"]]:
     """Yields each frame's patches in their stored type, int8 as float32; with `keep_cls` after its CLS token, if any.
 

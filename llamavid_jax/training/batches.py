@@ -19,13 +19,14 @@ from jax.sharding import Mesh
 
 from llamavid_jax.checkpoints.tower import TowerHash
 from llamavid_jax.data.examples import ExampleReader
+from llamavid_jax.data.labels import check_template
 from llamavid_jax.data.loader import FrameLayout, LoadedBatch, Loader
 from llamavid_jax.data.record import DataError
 from llamavid_jax.data.records import media_file, read_records
 from llamavid_jax.data.shards import Shards
 from llamavid_jax.data.sizes import KINDS, Sizes, read_sizes
 from llamavid_jax.errors import ConfigError, TrainingError
-from llamavid_jax.media.features import check_made_by, describe, processing
+from llamavid_jax.media.features import check_made_by, check_rate, describe, processing
 from llamavid_jax.media.source import MediaError
 from llamavid_jax.parallel.mesh import ShardingError, row_shards
 from llamavid_jax.shapes import Batch
@@ -89,6 +90,7 @@ def make_loader(
 ) -> Loader:
     """The loader of this process's `rows`, for the training data or for one pass over the held-out set."""
     vision = start.config.vision_tower_config
+    check_template(data.template, start.tokenizer)
     reader = ExampleReader(
         start.tokenizer,
         data.template,
@@ -105,7 +107,7 @@ def make_loader(
         frames["features"] = FrameLayout((vision.num_patches, vision.hidden_size), jnp.dtype(loop.dtype))
     path, table = (data.evaluation_path, "sizes-evaluation.npz") if held_out else (data.path, "sizes.npz")
     sizes = read_sizes(records, reader, path, output / table, max(data.threads, data.processes), retry=not resumed)
-    check_towers(records, sizes, start)
+    check_features(records, sizes, start, data.fps)
     return Loader(
         records,
         sizes,
@@ -127,10 +129,10 @@ def make_loader(
     )
 
 
-def check_towers(records: Sequence, sizes: Sizes, start: Start) -> None:
-    """Raises MediaError for a feature file that another vision tower made; of shards only one sample is checked.
+def check_features(records: Sequence, sizes: Sizes, start: Start, fps: float) -> None:
+    """Raises MediaError for a feature file of another vision tower or rate; of shards only one sample is checked.
 
-    Other kinds of files do not name their tower, and unreadable ones are skipped later.
+    Other kinds of files say nothing of either, and unreadable ones are skipped later.
     """
     places = np.flatnonzero(sizes.kind == KINDS.index("features"))[: 1 if isinstance(records, Shards) else None]
     if not len(places):
@@ -143,6 +145,7 @@ def check_towers(records: Sequence, sizes: Sizes, start: Start) -> None:
             found = describe(path)
         if found:
             check_made_by(record.media, found, tower, prepared)
+            check_rate(record.media, found, fps)
 
 
 def check_same_data(identity: Mapping[str, Any], *loaders: Loader | None) -> None:

@@ -8,21 +8,17 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int64
 
-from llamavid_jax.buckets import listing, status, url
-from llamavid_jax.data.records import find_media
 from llamavid_jax.data.shards import MANIFEST, Shards
-from llamavid_jax.errors import InputError, TrainingError
-from llamavid_jax.files import find, local, write_files
+from llamavid_jax.data.sizes import media_files
+from llamavid_jax.errors import TrainingError
+from llamavid_jax.files import find, write_files
 from llamavid_jax.models.structure import flat_paths
 from llamavid_jax.parallel.processes import on_any
 from llamavid_jax.training.config import TrainConfig
@@ -106,30 +102,6 @@ def check_same_media(
                 f"content is the same, remove {file}"
             )
     _agree(problem)
-
-
-def media_files(records: Sequence, threads: int) -> Int64[np.ndarray, "2 N"]:
-    """Size in bytes and time in nanoseconds of every record's media file, -1 without one; subtitles are added to both.
-
-    Files in a bucket are listed, not fetched.
-    """
-    folder = local(getattr(records, "media", ""))
-    listed = {str(folder / name): found for name, found in listing(folder).items()} if url(folder) else {}
-
-    def is_there(path: str) -> bool:
-        return path in listed if listed else os.path.exists(path)
-
-    def look(index: int) -> tuple[int, int]:
-        try:
-            record = records[index]
-            files = [find_media(record, is_there)] * bool(record.media) + [record.subtitles] * bool(record.subtitles)
-            found = [listed.get(file) or status(file) for file in files]
-        except (InputError, OSError, ValueError):
-            found = []
-        return (sum(one.size for one in found), sum(one.time for one in found)) if found else (-1, -1)
-
-    with ThreadPoolExecutor(max(threads, 1)) as pool:
-        return np.array(list(pool.map(look, range(len(records)))), np.int64).reshape(-1, 2).T
 
 
 def _read_media(file: Path) -> np.ndarray | None:

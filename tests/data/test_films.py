@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from clips import index_frame, write_clip
 from paths import GOLDEN
+from training_cases import qformer_tokenizer
 
 from llamavid_jax.data import examples, records, validate
 from llamavid_jax.data.build_shards import build
 from llamavid_jax.data.examples import ExampleReader
 from llamavid_jax.data.labels import training_example
+from llamavid_jax.data.loader import FrameLayout, Loader
 from llamavid_jax.data.record import DataError, Record
 from llamavid_jax.data.records import read_records
 from llamavid_jax.data.sizes import read_sizes
@@ -20,7 +22,7 @@ from llamavid_jax.errors import InputError
 from llamavid_jax.inference.session import Session
 from llamavid_jax.media.feature_file import Description, FeatureWriter
 from llamavid_jax.media.image_processor import LLaMAVIDLlavaImageProcessor
-from llamavid_jax.shapes import END, IMAGE_TOKEN, START
+from llamavid_jax.shapes import END, IGNORE_LABEL, IMAGE_TOKEN, START, RowShape
 from llamavid_jax.text.conversation import movie_inputs
 from llamavid_jax.text.subtitles import interleave, read_subtitles
 from llamavid_jax.text.tokenizer import load_tokenizer
@@ -45,6 +47,15 @@ CASES = [
 def reader(tokens_per_frame: int = 2, start_end: bool = False) -> ExampleReader:
     tokenizer = load_tokenizer(GOLDEN / "text", (START, END) if start_end else ())
     return ExampleReader(tokenizer, "imgsp_v1", 56, "pad", tokens_per_frame, 1.0, 0, start_end=start_end)
+
+
+def write_features(path, frames: int, inputs: str | None) -> None:
+    """A feature file of one frame a second."""
+    writer = FeatureWriter(path, frames, "BF16", inputs or "")
+    for frame in np.ones((frames, 17, 8), np.float32):
+        writer.add(frame)
+    sampling, times = {"fps": 1.0, "rule": "stride", "seconds": float(frames)}, list(map(float, range(frames)))
+    writer.commit(Description(True, times, {}, sampling, {}, {"sha256": "ab"}, inputs))
 
 
 @pytest.fixture
@@ -161,11 +172,7 @@ def test_times(data, tmp_path, tiny_model, times):
 def test_times_of_features(data):
     """A feature file contains the times of its frames and the subtitles between them."""
     for inputs in (None, "<image><image>Hi.<image>"):
-        writer = FeatureWriter(data.parent / "film.safetensors", 3, "BF16", inputs or "")
-        for frame in np.ones((3, 17, 8), np.float32):
-            writer.add(frame)
-        sampling = {"fps": 1.0, "rule": "stride", "seconds": 3.0}
-        writer.commit(Description(True, [0.0, 1.0, 2.0], {}, sampling, {}, {"sha256": "ab"}, inputs))
+        write_features(data.parent / "film.safetensors", 3, inputs)
         row = {"id": "film", "features": "film.safetensors", "times": "frame", "conversations": TURNS}
         data.write_text(json.dumps([row]))
         film = "[0:00]<image>[0:01]<image>Hi.[0:02]<image>" if inputs else "[0:00]<image>[0:01]<image>[0:02]<image>"
@@ -174,6 +181,32 @@ def test_times_of_features(data):
         )
         found = reader().read(read_records(data)[0], 0, 8)
         np.testing.assert_array_equal(found.input_ids, expected.input_ids)
+
+
+@pytest.mark.parametrize("times", [None, "frame", "minute"])
+def test_a_film_without_room_for_all_frames_keeps_its_answer(tmp_path, times):
+    """As many frames go as must: with each goes its time, and the texts around it become one, of other tokens."""
+    random = np.random.default_rng(0)
+    for number in range(12):
+        said = [" ".join(random.choice(["does", "then", "man"], random.integers(3))) for _ in range(30)]
+        write_features(tmp_path / f"{number}.safetensors", 30, "".join(f"<image>{text}" for text in said))
+    rows = [
+        {"id": f"{number}", "features": f"{number}.safetensors", "times": times, "conversations": TURNS}
+        for number in range(12)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    films, shape = read_records(tmp_path / "data.json"), RowShape(30, 30, 1, 160)
+    sizes = read_sizes(films, reader())
+    layout = {"pixels": FrameLayout((8, 8, 3), np.uint8), "features": FrameLayout((16, 8), np.float32)}
+    settings = {"batch_size": 1, "question_tokens": 16, "seed": 0, "packing": False, "shuffle": False}
+    loader = Loader(films, sizes, reader(), qformer_tokenizer(), [shape], layout, **settings)
+    for number, loaded in enumerate(loader):
+        whole = reader().read(films[number], number, 30)
+        labels = loaded.batch.labels[loaded.batch.labels != IGNORE_LABEL]
+        assert labels.tolist() == whole.labels[whole.labels != IGNORE_LABEL].tolist()
+        assert loaded.truncated == (loaded.frames < 30) and loaded.tokens <= 160
+        assert loaded.tokens > 130 or loaded.frames == 30  # no more frames went than had to
+    assert sizes.tokens.max() > 160
 
 
 @pytest.mark.parametrize(

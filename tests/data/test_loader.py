@@ -268,7 +268,7 @@ def test_shards_are_measured_without_their_media(tmp_path, reader, monkeypatch):
 def test_other_errors_name_the_sample(data, reader):
     loader = make_loader(data, reader)
 
-    def fail(record, index, max_frames):
+    def fail(*_):
         raise ZeroDivisionError("no such case")
 
     loader._read.reader = type("Failing", (), {"read": staticmethod(fail), "tokens_per_frame": 2})()
@@ -297,6 +297,10 @@ def test_sizes_are_cached_until_something_changes(tmp_path, reader, monkeypatch)
     whole = read()
     assert measured == [5] and len(whole.broken) == 0 and whole.fingerprint() != first.fingerprint()
     assert read().fingerprint() == whole.fingerprint() and measured == []
+    np.savez(tmp_path / "8.npz", feats=np.zeros((9, 4, 6), np.float16))  # made again, with other frames
+    read(retry=False)
+    assert measured == []
+    assert read().frames[8] == 9 and measured == [8]
 
     read(ExampleReader(reader.tokenizer, "imgsp_v1", 8, "pad", 2, 2.0, 0))
     assert len(measured) == 30

@@ -149,6 +149,19 @@ def test_a_sample_larger_than_every_bucket():
     assert need[1:, 0].tolist() == [1, 4, 4] and cut.tolist() == [1]
 
 
+def test_a_bucket_with_room_for_the_text_goes_before_one_with_room_for_more_frames():
+    shapes = [RowShape(320, 320, 8, 512), RowShape(64, 64, 8, 1024)]
+    home, need, cut = fit(Sizes.of([SampleSize("features", 200, 1, 400 + 600)]), shapes, 2)
+    assert home.tolist() == [1] and need[:, 0].tolist() == [600 + 64 * 2, 64, 64, 1] and cut.tolist() == [1]
+
+
+def test_frames_that_do_not_fit_take_their_times_along():
+    size = SampleSize("features", 100, 1, 200 + 900 + 50, marks=900)  # two visual tokens a frame, and nine of text
+    _, need, cut = fit(Sizes.of([size]), [RowShape(128, 128, 1, 512)], 2)
+    frames = (512 - 50) // 11
+    assert need[:, 0].tolist() == [50 + frames * 11, frames, frames, 1] and cut.tolist() == [1]
+
+
 def test_frames_need_a_bucket():
     with pytest.raises(InputError, match="1 samples have pixels"):
         plan(Sizes.of([SampleSize("pixels", 1, 1, 20)]), shapes=[RowShape(0, 1, 1, 64)])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -149,6 +150,37 @@ def test_features_of_another_tower(tmp_path, media, model):
     code, report = run(tmp_path, media, rows, "--model", model)
     assert code == 1 and [check["problem"] for check in report["broken"]] == ["malformed"]
     assert "16 patches of 32 numbers a frame, the model takes 16 of 64" in report["broken"][0]["reason"]
+
+
+def test_films_are_checked_as_in_a_run_without_a_model_too(tmp_path, media):
+    """Their places, and what says when their frames are, ask no tokenizer."""
+    writer = FeatureWriter(media / "slow.safetensors", 1, "F16")
+    writer.add(np.ones(FEATURES[1:], np.float16))
+    sampling = {"fps": 0.5, "rule": "stride", "seconds": 2.0}
+    writer.commit(Description(True, [0.0], {}, sampling, {}, {"sha256": "ab"}))
+    rows = [
+        {"features": "f.npz", "conversations": talk("<image> or <image>?", "This.")},
+        {"features": "f.npz", "conversations": talk("<image>\nWhat?", "This.", "<image>\nAnd then?", "That.")},
+        {"video": "v.mp4", "times": "frame", "conversations": talk("<image> or <image>?", "This.")},
+        {"features": "f.npz", "times": "frame", "conversations": ASKED},
+        {"features": "slow.safetensors", "conversations": ASKED},
+    ]
+    code, report = run(tmp_path, media, [*rows, *GOOD])
+    assert code == 1 and [check["index"] for check in report["broken"]] == [0, 1, 2, 3, 4]
+    said = ["must stand in one turn, once"] * 3 + ["does not say when its frames are", "holds 0.5 frames a second"]
+    for check, reason in zip(report["broken"], said, strict=True):
+        assert reason in check["reason"]
+    code, report = run(tmp_path, media, rows[4:], "--fps", "0.5")
+    assert code == 0 and report["broken"] == []
+
+
+def test_features_for_a_model_that_makes_a_token_of_cls(tmp_path, media, model):
+    path = Path(model, "config.json")
+    config = json.loads(path.read_text()) | {"mm_vision_select_feature": "cls_patch", "compress_type": None}
+    path.write_text(json.dumps(config))
+    code, report = run(tmp_path, media, GOOD, "--model", model)
+    assert code == 1 and [check["id"] for check in report["broken"]] == ["f"]
+    assert "this model makes a token of CLS" in report["broken"][0]["reason"]
 
 
 def test_feature_files_that_name_another_tower(tmp_path, media, model, capsys):

@@ -91,8 +91,8 @@ def test_a_folder_of_media_beside_shards_is_said(tmp_path):
             assert said == [f"data.media={tmp_path} changes nothing: shards hold their media"] * (count if media else 0)
 
 
-def test_features_of_another_tower_are_refused(tiny_model, tmp_path):
-    """Before the first step, in one sentence; files of other kinds do not name their tower."""
+def test_features_of_another_tower_or_rate_are_refused(tiny_model, tmp_path):
+    """Before the first step, in one sentence; files of other kinds name neither."""
     write_tokenizers(tmp_path)
     config = tiny_model.config
     start = Mock(spec=Start, config=config, mesh=make_mesh(fsdp=1), params=tiny_model.params)
@@ -102,15 +102,16 @@ def test_features_of_another_tower_are_refused(tiny_model, tmp_path):
     vision = {"sha256": TowerHash(tiny_model).rounded(), "dtype": "float32"}
     usual = processing(pixels.size, pixels.image_mean, pixels.image_std)
     made = {
-        "ours": (vision, usual),
-        "another": (vision | {"sha256": "ab"}, usual),
-        "paler": (vision, usual | {"mean": [0.0] * 3}),
+        "ours": (vision, usual, 1.0),
+        "another": (vision | {"sha256": "ab"}, usual, 1.0),
+        "paler": (vision, usual | {"mean": [0.0] * 3}, 1.0),
+        "slower": (vision, usual, 0.5),
     }
-    for name, (tower, prepared) in made.items():
+    for name, (tower, prepared, fps) in made.items():
         writer = FeatureWriter(tmp_path / f"{name}.safetensors", 2, "BF16")
         for frame in np.ones(shape, np.float32):
             writer.add(frame)
-        said = {"name": name}, {"fps": 1.0, "rule": "stride", "seconds": 2.0}
+        said = {"name": name}, {"fps": fps, "rule": "stride", "seconds": 2.0}
         writer.commit(Description(True, [0.0, 1.0], *said, prepared, tower))
     np.savez(tmp_path / "theirs.npz", feats=np.ones(shape, np.float16))
     talk = conversation("<image>\nWhat is it?", "a park")
@@ -122,6 +123,10 @@ def test_features_of_another_tower_are_refused(tiny_model, tmp_path):
         return make_loader(records, tmp_path, start, data, LoopConfig(batch_size=1, steps=1), range(1))
 
     assert loader("ours.safetensors", "theirs.npz").steps == 1
-    for name, message in (("another", "was made by another vision tower"), ("paler", "that were prepared by")):
+    for name, message in (
+        ("another", "was made by another vision tower"),
+        ("paler", "that were prepared by"),
+        ("slower", "holds 0.5 frames a second, not 1; set data.fps"),
+    ):
         with pytest.raises(InputError, match=rf"{name}\.safetensors .*{message}"):
             loader("ours.safetensors", f"{name}.safetensors")
