@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 from llamavid_jax.errors import InputError
 from llamavid_jax.serving import prepare as preparing
+from llamavid_jax.serving.store import Store
 from llamavid_jax.serving.uploads import FullError, NoFileError, Uploads
 
 
@@ -70,7 +71,7 @@ def test_a_film_that_is_deleted_while_it_is_asked_about(tiny_model, engine, tmp_
     server = make_server(tiny_model, engine, tmp_path / "uploads", media_root=clip.parent)
     client, waiting, both, deleted = TestClient(server.app), [], threading.Event(), []
     expected = [text_of(ask(client, video("clip.mp4"), fps=2.0, max_tokens=length)) for length in (5, 12)]
-    server.preparer.features.max_bytes = 0  # the next ones are encoded again
+    server.preparer.features = Store(0)  # the next ones are encoded again
     content = clip.read_bytes()
     key = client.post("/v1/files", files={"file": ("clip.mp4", content)}).json()["id"]
     use, decoded = server.preparer.features.use, preparing.decoded
