@@ -1,4 +1,4 @@
-"""The model in VLMEvalKit.  In a clone of it, in the folder of its run.py:
+"""The model in VLMEvalKit.  In a clone of it, in the folder of its run.py, or anywhere with ms-vlmeval from PyPI:
 
     python -m llamavid_jax.harness.vlmevalkit llamavid-7b-336 --data MMBench_DEV_EN --work-dir runs
 
@@ -51,7 +51,12 @@ def main() -> None:
     supported_VLM[NAME] = functools.partial(LlamaVidJax, os.path.abspath(checkpoint))
     sys.path.insert(0, os.getcwd())
     sys.argv = ["run.py", "--model", NAME, *arguments]
-    import run
+    try:
+        import run
+    except ModuleNotFoundError as missing:
+        if missing.name != "run":
+            raise
+        from vlmeval import run  # where ms-vlmeval has it
 
     run.load_env()
     run.main()

@@ -18,3 +18,8 @@ PIP=${1:?give the pip of the environment, such as .venv/bin/pip}
 
 # lmms-eval in a folder of its own, which only the test of the plug-in puts on its path.
 "$PIP" install --no-deps --upgrade --target "$(dirname "$(dirname "$PIP")")/lmms_eval" --requirement llamavid_jax/harness/lmms_eval.txt
+
+# VLMEvalKit (as ms-vlmeval) likewise, with what its run.py calls; the test has stand-ins for the rest that it imports.
+"$PIP" install --no-deps --upgrade --target "$(dirname "$(dirname "$PIP")")/vlmevalkit" ms-vlmeval==0.0.20 pandas==3.1.1 python-dateutil==4.0.0 \
+  six==1.17.0 tabulate==0.10.0 validators==0.36.0 portalocker==4.4.2 openpyxl==3.1.5 et-xmlfile==2.0.0 xlsxwriter==3.3.1 sty==1.0.6 \
+  python-dotenv==1.2.4 num2words==0.5.14
