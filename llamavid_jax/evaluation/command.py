@@ -25,7 +25,7 @@ from rich.text import Text
 
 from llamavid_jax import buckets, uploads
 from llamavid_jax.commands import program
-from llamavid_jax.commands.processes import add_processes, check_processes, own_shard
+from llamavid_jax.commands.processes import add_shard, own_shard, read_shard
 from llamavid_jax.errors import InputError, Parser, command, printable, say
 from llamavid_jax.evaluation.compare import compare
 from llamavid_jax.evaluation.folder import opened
@@ -49,8 +49,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", required=True, metavar="FOLDER", help="the set's official folder, as downloaded")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for answers, scores and submission files")
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions")
-    parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="only part I of N, such as 1/4")
-    add_processes(parser)
+    add_shard(parser)
     parser.add_argument("--retry", action="store_true", help="ask the broken questions again")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="questions answered together (8)")
     parser.add_argument(
@@ -61,9 +60,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--like-original", action="store_true", help="use the original's sampling, rules and bugs")
     add_judge(parser)
     options = parser.parse_args(arguments)
-    check_processes(options)
-    if options.shard != (1, 1) and (options.distributed or options.coordinator):
-        parser.error("--shard names the part that --distributed finds out; give one of them")
+    options.shard = read_shard(options)
     for name in ("limit", "batch"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; give a whole number of 1 or more")
@@ -83,13 +80,6 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part; give I/N, such as 1/4 to 4/4")
-    return int(index), int(count)
-
-
 def judge_of(options: argparse.Namespace, out: Path) -> Any:
     if not options.judge:
         return OfflineJudge()
@@ -106,9 +96,7 @@ def evaluate(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     one, out = SETS[options.name], local(options.out)
     judge_of(options, out)  # reports a wrong judge option now, not after all answers
-    if options.distributed or options.coordinator:
-        index, count = own_shard(options)
-        options.shard = index + 1, count
+    options.shard = own_shard(options)
     items, rest = read(options)
     header = {
         "set": options.name,
@@ -132,8 +120,8 @@ def evaluate(arguments: list[str]) -> int:
             say(f"{store.broken} questions are broken and count as wrong; their rows say why, --retry asks them again")
     if store.outdated:
         return wait_for(store.outdated, options)
-    if options.shard != (1, 1) and not is_whole(out, options.shard[1], len(items[: options.limit])):
-        say(f"part {options.shard[0]} of {options.shard[1]} is answered; the last part to end scores all")
+    if options.shard != (0, 1) and not is_whole(out, options.shard[1], len(items[: options.limit])):
+        say("part {}/{} is answered; the last part to end scores all".format(*options.shard))
         return 0
     return show(scored(out, None, options))
 
@@ -172,7 +160,7 @@ def groups_of(items: list[Item], options: argparse.Namespace) -> list[list[tuple
 
     items = items[: options.limit]
     part, count = options.shard
-    return [[(place, items[place]) for place in group] for group in by_media(items)[part - 1 :: count]]
+    return [[(place, items[place]) for place in group] for group in by_media(items)[part::count]]
 
 
 def answer(
@@ -212,7 +200,7 @@ def wait_for(outdated: Sequence[Path], options: argparse.Namespace) -> int:
     """Scores nothing while parts are outdated: a score of some questions would look like one of all."""
     told = f"{outdated[0].name} does not know the annotations that are in {options.data} now; call that part again, "
     told += "with its own --shard (answers.jsonl has none)"
-    if options.shard == (1, 1):
+    if options.shard == (0, 1):
         raise InputError(told)
     say(told)
     return 0
@@ -220,7 +208,7 @@ def wait_for(outdated: Sequence[Path], options: argparse.Namespace) -> int:
 
 def is_whole(out: Path, count: int, asked: int) -> bool:
     """Whether all parts exist and together have answered the first `asked` questions."""
-    files = [out / part_name((part, count)) for part in range(1, count + 1)]
+    files = [out / part_name((part, count)) for part in range(count)]
     if not all(find(file).exists() for file in files):
         return False
     return sum(row["text"] is not None and row["index"] < asked for row in gather(out)[1]) == asked

@@ -22,7 +22,7 @@ IDENTITY = "set", "like_original", "settings", "model", "data", "shard"  # the h
 
 
 def part_name(shard: tuple[int, int]) -> str:
-    return NAME if shard == (1, 1) else f"answers-{shard[0]}-of-{shard[1]}.jsonl"
+    return NAME if shard == (0, 1) else f"answers-{shard[0]}-of-{shard[1]}.jsonl"
 
 
 def as_line(row: Row) -> bytes:
@@ -123,7 +123,7 @@ def open_store(
         file.seek(whole)
         store = Store(file, rows, [one for one, _, more in others if current(more, rest, references, False) != more])
         store.done |= {row["id"] for *_, more in others for row in more if not (retry and "error" in row)}
-        if header.get("shard", [1, 1])[0] == 1:
+        if header.get("shard", [0, 1])[0] == 0:
             store.write([row for row in rest if row["id"] not in store.done])
         yield store
 

@@ -158,12 +158,12 @@ def test_text_alone_and_the_limit(checkpoint, official, tmp_path, short):
 def test_two_parts_are_the_whole(checkpoint, official, tmp_path, short, limit, count):
     data = official("msvd")
     assert run(checkpoint, "msvd", data, tmp_path / "whole", *limit) == 0
-    assert run(checkpoint, "msvd", data, tmp_path / "parts", *limit, "--shard", "1/2") == 0
+    assert run(checkpoint, "msvd", data, tmp_path / "parts", *limit, "--shard", "0/2") == 0
     assert not (tmp_path / "parts" / "result.json").exists()
-    assert run(checkpoint, "msvd", data, tmp_path / "parts", *limit, "--shard", "2/2") == 0
+    assert run(checkpoint, "msvd", data, tmp_path / "parts", *limit, "--shard", "1/2") == 0
     whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
     assert parts["answered"] == count and parts["items"] == whole["items"] and parts["figures"] == whole["figures"]
-    names = ("answers-1-of-2.jsonl", "answers-2-of-2.jsonl")
+    names = ("answers-0-of-2.jsonl", "answers-1-of-2.jsonl")
     both = [row for name in names for row in rows(tmp_path / "parts", name)]
     assert {row["id"]: row["text"] for row in both} == texts(tmp_path / "whole") and len(both) == count
 
@@ -173,10 +173,10 @@ def test_other_parts_go_on(checkpoint, official, tmp_path, short, capsys):
     data, out = official("msvd"), tmp_path / "out"
     lost = SETS["msvd"].read(data, False)[0][0].media
     lost.rename(tmp_path / "lost")
-    assert run(checkpoint, "msvd", data, out, "--shard", "1/3") == 0
-    first = rows(out, "answers-1-of-3.jsonl")
+    assert run(checkpoint, "msvd", data, out, "--shard", "0/3") == 0
+    first = rows(out, "answers-0-of-3.jsonl")
     assert any("error" in row for row in first) and any("error" not in row for row in first)
-    assert run(checkpoint, "msvd", data, out, "--shard", "2/3", "--like-original") == 2
+    assert run(checkpoint, "msvd", data, out, "--shard", "1/3", "--like-original") == 2
     assert "was begun with another like original" in capsys.readouterr().err
     assert run(checkpoint, "msvd", data, out) == 0
     assert len(rows(out)) == 9 - len(first) and not {row["id"] for row in first} & texts(out).keys()
@@ -222,18 +222,18 @@ def test_annotations_that_come_later_to_parts(checkpoint, official, tmp_path, mo
     data, out = official("vqav2"), tmp_path / "out"
     (file,) = data.glob("v2_mscoco*")
     file.rename(tmp_path / file.name)
-    for part in ("1/2", "2/2"):
+    for part in ("0/2", "1/2"):
         assert run(checkpoint, "vqav2", data, out, "--shard", part) == 0
     before = (out / "result.json").read_text()
     (tmp_path / file.name).rename(file)
-    assert run(checkpoint, "vqav2", data, out, "--shard", "1/2") == 0
+    assert run(checkpoint, "vqav2", data, out, "--shard", "0/2") == 0
     assert run(checkpoint, "vqav2", data, out) == 2
     error = capsys.readouterr().err
-    assert error.count("answers-2-of-2.jsonl does not know the annotations") == 2
+    assert error.count("answers-1-of-2.jsonl does not know the annotations") == 2
     assert (out / "result.json").read_text() == before
     assert command.main(["score", str(out)]) == 0
     assert "answers have no reference and are not counted" in capsys.readouterr().out
-    assert run(checkpoint, "vqav2", data, out, "--shard", "2/2") == 0
+    assert run(checkpoint, "vqav2", data, out, "--shard", "1/2") == 0
     result = json.loads((out / "result.json").read_text())
     assert len(result["items"]) == result["of"] + 1 and not any("no reference" in note for note in result["notes"])
 
@@ -246,7 +246,7 @@ def test_two_processes_are_the_whole(checkpoint, official, tmp_path):
     commands_together([*code, "--out", str(tmp_path / "parts")])
     whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
     assert parts["answered"] == 12 and parts["items"] == whole["items"] and parts["figures"] == whole["figures"]
-    assert all(rows(tmp_path / "parts", f"answers-{part}-of-2.jsonl") for part in (1, 2))
+    assert all(rows(tmp_path / "parts", f"answers-{part}-of-2.jsonl") for part in (0, 1))
 
 
 @pytest.mark.sharding

@@ -21,7 +21,7 @@ HEADER = {
     "settings": {"temperature": 0.0, "dtype": "bfloat16", "quantize": None},
     "model": {"name": "llamavid-7b-336", "sha256": "0123456789abcdef"},
     "data": {"questions": 12, "sha256": ""},
-    "shard": [1, 1],
+    "shard": [0, 1],
     "versions": {"llamavid_jax": "0.1.0"},
 }
 

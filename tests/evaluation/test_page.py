@@ -53,7 +53,7 @@ def test_the_page_of_results_is_the_command_s():
         (["--model", "x", "--set", "nothing", "--data", ".", "--out", "o"], "invalid choice"),
         (["--model", "x", "--set", "gqa", "--data", "absent", "--out", "o"], "--data absent is no folder"),
         (["--model", "x", "--set", "gqa", "--data", ".", "--out", "o"], "holds no"),
-        (["--model", "x", "--set", "gqa", "--data", ".", "--out", "o", "--shard", "3/2"], "is no part"),
+        (["--model", "x", "--set", "gqa", "--data", ".", "--out", "o", "--shard", "2/2"], "give I/N"),
         (["--model", "x", "--set", "gqa", "--data", ".", "--out", "o", "--limit", "0"], "--limit is 0"),
         (["--model", "x", "--set", "msvd", "--data", ".", "--out", "o", "--judge", "localhost:8000"], "give a URL"),
         (["score", "."], "holds no answers.jsonl"),

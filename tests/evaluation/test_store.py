@@ -7,7 +7,7 @@ import pytest
 from llamavid_jax.errors import InputError
 from llamavid_jax.evaluation.store import gather, open_store, part_name
 
-HEADER = {"set": "gqa", "like_original": False, "settings": {}, "model": {}, "data": {"questions": 4}, "shard": [1, 1]}
+HEADER = {"set": "gqa", "like_original": False, "settings": {}, "model": {}, "data": {"questions": 4}, "shard": [0, 1]}
 
 
 def row(name: str, index: int, **more) -> dict:
@@ -50,35 +50,35 @@ def test_other_files(tmp_path, content, said):
 
 
 def test_parts_in_the_order_of_the_set(tmp_path):
-    for part, numbers in ((1, (3, 0)), (2, (1, 2))):
+    for part, numbers in ((0, (3, 0)), (1, (1, 2))):
         path = tmp_path / part_name((part, 2))
         with open_store(path, {**HEADER, "shard": [part, 2]}, []) as store:
             store.write([row(str(number), number) for number in numbers])
     header, rows = gather(tmp_path)
     assert [one["index"] for one in rows] == [0, 1, 2, 3] and header["set"] == "gqa"
-    other = {**HEADER, "set": "pope", "shard": [3, 3]}
-    with pytest.raises(InputError, match="another set"), open_store(tmp_path / part_name((3, 3)), other, []):
+    other = {**HEADER, "set": "pope", "shard": [2, 3]}
+    with pytest.raises(InputError, match="another set"), open_store(tmp_path / part_name((2, 3)), other, []):
         pass
     assert gather(tmp_path) == (header, rows)
-    (tmp_path / part_name((3, 3))).write_text(json.dumps({"header": other}) + "\n")
+    (tmp_path / part_name((2, 3))).write_text(json.dumps({"header": other}) + "\n")
     with pytest.raises(InputError, match="another set"):
         gather(tmp_path)
 
 
 def test_annotations_that_another_part_does_not_know(tmp_path):
     """Shards without them are reported as outdated until resumed; no other process rewrites their rows."""
-    paths = [tmp_path / part_name((part, 2)) for part in (1, 2)]
+    paths = [tmp_path / part_name((part, 2)) for part in (0, 1)]
 
     def go_on(part: int, reference: dict, rest: list) -> tuple[list, list[str]]:
         header = {**HEADER, "shard": [part, 2]}
-        with open_store(paths[part - 1], header, rest, references={"0": reference, "1": reference}) as store:
-            store.write([row(str(part - 1), part - 1)] if str(part - 1) not in store.done else [])
+        with open_store(paths[part], header, rest, references={"0": reference, "1": reference}) as store:
+            store.write([row(str(part), part)] if str(part) not in store.done else [])
             return list(store.outdated), sorted(store.done)
 
-    assert go_on(1, {}, [row("rest", 9, text=None)]) == ([], ["0", "rest"])
-    assert go_on(2, {}, [row("rest", 9, text=None)]) == ([], ["0", "1", "rest"])
-    assert go_on(1, {"answer": "a"}, [row("more", 9, text=None)]) == ([paths[1]], ["0", "1", "more"])
-    assert go_on(2, {"answer": "a"}, [row("more", 9, text=None)]) == ([], ["0", "1", "more"])
+    assert go_on(0, {}, [row("rest", 9, text=None)]) == ([], ["0", "rest"])
+    assert go_on(1, {}, [row("rest", 9, text=None)]) == ([], ["0", "1", "rest"])
+    assert go_on(0, {"answer": "a"}, [row("more", 9, text=None)]) == ([paths[1]], ["0", "1", "more"])
+    assert go_on(1, {"answer": "a"}, [row("more", 9, text=None)]) == ([], ["0", "1", "more"])
     assert [one["reference"] for one in gather(tmp_path)[1]] == [{"answer": "a"}] * 2 + [{}]
 
 
