@@ -84,15 +84,15 @@ class Preparer:
                 if name not in films:
                     kind, source, rate = name
                     with self.sources.open(source) as path:
-                        digest = content(path)["sha256"]
+                        before, digest = version(path), content(path)["sha256"]
                         if kind == "video" and is_feature_file(path):
                             kind, alone = "features", len(set(names)) == 1
                             said = stored_text(path, alone) if said is None else said
                         elif kind == "video":
                             rate = self.image_processor.rate(1 if rate[1] else rate[0]), rate[1]
                         if asked.transcribe:
-                            said = self._heard(path, digest, check)
-                        films[name] = self._film(path, (digest, kind, rate), asked.room, check, used)
+                            said = self._heard(path, before, digest, check)
+                        films[name] = self._film(path, before, (digest, kind, rate), asked.room, check, used)
             shown = [films[name] for name in names]
             times = [one.times for one in shown]
             ids, first = lay_out(config, self.model.tokenizer, chat, times, said, asked.times, asked.room)
@@ -152,23 +152,28 @@ class Preparer:
 
     # ---- frames
 
-    def _film(self, path: Path, key: tuple, new_tokens: int, check: Check, used: contextlib.ExitStack) -> Shown:
-        """An image or a video, whose features stay until `used` ends."""
+    def _film(
+        self, path: Path, before: tuple, key: tuple, new_tokens: int, check: Check, used: contextlib.ExitStack
+    ) -> Shown:
+        """An image or a video, whose features stay until `used` ends; `before` is its version as it was hashed."""
 
         def make() -> tuple[np.ndarray, ...]:
             try:
-                return self._encode(path, *key, new_tokens, check)
+                found = self._encode(path, *key, new_tokens, check)
             finally:
                 self.encoding.pop(key[0], None)
+            check_unchanged(path, before, key[0])
+            return found
 
         return Shown(key, *used.enter_context(self.features.use(key, make, check)))
 
-    def _heard(self, path: Path, digest: str, check: Check) -> list[Cue]:
+    def _heard(self, path: Path, before: tuple, digest: str, check: Check) -> list[Cue]:
         """The speech in a video, from its sound; kept like its features."""
 
         def make() -> tuple[np.ndarray, np.ndarray]:
             with self._decoder("video", check):
                 cues = heard(path, self.speech, self.decoder_bytes, check)
+            check_unchanged(path, before, digest)
             return np.array([cue.end for cue in cues], float), np.array([cue.text for cue in cues], str)
 
         with self.features.use((digest, "speech"), make, check) as (ends, texts):
@@ -257,3 +262,12 @@ class Preparer:
 
         with self.tokens.use((shown.key, question), make, check) as (tokens,):
             return tokens
+
+
+def check_unchanged(path: Path, before: tuple, digest: str) -> None:
+    """Raises MediaError if the file's content is no longer that of `digest`, under which what was read would be kept.
+
+    `before` is its version as it was hashed: another one with the same content is an upload that came once more.
+    """
+    if version(path) != before and content(path)["sha256"] != digest:
+        raise MediaError(f"{path} was written to while it was read; ask again once it is complete")

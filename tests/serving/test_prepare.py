@@ -239,6 +239,32 @@ def test_a_film_that_is_taken_away_while_it_is_read(tiny_model, engine, tmp_path
         assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_a_picture_that_is_overwritten_while_it_is_read(tiny_model, engine, tmp_path, monkeypatch, same):
+    """Between its hash and its decoding: an error, and nothing is kept under that hash; the same content is no harm."""
+    server = make_server(tiny_model, engine, tmp_path / "uploads", media_root=tmp_path)
+    client, file = TestClient(server.app), tmp_path / "a.png"
+    first, other = (base64.b64decode(picture(colour).partition(",")[2]) for colour in ((200, 30, 30), (30, 30, 200)))
+    file.write_bytes(first)
+
+    def hashed(path):
+        found = content(path)
+        monkeypatch.setattr(preparing, "content", content)
+        file.unlink()
+        file.write_bytes(first if same else other)
+        return found
+
+    monkeypatch.setattr(preparing, "content", hashed)
+    part = {"type": "image_url", "image_url": {"url": "a.png"}}
+    made = ask(client, part)
+    if not same:
+        assert made.status_code == 400 and "a.png was written to while" in made.json()["error"]["message"]
+        file.write_bytes(first)
+        made = ask(client, part)
+    assert server.preparer.features.made == 1
+    assert text_of(made) == session(tiny_model, images=[str(file)]).ask(QUESTION, max_new_tokens=12).text
+
+
 def test_a_film_from_disk_is_not_longer_than_fits(tiny_model, engine, tmp_path, clip):
     cache = FeatureCache(tmp_path / "cache")
     first, second = (make_server(tiny_model, engine, tmp_path, media_root=clip.parent, cache=cache) for _ in "ab")
