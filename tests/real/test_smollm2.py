@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from its package wheel (see install.sh) through the converter: logits, ids and an answer.
 
-The reference is transformers' LlamaForCausalLM in torch with transformers' own GGUF reader, which shares no code with
-ours.  The vision parts are tiny and random: text alone does not touch them.
+The reference is transformers' LlamaForCausalLM in torch and float64, with transformers' own GGUF reader, which shares no
+code with ours.  The vision parts are tiny and random: text alone does not touch them.
 """
 
 import os
@@ -68,7 +68,7 @@ def test_logits(gguf, model, tokenizer):
     missing, unexpected = reference.load_state_dict(tensors, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     reference.tie_weights()
-    reference.eval()
+    reference.double().eval()
     assert reference.config.num_key_value_heads < reference.config.num_attention_heads
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0].numpy()
