@@ -44,13 +44,15 @@ class Pace:
         self._lasted: deque[float] = deque(maxlen=32)  # durations of the last steps, in seconds
         self._late = self._steps = 0.0
         self._hosts = _host_names()
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Pace":
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._watchdog.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._closed.set()
+        self._watchdog.join()  # a tick that is under way may not end the process after this
 
     @property
     def usual(self) -> float:

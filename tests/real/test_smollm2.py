@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from its package wheel (see install.sh) through the converter: logits, ids and an answer.
 
-The reference is transformers' LlamaForCausalLM in torch and float64, with transformers' own GGUF reader, which shares no
-code with ours.  The vision parts are tiny and random: text alone does not touch them.
+The reference is transformers' LlamaForCausalLM in float64 with transformers' own GGUF reader, which shares no code with
+ours.  The vision parts are tiny and random: text alone does not touch them.
 """
 
 import os

@@ -37,9 +37,9 @@ class Stopped(threading.Event):
 
 @pytest.fixture
 def pace(tmp_path, monkeypatch):
+    """Tests enter it, which starts its watch, once the steps are as they want them."""
     monkeypatch.setattr(module, "stop_hung", Stopped())
-    with Pace(FLOOR, Goodput(tmp_path, pytest.fail), pytest.fail) as pace:
-        yield pace
+    return Pace(FLOOR, Goodput(tmp_path, pytest.fail), pytest.fail)
 
 
 def one_step(pace: Pace, of: Batch, result: Result | None = None) -> None:
@@ -52,14 +52,16 @@ def one_step(pace: Pace, of: Batch, result: Result | None = None) -> None:
 def test_a_hang_is_found(pace):
     one_step(pace, batch())
     one_step(pace, batch(), Result(done=False))
-    assert module.stop_hung.wait(60)
+    with pace:
+        assert module.stop_hung.wait(60)
 
 
 def test_a_loader_that_hangs_is_found(pace):
     one_step(pace, batch())
     with pace.pause():
         pass
-    assert module.stop_hung.wait(60)
+    with pace:
+        assert module.stop_hung.wait(60)
 
 
 @pytest.mark.parametrize("where", ["first compile", "first step", "later compile", "save", "slow steps"])
@@ -79,7 +81,8 @@ def test_no_false_alarm(pace, where):
         one_step(pace, batch())
         pause = pace.pause()
         pause.__enter__()
-    assert not module.stop_hung.wait(8 * FLOOR)
+    with pace:
+        assert not module.stop_hung.wait(8 * FLOOR)
 
 
 def test_a_machine_that_was_halted_is_no_hang(tmp_path, monkeypatch):
@@ -90,6 +93,22 @@ def test_a_machine_that_was_halted_is_no_hang(tmp_path, monkeypatch):
     monkeypatch.setattr(pace._closed, "wait", lambda seconds: next(ticks))
     pace._watch()
     assert pace._silent == pytest.approx(FLOOR / 10)
+
+
+def test_no_alarm_after_the_end(pace, monkeypatch):
+    """A tick of the watch that began before the end is over when the block is."""
+    entered, over = threading.Event(), threading.Event()
+
+    def slow(*_) -> None:
+        entered.set()
+        time.sleep(0.2)
+        over.set()
+
+    monkeypatch.setattr(module, "stop_hung", slow)
+    one_step(pace, batch())
+    with pace:
+        assert entered.wait(60)
+    assert over.is_set()
 
 
 def test_what_devices_waited_for(pace):
