@@ -60,7 +60,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(200, BODY[:100], Content_Length=str(len(BODY)))
 
     def answer_silent(self):
-        self.server.closing.wait(5)
+        self.server.closing.wait(120)
 
     def answer_drip(self):
         self.answer(200, Content_Length="1000")
@@ -199,7 +199,7 @@ def test_a_bad_url_is_named_with_a_remedy(server, kind):
     limit = 5000 if "large" in kind else 10**6
     with pytest.raises(MediaError) as caught, fetch(url, max_bytes=limit, timeout=0.5):
         pass
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 60
     message = str(caught.value)
     assert (url in message or url[:60] in message) and reason in message and len(message) < 400
     assert any(f"; {verb}" in message or f": {verb}" in message for verb in REMEDIES)
