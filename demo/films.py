@@ -23,7 +23,7 @@ from . import digits, questions
 from .length import KINDS, different_frames, needle
 from .make_data import TURNS, choose, generator, record, short_clip
 
-FILMS = ("1:1800", "4:120", "10:160", "30:24", "60:24")
+FILMS = ("1:1800", "4:240", "10:400", "30:120", "60:160")
 
 
 def film_features(model, images, scene: digits.Scene) -> np.ndarray:
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--films", nargs="*", default=FILMS, metavar="MINUTES:NUMBER")
-    parser.add_argument("--review", type=int, default=1000, help="number of short clips")
+    parser.add_argument("--review", type=int, default=5000, help="number of short clips")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     keep_programs()
