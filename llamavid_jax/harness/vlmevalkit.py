@@ -6,6 +6,7 @@ The options after the checkpoint go to run.py, which knows the model as `llamavi
 """
 
 import functools
+import importlib.util
 import os
 import sys
 from typing import Any
@@ -51,13 +52,8 @@ def main() -> None:
     supported_VLM[NAME] = functools.partial(LlamaVidJax, os.path.abspath(checkpoint))
     sys.path.insert(0, os.getcwd())
     sys.argv = ["run.py", "--model", NAME, *arguments]
-    try:
-        import run
-    except ModuleNotFoundError as missing:
-        if missing.name != "run":
-            raise
-        from vlmeval import run  # where ms-vlmeval has it
-
+    # ms-vlmeval has it in its package, a clone beside it; another run.py may lie in any folder
+    run = importlib.import_module("vlmeval.run" if importlib.util.find_spec("vlmeval.run") else "run")
     run.load_env()
     run.main()
 

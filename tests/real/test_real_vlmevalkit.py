@@ -81,6 +81,7 @@ def test_a_data_set_of_our_own(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     (tmp_path / "sitecustomize.py").write_text(STAND_INS)
+    (tmp_path / "run.py").write_text("raise SystemExit('not that of VLMEvalKit')")
 
     path = [str(tmp_path), str(Path(sys.prefix) / "vlmevalkit"), str(ROOT)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "LMUData": str(tmp_path), "HF_HUB_OFFLINE": "1"}
